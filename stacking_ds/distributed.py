@@ -1,0 +1,177 @@
+"""Ranks, the process group, the stop flag and small host-side collectives.
+
+Works under the deepspeed launcher, torchrun, srun wrappers that set the usual variables, and as a
+plain single process.
+"""
+
+import os
+import signal
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from stacking_ds.errors import ConfigError
+
+__all__ = ["StopFlag", "World", "rank_from_environment", "start", "stop"]
+
+_TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class World:
+    """Who this process is, and the collectives it may call (on all ranks, in the same order)."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+    host_group: dist.ProcessGroup | None
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        dist.barrier(group=self.host_group)
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Element-wise sum over the ranks, in fp64."""
+        total = torch.tensor(list(values), dtype=torch.float64)
+        dist.all_reduce(total, group=self.host_group)
+        return [float(value) for value in total]
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank if `flag` is true on at least one."""
+        return self.sum([float(flag)])[0] > 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """The picklable `value` of every rank, in rank order, on every rank."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.host_group)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """The picklable `value` of rank 0, on every rank."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.host_group)
+        return values[0]
+
+    def on_first(self, action: Callable[[], Any]) -> Any:
+        """Run `action` on rank 0 while the others wait; its result or its error on every rank."""
+        outcome: tuple[Any, Exception | None] = (None, None)
+        if self.is_first:
+            try:
+                outcome = (action(), None)
+            except Exception as error:  # noqa: BLE001 - handed to every rank, raised below
+                outcome = (None, error)
+        result, error = self.broadcast(outcome)
+        if error is not None:
+            raise error
+        return result
+
+
+def rank_from_environment() -> int:
+    """This process's rank as its launcher says it; 0 where there is no launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def start() -> World:
+    """Join the process group (nccl on CUDA, gloo elsewhere) and return this process's place.
+
+    Raises:
+        ConfigError: a launcher's variables are incomplete, or more ranks than GPUs share a node.
+    """
+    environment = _complete_environment()
+    rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    local_rank, local_size = int(environment["LOCAL_RANK"]), int(environment["LOCAL_WORLD_SIZE"])
+    on_cuda = torch.cuda.is_available()
+    if on_cuda and local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {local_rank} has no GPU: this node shows {torch.cuda.device_count()}; "
+            f"start at most that many ranks per node (--num_gpus), or hide the GPUs with "
+            f"CUDA_VISIBLE_DEVICES= to train on the CPU"
+        )
+    device = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
+    if on_cuda:
+        torch.cuda.set_device(device)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        # ranks that share the cores and each take all of them slow one another down
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    os.environ.update(environment)
+    dist.init_process_group("nccl" if on_cuda else "gloo", timeout=_TIMEOUT)
+    host_group = dist.new_group(backend="gloo", timeout=_TIMEOUT) if on_cuda else None
+    return World(rank, size, local_rank, local_size, device, host_group)
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _complete_environment() -> dict[str, str]:
+    if "RANK" not in os.environ:
+        return {
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+            "LOCAL_RANK": "0",
+            "LOCAL_WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(_free_port()),
+        }
+    required = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in required if name not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"the launcher set RANK but not {', '.join(missing)}; start with "
+            f"`deepspeed train.py …` or `torchrun train.py …`, or unset RANK for a single process"
+        )
+    found = {name: os.environ[name] for name in required}
+    # torchrun says LOCAL_WORLD_SIZE, the deepspeed launcher LOCAL_SIZE
+    found["LOCAL_WORLD_SIZE"] = os.environ.get(
+        "LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")
+    )
+    return found
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class StopFlag:
+    """Remembers SIGINT and SIGTERM; all ranks ask `agreed` at each step boundary.
+
+    A second SIGINT interrupts at once, as people expect of Ctrl-C.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._signal: signal.Signals | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopFlag":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self._signal is signal.SIGINT and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._signal = signal.Signals(number)
+
+    def agreed(self) -> bool:
+        """True on every rank once any rank was asked to stop (a collective)."""
+        return self._world.any(self._signal is not None)

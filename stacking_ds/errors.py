@@ -1,0 +1,34 @@
+"""The errors a user can meet. Each message says what, which value, where, and what to do."""
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "NonFiniteError",
+    "StageError",
+    "UserError",
+]
+
+
+class UserError(ValueError):
+    """Something the user can mend; programs print it as one sentence and exit with code 2."""
+
+
+class ConfigError(UserError):
+    """A recipe, an override, a DeepSpeed JSON or a command line that cannot be used."""
+
+
+class DataError(UserError):
+    """Text, vocabulary or token shards that are missing, empty, damaged or not the run's own."""
+
+
+class StageError(UserError):
+    """A stage schedule that cannot be trained, or a step outside it."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint or a run directory that is missing, damaged or belongs to another run."""
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient became NaN or infinite; the weights were not updated with it."""
