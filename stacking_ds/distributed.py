@@ -71,9 +71,9 @@ class World:
                 outcome = (action(), None)
             except Exception as error:  # noqa: BLE001 - handed to every rank, raised below
                 outcome = (None, error)
-        result, error = self.broadcast(outcome)
-        if error is not None:
-            raise error
+        result, failure = self.broadcast(outcome)
+        if failure is not None:
+            raise failure
         return result
 
 
