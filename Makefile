@@ -1,0 +1,58 @@
+# `make demo` and `make test` set up what they need; everything else builds on them.
+
+VENV ?= .venv
+# The first interpreter on the PATH that runs and is a supported version.
+PYTHON ?= $(firstword $(foreach candidate,python3 python3.11 python3.12,$(shell \
+	$(candidate) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
+	2>/dev/null && echo $(candidate))))
+BIN := $(VENV)/bin
+RUNS ?= runs
+RANKS ?= $(shell $(BIN)/python -c 'import torch; print(torch.cuda.device_count() or 2)')
+
+.PHONY: help setup demo test slow check format gpu-bundle gpu-check clean
+
+help:
+	@echo "make demo        grow a small BERT on real text, end to end (minutes on 2 cores)"
+	@echo "make test        the tests"
+	@echo "make check       ruff and mypy"
+	@echo "make slow        the tests that take longer"
+	@echo "make gpu-bundle  collect what 'make gpu-check' needs on a GPU machine without network"
+	@echo "make gpu-check   prove the GPU paths on this machine; writes gpu-check.{json,md}"
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or 3.12 found on the PATH; install one, or say make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: setup.py constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+setup: $(VENV)/.installed
+
+demo: setup
+	$(BIN)/stacking-ds prepare embedded --out $(RUNS)/embedded-shards --vocab-size 4096
+	$(BIN)/deepspeed --num_gpus $(RANKS) train.py --recipe demo --run-dir $(RUNS)/demo --resume \
+		--set data.path=$(RUNS)/embedded-shards
+	@$(BIN)/stacking-ds report $(RUNS)/demo
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "not slow and not cluster and not gpu"
+
+slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,52 @@
+"""stacking_ds: progressive-stacking pre-training of BERT-style encoders on DeepSpeed."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+# Ranges say what the code needs; constraints.txt pins what it was tested with.
+REQUIREMENTS = [
+    "deepspeed==0.19.8",  # ZeRO engine; stacking_ds.zero reads this version's private layout
+    "torch>=2.11,<2.14",  # tensors, torch.distributed, SDPA, AdamW
+    "datasets>=4",  # `stacking-ds prepare hf:NAME` reads any Hugging Face dataset
+    "tokenizers>=0.21",  # WordPiece training and encoding
+    "transformers>=5,<6",  # config and tokenizer files of the exported folder
+    "sentencex>=1.0.32,<2",  # sentence boundaries, which the NSP pairs are cut at
+    "pyarrow>=15",  # token shards are memory-mapped Arrow files; reads Parquet
+    "safetensors>=0.5",  # checkpoints and the exported weights
+    "pydantic>=2.10,<3",  # recipes and manifests are strict models; DeepSpeed brings it too
+    "PyYAML>=6",  # recipes are YAML
+    "numpy>=1.26",  # token arrays, masks, sample order
+    "tensorboard>=2.16",  # what people watch while it trains
+    "tqdm>=4.66",  # progress bars
+    "mpi4py>=4.1",  # DeepSpeed's MPI launchers find their ranks through it (wheel, no compiler)
+]
+DEVELOPMENT = [
+    "pytest>=8",
+    "pytest-timeout>=2.3",  # a multi-rank test must not hang the run
+    "hypothesis>=6.100",  # property tests of the schedules, the data order and the planner
+    "ruff>=0.15",
+    "mypy>=1.15",
+    "types-PyYAML",
+    "types-tqdm",
+]
+
+setup(
+    name="stacking_ds",
+    version="0.1.0",
+    description=__doc__.partition(": ")[2].strip(),
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.13",
+    install_requires=REQUIREMENTS,
+    extras_require={"dev": DEVELOPMENT},
+    packages=[*find_packages(include=["stacking_ds", "stacking_ds.*"]), "stacking_ds.ds_configs"],
+    # recipes and DeepSpeed JSONs live at the top level and travel inside the package
+    package_dir={"stacking_ds.ds_configs": "ds_configs"},
+    package_data={
+        "stacking_ds": ["py.typed"],
+        "stacking_ds.ds_configs": ["*.json", "recipes/*.yaml"],
+    },
+    entry_points={"console_scripts": ["stacking-ds = stacking_ds.cli:main"]},
+)

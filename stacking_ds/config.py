@@ -1,0 +1,325 @@
+"""`RunConfig`: everything a run is, from a YAML recipe and dotted overrides; strict and frozen.
+
+The order is: defaults here, then the recipe, then `--set section.key=value`. What results is
+written into the run directory, so that a run says by itself what it was.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from stacking_ds.bundled import recipe_path
+from stacking_ds.errors import ConfigError
+from stacking_ds.stages import StageSchedule, steps_for_tokens
+
+__all__ = [
+    "BatchSection",
+    "CheckpointSection",
+    "DataSection",
+    "EngineSection",
+    "EvaluationSection",
+    "GrowthSection",
+    "ModelSection",
+    "OptimizerSection",
+    "RunConfig",
+    "ScheduleSection",
+    "StageSection",
+    "changed_keys",
+    "load_run_config",
+]
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class DataSection(_Section):
+    """Which prepared token shards, and how examples are cut from them."""
+
+    path: str
+    """Folder that `stacking-ds prepare` wrote."""
+    sequence_length: Annotated[int, Field(ge=8)] = 128
+    """Tokens per row, [CLS] and [SEP] included."""
+    mlm_probability: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
+    """Share of a row's ordinary tokens that are predicted (Devlin et al. 2019 §3.1)."""
+    loader_workers: Count = 1
+    """Processes per rank that build batches ahead of the step; 0 builds them in the step."""
+
+
+class ModelSection(_Section):
+    """The encoder without its depth (the stages say that) and vocabulary (the data says that)."""
+
+    hidden_size: Positive
+    num_attention_heads: Positive
+    intermediate_size: Positive
+    max_position_embeddings: Positive = 512
+    type_vocab_size: Positive = 2
+    hidden_dropout_prob: Probability = 0.1
+    attention_probs_dropout_prob: Probability = 0.1
+    layer_norm_eps: Annotated[float, Field(gt=0.0)] = 1e-12
+    initializer_range: Annotated[float, Field(gt=0.0)] = 0.02
+    layer_norm_position: Literal["post", "pre"] = "post"
+    """`post` as in BERT; `pre` as in the code of Gong et al. 2019."""
+
+
+class StageSection(_Section):
+    """One growth stage: a depth, and how long to train at it, in steps or in token slots."""
+
+    num_hidden_layers: Positive
+    steps: Positive | None = None
+    tokens: Positive | None = None
+    """Token slots (rows x sequence_length); rounded up to whole steps."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "StageSection":
+        if (self.steps is None) == (self.tokens is None):
+            raise ValueError("give exactly one of steps and tokens")
+        return self
+
+
+class GrowthSection(_Section):
+    """What happens to layers and optimizer moments at a boundary."""
+
+    operator: Literal["stack", "interleave"] = "stack"
+    """`stack`: new layer j copies old layer j mod L (Gong et al. 2019 §3.1)."""
+    moments: Literal["reset", "carry"] = "reset"
+    """`reset` starts Adam anew, as in the paper; `carry` copies the moments with the layers."""
+
+
+class OptimizerSection(_Section):
+    name: Literal["adamw"] = "adamw"
+    learning_rate: Annotated[float, Field(gt=0.0)]
+    """Peak of the learning-rate schedule."""
+    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0.0)] = 1e-6
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    max_grad_norm: Annotated[float, Field(ge=0.0)] = 1.0
+    """Gradients are scaled down to this global norm; 0 turns clipping off."""
+
+
+class ScheduleSection(_Section):
+    """The learning rate over the whole run, and what a boundary does to it."""
+
+    shape: Literal["linear", "cosine", "constant", "wsd"] = "linear"
+    warmup_steps: Count = 0
+    decay_steps: Positive | None = None
+    """Length of the final decay; for `wsd` only."""
+    final_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Learning rate of the last step as a fraction of the peak."""
+    at_boundary: Literal["continue", "rewarm"] = "continue"
+    rewarm_steps: Count = 0
+
+
+class BatchSection(_Section):
+    global_batch_size: Positive
+    """Rows per step over all ranks; the same at any number of ranks."""
+    micro_batch_size: Positive
+    """Most rows that one rank puts through the model at once."""
+
+
+class EngineSection(_Section):
+    deepspeed: str = "zero1"
+    """A bundled DeepSpeed JSON (zero0 … zero3) or the path of one."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+
+
+class CheckpointSection(_Section):
+    every_steps: Positive = 1000
+    """A checkpoint is also written at each boundary, at the end and when asked to stop."""
+    keep_last: Positive = 2
+    """Older checkpoints are deleted, those at boundaries excepted."""
+    export_at_end: bool = True
+    """Write the finished model as a Hugging Face folder into the run."""
+
+
+class EvaluationSection(_Section):
+    every_steps: Count = 0
+    """0 evaluates at the end of each stage only; those evaluations are always made."""
+    max_samples: Positive = 1024
+
+
+class LoggingSection(_Section):
+    every_steps: Positive = 10
+    """A line of metrics is the mean over this many steps."""
+
+
+class RunConfig(_Section):
+    """One run, completely."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    seed: Count = 0
+    data: DataSection
+    model: ModelSection
+    stages: Annotated[tuple[StageSection, ...], Field(min_length=1)]
+    growth: GrowthSection = GrowthSection()
+    optimizer: OptimizerSection
+    schedule: ScheduleSection = ScheduleSection()
+    batch: BatchSection
+    engine: EngineSection = EngineSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    logging: LoggingSection = LoggingSection()
+
+    def stage_schedule(self) -> StageSchedule:
+        """The stages in steps.
+
+        Raises:
+            StageError: depths that do not grow.
+        """
+        return StageSchedule.from_depths(
+            [(stage.num_hidden_layers, self._steps_of(stage)) for stage in self.stages]
+        )
+
+    def _steps_of(self, stage: StageSection) -> int:
+        if stage.steps is not None:
+            return stage.steps
+        assert stage.tokens is not None
+        return steps_for_tokens(
+            stage.tokens, self.batch.global_batch_size, self.data.sequence_length
+        )
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+# What may differ between a run and its continuation without making it another run.
+_MAY_CHANGE = (
+    "data.path",
+    "data.loader_workers",
+    "batch.micro_batch_size",
+    "engine.",
+    "checkpoint.",
+    "evaluation.",
+    "logging.",
+)
+
+
+def changed_keys(before: RunConfig, now: RunConfig) -> list[str]:
+    """What makes `now` another run than `before`, as "key: before -> now" lines."""
+    old, new = _flatten(before.model_dump(mode="json")), _flatten(now.model_dump(mode="json"))
+    return [
+        f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not key.startswith(_MAY_CHANGE)
+    ]
+
+
+def load_run_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a recipe (a path, or the name of a bundled one) and apply `key=value` overrides.
+
+    Raises:
+        ConfigError: no such recipe, not YAML, unknown keys (with the nearest right one), values
+            of the wrong type or range; all of them in one message.
+    """
+    path = recipe_path(recipe)
+    raw = _read_yaml(path)
+    for override in overrides:
+        _apply_override(raw, override)
+    try:
+        return RunConfig.model_validate_json(json.dumps(raw))
+    except ValidationError as error:
+        problems = "; ".join(_sentence(problem) for problem in error.errors())
+        raise ConfigError(f"recipe {path}: {problems}") from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read recipe {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"recipe {path} is not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"recipe {path} must be a mapping of sections, not {type(raw).__name__}")
+    return raw
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError(f"override {override!r} must look like section.key=value")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: {text!r} is not a YAML value") from None
+    *parents, leaf = key.strip().split(".")
+    container: Any = raw
+    for parent in parents:
+        if isinstance(container, dict):
+            container = container.setdefault(parent, {})
+        else:
+            container = container[_position(container, parent, override)]
+    if isinstance(container, dict):
+        container[leaf] = value
+    else:
+        container[_position(container, leaf, override)] = value
+
+
+def _position(container: Any, text: str, override: str) -> int:
+    if not isinstance(container, list):
+        raise ConfigError(f"override {override!r}: {text!r} is inside a plain value")
+    if not text.isdigit() or int(text) >= len(container):
+        raise ConfigError(
+            f"override {override!r}: {text!r} is not one of the positions 0 to {len(container) - 1}"
+        )
+    return int(text)
+
+
+def _sentence(problem: Mapping[str, Any]) -> str:
+    location = [str(part) for part in problem["loc"]]
+    where = ".".join(location) or "the recipe"
+    if problem["type"] == "extra_forbidden":
+        known = _fields_at(location[:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+        return f"{where} is not a key; {hint}"
+    if problem["type"] == "missing":
+        return f"{where} is missing"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    value = problem.get("input")
+    shown = "" if isinstance(value, dict | list) else f" (got {value!r})"
+    return f"{where}: {message}{shown}"
+
+
+def _fields_at(location: Sequence[str]) -> list[str]:
+    section: Any = RunConfig
+    for part in location:
+        if part.isdigit():
+            section = StageSection
+        else:
+            section = section.model_fields[part].annotation
+    return list(section.model_fields)
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        items = [(f"{prefix}{key}", child) for key, child in value.items()]
+    elif isinstance(value, list):
+        items = [(f"{prefix}{index}", child) for index, child in enumerate(value)]
+    else:
+        return {prefix.removesuffix("."): value}
+    return {key: leaf for name, child in items for key, leaf in _flatten(child, name + ".").items()}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number, as everybody who writes a learning rate means it."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: list(resolvers) for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d+(?:\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
