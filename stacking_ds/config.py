@@ -294,10 +294,7 @@ def _sentence(problem: Mapping[str, Any]) -> str:
 def _fields_at(location: Sequence[str]) -> list[str]:
     section: Any = RunConfig
     for part in location:
-        if part.isdigit():
-            section = StageSection
-        else:
-            section = section.model_fields[part].annotation
+        section = StageSection if part.isdigit() else section.model_fields[part].annotation
     return list(section.model_fields)
 
 

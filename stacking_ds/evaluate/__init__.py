@@ -1,0 +1,1 @@
+"""How good an encoder is: held-out masked-LM loss."""

@@ -1,0 +1,73 @@
+"""Masked-LM and next-sentence loss on held-out rows with fixed masks."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from stacking_ds.data.loader import RankStep
+from stacking_ds.distributed import World
+from stacking_ds.model.bert import pretraining_loss
+
+__all__ = ["HeldOut", "evaluate_heldout"]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Means over all held-out targets of all ranks; losses in nats."""
+
+    mlm_loss: float
+    mlm_accuracy: float
+    nsp_loss: float
+    nsp_accuracy: float
+    mlm_targets: int
+
+    def metrics(self) -> dict[str, float]:
+        return {
+            "eval/mlm_loss": self.mlm_loss,
+            "eval/mlm_accuracy": self.mlm_accuracy,
+            "eval/nsp_loss": self.nsp_loss,
+            "eval/nsp_accuracy": self.nsp_accuracy,
+        }
+
+
+@torch.no_grad()
+def evaluate_heldout(model: Any, steps: Iterable[RankStep], world: World) -> HeldOut:
+    """Run `model` (a module or a DeepSpeed engine) over this rank's part of the held-out pass.
+
+    A collective: every rank passes the same number of equally shaped micro-batches, which
+    `RankStep` guarantees. The model is left in training mode.
+    """
+    sums = torch.zeros(6, dtype=torch.float64, device=world.device)
+    model.eval()
+    for rank_step in steps:
+        for micro_batch in rank_step.micro_batches:
+            batch = micro_batch.to(world.device)
+            mlm_logits_MV, nsp_logits_B2 = model(
+                batch.input_ids_BS,
+                batch.token_type_ids_BS,
+                batch.attention_mask_BS,
+                batch.mlm_positions_M,
+            )
+            mlm_sum, nsp_sum = pretraining_loss(
+                mlm_logits_MV, nsp_logits_B2, batch.mlm_labels_M, batch.next_sentence_label_B
+            )
+            mlm_right = (mlm_logits_MV.argmax(-1) == batch.mlm_labels_M).sum()
+            nsp_right = (nsp_logits_B2.argmax(-1) == batch.next_sentence_label_B).sum()
+            counts = (batch.mlm_labels_M.numel(), (batch.next_sentence_label_B >= 0).sum())
+            sums += torch.stack(
+                [
+                    torch.as_tensor(value, device=world.device).double()
+                    for value in (mlm_sum, mlm_right, counts[0], nsp_sum, nsp_right, counts[1])
+                ]
+            )
+    model.train()
+    mlm_sum, mlm_right, mlm_targets, nsp_sum, nsp_right, nsp_targets = world.sum(sums.tolist())
+    return HeldOut(
+        mlm_loss=mlm_sum / mlm_targets,
+        mlm_accuracy=mlm_right / mlm_targets,
+        nsp_loss=nsp_sum / nsp_targets,
+        nsp_accuracy=nsp_right / nsp_targets,
+        mlm_targets=round(mlm_targets),
+    )
