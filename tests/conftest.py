@@ -1,0 +1,30 @@
+"""What every test starts from: one thread, fixed seeds, no GPU test without a GPU."""
+
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    without_gpu = pytest.mark.skip(reason="needs an NVIDIA GPU; torch sees none here")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(without_gpu)
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - libraries under test may draw from it
+    torch.manual_seed(0)
