@@ -26,5 +26,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seeds() -> None:
     random.seed(0)
-    np.random.seed(0)  # noqa: NPY002 - libraries under test may draw from it
+    np.random.seed(0)
     torch.manual_seed(0)
