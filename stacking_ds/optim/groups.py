@@ -1,0 +1,59 @@
+"""Which parameters decay, and the one grouping of parameters that makes stacking free.
+
+ZeRO 1 and 2 flatten each parameter group and cut the flat buffer into equal parts, one a rank.
+With groups of its own, a layer is cut the same way whatever stands beside it, so the part of new
+layer i + L that a rank holds is the part of old layer i that it already held.
+"""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+__all__ = ["OUTSIDE", "parameter_groups"]
+
+OUTSIDE = "outside"
+
+_LAYER = re.compile(r"(?:^|\.)encoder\.layer\.(\d+)\.")
+
+
+def parameter_groups(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float
+) -> list[dict[str, Any]]:
+    """One {decay, no decay} pair of groups for what is outside the layers, then one per layer.
+
+    Biases and LayerNorm weights do not decay (Devlin et al. 2019, A.2, as their code has it). A
+    parameter that appears under several names belongs to the first. Empty groups are left out.
+
+    Returns:
+        For `torch.optim`: dicts of "params", "weight_decay" and "name", the last being
+        "outside/decay", "outside/no_decay", "layer.0/decay" and so on, in this order.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    layers: dict[str, int] = {}
+    seen: set[int] = set()
+    for name, parameter in named_parameters:
+        if id(parameter) in seen:
+            continue
+        seen.add(id(parameter))
+        found = _LAYER.search(name)
+        place = f"layer.{found[1]}" if found else OUTSIDE
+        layers[place] = int(found[1]) if found else -1
+        decays = _decays(name)
+        group = groups.setdefault(
+            f"{place}/{'decay' if decays else 'no_decay'}",
+            {"params": [], "weight_decay": weight_decay if decays else 0.0},
+        )
+        group["params"].append(parameter)
+    order = [
+        f"{place}/{kind}"
+        for place in sorted(layers, key=layers.__getitem__)
+        for kind in ("decay", "no_decay")
+    ]
+    return [{**groups[name], "name": name} for name in order if name in groups]
+
+
+def _decays(name: str) -> bool:
+    # by name, not by shape: under ZeRO 3 a parameter may already be an empty placeholder
+    return not (name.endswith("bias") or "LayerNorm" in name)
