@@ -1,0 +1,1 @@
+"""The BERT that is trained: configuration, modules, losses and its names at Hugging Face."""

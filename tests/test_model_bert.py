@@ -1,0 +1,346 @@
+"""The model is Hugging Face's BERT: same weights, same logits, losses and gradients."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+from torch.nn import functional
+
+from stacking_ds.errors import ConfigError
+from stacking_ds.model.bert import BertForPreTraining
+from stacking_ds.model.config import BertConfig
+from stacking_ds.model.loss import pretraining_loss
+from stacking_ds.model.names import TIED_AT_HUGGING_FACE, from_hugging_face, to_hugging_face
+
+# Wide initial weights, so that a wrong sum or a forgotten bias shows in the first digits.
+TINY = BertConfig(
+    vocab_size=97,
+    hidden_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=40,
+    max_position_embeddings=16,
+    hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0,
+    initializer_range=0.3,
+)
+CONFIGS = {
+    "tiny": TINY,
+    "one_layer_one_head": replace(TINY, num_hidden_layers=1, num_attention_heads=1),
+    "deep_many_heads": replace(TINY, num_hidden_layers=5, num_attention_heads=12),
+    "odd_sizes": replace(TINY, vocab_size=101, hidden_size=21, num_attention_heads=3),
+    "three_token_types": replace(TINY, type_vocab_size=3, layer_norm_eps=1e-5),
+}
+BATCHES = {"full": (16, 16, 16), "padded": (16, 5, 1)}
+
+
+def _model(config: BertConfig, seed: int = 0) -> BertForPreTraining:
+    """With random biases and norms too: zeros and ones would hide a missing one."""
+    model = BertForPreTraining(config, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def _hugging_face(model: BertForPreTraining) -> transformers.BertForPreTraining:
+    config = model.config
+    twin = transformers.BertForPreTraining(
+        transformers.BertConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            intermediate_size=config.intermediate_size,
+            max_position_embeddings=config.max_position_embeddings,
+            type_vocab_size=config.type_vocab_size,
+            layer_norm_eps=config.layer_norm_eps,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            attn_implementation="eager",  # another attention than ours, scaled and masked by hand
+        )
+    )
+    tensors = {name: value.detach() for name, value in model.named_parameters()}
+    twin.load_state_dict(to_hugging_face(tensors), strict=True)
+    return twin
+
+
+class _Batch:
+    """Random rows of the given lengths; two or three masked positions a row."""
+
+    def __init__(self, config: BertConfig, lengths: tuple[int, ...], seed: int = 1) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        shape = len(lengths), max(lengths)
+        # id 0 is [PAD], which Hugging Face's embedding gives no gradient
+        ids_BS = torch.randint(1, config.vocab_size, shape, generator=generator)
+        self.mask_BS = torch.arange(shape[1]) < torch.tensor(lengths)[:, None]
+        self.ids_BS = ids_BS.where(self.mask_BS, 0)
+        self.types_BS = torch.randint(0, config.type_vocab_size, shape, generator=generator)
+        chosen_BS = (torch.rand(shape, generator=generator) < 0.3) & self.mask_BS
+        chosen_BS[:, 0] = True
+        self.labels_BS = ids_BS.where(chosen_BS, -100)
+        self.positions_M = chosen_BS.flatten().nonzero().flatten()
+        self.labels_M = self.labels_BS.flatten()[self.positions_M]
+        self.nsp_labels_B = torch.arange(len(lengths)) % 2
+
+    @property
+    def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.ids_BS, self.types_BS, self.mask_BS
+
+
+def _run_theirs(twin: transformers.BertForPreTraining, batch: _Batch):
+    return twin(
+        input_ids=batch.ids_BS,
+        token_type_ids=batch.types_BS,
+        attention_mask=batch.mask_BS.long(),
+        labels=batch.labels_BS,
+        next_sentence_label=batch.nsp_labels_B,
+    )
+
+
+@pytest.mark.parametrize("lengths", BATCHES.values(), ids=BATCHES)
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_logits_and_losses_are_hugging_faces(config: BertConfig, lengths: tuple[int, ...]) -> None:
+    model, batch = _model(config), _Batch(config, lengths)
+    theirs = _run_theirs(_hugging_face(model), batch)
+    everywhere_BSV, _ = model(*batch.inputs)
+    masked_MV, nsp_B2 = model(*batch.inputs, batch.positions_M)
+
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    real_BS = batch.mask_BS
+    torch.testing.assert_close(everywhere_BSV[real_BS], theirs.prediction_logits[real_BS], **close)
+    torch.testing.assert_close(nsp_B2, theirs.seq_relationship_logits, **close)
+    loss = pretraining_loss(masked_MV, batch.labels_M, nsp_B2, batch.nsp_labels_B)
+    mean = loss.mlm_sum / len(batch.labels_M) + loss.nsp_sum / len(batch.nsp_labels_B)
+    torch.testing.assert_close(mean, theirs.loss, **close)
+
+
+@pytest.mark.parametrize("lengths", BATCHES.values(), ids=BATCHES)
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_gradients_are_hugging_faces(config: BertConfig, lengths: tuple[int, ...]) -> None:
+    # in fp64, where only a wrong formula is left to differ; fp32 rounds small gradients at 3e-5
+    model, batch = _model(config), _Batch(config, lengths)
+    twin = _hugging_face(model).double()
+    model = model.double()
+    masked_MV, nsp_B2 = model(*batch.inputs, batch.positions_M)
+    ours = functional.cross_entropy(masked_MV, batch.labels_M)
+    (ours + functional.cross_entropy(nsp_B2, batch.nsp_labels_B)).backward()
+    _run_theirs(twin, batch).loss.backward()
+    their_gradients = {name: value.grad for name, value in twin.named_parameters()}
+    for name, parameter in model.named_parameters():
+        if "key.bias" in name:  # softmax does not see it
+            assert parameter.grad.norm() < 1e-12
+            assert their_gradients[name].norm() < 1e-12
+            continue
+        error = (parameter.grad - their_gradients[name]).norm()
+        assert error < 1e-10 * their_gradients[name].norm(), name
+
+
+def test_names_and_shapes_are_hugging_faces_up_to_the_table() -> None:
+    ours = BertForPreTraining(TINY, seed=0)
+    theirs = _hugging_face(ours).state_dict()
+    names = {name: value.shape for name, value in ours.named_parameters()}
+    assert {name: value.shape for name, value in theirs.items()} == {
+        **names,
+        **{second: names[first] for second, first in TIED_AT_HUGGING_FACE.items()},
+    }
+
+
+def test_their_weights_in_our_model() -> None:
+    torch.manual_seed(3)
+    twin = _hugging_face(BertForPreTraining(TINY, seed=0))
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * 0.2)
+    ours = BertForPreTraining(TINY, seed=0)
+    tensors = from_hugging_face(twin.state_dict())
+    assert list(tensors) == [name for name, _ in ours.named_parameters()]
+    missing = ours.load_state_dict(tensors, strict=False)
+    assert set(missing.missing_keys) == set(TIED_AT_HUGGING_FACE)
+    assert not missing.unexpected_keys
+    batch = _Batch(TINY, BATCHES["padded"])
+    theirs = twin(batch.ids_BS, token_type_ids=batch.types_BS, attention_mask=batch.mask_BS.long())
+    logits_BSV, nsp_B2 = ours(*batch.inputs)
+    real_BS = batch.mask_BS
+    torch.testing.assert_close(
+        logits_BSV[real_BS], theirs.prediction_logits[real_BS], rtol=1e-5, atol=1e-5
+    )
+    torch.testing.assert_close(nsp_B2, theirs.seq_relationship_logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("position", ["post", "pre"])
+def test_the_gathered_head_is_the_full_head_at_those_positions(position: str) -> None:
+    model = _model(replace(TINY, layer_norm_position=position))
+    batch = _Batch(TINY, BATCHES["padded"])
+    everywhere_BSV, _ = model(*batch.inputs)
+    masked_MV, _ = model(*batch.inputs, batch.positions_M)
+    torch.testing.assert_close(masked_MV, everywhere_BSV.flatten(0, 1)[batch.positions_M])
+
+
+def _plain_pre_layer_norm(
+    tensors: dict[str, torch.Tensor], config: BertConfig, batch: _Batch
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pre-LN BERT once more: plain functions, explicit softmax, one head at a time."""
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        variance = (centred**2).mean(-1, keepdim=True)
+        unit = centred / (variance + config.layer_norm_eps).sqrt()
+        return unit * tensors[f"{name}.weight"] + tensors[f"{name}.bias"]
+
+    def dense(x: torch.Tensor, name: str) -> torch.Tensor:
+        return x @ tensors[f"{name}.weight"].T + tensors[f"{name}.bias"]
+
+    def gelu(x: torch.Tensor) -> torch.Tensor:
+        return x * 0.5 * (1 + torch.erf(x / 2**0.5))
+
+    embeddings = "bert.embeddings"
+    hidden = tensors[f"{embeddings}.word_embeddings.weight"][batch.ids_BS]
+    hidden = hidden + tensors[f"{embeddings}.token_type_embeddings.weight"][batch.types_BS]
+    length = batch.ids_BS.shape[1]
+    hidden = hidden + tensors[f"{embeddings}.position_embeddings.weight"][:length]
+    hidden = norm(hidden, f"{embeddings}.LayerNorm")
+    width = config.hidden_size // config.num_attention_heads
+    for index in range(config.num_hidden_layers):
+        layer = f"bert.encoder.layer.{index}"
+        entering = norm(hidden, f"{layer}.attention.LayerNorm")
+        query, key, value = (
+            dense(entering, f"{layer}.attention.self.{part}") for part in ("query", "key", "value")
+        )
+        heads = []
+        for head in range(config.num_attention_heads):
+            part = slice(head * width, (head + 1) * width)
+            scores = query[..., part] @ key[..., part].transpose(1, 2) / width**0.5
+            scores = scores.masked_fill(~batch.mask_BS[:, None, :], -1e9)
+            heads.append(scores.softmax(-1) @ value[..., part])
+        hidden = hidden + dense(torch.cat(heads, -1), f"{layer}.attention.output.dense")
+        entering = norm(hidden, f"{layer}.LayerNorm")
+        inner = gelu(dense(entering, f"{layer}.intermediate.dense"))
+        hidden = hidden + dense(inner, f"{layer}.output.dense")
+    hidden = norm(hidden, "bert.encoder.LayerNorm")
+    pooled = torch.tanh(dense(hidden[:, 0], "bert.pooler.dense"))
+    transformed = gelu(dense(hidden, "cls.predictions.transform.dense"))
+    transformed = norm(transformed, "cls.predictions.transform.LayerNorm")
+    decoder = tensors["bert.embeddings.word_embeddings.weight"]
+    logits = transformed @ decoder.T + tensors["cls.predictions.bias"]
+    return logits, dense(pooled, "cls.seq_relationship")
+
+
+@pytest.mark.parametrize("lengths", BATCHES.values(), ids=BATCHES)
+def test_pre_layer_norm_equals_a_plain_reference(lengths: tuple[int, ...]) -> None:
+    config = replace(TINY, layer_norm_position="pre", num_hidden_layers=3)
+    model, batch = _model(config), _Batch(config, lengths)
+    tensors = dict(model.named_parameters())
+    unused = set(tensors)
+
+    class Recording(dict):
+        def __getitem__(self, name: str) -> torch.Tensor:
+            unused.discard(name)
+            return tensors[name]
+
+    expected_BSV, expected_B2 = _plain_pre_layer_norm(Recording(), config, batch)
+    logits_BSV, nsp_B2 = model(*batch.inputs)
+    assert not unused
+    real_BS = batch.mask_BS
+    torch.testing.assert_close(logits_BSV[real_BS], expected_BSV[real_BS], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(nsp_B2, expected_B2, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(model(*batch.inputs)[1], _model(TINY)(*batch.inputs)[1], atol=1e-2)
+
+
+def test_a_batch_without_masked_positions_has_zero_loss_and_gradients() -> None:
+    model, batch = _model(TINY), _Batch(TINY, (16, 5))
+    nobody = torch.zeros(0, dtype=torch.long)
+    logits_MV, nsp_B2 = model(*batch.inputs, nobody)
+    assert logits_MV.shape == (0, TINY.vocab_size)
+    loss = pretraining_loss(logits_MV, nobody, nsp_B2, torch.full((2,), -100))
+    assert loss.mlm_sum.item() == 0.0
+    assert loss.nsp_sum.item() == 0.0
+    (loss.mlm_sum + loss.nsp_sum).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert not parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_row_of_padding_leaves_the_other_rows_and_all_gradients_alone(training: bool) -> None:
+    batch = _Batch(TINY, (16, 5, 16))
+    batch.mask_BS[2] = False
+    both, alone = _model(TINY).train(training), _model(TINY).train(training)
+    kept = batch.positions_M < 32
+    positions_M, labels_M = batch.positions_M[kept], batch.labels_M[kept]
+    nsp_labels_B = torch.tensor([0, 1, -100])
+    logits_MV, nsp_B2 = both(*batch.inputs, positions_M)
+    expected_MV, expected_B2 = alone(*(tensor[:2] for tensor in batch.inputs), positions_M)
+    torch.testing.assert_close(logits_MV, expected_MV)
+    torch.testing.assert_close(nsp_B2[:2], expected_B2)
+    assert nsp_B2.isfinite().all()
+    sum(pretraining_loss(logits_MV, labels_M, nsp_B2, nsp_labels_B)).backward()
+    sum(pretraining_loss(expected_MV, labels_M, expected_B2, nsp_labels_B[:2])).backward()
+    for (name, parameter), expected in zip(
+        both.named_parameters(), alone.parameters(), strict=True
+    ):
+        torch.testing.assert_close(parameter.grad, expected.grad, msg=name)
+
+
+def test_padding_does_not_leak_into_real_tokens() -> None:
+    model, batch = _model(TINY), _Batch(TINY, (16, 5))
+    before, _ = model(*batch.inputs)
+    batch.ids_BS[1, 5:] = 17
+    after, _ = model(*batch.inputs)
+    assert torch.equal(before[batch.mask_BS], after[batch.mask_BS])
+    batch.mask_BS[1, 5] = True  # and an attended token does show
+    changed, _ = model(*batch.inputs)
+    assert not torch.allclose(before[1, :5], changed[1, :5], atol=1e-3)
+
+
+def test_the_tied_decoder_is_one_parameter() -> None:
+    for model in (BertForPreTraining(TINY, seed=0), BertForPreTraining(TINY, seed=None)):
+        head, embeddings = model.cls.predictions, model.bert.embeddings
+        assert head.decoder.weight is embeddings.word_embeddings.weight
+        assert head.bias is head.decoder.bias
+        assert not {"cls.predictions.decoder.weight", "cls.predictions.decoder.bias"} & set(
+            dict(model.named_parameters())
+        )
+    cast = BertForPreTraining(TINY, seed=0).bfloat16()
+    assert cast.cls.predictions.decoder.weight is cast.bert.embeddings.word_embeddings.weight
+
+
+@pytest.mark.parametrize("position", ["post", "pre"])
+def test_bf16_runs_and_is_close(position: str) -> None:
+    config = replace(TINY, layer_norm_position=position, initializer_range=0.1)
+    model, batch = _model(config), _Batch(config, BATCHES["padded"])
+    exact_MV, _ = model(*batch.inputs, batch.positions_M)
+    model = model.bfloat16()
+    rough_MV, nsp_B2 = model(*batch.inputs, batch.positions_M)
+    assert rough_MV.dtype == torch.bfloat16
+    assert (rough_MV - exact_MV).abs().max() < 0.05 * exact_MV.abs().max()
+    loss = pretraining_loss(rough_MV, batch.labels_M, nsp_B2, batch.nsp_labels_B)
+    assert loss.mlm_sum.dtype == loss.nsp_sum.dtype == torch.float32
+    (loss.mlm_sum + loss.nsp_sum).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.dtype == torch.bfloat16, name
+        assert parameter.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("where", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
+def test_dropout_acts_in_training_only(where: str) -> None:
+    model, batch = _model(replace(TINY, **{where: 0.3})), _Batch(TINY, BATCHES["full"])
+    torch.manual_seed(0)
+    first, _ = model(*batch.inputs)
+    second, _ = model(*batch.inputs)
+    assert not torch.allclose(first, second, atol=1e-3)
+    torch.manual_seed(0)
+    assert torch.equal(model(*batch.inputs)[0], first)
+    model.eval()
+    quiet, _ = model(*batch.inputs)
+    assert torch.equal(quiet, model(*batch.inputs)[0])
+    assert torch.equal(quiet, _model(TINY)(*batch.inputs)[0])
+
+
+def test_rows_longer_than_the_position_embeddings() -> None:
+    batch = _Batch(TINY, (17,))
+    with pytest.raises(ConfigError, match="17 tokens do not fit max_position_embeddings=16"):
+        BertForPreTraining(TINY, seed=0)(*batch.inputs)
