@@ -24,15 +24,16 @@ from typing import Any
 __all__ = ["RankError", "RankTimeoutError", "run_ranks"]
 
 _GRACE_SECONDS = 2.0
-_REPOSITORY = Path(__file__).parents[1]
-_PRELOAD = [  # a name that cannot be imported is skipped by the server
+_TESTS = Path(__file__).parent
+_PRELOAD = [
+    # a name that cannot be imported is skipped
     "torch",
     "deepspeed",
     "deepspeed.runtime.zero.muon.muon_optimizer",
+    "deepspeed.runtime.zero.stage3",
     "pytest",
-    "stacking_ds.zero",
-    "stacking_ds.engine",
     "stacking_ds.checkpoint",
+    "sharded",
 ]
 _context = multiprocessing.get_context("forkserver")
 
@@ -195,7 +196,9 @@ def _start_server() -> None:
         return
     _context.set_forkserver_preload(_PRELOAD)
     environment = {
-        "PYTHONPATH": os.pathsep.join([str(_REPOSITORY), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(_TESTS.parent), str(_TESTS), os.environ.get("PYTHONPATH", "")]
+        ),
         # gloo ranks: also on a machine with fewer GPUs than ranks
         "CUDA_VISIBLE_DEVICES": "",
         "DS_ACCELERATOR": "cpu",

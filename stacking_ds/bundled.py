@@ -1,0 +1,44 @@
+"""Find the DeepSpeed JSONs and recipes that come with the package, in a checkout or a wheel."""
+
+from pathlib import Path
+
+import stacking_ds
+from stacking_ds.errors import ConfigError
+
+__all__ = ["ds_config_path", "recipe_path"]
+
+
+def ds_config_path(name: str) -> Path:
+    """The DeepSpeed JSON `name`: a path, or the name of a bundled one such as `zero1`.
+
+    Raises:
+        ConfigError: there is neither; the message lists the bundled names.
+    """
+    return _find(name, _folder(), ".json", "DeepSpeed JSON")
+
+
+def recipe_path(name: str) -> Path:
+    """The recipe `name`: a path, or the name of a bundled one.
+
+    Raises:
+        ConfigError: there is neither; the message lists the bundled names.
+    """
+    return _find(name, _folder() / "recipes", ".yaml", "recipe")
+
+
+def _folder() -> Path:
+    package = Path(stacking_ds.__file__).parent
+    installed = package / "ds_configs"
+    return installed if installed.is_dir() else package.parent / "ds_configs"
+
+
+def _find(name: str, folder: Path, suffix: str, what: str) -> Path:
+    given = Path(name).expanduser()
+    if given.suffix == suffix and given.is_file():
+        return given
+    bundled = {path.stem: path for path in sorted(folder.glob(f"*{suffix}"))}
+    stem = name.removesuffix(suffix)
+    if stem in bundled:
+        return bundled[stem]
+    known = ", ".join(bundled) or f"none found in {folder}"
+    raise ConfigError(f"no {what} {name!r}: give a path to a {suffix} file, or one of {known}")

@@ -1,0 +1,29 @@
+"""The only code that knows how DeepSpeed lays out masters and moments: it turns a live engine of
+any ZeRO stage into `Fragment`s, writes them back, and frees the engine."""
+
+from stacking_ds.zero.compatibility import require_pinned_deepspeed
+from stacking_ds.zero.gradients import gradient_norm, norm_before_step
+from stacking_ds.zero.release import release
+from stacking_ds.zero.state import (
+    fragments,
+    optimizer_step,
+    refresh,
+    reset_moments,
+    seed_moments,
+    without_phantom_step,
+    write_masters,
+)
+
+__all__ = [
+    "fragments",
+    "gradient_norm",
+    "norm_before_step",
+    "optimizer_step",
+    "refresh",
+    "release",
+    "require_pinned_deepspeed",
+    "reset_moments",
+    "seed_moments",
+    "without_phantom_step",
+    "write_masters",
+]

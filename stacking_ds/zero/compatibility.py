@@ -1,0 +1,91 @@
+"""Is this the DeepSpeed whose private layout the package knows?
+
+Everything in `stacking_ds.zero` was read in, and tested with, one DeepSpeed release. Another one
+may keep the names and change their meaning, so it is refused before any number is moved.
+"""
+
+from enum import Enum
+from typing import Any
+
+import deepspeed
+
+from stacking_ds.errors import ConfigError
+
+__all__ = ["Layout", "layout_of", "require_pinned_deepspeed"]
+
+PINNED_VERSION = "0.19.8"
+
+
+class Layout(Enum):
+    """Where DeepSpeed keeps the fp32 masters, by the class of `engine.optimizer`."""
+
+    MODULE = "torch optimizer on the module's own parameters (ZeRO 0, fp32)"
+    UNFUSED = "FP16_UnfusedOptimizer"  # ZeRO 0, bf16 or fp16: one master per parameter
+    FUSED = "FP16_Optimizer"  # the same with a fused Adam: one flat master per group
+    GROUPS = "DeepSpeedZeroOptimizer"  # ZeRO 1 and 2: each flat group cut among the ranks
+    PARAMETERS = "DeepSpeedZeroOptimizer_Stage3"  # ZeRO 3: each parameter cut among the ranks
+
+
+_REQUIRED = {
+    Layout.MODULE: (),
+    Layout.UNFUSED: ("fp16_groups", "fp32_groups", "loss_scale_config"),
+    Layout.FUSED: ("fp16_groups", "fp32_groups_flat", "fp16_groups_flat"),
+    Layout.GROUPS: (
+        "round_robin_bit16_groups",
+        "round_robin_bit16_offsets",
+        "single_partition_of_fp32_groups",
+        "partition_size",
+        "real_dp_process_group",
+        "update_lp_params",
+        "_hp_optimizer_states_linked",
+        "_lazy_init_hp_params_optimizer_state",
+    ),
+    Layout.PARAMETERS: (
+        "fp16_groups",
+        "fp32_partitioned_groups_flat",
+        "grad_position",
+        "get_param_id",
+        "persistent_parameters",
+        "_get_param_partition_rank",
+        "_partition_all_parameters",
+        "_reassign_or_swap_out_partitioned_parameters",
+    ),
+}
+
+
+def require_pinned_deepspeed() -> None:
+    """Raises:
+    ConfigError: another DeepSpeed than the one this package was proved with is installed.
+    """
+    if deepspeed.__version__ != PINNED_VERSION:
+        raise ConfigError(
+            f"DeepSpeed {deepspeed.__version__} is installed, but growth reads DeepSpeed's "
+            f"private buffers and is proved with {PINNED_VERSION} alone: "
+            f"pip install deepspeed=={PINNED_VERSION}"
+        )
+
+
+def layout_of(engine: Any) -> Layout:
+    """The layout of a live engine, with every private attribute it needs known to be there.
+
+    Raises:
+        ConfigError: the engine's optimizer wrapper is one whose layout is not known.
+    """
+    wrapper = engine.optimizer
+    name = type(wrapper).__name__
+    layout = Layout.MODULE
+    if wrapper is not engine.basic_optimizer:
+        known = {candidate.value: candidate for candidate in Layout}
+        if name not in known:
+            raise ConfigError(
+                f"DeepSpeed chose {name}, whose buffers this package does not know; "
+                f"start from a bundled DeepSpeed JSON (zero0 … zero3)"
+            )
+        layout = known[name]
+    missing = [attribute for attribute in _REQUIRED[layout] if not hasattr(wrapper, attribute)]
+    if missing:
+        raise ConfigError(
+            f"DeepSpeed's {name} has no {', '.join(missing)}: this is not the "
+            f"DeepSpeed {PINNED_VERSION} the package was proved with; reinstall that version"
+        )
+    return layout

@@ -1,0 +1,128 @@
+"""Where each parameter's fp32 elements lie in the flat tensors DeepSpeed gives the optimizer.
+
+ZeRO 1, 2: the parameters of one group in a row, cut into equal parts, one per rank
+    | weight .......... | bias | weight ..|pad|
+    |  rank 0     |  rank 1    |  rank 2      |
+
+ZeRO 3: each parameter cut by itself into ceil(numel / ranks) elements; rank 1's flat tensor
+    | weight's 2nd part | bias's 2nd part | …   (the last rank's parts may end in padding)
+
+ZeRO 0: whole parameters, the same on every rank
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from stacking_ds.zero.compatibility import Layout, layout_of
+
+__all__ = ["Piece", "flat_tensors", "overlap", "pieces"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The elements [start, stop) of a parameter are `flat.view(-1)[offset : offset + numel]`.
+
+    `flat` is the very tensor the base optimizer steps on, and the key of its state.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    flat: torch.Tensor
+    offset: int
+
+    def view(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This piece's elements of `tensor`, which has the shape of `flat`."""
+        return tensor.detach().view(-1)[self.offset : self.offset + self.stop - self.start]
+
+
+def overlap(offset: int, numel: int, low: int, high: int) -> tuple[int, int]:
+    """The part of `numel` elements lying at [offset, offset + numel) that falls in [low, high),
+    counted from the first of those elements; empty as (0, 0)."""
+    start, stop = max(offset, low) - offset, min(offset + numel, high) - offset
+    return (start, stop) if start < stop else (0, 0)
+
+
+def pieces(engine: Any) -> list[Piece]:
+    """Every piece this rank's optimizer holds, padding left out, in the order of the groups.
+
+    No communication. All ranks together hold each element once (ZeRO 0: each rank holds all).
+    """
+    layout = layout_of(engine)
+    walk = {
+        Layout.MODULE: _module_pieces,
+        Layout.UNFUSED: _unfused_pieces,
+        Layout.FUSED: _fused_pieces,
+        Layout.GROUPS: _group_pieces,
+        Layout.PARAMETERS: _parameter_pieces,
+    }[layout]
+    return list(walk(engine))
+
+
+def flat_tensors(engine: Any) -> list[torch.Tensor]:
+    """The fp32 tensors the base optimizer steps on: the keys of its state."""
+    wrapper = engine.optimizer
+    layout = layout_of(engine)
+    if layout is Layout.MODULE:
+        return [p for group in wrapper.param_groups for p in group["params"]]
+    if layout is Layout.UNFUSED:
+        return [master for group in wrapper.fp32_groups for master in group]
+    if layout is Layout.FUSED:
+        return list(wrapper.fp32_groups_flat)
+    if layout is Layout.GROUPS:
+        return list(wrapper.single_partition_of_fp32_groups)
+    return list(wrapper.fp32_partitioned_groups_flat)
+
+
+def _module_pieces(engine: Any) -> Iterator[Piece]:
+    for group in engine.optimizer.param_groups:
+        for p in group["params"]:
+            yield Piece(engine.param_names[p], tuple(p.shape), 0, p.numel(), p, 0)
+
+
+def _unfused_pieces(engine: Any) -> Iterator[Piece]:
+    wrapper = engine.optimizer
+    for group, masters in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
+        for p, master in zip(group, masters, strict=True):
+            yield Piece(engine.param_names[p], tuple(p.shape), 0, p.numel(), master, 0)
+
+
+def _fused_pieces(engine: Any) -> Iterator[Piece]:
+    wrapper = engine.optimizer
+    for group, flat in zip(wrapper.fp16_groups, wrapper.fp32_groups_flat, strict=True):
+        offset = 0
+        for p in group:
+            yield Piece(engine.param_names[p], tuple(p.shape), 0, p.numel(), flat, offset)
+            offset += p.numel()
+
+
+def _group_pieces(engine: Any) -> Iterator[Piece]:
+    wrapper = engine.optimizer
+    for index, flat in enumerate(wrapper.single_partition_of_fp32_groups):
+        size = int(wrapper.partition_size[index])
+        low = size * dist.get_rank(group=wrapper.real_dp_process_group[index])
+        group = wrapper.round_robin_bit16_groups[index]
+        offsets = wrapper.round_robin_bit16_offsets[index]
+        for p, offset in zip(group, offsets, strict=True):
+            start, stop = overlap(offset, p.numel(), low, low + size)
+            if start < stop:
+                place = offset + start - low
+                yield Piece(engine.param_names[p], tuple(p.shape), start, stop, flat, place)
+
+
+def _parameter_pieces(engine: Any) -> Iterator[Piece]:
+    wrapper = engine.optimizer
+    for group in wrapper.fp16_groups:
+        for p in group:
+            index, offset, size = wrapper.grad_position[wrapper.get_param_id(p)]
+            start = size * wrapper._get_param_partition_rank(p)
+            stop = min(start + size, p.ds_numel)
+            if start < stop:
+                flat = wrapper.fp32_partitioned_groups_flat[index]
+                shape = tuple(p.ds_shape)
+                yield Piece(engine.param_names[p], shape, start, stop, flat, offset)
