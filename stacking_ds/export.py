@@ -1,0 +1,170 @@
+"""A trained model as a folder that Hugging Face's `transformers` loads."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from stacking_ds.errors import CheckpointError, ConfigError, DataError
+from stacking_ds.model.bert import parameter_shapes
+from stacking_ds.model.config import BertConfig
+
+__all__ = ["export_to_hugging_face"]
+
+_SPECIAL_TOKENS = {
+    "unk_token": "[UNK]",
+    "sep_token": "[SEP]",
+    "pad_token": "[PAD]",
+    "cls_token": "[CLS]",
+    "mask_token": "[MASK]",
+}
+
+
+def export_to_hugging_face(
+    tensors: Mapping[str, torch.Tensor], config: BertConfig, tokenizer_dir: Path, out_dir: Path
+) -> None:
+    """Write the model and its tokenizer into `out_dir`.
+
+    The folder appears whole or not at all; an earlier export there is replaced. It loads with
+    `from_pretrained` as `BertForPreTraining`, any `AutoModel…` class of BERT, and `AutoTokenizer`.
+
+    Args:
+        tensors: every parameter of the model under our names, fp32 on the CPU.
+        config: the model's sizes.
+        tokenizer_dir: folder with the `tokenizer.json` and `vocab.txt` of the training data.
+        out_dir: new, empty, or an earlier export.
+
+    Raises:
+        ConfigError: a pre-LN model, or an `out_dir` with something else in it.
+        CheckpointError: tensors that are not those of `config`.
+        DataError: tokenizer files that are missing, unreadable or larger than the model.
+    """
+    if config.layer_norm_position != "post":
+        raise ConfigError(
+            f"layer_norm_position={config.layer_norm_position!r} cannot be exported: Hugging "
+            f"Face's BERT normalises after each residual sum; train with 'post' to export"
+        )
+    _check_tensors(tensors, config)
+    tokenizer = _read_tokenizer(tokenizer_dir)
+    if len(tokenizer["model"]["vocab"]) > config.vocab_size:
+        raise DataError(
+            f"the tokenizer in {tokenizer_dir} has {len(tokenizer['model']['vocab'])} tokens, the "
+            f"model {config.vocab_size}; export with the tokenizer the model was trained with"
+        )
+    out_dir = out_dir.resolve()  # behind a link, the folder is replaced and not the link
+    _check_replaceable(out_dir)
+
+    partial = out_dir.with_name(f".{out_dir.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # what a killed export may have left
+    partial.mkdir(parents=True)
+    try:
+        # Tied tensors stand under their first name only: `transformers` ties them on loading.
+        weights = {name: value.detach().contiguous() for name, value in tensors.items()}
+        save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
+        _write_json(partial / "config.json", _model_json(config, tokenizer))
+        _write_json(partial / "tokenizer_config.json", _tokenizer_json(config, tokenizer))
+        for name in ("tokenizer.json", "vocab.txt"):
+            shutil.copyfile(tokenizer_dir / name, partial / name)
+        _move_into_place(partial, out_dir)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_tensors(tensors: Mapping[str, torch.Tensor], config: BertConfig) -> None:
+    expected = parameter_shapes(config)
+    missing, unknown = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
+    if missing or unknown:
+        raise CheckpointError(
+            f"the tensors are not those of a model of {config.num_hidden_layers} layers: missing "
+            f"{sorted(missing)}, unknown {sorted(unknown)}; export with the checkpoint's own config"
+        )
+    for name, shape in expected.items():
+        if tuple(tensors[name].shape) != shape:
+            raise CheckpointError(
+                f"{name} has shape {tuple(tensors[name].shape)} where the config says {shape}; "
+                f"export with the checkpoint's own config"
+            )
+        assert tensors[name].dtype == torch.float32, name
+        assert tensors[name].device.type == "cpu", name
+
+
+def _read_tokenizer(folder: Path) -> dict[str, Any]:
+    for name in ("tokenizer.json", "vocab.txt"):
+        if not (folder / name).is_file():
+            raise DataError(f"{folder / name} is missing; point to the folder of prepared data")
+    try:
+        tokenizer: dict[str, Any] = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+        kinds = tokenizer["model"]["type"], tokenizer["normalizer"]["type"]
+        special = [tokenizer["model"]["vocab"][token] for token in _SPECIAL_TOKENS.values()]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{folder / 'tokenizer.json'} is not a BERT tokenizer ({error!r}); prepare the data "
+            f"anew or restore the file"
+        ) from error
+    if kinds != ("WordPiece", "BertNormalizer"):
+        raise DataError(
+            f"{folder / 'tokenizer.json'} is made of {kinds}, and BERT's of WordPiece with a "
+            f"BertNormalizer; export needs the tokenizer that prepared the data"
+        )
+    assert len(set(special)) == len(special)
+    return tokenizer
+
+
+def _model_json(config: BertConfig, tokenizer: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "architectures": ["BertForPreTraining"],
+        "model_type": "bert",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "intermediate_size": config.intermediate_size,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": config.hidden_dropout_prob,
+        "attention_probs_dropout_prob": config.attention_probs_dropout_prob,
+        "max_position_embeddings": config.max_position_embeddings,
+        "type_vocab_size": config.type_vocab_size,
+        "initializer_range": config.initializer_range,
+        "layer_norm_eps": config.layer_norm_eps,
+        "pad_token_id": tokenizer["model"]["vocab"]["[PAD]"],
+        "tie_word_embeddings": True,
+    }
+
+
+def _tokenizer_json(config: BertConfig, tokenizer: dict[str, Any]) -> dict[str, Any]:
+    normalizer = tokenizer["normalizer"]
+    return {
+        "tokenizer_class": "BertTokenizer",
+        "do_lower_case": normalizer["lowercase"],
+        "strip_accents": normalizer["strip_accents"],
+        "tokenize_chinese_chars": normalizer["handle_chinese_chars"],
+        "model_max_length": config.max_position_embeddings,
+        **_SPECIAL_TOKENS,
+    }
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_replaceable(out_dir: Path) -> None:
+    if not out_dir.exists():
+        return
+    if not out_dir.is_dir():
+        raise ConfigError(f"{out_dir} is a file; give the folder to export into")
+    # an export is replaced as a whole, so a folder of anything else would be lost
+    if any(out_dir.iterdir()) and not (out_dir / "model.safetensors").is_file():
+        raise ConfigError(f"{out_dir} holds something else than an export; give another folder")
+
+
+def _move_into_place(partial: Path, out_dir: Path) -> None:
+    previous = out_dir.with_name(f".{out_dir.name}.previous")
+    if out_dir.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+        out_dir.rename(previous)
+    partial.rename(out_dir)
+    shutil.rmtree(previous, ignore_errors=True)

@@ -1,0 +1,219 @@
+"""An export is loaded by `transformers` itself, and is never half there."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from stacking_ds import export
+from stacking_ds.errors import CheckpointError, ConfigError, DataError
+from stacking_ds.export import export_to_hugging_face
+from stacking_ds.model.bert import BertForPreTraining
+from stacking_ds.model.config import BertConfig
+
+# [PAD] is not token 0, so that a default would be noticed
+VOCABULARY = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]", "stack", "##ing", "cafe", "the", "!"]
+CONFIG = BertConfig(
+    vocab_size=16,
+    hidden_size=24,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    intermediate_size=40,
+    max_position_embeddings=32,
+    layer_norm_eps=1e-7,
+    initializer_range=0.3,
+)
+
+
+def _tokenizer(folder: Path, *, lowercase: bool = True) -> Tokenizer:
+    ids = {token: index for index, token in enumerate(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordPiece(ids, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(
+        lowercase=lowercase, strip_accents=lowercase, handle_chinese_chars=True, clean_text=True
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    tokenizer.add_special_tokens(VOCABULARY[:5])
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in VOCABULARY))
+    return tokenizer
+
+
+def _tensors(config: BertConfig = CONFIG, seed: int = 0) -> dict[str, torch.Tensor]:
+    return {
+        name: value.detach() for name, value in BertForPreTraining(config, seed).named_parameters()
+    }
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    _tokenizer(tmp_path / "data")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def exported(tmp_path: Path, data: Path) -> Path:
+    export_to_hugging_face(_tensors(), CONFIG, data, tmp_path / "run" / "export")
+    return tmp_path / "run" / "export"
+
+
+def _inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids_BS = torch.randint(0, CONFIG.vocab_size, (2, 9), generator=generator)
+    return ids_BS, torch.arange(9).ge(4).long().expand(2, 9), torch.ones(2, 9, dtype=torch.bool)
+
+
+def test_the_pretraining_model_gives_the_same_logits(exported: Path) -> None:
+    theirs, info = transformers.BertForPreTraining.from_pretrained(
+        exported, output_loading_info=True
+    )
+    assert not any(info.values()), info
+    ours = BertForPreTraining(CONFIG, seed=0).eval()
+    ids_BS, types_BS, mask_BS = _inputs()
+    got = theirs.eval()(ids_BS, token_type_ids=types_BS, attention_mask=mask_BS.long())
+    logits_BSV, nsp_B2 = ours(ids_BS, types_BS, mask_BS)
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(got.prediction_logits, logits_BSV, **close)
+    torch.testing.assert_close(got.seq_relationship_logits, nsp_B2, **close)
+    assert theirs.dtype == torch.float32
+    words = theirs.bert.embeddings.word_embeddings.weight
+    assert theirs.cls.predictions.decoder.weight is words
+
+
+def test_auto_classes_find_all_their_weights(exported: Path) -> None:
+    ids_BS, types_BS, mask_BS = _inputs()
+    ours = BertForPreTraining(CONFIG, seed=0).eval()
+    logits_BSV, _ = ours(ids_BS, types_BS, mask_BS)
+    hidden_BSH, _ = ours.bert(ids_BS, types_BS, mask_BS)
+    inputs = {
+        "input_ids": ids_BS,
+        "token_type_ids": types_BS,
+        "attention_mask": mask_BS.long(),
+    }
+    masked, info = transformers.AutoModelForMaskedLM.from_pretrained(
+        exported, output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    torch.testing.assert_close(masked.eval()(**inputs).logits, logits_BSV, rtol=1e-5, atol=1e-5)
+    encoder, info = transformers.AutoModel.from_pretrained(exported, output_loading_info=True)
+    assert not info["missing_keys"]
+    torch.testing.assert_close(
+        encoder.eval()(**inputs).last_hidden_state, hidden_BSH, rtol=1e-5, atol=1e-5
+    )
+
+
+def test_the_config_is_the_models(exported: Path) -> None:
+    config = transformers.AutoConfig.from_pretrained(exported)
+    for name in vars(CONFIG):
+        if name != "layer_norm_position":
+            assert getattr(config, name) == getattr(CONFIG, name), name
+    assert config.pad_token_id == 1
+    assert config.architectures == ["BertForPreTraining"]
+
+
+def test_tied_tensors_are_stored_once(exported: Path) -> None:
+    stored = safetensors.torch.load_file(exported / "model.safetensors")
+    assert stored.keys() == _tensors().keys()
+    with safetensors.safe_open(exported / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+TEXTS = ["The stacking!", "Stacking, CAFÉ the", "unheard of", "[MASK] the stack", "the中stack"]
+
+
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_the_tokenizer_gives_the_same_ids(tmp_path: Path, lowercase: bool) -> None:
+    tokenizer = _tokenizer(tmp_path / "data", lowercase=lowercase)
+    export_to_hugging_face(_tensors(), CONFIG, tmp_path / "data", tmp_path / "export")
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "export")
+    assert (5 in tokenizer.encode("STACK").ids) == lowercase
+    for text in TEXTS:
+        assert loaded(text)["input_ids"] == tokenizer.encode(text).ids, text
+    pair = loaded("the stack", "stacking!")
+    assert pair["input_ids"] == tokenizer.encode("the stack", "stacking!").ids
+    assert pair["token_type_ids"] == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert (loaded.pad_token_id, loaded.mask_token_id, loaded.model_max_length) == (1, 4, 32)
+
+
+def test_pre_layer_norm_is_refused(tmp_path: Path, data: Path) -> None:
+    config = replace(CONFIG, layer_norm_position="pre")
+    with pytest.raises(ConfigError, match="layer_norm_position='pre' cannot be exported"):
+        export_to_hugging_face(_tensors(config), config, data, tmp_path / "export")
+    assert not (tmp_path / "export").exists()
+
+
+def test_tensors_of_another_model_are_refused(tmp_path: Path, data: Path) -> None:
+    out = tmp_path / "export"
+    with pytest.raises(CheckpointError, match=r"of 2 layers: missing \[\], unknown .*layer\.2\."):
+        export_to_hugging_face(_tensors(), CONFIG.with_depth(2), data, out)
+    with pytest.raises(CheckpointError, match=r"word_embeddings.weight has shape \(16, 24\) where"):
+        export_to_hugging_face(_tensors(), replace(CONFIG, vocab_size=17), data, out)
+    assert not out.exists()
+
+
+def test_a_wrong_tokenizer_is_refused(tmp_path: Path, data: Path) -> None:
+    small = replace(CONFIG, vocab_size=9)
+    with pytest.raises(DataError, match="has 10 tokens, the model 9"):
+        export_to_hugging_face(_tensors(small), small, data, tmp_path / "export")
+    (data / "vocab.txt").unlink()
+    with pytest.raises(DataError, match=r"vocab\.txt is missing"):
+        export_to_hugging_face(_tensors(), CONFIG, data, tmp_path / "export")
+    (data / "vocab.txt").touch()
+    broken = json.loads((data / "tokenizer.json").read_text())
+    del broken["model"]["vocab"]["[MASK]"]
+    (data / "tokenizer.json").write_text(json.dumps(broken))
+    with pytest.raises(DataError, match=r"not a BERT tokenizer .*\[MASK\]"):
+        export_to_hugging_face(_tensors(), CONFIG, data, tmp_path / "export")
+    (data / "tokenizer.json").write_text("{")
+    with pytest.raises(DataError, match="not a BERT tokenizer"):
+        export_to_hugging_face(_tensors(), CONFIG, data, tmp_path / "export")
+
+
+def test_an_earlier_export_is_replaced_whole(exported: Path, data: Path) -> None:
+    (exported / "leftover.txt").touch()
+    export_to_hugging_face(_tensors(seed=1), CONFIG, data, exported)
+    stored = safetensors.torch.load_file(exported / "model.safetensors")
+    assert all(torch.equal(stored[name], value) for name, value in _tensors(seed=1).items())
+    assert [path.name for path in exported.parent.iterdir()] == ["export"]
+    assert not (exported / "leftover.txt").exists()
+
+
+def test_a_failing_export_leaves_the_earlier_one_and_nothing_else(
+    exported: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path.name: path.read_bytes() for path in exported.iterdir()}
+
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export.shutil, "copyfile", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        export_to_hugging_face(_tensors(seed=1), CONFIG, data, exported)
+    assert {path.name: path.read_bytes() for path in exported.iterdir()} == before
+    assert [path.name for path in exported.parent.iterdir()] == ["export"]
+
+
+def test_what_a_killed_export_left_is_cleared(exported: Path, data: Path) -> None:
+    # killed between the two renames: the old export waits beside the place
+    exported.rename(exported.with_name(".export.previous"))
+    (exported.parent / ".export.partial").mkdir()
+    export_to_hugging_face(_tensors(), CONFIG, data, exported)
+    assert [path.name for path in exported.parent.iterdir()] == ["export"]
+
+
+def test_a_folder_of_other_things_is_not_overwritten(tmp_path: Path, data: Path) -> None:
+    mine = tmp_path / "thesis"
+    mine.mkdir()
+    export_to_hugging_face(_tensors(), CONFIG, data, mine)  # empty is fine
+    (mine / "model.safetensors").rename(mine / "chapter.tex")
+    with pytest.raises(ConfigError, match="thesis holds something else than an export"):
+        export_to_hugging_face(_tensors(), CONFIG, data, mine)
+    assert (mine / "chapter.tex").exists()
+    with pytest.raises(ConfigError, match="is a file"):
+        export_to_hugging_face(_tensors(), CONFIG, data, mine / "chapter.tex")
