@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from stacking_ds.errors import ConfigError
+from stacking_ds.errors import ConfigError, UserError
 
 __all__ = ["StopFlag", "World", "rank_from_environment", "start", "stop"]
 
@@ -72,6 +72,8 @@ class World:
             except Exception as error:  # noqa: BLE001 - handed to every rank, raised below
                 outcome = (None, error)
         result, failure = self.broadcast(outcome)
+        if isinstance(failure, UserError):
+            failure.on_all_ranks = True
         if failure is not None:
             raise failure
         return result

@@ -13,6 +13,9 @@ __all__ = [
 class UserError(ValueError):
     """Something the user can mend; programs print it as one sentence and exit with code 2."""
 
+    on_all_ranks = False
+    """True where every rank raises this same error, so that one of them may speak for all."""
+
 
 class ConfigError(UserError):
     """A recipe, an override, a DeepSpeed JSON or a command line that cannot be used."""

@@ -8,7 +8,7 @@ import torch
 
 from stacking_ds.data.loader import RankStep
 from stacking_ds.distributed import World
-from stacking_ds.model.bert import pretraining_loss
+from stacking_ds.model.loss import pretraining_loss
 
 __all__ = ["HeldOut", "evaluate_heldout"]
 
@@ -51,7 +51,7 @@ def evaluate_heldout(model: Any, steps: Iterable[RankStep], world: World) -> Hel
                 batch.mlm_positions_M,
             )
             mlm_sum, nsp_sum = pretraining_loss(
-                mlm_logits_MV, nsp_logits_B2, batch.mlm_labels_M, batch.next_sentence_label_B
+                mlm_logits_MV, batch.mlm_labels_M, nsp_logits_B2, batch.next_sentence_label_B
             )
             mlm_right = (mlm_logits_MV.argmax(-1) == batch.mlm_labels_M).sum()
             nsp_right = (nsp_logits_B2.argmax(-1) == batch.next_sentence_label_B).sum()

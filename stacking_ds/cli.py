@@ -1,0 +1,211 @@
+"""`stacking-ds prepare · train · evaluate · export · report`."""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from stacking_ds import __version__
+from stacking_ds.errors import NonFiniteError, UserError
+
+__all__ = ["main"]
+
+USER_ERROR, NOT_FINITE = 2, 3
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the process's exit code.
+
+    0 done (or stopped when asked), 2 something the user can mend, 3 a loss that is not finite.
+    """
+    options = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], int] = options.command
+    try:
+        return command(options)
+    except UserError as error:
+        _say_once(f"stacking-ds: error: {error}", everywhere=error.on_all_ranks)
+        return USER_ERROR
+    except NonFiniteError as error:
+        _say_once(f"stacking-ds: error: {error}", everywhere=True)
+        return NOT_FINITE
+
+
+def _say_once(message: str, *, everywhere: bool) -> None:
+    """Print an error: once a node if all ranks have it, else on the rank that has it."""
+    rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
+    if local_rank == "0" or not everywhere:
+        prefix = "" if rank == "0" else f"[rank {rank}] "
+        print(prefix + message, file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="stacking-ds", description="Pre-train BERT-style encoders by progressive stacking."
+    )
+    parser.add_argument("--version", action="version", version=f"stacking-ds {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_prepare(commands.add_parser("prepare", help="text to token shards"))
+    _add_train(commands.add_parser("train", help="train a recipe, growing from stage to stage"))
+    _add_evaluate(commands.add_parser("evaluate", help="held-out loss of a run's checkpoint"))
+    _add_export(commands.add_parser("export", help="a run's model as a Hugging Face folder"))
+    report = commands.add_parser("report", help="what happened in a run, as a table")
+    report.add_argument("run_dir", type=Path)
+    report.set_defaults(command=_report)
+    return parser
+
+
+# ------------------------------------------------------------------------- prepare
+
+
+def _add_prepare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help=".txt (blank line = new document), .jsonl[.gz], .parquet or .arrow files, folders or "
+        "globs; hf:NAME[:CONFIG][@SPLIT] for a Hugging Face dataset; `embedded` for the English "
+        "prose that a Python installation carries",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--vocab", type=Path, help="vocab.txt or tokenizer.json to use")
+    parser.add_argument(
+        "--vocab-size", type=int, default=8192, help="size of the vocabulary to train (%(default)s)"
+    )
+    parser.add_argument(
+        "--heldout", nargs="+", default=[], metavar="SOURCE", help="what to hold out; else a share"
+    )
+    parser.add_argument(
+        "--heldout-fraction", type=float, default=0.02, help="share of documents (%(default)s)"
+    )
+    parser.add_argument("--licence", help="the text's licence, for the manifest")
+    parser.set_defaults(command=_prepare)
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from stacking_ds.data.prepare import Progress, prepare
+
+    started = time.monotonic()
+    with tqdm(unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+
+        def progress(now: Progress) -> None:
+            bar.set_description(f"{now.task}: {now.documents:,} documents", refresh=False)
+            bar.update(now.characters - bar.n)
+
+        prepared = prepare(
+            options.sources,
+            options.out,
+            vocabulary=options.vocab,
+            vocab_size=options.vocab_size,
+            heldout_sources=options.heldout,
+            heldout_fraction=options.heldout_fraction,
+            licence=options.licence,
+            progress=progress,
+        )
+    manifest = prepared.manifest
+    verb = "re-using" if prepared.reused else f"prepared in {time.monotonic() - started:.0f} s:"
+    print(
+        f"{verb} {options.out}: vocabulary {manifest.vocab_size:,}; train "
+        f"{manifest.train.documents:,} documents, {manifest.train.tokens:,} tokens; held out "
+        f"{manifest.heldout.documents:,} documents, {manifest.heldout.tokens:,} tokens"
+    )
+    return 0
+
+
+# --------------------------------------------------------------------------- train
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--recipe", required=True, help="a bundled recipe's name, or a .yaml file")
+    parser.add_argument("--run-dir", type=Path, help="where the run lives (runs/<recipe's name>)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a key of the recipe, e.g. optimizer.learning_rate=1e-3; repeatable",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run in --run-dir if there is one"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check recipe and data, show the schedule, and stop"
+    )
+    # launchers pass it; the environment says the same
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    parser.set_defaults(command=_train)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from stacking_ds.config import load_run_config
+    from stacking_ds.job import Job
+
+    try:
+        config = load_run_config(options.recipe, options.set)
+        job = Job.check(config)
+    except UserError as error:
+        # no rank has met another yet, and all of them read the same files
+        error.on_all_ranks = True
+        raise
+    run_dir = options.run_dir or Path("runs") / config.name
+    if options.dry_run:
+        print(f"{config.to_yaml()}\n{job.schedule.draw()}\n{job.learning_rates.draw()}")
+        return 0
+
+    from stacking_ds import distributed
+    from stacking_ds.report import run_table
+    from stacking_ds.trainer import train
+
+    world = distributed.start()
+    try:
+        train(job, world, run_dir, resume=options.resume)
+        if world.is_first:
+            print(run_table(run_dir))
+    finally:
+        distributed.stop()
+    return 0
+
+
+# ------------------------------------------------------------- evaluate and export
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--checkpoint", help="e.g. step_00001000; the newest if not given")
+    parser.add_argument("--data", help="token shards to evaluate on; the run's own if not given")
+    parser.set_defaults(command=_evaluate)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from stacking_ds.evaluate.checkpoint import evaluate_checkpoint
+
+    result = evaluate_checkpoint(options.run_dir, options.checkpoint, options.data)
+    print(json.dumps(result))
+    return 0
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--checkpoint", help="e.g. step_00001000; the newest if not given")
+    parser.add_argument("--out", type=Path, help="folder to write (RUN_DIR/export)")
+    parser.set_defaults(command=_export)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from stacking_ds.export import export_run
+
+    target = options.out or options.run_dir / "export"
+    export_run(options.run_dir, options.checkpoint, target)
+    print(f"exported: {target}")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from stacking_ds.report import run_table
+
+    print(run_table(options.run_dir))
+    return 0

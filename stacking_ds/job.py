@@ -1,0 +1,110 @@
+"""A recipe and its data, checked as far as one process can before any rank meets another.
+
+Whatever is wrong with the recipe, the shards or the DeepSpeed JSON shows here, in seconds.
+"""
+
+import hashlib
+import itertools
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from stacking_ds.config import RunConfig
+from stacking_ds.data.loader import PretrainingData, RankStep, evaluation_steps
+from stacking_ds.data.shards import TokenShards
+from stacking_ds.data.unigram import unigram_mlm_loss
+from stacking_ds.engine import load_ds_config
+from stacking_ds.growth.operators import layer_map
+from stacking_ds.model.config import BertConfig
+from stacking_ds.optim.schedule import LearningRateSchedule
+from stacking_ds.stages import StageSchedule
+
+__all__ = ["Job"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run trains on, how long, and how fast it learns; see `Job.check`."""
+
+    config: RunConfig
+    schedule: StageSchedule
+    learning_rates: LearningRateSchedule
+    shards: TokenShards
+    train_data: PretrainingData
+    ds_json: dict[str, Any]
+
+    @classmethod
+    def check(cls, config: RunConfig) -> "Job":
+        """Open and validate everything that `config` names.
+
+        Raises:
+            StageError: depths that do not grow, or that the growth operator cannot reach.
+            ConfigError: a learning-rate schedule, model or DeepSpeed JSON that cannot be used.
+            DataError: shards that are missing, damaged or too small for one global batch.
+        """
+        schedule = config.stage_schedule()
+        depths = [stage.num_hidden_layers for stage in schedule.stages]
+        for old_depth, new_depth in itertools.pairwise(depths):
+            layer_map(config.growth.operator, old_depth, new_depth)
+        shards = TokenShards.open(Path(config.data.path))
+        job = cls(
+            config=config,
+            schedule=schedule,
+            learning_rates=_learning_rates(config, schedule),
+            shards=shards,
+            train_data=PretrainingData(
+                shards,
+                "train",
+                sequence_length=config.data.sequence_length,
+                mlm_probability=config.data.mlm_probability,
+                seed=config.seed,
+            ),
+            ds_json=load_ds_config(config.engine.deepspeed),
+        )
+        job.train_data.require_rows(config.batch.global_batch_size)
+        job.model_config(depths[0])
+        return job
+
+    def model_config(self, num_hidden_layers: int) -> BertConfig:
+        """The model at a depth, with the vocabulary of the shards."""
+        return BertConfig(
+            vocab_size=self.shards.manifest.vocab_size,
+            num_hidden_layers=num_hidden_layers,
+            **self.config.model.model_dump(),
+        )
+
+    @cached_property
+    def data_sha256(self) -> str:
+        """What identifies the training data: a hash over the hashes of its shards."""
+        files = sorted(file.sha256 for file in self.shards.manifest.files)
+        return hashlib.sha256("".join(files).encode()).hexdigest()
+
+    def heldout(self, rank: int, world_size: int) -> list[RankStep]:
+        """This rank's part of the fixed held-out pass."""
+        config = self.config
+        return list(
+            evaluation_steps(
+                self.shards,
+                sequence_length=config.data.sequence_length,
+                mlm_probability=config.data.mlm_probability,
+                max_samples=config.evaluation.max_samples,
+                rank=rank,
+                world_size=world_size,
+                micro_batch_size=config.batch.micro_batch_size,
+            )
+        )
+
+    @cached_property
+    def unigram_loss(self) -> float:
+        """Held-out MLM loss of a model that knows word frequencies only, in nats."""
+        return unigram_mlm_loss(self.shards, self.heldout(0, 1))
+
+
+def _learning_rates(config: RunConfig, schedule: StageSchedule) -> LearningRateSchedule:
+    return LearningRateSchedule(
+        peak=config.optimizer.learning_rate,
+        total_steps=schedule.total_steps,
+        boundaries=schedule.boundaries,
+        **config.schedule.model_dump(),
+    )

@@ -1,0 +1,130 @@
+"""What is counted while a run trains, and the line of metrics made of it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["Interval", "StepResult", "TrainState", "metrics_line"]
+
+
+@dataclass
+class TrainState:
+    """What a run is besides its weights and moments; saved with every checkpoint."""
+
+    step: int = 0
+    """Completed steps; a step that fp16 loss scaling skips counts, since its batch is consumed."""
+    stage_index: int = 0
+    samples_seen: int = 0
+    tokens_seen: int = 0
+    """Real tokens, padding excluded."""
+    wall_seconds: float = 0.0
+    """From start to now, evaluation and checkpoints included, interruptions excluded."""
+    stage_tokens: int = 0
+    stage_train_seconds: float = 0.0
+    """Time in this stage's steps alone."""
+    boundary_seconds: float = 0.0
+    """How long the boundary before this stage took."""
+
+    def enter(self, stage_index: int, boundary_seconds: float) -> None:
+        """The boundary is done; the counts of the new stage begin."""
+        self.stage_index, self.boundary_seconds = stage_index, boundary_seconds
+        self.stage_tokens, self.stage_train_seconds = 0, 0.0
+        self.wall_seconds += boundary_seconds
+
+    def count(self, result: "StepResult", samples: int, seconds: float) -> None:
+        """One more completed step."""
+        self.step += 1
+        self.samples_seen += samples
+        self.tokens_seen += result.tokens
+        self.stage_tokens += result.tokens
+        self.stage_train_seconds += seconds
+        self.wall_seconds += seconds
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One step over all ranks; losses are means over the global batch's targets, in nats."""
+
+    mlm_loss: float
+    nsp_loss: float
+    mlm_targets: int
+    tokens: int
+    grad_norm: float
+    learning_rate: float
+
+    @property
+    def loss(self) -> float:
+        return self.mlm_loss + self.nsp_loss
+
+
+@dataclass
+class Interval:
+    """The steps since the last line of metrics."""
+
+    results: list[StepResult] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def count(self, result: StepResult, seconds: float) -> None:
+        self.results.append(result)
+        self.seconds += seconds
+
+    @property
+    def steps(self) -> int:
+        return len(self.results)
+
+    @property
+    def tokens(self) -> int:
+        return sum(result.tokens for result in self.results)
+
+    @property
+    def mlm_targets(self) -> int:
+        return sum(result.mlm_targets for result in self.results)
+
+    def mean(self, name: str) -> float:
+        return float(sum(getattr(result, name) for result in self.results)) / self.steps
+
+
+def metrics_line(
+    state: TrainState,
+    interval: Interval,
+    *,
+    num_hidden_layers: int,
+    flops_per_token: float,
+    peak_flops_per_second: float,
+    remaining_layer_steps: int,
+    extra: Mapping[str, float],
+) -> dict[str, Any]:
+    """One line of `metrics.jsonl`.
+
+    Args:
+        flops_per_token: model FLOPs (forward and backward) of a real token.
+        peak_flops_per_second: measured matmul peak of all ranks together.
+        remaining_layer_steps: layers still to train, summed over the steps; a step's time is
+            taken to grow with depth as its layers do.
+        extra: further metrics, e.g. of an evaluation.
+    """
+    tokens_per_second = interval.tokens / interval.seconds
+    seconds_per_layer = interval.seconds / (interval.steps * num_hidden_layers)
+    return {
+        "step": state.step,
+        "stage": state.stage_index,
+        "num_hidden_layers": num_hidden_layers,
+        "samples_seen": state.samples_seen,
+        "tokens_seen": state.tokens_seen,
+        "train/loss": interval.mean("loss"),
+        "train/mlm_loss": interval.mean("mlm_loss"),
+        "train/nsp_loss": interval.mean("nsp_loss"),
+        "optim/learning_rate": interval.results[-1].learning_rate,
+        "optim/grad_norm": interval.results[-1].grad_norm,
+        "speed/tokens_per_second": tokens_per_second,
+        "speed/step_seconds": interval.seconds / interval.steps,
+        "speed/model_flops_utilization": flops_per_token
+        * tokens_per_second
+        / peak_flops_per_second,
+        "speed/remaining_seconds": seconds_per_layer * remaining_layer_steps,
+        "stage/tokens": state.stage_tokens,
+        "stage/train_seconds": state.stage_train_seconds,
+        "stage/boundary_seconds": state.boundary_seconds,
+        "wall_seconds": state.wall_seconds,
+        **extra,
+    }

@@ -1,0 +1,78 @@
+"""A run as a table for people."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from stacking_ds import run_directory
+from stacking_ds.errors import CheckpointError
+from stacking_ds.monitor import read_metrics
+
+__all__ = ["run_table"]
+
+_COLUMNS = (
+    "stage",
+    "layers",
+    "steps",
+    "tokens",
+    "train loss",
+    "held-out MLM loss",
+    "tokens/s",
+    "boundary s",
+)
+
+
+def run_table(run_dir: Path) -> str:
+    """What happened in each stage so far, the unigram floor, and what the shallow stages spared.
+
+    Raises:
+        CheckpointError: there is no run, or it has not come far enough to say anything.
+    """
+    config = run_directory.read_config(run_dir)
+    schedule = config.stage_schedule()
+    last_of_stage = {line["stage"]: line for line in read_metrics(run_dir)}
+    if not last_of_stage:
+        raise CheckpointError(f"{run_dir} has no metrics yet; train it first")
+    rows = [
+        _row(line, line["step"] - schedule.stages[index].start_step)
+        for index, line in sorted(last_of_stage.items())
+    ]
+    last = last_of_stage[max(last_of_stage)]
+    lines = [_aligned([_COLUMNS, *rows]), ""]
+    if "eval/unigram_mlm_loss" in last:
+        lines.append(
+            f"unigram floor: {last['eval/unigram_mlm_loss']:.3f} held-out MLM loss of word "
+            f"frequencies alone, on the same masked tokens"
+        )
+    saved = 1 - schedule.layer_steps / schedule.full_depth_layer_steps
+    lines += [
+        f"layer-steps: {schedule.layer_steps:,} against {schedule.full_depth_layer_steps:,} at "
+        f"full depth for as many steps ({saved:.0%} fewer; a count of work, not a quality claim)",
+        f"steps: {last['step']} of {schedule.total_steps}; {last['wall_seconds']:.0f} s in all",
+        f"run: {run_dir}",
+        f"watch: tensorboard --logdir {run_dir / 'tensorboard'}",
+    ]
+    return "\n".join(lines)
+
+
+def _row(line: dict[str, Any], steps: int) -> tuple[str, ...]:
+    heldout = line.get("eval/mlm_loss")
+    boundary = line["stage/boundary_seconds"]
+    return (
+        str(line["stage"]),
+        str(line["num_hidden_layers"]),
+        str(steps),
+        f"{line['stage/tokens']:,}",
+        f"{line['train/loss']:.3f}",
+        "-" if heldout is None else f"{heldout:.3f}",
+        f"{line['stage/tokens'] / line['stage/train_seconds']:,.0f}",
+        f"{boundary:.2f}" if line["stage"] else "-",
+    )
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    )

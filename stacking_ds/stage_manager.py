@@ -1,0 +1,117 @@
+"""The sharded training state from stage to stage: start it, grow it, save it, restore it.
+
+grow:  capture fragments to host -> release the old engine -> build the deeper one
+       -> install by the operator's layer map -> refresh low-precision copies -> go on
+"""
+
+from pathlib import Path
+from typing import Any
+
+from stacking_ds import checkpoint
+from stacking_ds.data.loader import split_batch
+from stacking_ds.distributed import World
+from stacking_ds.engine import build_engine, release_engine, resolve_ds_config
+from stacking_ds.growth.operators import layer_map
+from stacking_ds.growth.state import capture, install
+from stacking_ds.job import Job
+from stacking_ds.model.bert import BertForPreTraining
+from stacking_ds.optim.build import build_optimizer
+from stacking_ds.optim.groups import parameter_groups
+from stacking_ds.stages import Stage
+from stacking_ds.zero import fragments, optimizer_step, refresh, seed_moments
+
+__all__ = ["StageManager"]
+
+
+class StageManager:
+    """Owns the engine of the present stage. All methods are collectives."""
+
+    def __init__(self, job: Job, world: World) -> None:
+        """Raises:
+        ConfigError: recipe and DeepSpeed JSON disagree; all disagreements in one message.
+        """
+        self._job = job
+        self._world = world
+        config = job.config
+        self.micro_batch_size, self.accumulation_steps = split_batch(
+            config.batch.global_batch_size, world.size, config.batch.micro_batch_size
+        )
+        self._ds_config = resolve_ds_config(
+            job.ds_json,
+            source=config.engine.deepspeed,
+            micro_batch_size=self.micro_batch_size,
+            gradient_accumulation_steps=self.accumulation_steps,
+            world_size=world.size,
+            gradient_clipping=config.optimizer.max_grad_norm,
+            precision=config.engine.precision,
+        )
+        self.engine: Any = None
+
+    def start(self, stage: Stage) -> None:
+        """An engine of the stage's depth with freshly initialised weights."""
+        config = self._job.config
+        model = BertForPreTraining(
+            self._job.model_config(stage.num_hidden_layers), seed=config.seed
+        )
+        optimizer = build_optimizer(
+            config.optimizer.name,
+            parameter_groups(model.named_parameters(), config.optimizer.weight_decay),
+            learning_rate=config.optimizer.learning_rate,
+            betas=config.optimizer.betas,
+            eps=config.optimizer.eps,
+        )
+        self.engine = build_engine(model, optimizer, self._ds_config)
+
+    def grow(self, old: Stage, new: Stage) -> None:
+        """Replace the engine of stage `old` by one of stage `new`'s depth that starts from it.
+
+        Raises:
+            StageError: the state that arrived is not the one the growth operator predicts.
+        """
+        growth = self._job.config.growth
+        moment_steps = optimizer_step(self.engine) if growth.moments == "carry" else 0
+        captured = capture(fragments(self.engine))
+        self.close()
+        self.start(new)
+        if moment_steps:
+            seed_moments(self.engine, moment_steps)
+        layers = layer_map(growth.operator, old.num_hidden_layers, new.num_hidden_layers)
+        install(fragments(self.engine), captured, layers, growth.moments, self._world)
+        refresh(self.engine)
+        self._world.barrier()
+
+    def save(self, run_dir: Path, stage: Stage, train_state: dict[str, Any]) -> None:
+        """Write a checkpoint into the run and delete those the recipe no longer keeps."""
+        config = self._job.config
+        checkpoint.save(
+            run_dir,
+            fragments(self.engine),
+            self._world,
+            optimizer_step=optimizer_step(self.engine),
+            train_state=train_state,
+            config=config.model_dump(mode="json"),
+            num_hidden_layers=stage.num_hidden_layers,
+            vocabulary_sha256=self._job.shards.manifest.vocabulary_sha256,
+            data_sha256=self._job.data_sha256,
+        )
+        if self._world.is_first:
+            checkpoint.prune(
+                run_dir,
+                keep_last=config.checkpoint.keep_last,
+                keep_steps=self._job.schedule.boundaries,
+            )
+
+    def restore(self, found: Path, stage: Stage) -> None:
+        """An engine of the stage's depth with the state of the checkpoint `found`."""
+        self.start(stage)
+        moment_steps = checkpoint.read_manifest(found).optimizer_step
+        if moment_steps:
+            seed_moments(self.engine, moment_steps)
+        checkpoint.load(found, fragments(self.engine))
+        refresh(self.engine)
+
+    def close(self) -> None:
+        """Release the engine and its memory."""
+        if self.engine is not None:
+            engine, self.engine = self.engine, None
+            release_engine(engine)

@@ -1,0 +1,278 @@
+"""The story of a run: for each stage, for each step; between two stages, the boundary.
+
+step    0          50_000      120_000                  400_000
+stage   |---- 0 ----|---- 1 ----|----------- 2 -----------|
+layers  |     3     |     6     |           12            |
+                    ^           ^
+               boundary: capture, release, build, install, go on
+"""
+
+import math
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+
+from stacking_ds import checkpoint, run_directory
+from stacking_ds.data.counter_random import derive_key
+from stacking_ds.data.loader import PretrainingSteps, RankStep
+from stacking_ds.distributed import StopFlag, World
+from stacking_ds.engine import set_learning_rate, take_step
+from stacking_ds.errors import CheckpointError, NonFiniteError
+from stacking_ds.evaluate.heldout import evaluate_heldout
+from stacking_ds.export import export_checkpoint
+from stacking_ds.job import Job
+from stacking_ds.meter import Interval, StepResult, TrainState, metrics_line
+from stacking_ds.model.loss import pretraining_loss
+from stacking_ds.monitor import Monitor, measure_matmul_peak, peak_memory_gib
+from stacking_ds.stage_manager import StageManager
+from stacking_ds.stages import Stage
+
+__all__ = ["train"]
+
+
+def train(job: Job, world: World, run_dir: Path, *, resume: bool = False) -> TrainState:
+    """Train `job` to its end, or until asked to stop (SIGINT, SIGTERM). A collective.
+
+    With `resume`, a run that is there goes on: (1) its newest checkpoint says step and stage,
+    (2) an engine of that depth is built and loaded, (3) the data goes on with the batch after the
+    last one consumed. A run without a checkpoint starts anew.
+
+    Raises:
+        CheckpointError: the run directory or its checkpoint belongs to another run.
+        NonFiniteError: the loss or the gradient is not finite; the last checkpoint stays.
+    """
+    world.on_first(lambda: run_directory.claim(run_dir, job.config, resume=resume))
+    found = checkpoint.latest(run_dir)
+    state = _state_of(found, job) if found else TrainState()
+    with Monitor(
+        run_dir, job.schedule, completed_steps=state.step, enabled=world.is_first
+    ) as monitor:
+        if state.step == job.schedule.total_steps:
+            monitor.say(f"{run_dir} is complete at step {state.step}; it is used as it is")
+        else:
+            _Run(job, world, run_dir, state, monitor).train(found)
+    return state
+
+
+def _state_of(found: Path, job: Job) -> TrainState:
+    manifest = checkpoint.read_manifest(found)
+    if manifest.data_sha256 != job.data_sha256:
+        raise CheckpointError(
+            f"{found} was trained on other token shards than those in {job.config.data.path}; set "
+            f"data.path to the run's own, or start another run"
+        )
+    return TrainState(**manifest.train_state)
+
+
+class _Run:
+    def __init__(
+        self, job: Job, world: World, run_dir: Path, state: TrainState, monitor: Monitor
+    ) -> None:
+        self.job, self.world, self.run_dir = job, world, run_dir
+        self.state, self.monitor = state, monitor
+        self.stages = StageManager(job, world)
+        self.interval = Interval()
+
+    # ---------------------------------------------------------------- the story
+
+    def train(self, found: Path | None) -> None:
+        present = self.job.schedule.stages[self.state.stage_index]
+        if found:
+            self.stages.restore(found, present)
+            self.monitor.say(f"resumed from {found}")
+        else:
+            self.stages.start(present)
+        self.monitor.say(f"{self.job.schedule.draw()}\n{self.job.learning_rates.draw()}")
+        with StopFlag(self.world) as stop:
+            for stage in self.job.schedule.remaining(self.state.step):
+                if stage.index > present.index:
+                    self.cross_boundary(present, stage)
+                    present = stage
+                if not self.train_stage(stage, stop):
+                    self.monitor.say(f"stopped at step {self.state.step}; --resume goes on")
+                    return
+        self.finish()
+
+    def cross_boundary(self, old: Stage, new: Stage) -> None:
+        started = time.perf_counter()
+        self.stages.grow(old, new)
+        self.state.enter(new.index, time.perf_counter() - started)
+        growth = self.job.config.growth
+        self.monitor.say(
+            f"boundary at step {self.state.step}: {old.num_hidden_layers} -> "
+            f"{new.num_hidden_layers} layers by {growth.operator}, moments {growth.moments}, "
+            f"{self.state.boundary_seconds:.2f} s"
+        )
+
+    def train_stage(self, stage: Stage, stop: StopFlag) -> bool:
+        """Train to the end of `stage`; False if asked to stop before."""
+        config, state = self.job.config, self.state
+        self.monitor.stage(stage, state.step)
+        batches = self.batches(stage)
+        while state.step < stage.end_step:
+            started = time.perf_counter()
+            result = self.train_step(next(batches))
+            self.count(result, time.perf_counter() - started)
+            at_end, stopping = state.step == stage.end_step, stop.agreed()
+            evaluating = at_end or _due(state.step, config.evaluation.every_steps)
+            if evaluating or stopping or self.interval.steps == config.logging.every_steps:
+                self.record(stage, self.evaluate() if evaluating else {})
+            if at_end or stopping or _due(state.step, config.checkpoint.every_steps):
+                self.save(stage)
+            if stopping and state.step < self.job.schedule.total_steps:
+                return False
+        return True
+
+    def train_step(self, rank_step: RankStep) -> StepResult:
+        """One optimizer step on one global batch.
+
+        The loss is MLM sum / MLM targets + NSP sum / NSP targets, with the counts of the *global*
+        batch. DeepSpeed averages gradients over ranks and micro-steps; the scale undoes that.
+        """
+        step, engine = self.state.step, self.stages.engine
+        mlm_targets, nsp_targets, tokens = self.world.sum(
+            [rank_step.mlm_targets, rank_step.nsp_targets, rank_step.real_tokens]
+        )
+        learning_rate = self.job.learning_rates.at(step)
+        set_learning_rate(engine, learning_rate)
+        # dropout is a function of (seed, step, rank), so nothing of it has to be saved
+        torch.manual_seed(int(derive_key(self.job.config.seed, step, self.world.rank)))
+        sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
+        scale = self.world.size * self.stages.accumulation_steps
+        for index, micro_batch in enumerate(rank_step.micro_batches):
+            if index > 0:
+                take_step(engine)  # between micro-steps DeepSpeed only counts
+            batch = micro_batch.to(self.world.device)
+            mlm_logits_MV, nsp_logits_B2 = engine(
+                batch.input_ids_BS,
+                batch.token_type_ids_BS,
+                batch.attention_mask_BS,
+                batch.mlm_positions_M,
+            )
+            mlm_sum, nsp_sum = pretraining_loss(
+                mlm_logits_MV, batch.mlm_labels_M, nsp_logits_B2, batch.next_sentence_label_B
+            )
+            sums += torch.stack([mlm_sum.detach(), nsp_sum.detach()])
+            engine.backward(scale * (mlm_sum / mlm_targets + nsp_sum / nsp_targets))
+        mlm_total, nsp_total = self.world.sum(sums.tolist())
+        mlm_loss, nsp_loss = mlm_total / mlm_targets, nsp_total / nsp_targets
+        self.require_finite("loss", mlm_loss + nsp_loss)
+        grad_norm = take_step(engine)
+        assert grad_norm is not None
+        if self.job.config.engine.precision != "fp16":  # there loss scaling skips such steps
+            self.require_finite("gradient norm", grad_norm)
+        return StepResult(
+            mlm_loss, nsp_loss, round(mlm_targets), round(tokens), grad_norm, learning_rate
+        )
+
+    def finish(self) -> None:
+        if self.job.config.checkpoint.export_at_end:
+            found = checkpoint.latest(self.run_dir)
+            assert found is not None
+            target = self.run_dir / "export"
+            self.world.on_first(lambda: export_checkpoint(found, self.job.shards.path, target))
+            self.monitor.say(f"exported for Hugging Face: {target}")
+        self.stages.close()
+
+    # ----------------------------------------------------- what happens around it
+
+    def require_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            stage = self.job.schedule.at(self.state.step)
+            raise NonFiniteError(
+                f"the {what} is {value} after {self.state.step} steps (stage {stage.index}, "
+                f"{stage.num_hidden_layers} layers); no checkpoint was written with it. Start "
+                f"again with a lower optimizer.learning_rate, more schedule.warmup_steps or "
+                f"engine.precision=fp32"
+            )
+
+    def batches(self, stage: Stage) -> Iterator[RankStep]:
+        config = self.job.config
+        steps = PretrainingSteps(
+            self.job.train_data,
+            config.batch.global_batch_size,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            micro_batch_size=config.batch.micro_batch_size,
+        )
+        return iter(
+            DataLoader(
+                steps,
+                batch_size=None,
+                sampler=range(self.state.step, stage.end_step),
+                num_workers=config.data.loader_workers,
+                pin_memory=self.world.device.type == "cuda",
+                worker_init_fn=_leave_signals_to_the_rank,
+            )
+        )
+
+    def count(self, result: StepResult, seconds: float) -> None:
+        self.state.count(result, self.job.config.batch.global_batch_size, seconds)
+        self.interval.count(result, seconds)
+        self.monitor.step(self.state.step, result.loss)
+
+    def record(self, stage: Stage, evaluation: Mapping[str, float]) -> None:
+        sequence_length = self.job.config.data.sequence_length
+        remaining = self.job.schedule.remaining(self.state.step)
+        self.monitor.record(
+            metrics_line(
+                self.state,
+                self.interval,
+                num_hidden_layers=stage.num_hidden_layers,
+                flops_per_token=self.job.model_config(stage.num_hidden_layers).flops_per_token(
+                    sequence_length, self.interval.mlm_targets / self.interval.tokens
+                ),
+                peak_flops_per_second=self.peak_flops_per_second,
+                remaining_layer_steps=sum(
+                    (rest.end_step - max(rest.start_step, self.state.step)) * rest.num_hidden_layers
+                    for rest in remaining
+                ),
+                extra={
+                    "optim/skipped_steps": self.stages.engine.skipped_steps,
+                    "memory/peak_gib": peak_memory_gib(self.world.device),
+                    **evaluation,
+                },
+            )
+        )
+        self.interval = Interval()
+
+    @cached_property
+    def peak_flops_per_second(self) -> float:
+        dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+        dtype = dtypes[self.job.config.engine.precision]
+        return self.world.sum([measure_matmul_peak(self.world.device, dtype)])[0]
+
+    @cached_property
+    def heldout(self) -> list[RankStep]:
+        return self.job.heldout(self.world.rank, self.world.size)
+
+    def evaluate(self) -> dict[str, float]:
+        started = time.perf_counter()
+        metrics = evaluate_heldout(self.stages.engine, self.heldout, self.world).metrics()
+        self.state.wall_seconds += time.perf_counter() - started
+        return {**metrics, "eval/unigram_mlm_loss": self.unigram_loss}
+
+    @cached_property
+    def unigram_loss(self) -> float:
+        return float(self.world.on_first(lambda: self.job.unigram_loss))
+
+    def save(self, stage: Stage) -> None:
+        started = time.perf_counter()
+        self.stages.save(self.run_dir, stage, asdict(self.state))
+        self.state.wall_seconds += time.perf_counter() - started
+
+
+def _due(step: int, every_steps: int) -> bool:
+    return every_steps > 0 and step % every_steps == 0
+
+
+def _leave_signals_to_the_rank(worker: int) -> None:
+    # Ctrl-C and SLURM signal every process; a loader that dies of it would take the rank along
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,0 +1,82 @@
+"""Ranks, collectives and the stop flag, on real gloo ranks."""
+
+import os
+import signal
+from typing import Any
+
+import pytest
+
+from stacking_ds import distributed
+from stacking_ds.distributed import StopFlag, World
+from stacking_ds.errors import ConfigError, DataError
+from tests.ranks import run_ranks
+
+
+def _collectives(world: World) -> dict[str, Any]:
+    return {
+        "sum": world.sum([world.rank, 1]),
+        "any": world.any(world.rank == 1),
+        "none": world.any(False),
+        "gather": world.gather({"rank": world.rank}),
+        "broadcast": world.broadcast(f"from {world.rank}"),
+    }
+
+
+def test_collectives_agree_on_every_rank() -> None:
+    expected = {
+        "sum": [3.0, 3.0],
+        "any": True,
+        "none": False,
+        "gather": [{"rank": 0}, {"rank": 1}, {"rank": 2}],
+        "broadcast": "from 0",
+    }
+    assert run_ranks(_collectives, 3) == [expected] * 3
+
+
+def _failing_first_rank(world: World) -> tuple[str, bool]:
+    def fail() -> None:
+        raise DataError(f"rank {world.rank} found nothing")
+
+    try:
+        world.on_first(fail)
+    except DataError as error:
+        return str(error), error.on_all_ranks
+    return "nothing was raised", False
+
+
+def test_an_error_on_the_first_rank_reaches_all() -> None:
+    assert run_ranks(_failing_first_rank, 2) == [("rank 0 found nothing", True)] * 2
+
+
+def _one_rank_is_signalled(world: World) -> list[bool]:
+    with StopFlag(world) as stop:
+        before = stop.agreed()
+        if world.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return [before, stop.agreed()]
+
+
+def test_a_signal_to_one_rank_stops_all() -> None:
+    assert run_ranks(_one_rank_is_signalled, 2) == [[False, True]] * 2
+
+
+def _second_interrupt(world: World) -> str:
+    with StopFlag(world):
+        os.kill(os.getpid(), signal.SIGINT)
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt:
+            return "interrupted at once"
+    return "still running"
+
+
+def test_a_second_interrupt_is_immediate() -> None:
+    assert run_ranks(_second_interrupt, 1) == ["interrupted at once"]
+
+
+def test_half_a_launcher_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ConfigError, match="WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"):
+        distributed.start()
