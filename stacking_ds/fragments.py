@@ -23,8 +23,9 @@ class Fragment:
     elements. From a live engine they are views: writing to them writes the engine's state. The
     moments are absent before the optimizer's first step.
 
-    `replicated` is True where every rank holds the same elements (ZeRO 0). Elsewhere each
-    element of a parameter is held by exactly one rank.
+    Every rank lists every parameter, in the same order; where it holds nothing of one the
+    fragment is empty. `replicated` is True where every rank holds the same elements (ZeRO 0).
+    Elsewhere each element of a parameter is held by exactly one rank.
     """
 
     name: str

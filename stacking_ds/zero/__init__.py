@@ -6,10 +6,12 @@ from stacking_ds.zero.gradients import gradient_norm, norm_before_step
 from stacking_ds.zero.release import release
 from stacking_ds.zero.state import (
     fragments,
+    loss_scale,
     optimizer_step,
     refresh,
     reset_moments,
     seed_moments,
+    set_loss_scale,
     without_phantom_step,
     write_masters,
 )
@@ -17,6 +19,7 @@ from stacking_ds.zero.state import (
 __all__ = [
     "fragments",
     "gradient_norm",
+    "loss_scale",
     "norm_before_step",
     "optimizer_step",
     "refresh",
@@ -24,6 +27,7 @@ __all__ = [
     "require_pinned_deepspeed",
     "reset_moments",
     "seed_moments",
+    "set_loss_scale",
     "without_phantom_step",
     "write_masters",
 ]

@@ -49,9 +49,11 @@ def overlap(offset: int, numel: int, low: int, high: int) -> tuple[int, int]:
 
 
 def pieces(engine: Any) -> list[Piece]:
-    """Every piece this rank's optimizer holds, padding left out, in the order of the groups.
+    """This rank's piece of every trained parameter, padding left out, in the order of the groups.
 
-    No communication. All ranks together hold each element once (ZeRO 0: each rank holds all).
+    Every rank lists the same parameters in the same order; a piece is empty where the rank holds
+    nothing. All ranks together hold each element once (ZeRO 0: each rank holds all). No
+    communication.
     """
     layout = layout_of(engine)
     walk = {
@@ -110,9 +112,8 @@ def _group_pieces(engine: Any) -> Iterator[Piece]:
         offsets = wrapper.round_robin_bit16_offsets[index]
         for p, offset in zip(group, offsets, strict=True):
             start, stop = overlap(offset, p.numel(), low, low + size)
-            if start < stop:
-                place = offset + start - low
-                yield Piece(engine.param_names[p], tuple(p.shape), start, stop, flat, place)
+            place = offset + start - low if start < stop else 0
+            yield Piece(engine.param_names[p], tuple(p.shape), start, stop, flat, place)
 
 
 def _parameter_pieces(engine: Any) -> Iterator[Piece]:
@@ -120,9 +121,7 @@ def _parameter_pieces(engine: Any) -> Iterator[Piece]:
     for group in wrapper.fp16_groups:
         for p in group:
             index, offset, size = wrapper.grad_position[wrapper.get_param_id(p)]
-            start = size * wrapper._get_param_partition_rank(p)
-            stop = min(start + size, p.ds_numel)
-            if start < stop:
-                flat = wrapper.fp32_partitioned_groups_flat[index]
-                shape = tuple(p.ds_shape)
-                yield Piece(engine.param_names[p], shape, start, stop, flat, offset)
+            low = size * wrapper._get_param_partition_rank(p)
+            start, stop = overlap(0, p.ds_numel, low, low + size)
+            flat = wrapper.fp32_partitioned_groups_flat[index]
+            yield Piece(engine.param_names[p], tuple(p.ds_shape), start, stop, flat, offset)

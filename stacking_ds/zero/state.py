@@ -12,10 +12,12 @@ from stacking_ds.zero.layout import flat_tensors, pieces
 
 __all__ = [
     "fragments",
+    "loss_scale",
     "optimizer_step",
     "refresh",
     "reset_moments",
     "seed_moments",
+    "set_loss_scale",
     "without_phantom_step",
     "write_masters",
 ]
@@ -26,8 +28,10 @@ _REPLICATED = (Layout.MODULE, Layout.UNFUSED, Layout.FUSED)
 def fragments(engine: Any) -> list[Fragment]:
     """The part of every trained parameter this rank's optimizer holds, as live fp32 views.
 
-    After writing masters call `refresh`, or the forward pass keeps the old weights. Moments are
-    among the views once they exist (after the first step or `seed_moments`). No communication.
+    Every rank lists the same parameters in the same order, with an empty fragment where it holds
+    nothing. After writing masters call `refresh`, or the forward pass keeps the old weights.
+    Moments are among the views once they exist (after the first step or `seed_moments`). No
+    communication.
     """
     state = engine.basic_optimizer.state
     replicated = layout_of(engine) in _REPLICATED
@@ -76,6 +80,17 @@ def _relink(engine: Any) -> None:
     if layout_of(engine) is Layout.GROUPS:
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def loss_scale(engine: Any) -> float:
+    """What fp16 multiplies the loss by at present; 1.0 in bf16 and fp32."""
+    return float(getattr(engine.optimizer, "loss_scale", 1.0))
+
+
+def set_loss_scale(engine: Any, scale: float) -> None:
+    """Go on from a loss scale found earlier; without effect in bf16 and fp32."""
+    if engine.fp16_enabled():
+        engine.optimizer.loss_scale = scale
 
 
 @torch.no_grad()

@@ -1,0 +1,1 @@
+"""How a deeper model's layers come from a shallower one's, and the moving of state that does it."""

@@ -1,0 +1,179 @@
+"""Carry masters and moments from one engine's fragments to those of a deeper one.
+
+    old engine ──capture──> host copies of this rank's fragments ──install──> new engine
+                                 (named and repeated by the layer map, never copied as a whole)
+
+A copied layer has its source's shape, and every layer has parameter groups of its own, so at the
+same world size and ZeRO stage what a rank needs of a new layer is what it held of the old one:
+nothing is communicated but the checksums.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+import torch
+
+from stacking_ds.errors import StageError
+from stacking_ds.fragments import MASTER, Fragment
+from stacking_ds.growth.operators import source_name
+
+__all__ = ["CapturedState", "Moments", "Ranks", "capture", "install"]
+
+Moments = Literal["carry", "reset"]
+
+_TOLERANCE = 1e-9  # of the fp64 sums, which the ranks may add up in another order
+_STATISTICS = 3  # count, sum, sum of squares
+
+
+class Ranks(Protocol):
+    """What installing needs to know of the other ranks; `stacking_ds.distributed.World` has it."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    def sum(self, values: Sequence[float]) -> list[float]: ...
+
+
+@dataclass(frozen=True)
+class CapturedState:
+    """This rank's fragments in host memory of their own, independent of any engine."""
+
+    fragments: tuple[Fragment, ...]
+
+    @property
+    def has_moments(self) -> bool:
+        return any(key != MASTER for fragment in self.fragments for key in fragment.views)
+
+
+def capture(fragments: Iterable[Fragment]) -> CapturedState:
+    """Copy the fragments' values to host memory, so that their engine can be released."""
+    return CapturedState(
+        tuple(
+            replace(
+                fragment,
+                views={key: _host_copy(view) for key, view in fragment.views.items()},
+            )
+            for fragment in fragments
+        )
+    )
+
+
+def _host_copy(view: torch.Tensor) -> torch.Tensor:
+    return torch.empty(view.shape, dtype=view.dtype, device="cpu").copy_(view.detach())
+
+
+@torch.no_grad()
+def install(
+    targets: Sequence[Fragment],
+    captured: CapturedState,
+    layers: Sequence[int] | None,
+    moments: Moments,
+    ranks: Ranks,
+) -> None:
+    """Write the captured values into the live fragments `targets` of the new engine.
+
+    Every rank calls it (one small all-reduce). With moments "carry" the targets must have moments
+    if the captured state has; with "reset" those they have become zero. The caller refreshes the
+    low-precision copies afterwards.
+
+    Args:
+        layers: for each new layer the old one it copies (`operators.layer_map`); None where the
+            depth stays.
+
+    Raises:
+        StageError: on every rank, if one of them lacks elements it needs, or if what arrived
+            anywhere is not what the layer map predicts (count, sum and sum of squares of every
+            parameter over all ranks).
+    """
+    carried = moments == "carry" and captured.has_moments
+    sources = {fragment.name: fragment for fragment in captured.fragments}
+    keys = sorted({key for target in targets for key in target.views})
+    assert not carried or len(keys) > 1, "seed the moments of the new engine first"
+    uncovered = []
+    for target in targets:
+        source = sources.get(source_name(target.name, layers))
+        if source is None or not _covers(source, target):
+            uncovered.append(_describe(target, source))
+            continue
+        low = target.start - source.start
+        for key in keys:
+            if key == MASTER or carried:
+                target.views[key].copy_(source.views[key][low : low + target.numel])
+            else:
+                target.views[key].zero_()
+    checked = keys if carried else [MASTER]
+    totals = ranks.sum(
+        [
+            float(len(uncovered)),
+            *_statistics(targets, checked, ranks),
+            *_statistics(captured.fragments, checked, ranks),
+        ]
+    )
+    if totals[0]:
+        where = f"; on this rank {uncovered[0]}" if uncovered else ""
+        raise StageError(
+            f"{totals[0]:.0f} pieces of the new engine's parameters are not on the rank that needs "
+            f"them{where}; keep world size, ZeRO stage and parameter groups across a boundary, or "
+            f"go through a checkpoint"
+        )
+    _compare(targets, captured, layers, checked, totals[1:])
+
+
+def _covers(source: Fragment, target: Fragment) -> bool:
+    inside = source.start <= target.start and target.stop <= source.stop
+    return source.shape == target.shape and (inside or target.numel == 0)
+
+
+def _describe(target: Fragment, source: Fragment | None) -> str:
+    needs = f"{target.name} {target.shape} needs elements [{target.start}, {target.stop})"
+    if source is None:
+        return f"{needs} of a parameter the old model does not have"
+    return f"{needs}, but [{source.start}, {source.stop}) of {source.shape} were held"
+
+
+def _statistics(fragments: Iterable[Fragment], keys: Sequence[str], ranks: Ranks) -> list[float]:
+    """For each fragment and key, in order: count, sum and sum of squares of the owned elements."""
+    statistics = []
+    for fragment in fragments:
+        owned = fragment.owned_by(ranks.rank, ranks.size)
+        for key in keys:
+            view = owned.views[key]
+            squares = torch.linalg.vector_norm(view, dtype=torch.float64) ** 2
+            total = view.sum(dtype=torch.float64)
+            statistics += [float(owned.numel), float(total), float(squares)]
+    return statistics
+
+
+def _compare(
+    targets: Sequence[Fragment],
+    captured: CapturedState,
+    layers: Sequence[int] | None,
+    keys: Sequence[str],
+    totals: Sequence[float],
+) -> None:
+    values = iter(zip(*[iter(totals)] * _STATISTICS, strict=True))
+    arrived = {(target.name, key): next(values) for target in targets for key in keys}
+    left = {(fragment.name, key): next(values) for fragment in captured.fragments for key in keys}
+    for target in targets:
+        source = source_name(target.name, layers)
+        for key in keys:
+            found, expected = arrived[target.name, key], left[source, key]
+            if found[0] != math.prod(target.shape) or not _equal(found, expected):
+                raise StageError(
+                    f"{key} of {target.name} did not arrive whole from {source}: (count, sum, sum "
+                    f"of squares) is {found}, and was {expected}; do not train on from this state, "
+                    f"resume from the last checkpoint"
+                )
+
+
+def _equal(found: Sequence[float], expected: Sequence[float]) -> bool:
+    count, total, squares = expected
+    scale = math.sqrt(count * squares)  # bounds the sum of the absolute values
+    return (
+        found[0] == count
+        and abs(found[1] - total) <= _TOLERANCE * scale
+        and abs(found[2] - squares) <= _TOLERANCE * squares
+    )
