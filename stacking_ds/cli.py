@@ -1,15 +1,20 @@
 """`stacking-ds prepare · train · evaluate · export · report`."""
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stacking_ds import __version__
 from stacking_ds.errors import NonFiniteError, UserError
+
+if TYPE_CHECKING:
+    from stacking_ds.job import Job
 
 __all__ = ["main"]
 
@@ -181,27 +186,46 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from stacking_ds.evaluate.checkpoint import evaluate_checkpoint
+    from stacking_ds import distributed
+    from stacking_ds.from_checkpoint import choose, run_heldout
 
-    result = evaluate_checkpoint(options.run_dir, options.checkpoint, options.data)
-    print(json.dumps(result))
+    found = choose(options.run_dir, options.checkpoint)
+    job = _job_of(options.run_dir, options.data)
+    world = distributed.start()
+    try:
+        result = run_heldout(job, found, world)
+        if world.is_first:
+            print(json.dumps({"checkpoint": str(found), **dataclasses.asdict(result)}))
+    finally:
+        distributed.stop()
     return 0
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--checkpoint", help="e.g. step_00001000; the newest if not given")
+    parser.add_argument("--data", help="token shards whose tokenizer to export; default the run's")
     parser.add_argument("--out", type=Path, help="folder to write (RUN_DIR/export)")
     parser.set_defaults(command=_export)
 
 
 def _export(options: argparse.Namespace) -> int:
-    from stacking_ds.export import export_run
+    from stacking_ds.from_checkpoint import export_run
 
-    target = options.out or options.run_dir / "export"
-    export_run(options.run_dir, options.checkpoint, target)
-    print(f"exported: {target}")
+    job = _job_of(options.run_dir, options.data)
+    print(f"exported: {export_run(job, options.run_dir, options.checkpoint, options.out)}")
     return 0
+
+
+def _job_of(run_dir: Path, data: str | None) -> "Job":
+    from stacking_ds.job import Job
+    from stacking_ds.run_directory import read_config
+
+    config = read_config(run_dir)
+    if data is not None:
+        section = config.data.model_copy(update={"path": data})
+        config = config.model_copy(update={"data": section})
+    return Job.check(config)
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -170,6 +170,15 @@ class RunConfig(_Section):
     evaluation: EvaluationSection = EvaluationSection()
     logging: LoggingSection = LoggingSection()
 
+    @model_validator(mode="after")
+    def _can_export(self) -> "RunConfig":
+        if self.checkpoint.export_at_end and self.model.layer_norm_position == "pre":
+            raise ValueError(
+                "Hugging Face's BERT has no pre-LN form, so a pre-LN model cannot be exported: "
+                "set checkpoint.export_at_end=false, or model.layer_norm_position=post"
+            )
+        return self
+
     def stage_schedule(self) -> StageSchedule:
         """The stages in steps.
 

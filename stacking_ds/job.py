@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from stacking_ds.config import RunConfig
-from stacking_ds.data.loader import PretrainingData, RankStep, evaluation_steps
+from stacking_ds.data.batches import RankStep
+from stacking_ds.data.loader import EvaluationSteps, PretrainingData, PretrainingSteps
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.data.unigram import unigram_mlm_loss
 from stacking_ds.engine import load_ds_config
@@ -62,8 +63,9 @@ class Job:
             ),
             ds_json=load_ds_config(config.engine.deepspeed),
         )
-        job.train_data.require_rows(config.batch.global_batch_size)
-        job.model_config(depths[0])
+        job.train_data.require_samples(config.batch.global_batch_size)
+        job.model_config(depths[-1])
+        job.heldout_steps(0, 1)
         return job
 
     def model_config(self, num_hidden_layers: int) -> BertConfig:
@@ -77,28 +79,39 @@ class Job:
     @cached_property
     def data_sha256(self) -> str:
         """What identifies the training data: a hash over the hashes of its shards."""
-        files = sorted(file.sha256 for file in self.shards.manifest.files)
-        return hashlib.sha256("".join(files).encode()).hexdigest()
+        shards = self.shards.manifest.train.shards
+        return hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()
 
-    def heldout(self, rank: int, world_size: int) -> list[RankStep]:
-        """This rank's part of the fixed held-out pass."""
-        config = self.config
-        return list(
-            evaluation_steps(
-                self.shards,
-                sequence_length=config.data.sequence_length,
-                mlm_probability=config.data.mlm_probability,
-                max_samples=config.evaluation.max_samples,
-                rank=rank,
-                world_size=world_size,
-                micro_batch_size=config.batch.micro_batch_size,
-            )
+    def training_steps(self, rank: int, world_size: int) -> PretrainingSteps:
+        """This rank's share of each step of the run; step k is item k."""
+        return PretrainingSteps(
+            self.train_data,
+            self.config.batch.global_batch_size,
+            self.config.batch.micro_batch_size,
+            self.schedule.total_steps,
+            rank,
+            world_size,
         )
+
+    def heldout_steps(self, rank: int, world_size: int) -> list[RankStep]:
+        """This rank's share of the one fixed pass over held-out rows."""
+        config = self.config
+        steps = EvaluationSteps(
+            self.shards,
+            sequence_length=config.data.sequence_length,
+            mlm_probability=config.data.mlm_probability,
+            max_samples=config.evaluation.max_samples,
+            global_batch_size=config.batch.global_batch_size,
+            micro_batch_size=config.batch.micro_batch_size,
+            rank=rank,
+            world_size=world_size,
+        )
+        return [steps[index] for index in range(len(steps))]
 
     @cached_property
     def unigram_loss(self) -> float:
         """Held-out MLM loss of a model that knows word frequencies only, in nats."""
-        return unigram_mlm_loss(self.shards, self.heldout(0, 1))
+        return unigram_mlm_loss(self.shards, self.heldout_steps(0, 1))
 
 
 def _learning_rates(config: RunConfig, schedule: StageSchedule) -> LearningRateSchedule:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stacking_ds import checkpoint
-from stacking_ds.data.loader import split_batch
+from stacking_ds.data.batch_split import split_batch
 from stacking_ds.distributed import World
 from stacking_ds.engine import build_engine, release_engine, resolve_ds_config
 from stacking_ds.growth.operators import layer_map

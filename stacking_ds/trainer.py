@@ -19,13 +19,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from stacking_ds import checkpoint, run_directory
+from stacking_ds.data.batches import RankStep
 from stacking_ds.data.counter_random import derive_key
-from stacking_ds.data.loader import PretrainingSteps, RankStep
 from stacking_ds.distributed import StopFlag, World
 from stacking_ds.engine import set_learning_rate, take_step
 from stacking_ds.errors import CheckpointError, NonFiniteError
 from stacking_ds.evaluate.heldout import evaluate_heldout
-from stacking_ds.export import export_checkpoint
+from stacking_ds.from_checkpoint import export_run
 from stacking_ds.job import Job
 from stacking_ds.meter import Interval, StepResult, TrainState, metrics_line
 from stacking_ds.model.loss import pretraining_loss
@@ -173,11 +173,8 @@ class _Run:
 
     def finish(self) -> None:
         if self.job.config.checkpoint.export_at_end:
-            found = checkpoint.latest(self.run_dir)
-            assert found is not None
-            target = self.run_dir / "export"
-            self.world.on_first(lambda: export_checkpoint(found, self.job.shards.path, target))
-            self.monitor.say(f"exported for Hugging Face: {target}")
+            self.world.on_first(lambda: export_run(self.job, self.run_dir))
+            self.monitor.say(f"exported for Hugging Face: {self.run_dir / 'export'}")
         self.stages.close()
 
     # ----------------------------------------------------- what happens around it
@@ -193,20 +190,12 @@ class _Run:
             )
 
     def batches(self, stage: Stage) -> Iterator[RankStep]:
-        config = self.job.config
-        steps = PretrainingSteps(
-            self.job.train_data,
-            config.batch.global_batch_size,
-            rank=self.world.rank,
-            world_size=self.world.size,
-            micro_batch_size=config.batch.micro_batch_size,
-        )
         return iter(
             DataLoader(
-                steps,
+                self.job.training_steps(self.world.rank, self.world.size),
                 batch_size=None,
                 sampler=range(self.state.step, stage.end_step),
-                num_workers=config.data.loader_workers,
+                num_workers=self.job.config.data.loader_workers,
                 pin_memory=self.world.device.type == "cuda",
                 worker_init_fn=_leave_signals_to_the_rank,
             )
@@ -250,7 +239,7 @@ class _Run:
 
     @cached_property
     def heldout(self) -> list[RankStep]:
-        return self.job.heldout(self.world.rank, self.world.size)
+        return self.job.heldout_steps(self.world.rank, self.world.size)
 
     def evaluate(self) -> dict[str, float]:
         started = time.perf_counter()

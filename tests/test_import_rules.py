@@ -24,6 +24,7 @@ ORDER = (
     ("job",),
     ("monitor", "meter"),
     ("evaluate", "export", "report"),
+    ("from_checkpoint",),
     ("stage_manager",),
     ("trainer",),
     ("bench",),

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from stacking_ds.data.loader import RankStep
+from stacking_ds.data.batches import RankStep
 from stacking_ds.distributed import World
 from stacking_ds.model.loss import pretraining_loss
 
@@ -50,24 +50,25 @@ def evaluate_heldout(model: Any, steps: Iterable[RankStep], world: World) -> Hel
                 batch.attention_mask_BS,
                 batch.mlm_positions_M,
             )
-            mlm_sum, nsp_sum = pretraining_loss(
+            loss = pretraining_loss(
                 mlm_logits_MV, batch.mlm_labels_M, nsp_logits_B2, batch.next_sentence_label_B
             )
-            mlm_right = (mlm_logits_MV.argmax(-1) == batch.mlm_labels_M).sum()
-            nsp_right = (nsp_logits_B2.argmax(-1) == batch.next_sentence_label_B).sum()
-            counts = (batch.mlm_labels_M.numel(), (batch.next_sentence_label_B >= 0).sum())
             sums += torch.stack(
                 [
-                    torch.as_tensor(value, device=world.device).double()
-                    for value in (mlm_sum, mlm_right, counts[0], nsp_sum, nsp_right, counts[1])
+                    loss.mlm_sum.double(),
+                    loss.nsp_sum.double(),
+                    (mlm_logits_MV.argmax(-1) == batch.mlm_labels_M).sum().double(),
+                    (nsp_logits_B2.argmax(-1) == batch.next_sentence_label_B).sum().double(),
+                    (batch.mlm_labels_M >= 0).sum().double(),
+                    (batch.next_sentence_label_B >= 0).sum().double(),
                 ]
             )
     model.train()
-    mlm_sum, mlm_right, mlm_targets, nsp_sum, nsp_right, nsp_targets = world.sum(sums.tolist())
+    mlm_loss, nsp_loss, mlm_right, nsp_right, mlm_targets, nsp_targets = world.sum(sums.tolist())
     return HeldOut(
-        mlm_loss=mlm_sum / mlm_targets,
+        mlm_loss=mlm_loss / mlm_targets,
         mlm_accuracy=mlm_right / mlm_targets,
-        nsp_loss=nsp_sum / nsp_targets,
+        nsp_loss=nsp_loss / nsp_targets,
         nsp_accuracy=nsp_right / nsp_targets,
         mlm_targets=round(mlm_targets),
     )

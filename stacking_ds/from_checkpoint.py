@@ -1,0 +1,67 @@
+"""What a run's checkpoint is good for without an engine: a model, its held-out loss, an export."""
+
+from pathlib import Path
+
+import torch
+
+from stacking_ds import checkpoint
+from stacking_ds.distributed import World
+from stacking_ds.errors import CheckpointError
+from stacking_ds.evaluate.heldout import HeldOut, evaluate_heldout
+from stacking_ds.export import export_to_hugging_face
+from stacking_ds.job import Job
+from stacking_ds.model.bert import BertForPreTraining
+
+__all__ = ["choose", "export_run", "load_model", "run_heldout"]
+
+
+def choose(run_dir: Path, name: str | None = None) -> Path:
+    """The checkpoint `name` of a run, or its newest.
+
+    Raises:
+        CheckpointError: there is none; the message lists those that are there.
+    """
+    if name is None:
+        found = checkpoint.latest(run_dir)
+        if found is None:
+            raise CheckpointError(f"{run_dir} has no checkpoint yet; train it first")
+        return found
+    path = run_dir / "checkpoints" / name
+    if not (path / "manifest.json").is_file():
+        there = sorted(folder.name for folder in path.parent.glob("step_*"))
+        raise CheckpointError(
+            f"{run_dir} has no checkpoint {name!r}; there is: {', '.join(there) or 'none'}"
+        )
+    return path
+
+
+def load_model(job: Job, found: Path) -> BertForPreTraining:
+    """The fp32 model of a checkpoint, on the CPU."""
+    manifest = checkpoint.read_manifest(found)
+    if manifest.vocabulary_sha256 != job.shards.manifest.vocabulary_sha256:
+        raise CheckpointError(
+            f"{found} was trained with another vocabulary than that of {job.shards.folder}; give "
+            f"data prepared with the run's own"
+        )
+    model = BertForPreTraining(job.model_config(manifest.num_hidden_layers), seed=0)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in checkpoint.read_parameters(found):
+            parameters.pop(name).copy_(tensor)
+    assert not parameters, f"{found} lacks {sorted(parameters)}"
+    return model
+
+
+def run_heldout(job: Job, found: Path, world: World) -> HeldOut:
+    """Held-out losses of a checkpoint in fp32, over the same pass as during training."""
+    model = load_model(job, found).to(world.device)
+    return evaluate_heldout(model, job.heldout_steps(world.rank, world.size), world)
+
+
+def export_run(job: Job, run_dir: Path, name: str | None = None, out: Path | None = None) -> Path:
+    """Write a checkpoint of the run as a Hugging Face folder (`RUN_DIR/export`); its path."""
+    model = load_model(job, choose(run_dir, name))
+    target = out or run_dir / "export"
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    export_to_hugging_face(tensors, model.config, job.shards.folder, target)
+    return target

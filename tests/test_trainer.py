@@ -1,0 +1,256 @@
+"""Whole runs on real ranks: stages, resumption, other rank counts, and the ways a run can end."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertForPreTraining as HuggingFaceBert
+
+from stacking_ds import trainer
+from stacking_ds.config import RunConfig
+from stacking_ds.distributed import World
+from stacking_ds.errors import CheckpointError, NonFiniteError
+from stacking_ds.job import Job
+from tests.prose import tiny_shards
+from tests.ranks import RankError, run_ranks
+from tests.runs import losses, metrics, parameters, small_recipe, train_small
+
+STAGES = [(1, 4), (2, 3), (4, 3)]
+DROPOUT = ("model.hidden_dropout_prob=0.1", "model.attention_probs_dropout_prob=0.1")
+slow = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_shards(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(scope="module")
+def reference(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small recipe in fp32 at ZeRO 0 on one rank."""
+    folder = tmp_path_factory.mktemp("reference")
+    config = small_recipe(folder, shards, "engine.deepspeed=zero0")
+    assert run_ranks(train_small, 1, config, folder / "run") == [10]
+    return folder / "run"
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "world_size"),
+    [
+        (1, 2),
+        (3, 3),
+        (2, 2),
+        pytest.param(0, 2, marks=slow),
+        pytest.param(1, 6, marks=slow),
+        pytest.param(2, 4, marks=slow),
+        pytest.param(3, 2, marks=slow),
+        pytest.param(0, 12, marks=slow),
+    ],
+)
+def test_the_run_is_the_same_at_any_zero_stage_and_rank_count(
+    shards: Path, reference: Path, tmp_path: Path, zero_stage: int, world_size: int
+) -> None:
+    config = small_recipe(tmp_path, shards, f"engine.deepspeed=zero{zero_stage}")
+    run_ranks(train_small, world_size, config, tmp_path / "run", timeout_seconds=240)
+    assert losses(tmp_path / "run") == pytest.approx(losses(reference), rel=2e-5)
+    ours, theirs = parameters(tmp_path / "run"), parameters(reference)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        if not name.endswith("key.bias"):  # its true gradient is zero: Adam amplifies rounding
+            torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=2e-5, msg=name)
+
+
+def test_a_run_leaves_what_the_documentation_says(reference: Path) -> None:
+    lines = metrics(reference)
+    assert [line["step"] for line in lines] == list(range(1, 11))
+    assert [line["num_hidden_layers"] for line in lines] == [1] * 4 + [2] * 3 + [4] * 3
+    assert [line["stage"] for line in lines] == [0] * 4 + [1] * 3 + [2] * 3
+    documented = {
+        "step",
+        "stage",
+        "num_hidden_layers",
+        "samples_seen",
+        "tokens_seen",
+        "train/loss",
+        "optim/learning_rate",
+        "optim/grad_norm",
+        "speed/tokens_per_second",
+        "speed/model_flops_utilization",
+        "memory/peak_gib",
+        "wall_seconds",
+    }
+    for line in lines:
+        assert documented <= line.keys()
+        assert line["samples_seen"] == 10 * line["step"]
+        assert line["optim/grad_norm"] > 0
+        assert line["speed/tokens_per_second"] > 0
+    evaluated = [line["step"] for line in lines if "eval/mlm_loss" in line]
+    assert evaluated == [4, 7, 10], "held-out loss at the end of each stage"
+    # every 3 steps and at boundaries; of the others the last two are kept
+    kept = sorted(path.name for path in (reference / "checkpoints").glob("step_*"))
+    assert {"step_00000004", "step_00000007", "step_00000009", "step_00000010"} <= set(kept)
+    assert "step_00000003" not in kept
+    assert (reference / "config.yaml").is_file()
+    assert list((reference / "tensorboard").iterdir())
+    assert "step 10/10" in (reference / "train.log").read_text()
+
+
+def test_the_exported_model_has_the_trainers_heldout_loss(shards: Path, reference: Path) -> None:
+    model = HuggingFaceBert.from_pretrained(reference / "export").eval()
+    assert model.config.num_hidden_layers == 4
+    config = small_recipe(reference.parent, shards, "engine.deepspeed=zero0")
+    total, targets = 0.0, 0
+    for rank_step in Job.check(config).heldout_steps(0, 1):
+        for batch in rank_step.micro_batches:
+            with torch.no_grad():
+                logits = model(
+                    input_ids=batch.input_ids_BS,
+                    token_type_ids=batch.token_type_ids_BS,
+                    attention_mask=batch.attention_mask_BS,
+                ).prediction_logits
+            at_masks = logits.flatten(0, 1)[batch.mlm_positions_M]
+            total += float(
+                torch.nn.functional.cross_entropy(at_masks, batch.mlm_labels_M, reduction="sum")
+            )
+            targets += len(batch.mlm_labels_M)
+    assert total / targets == pytest.approx(metrics(reference)[-1]["eval/mlm_loss"], abs=1e-5)
+
+
+def _train_until(world: World, config: RunConfig, run_dir: Path, stop: str, at_step: int) -> int:
+    """Train, and at `at_step` be asked to stop ("term") or die ("kill")."""
+    original = trainer._Run.train_step
+
+    def step(run: Any, rank_step: Any) -> Any:
+        if run.state.step == at_step and world.rank == world.size - 1:
+            if stop == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(run, rank_step)
+
+    trainer._Run.train_step = step  # type: ignore[method-assign]
+    return train_small(world, config, run_dir)
+
+
+@pytest.mark.parametrize(
+    ("stop", "at_step", "zero_stage"),
+    [
+        ("term", 1, 1),  # inside the first stage
+        ("kill", 4, 3),  # just across a boundary: the last checkpoint is before it
+        pytest.param("term", 3, 2, marks=slow),  # asked to stop in the step that ends the stage
+        pytest.param("kill", 8, 1, marks=slow),
+        pytest.param("term", 5, 0, marks=slow),
+    ],
+)
+def test_interrupted_equals_uninterrupted(
+    shards: Path, tmp_path: Path, stop: str, at_step: int, zero_stage: int
+) -> None:
+    config = small_recipe(tmp_path, shards, f"engine.deepspeed=zero{zero_stage}", *DROPOUT)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run_ranks(train_small, 2, config, whole)
+    if stop == "kill":
+        with pytest.raises(RankError, match="exit code -9"):
+            run_ranks(_train_until, 2, config, broken, stop, at_step)
+    else:
+        assert run_ranks(_train_until, 2, config, broken, stop, at_step) == [at_step + 1] * 2
+    assert run_ranks(train_small, 2, config, broken, True) == [10, 10]
+    assert losses(broken) == losses(whole)
+    ours, theirs = parameters(broken), parameters(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_resumed_at_another_rank_count_and_zero_stage(
+    shards: Path, reference: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    start = small_recipe(tmp_path, shards, "engine.deepspeed=zero3")
+    assert run_ranks(_train_until, 3, start, run_dir, "term", 5) == [6] * 3
+    go_on = small_recipe(tmp_path, shards, "engine.deepspeed=zero1")
+    run_ranks(train_small, 2, go_on, run_dir, True)
+    assert losses(run_dir) == pytest.approx(losses(reference), rel=2e-5)
+
+
+def test_a_finished_run_is_used_as_it_is(shards: Path, reference: Path) -> None:
+    config = small_recipe(reference.parent, shards, "engine.deepspeed=zero0")
+    before = (reference / "metrics.jsonl").read_bytes()
+    assert run_ranks(train_small, 1, config, reference, True) == [10]
+    assert (reference / "metrics.jsonl").read_bytes() == before
+
+
+def _error_of(world: World, config: RunConfig, run_dir: Path, resume: bool) -> tuple[str, str]:
+    try:
+        train_small(world, config, run_dir, resume)
+    except (CheckpointError, NonFiniteError) as error:
+        return type(error).__name__, str(error)
+    return "none", ""
+
+
+def test_a_run_directory_belongs_to_one_run(shards: Path, reference: Path, tmp_path: Path) -> None:
+    config = small_recipe(tmp_path, shards, "engine.deepspeed=zero0")
+    [(kind, message)] = run_ranks(_error_of, 1, config, reference, False)
+    assert (kind, "--resume" in message) == ("CheckpointError", True)
+    other = small_recipe(tmp_path, shards, "engine.deepspeed=zero0", "optimizer.learning_rate=1e-4")
+    [(kind, message)] = run_ranks(_error_of, 1, other, reference, True)
+    assert kind == "CheckpointError"
+    assert "optimizer.learning_rate: 0.002 -> 0.0001" in message
+
+
+def test_other_shards_do_not_continue_a_run(shards: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    config = small_recipe(tmp_path, shards)
+    run_ranks(_train_until, 1, config, run_dir, "term", 1)
+    (tmp_path / "other").mkdir()
+    others = tiny_shards(tmp_path / "other", documents=190)
+    changed = small_recipe(tmp_path, others)
+    [(kind, message)] = run_ranks(_error_of, 1, changed, run_dir, True)
+    assert kind == "CheckpointError"
+    assert "other token shards" in message
+
+
+def _with_a_bad_loss(world: World, config: RunConfig, run_dir: Path) -> tuple[str, str, bool]:
+    """At step 5 the last rank's loss is NaN; are the weights those from before the step?"""
+    original = trainer.pretraining_loss
+    before: dict[str, torch.Tensor] = {}
+    runs: list[Any] = []
+    train_step = trainer._Run.train_step
+
+    def step(run: Any, rank_step: Any) -> Any:
+        if run.state.step == 5:
+            runs.append(run)
+            before.update({n: p.clone() for n, p in run.stages.engine.module.named_parameters()})
+        return train_step(run, rank_step)
+
+    def loss(*arguments: Any) -> Any:
+        sums = original(*arguments)
+        bad = bool(before) and world.rank == world.size - 1
+        return sums._replace(mlm_sum=sums.mlm_sum * float("nan")) if bad else sums
+
+    trainer._Run.train_step = step  # type: ignore[method-assign]
+    trainer.pretraining_loss = loss
+    kind, message = _error_of(world, config, run_dir, False)
+    now = dict(runs[0].stages.engine.module.named_parameters())
+    return kind, message, all(torch.equal(now[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, pytest.param(3, marks=slow)])
+def test_a_non_finite_loss_stops_before_the_weights_are_touched(
+    shards: Path, tmp_path: Path, zero_stage: int
+) -> None:
+    config = small_recipe(tmp_path, shards, f"engine.deepspeed=zero{zero_stage}")
+    results = run_ranks(_with_a_bad_loss, 2, config, tmp_path / "run")
+    for kind, message, untouched in results:
+        assert kind == "NonFiniteError"
+        assert "after 5 steps (stage 1, 2 layers)" in message
+        assert untouched
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == "step_00000004"
+
+
+@pytest.mark.parametrize("moments", ["reset", "carry"])
+def test_bf16_runs_through_all_stages(shards: Path, tmp_path: Path, moments: str) -> None:
+    config = small_recipe(
+        tmp_path, shards, "engine.precision=bf16", f"growth.moments={moments}", *DROPOUT
+    )
+    assert run_ranks(train_small, 2, config, tmp_path / "run") == [10, 10]
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
