@@ -65,10 +65,10 @@ _HELDOUT = ("jinja2", "pydantic", "tensorboard")
 
 # Tests, copies of other packages, and the model zoo of transformers, whose files are variations
 # of one another.
-_SKIPPED_FOLDERS = frozenset(
-    ("__pycache__", "_vendor", "_vendored", "dist-packages", "idle_test", "models", "pydoc_data")
-    + ("site-packages", "test", "testing", "tests", "third_party", "vendor")
-)
+_SKIPPED_FOLDERS = {"models", "pydoc_data", "site-packages", "dist-packages", "__pycache__"} | {
+    *("_vendor", "_vendored", "third_party", "vendor"),
+    *("idle_test", "test", "testing", "tests"),
+}
 _MIN_SENTENCES = 4
 _MIN_CHARACTERS = 300
 
@@ -79,7 +79,11 @@ def identity() -> list[str]:
     versions.append(f"python {platform.python_version()}")
     for package, distribution in _DISTRIBUTIONS.items():
         if importlib.util.find_spec(package) is not None:
-            versions.append(f"{distribution} {metadata.version(distribution)}")
+            try:
+                version = metadata.version(distribution)
+            except metadata.PackageNotFoundError:
+                version = "of unknown version"
+            versions.append(f"{distribution} {version}")
     return versions
 
 

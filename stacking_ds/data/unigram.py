@@ -1,0 +1,38 @@
+"""The floor a language model must beat: guessing each masked token by its frequency alone."""
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stacking_ds.data.batches import RankStep
+from stacking_ds.data.shards import TokenShards
+from stacking_ds.errors import DataError
+
+__all__ = ["unigram_log_probabilities", "unigram_mlm_loss"]
+
+
+def unigram_log_probabilities(shards: TokenShards) -> NDArray[np.float64]:
+    """Natural logarithms of the tokens' shares in the training split, each counted once more than
+    it occurs (Laplace 1814), so that none is impossible. Shape [vocab_size]."""
+    counts = shards.split("train").unigram_counts() + 1
+    logarithms: NDArray[np.float64] = np.log(counts) - np.log(counts.sum())
+    return logarithms
+
+
+def unigram_mlm_loss(shards: TokenShards, steps: Iterable[RankStep]) -> float:
+    """Cross-entropy of that model, in nats per masked token, over the masked tokens of `steps`.
+
+    Give it the evaluation steps of a single rank, so that they are all there. Raises DataError
+    when they mask nothing.
+    """
+    log_probability = unigram_log_probabilities(shards)
+    total, targets = 0.0, 0
+    for step in steps:
+        for batch in step.micro_batches:
+            labels = batch.mlm_labels_M.cpu().numpy()
+            total -= float(log_probability[labels].sum())
+            targets += len(labels)
+    if not targets:
+        raise DataError("the evaluation masks no token; there is nothing to compare with")
+    return total / targets
