@@ -21,6 +21,7 @@ from stacking_ds.errors import ConfigError, UserError
 __all__ = ["StopFlag", "World", "rank_from_environment", "start", "stop"]
 
 _TIMEOUT = timedelta(minutes=10)
+_added: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,8 @@ def start() -> World:
     elif "OMP_NUM_THREADS" not in os.environ:
         # ranks that share the cores and each take all of them slow one another down
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    # DeepSpeed reads these too, and looks for an MPI where it misses one
+    _added.update(name for name in environment if name not in os.environ)
     os.environ.update(environment)
     dist.init_process_group("nccl" if on_cuda else "gloo", timeout=_TIMEOUT)
     host_group = dist.new_group(backend="gloo", timeout=_TIMEOUT) if on_cuda else None
@@ -113,9 +116,11 @@ def start() -> World:
 
 
 def stop() -> None:
-    """Leave the process group."""
+    """Leave the process group, and the environment as it was."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    while _added:
+        del os.environ[_added.pop()]
 
 
 def _complete_environment() -> dict[str, str]:

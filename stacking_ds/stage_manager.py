@@ -107,7 +107,7 @@ class StageManager:
         moment_steps = checkpoint.read_manifest(found).optimizer_step
         if moment_steps:
             seed_moments(self.engine, moment_steps)
-        checkpoint.load(found, fragments(self.engine))
+        checkpoint.load(found, fragments(self.engine), world=self._world)
         refresh(self.engine)
 
     def close(self) -> None:

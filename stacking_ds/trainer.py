@@ -142,7 +142,7 @@ class _Run:
         learning_rate = self.job.learning_rates.at(step)
         set_learning_rate(engine, learning_rate)
         # dropout is a function of (seed, step, rank), so nothing of it has to be saved
-        torch.manual_seed(int(derive_key(self.job.config.seed, step, self.world.rank)))
+        torch.manual_seed(derive_key(self.job.config.seed, step, self.world.rank).item())
         sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         scale = self.world.size * self.stages.accumulation_steps
         for index, micro_batch in enumerate(rank_step.micro_batches):

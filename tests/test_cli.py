@@ -1,0 +1,186 @@
+"""The command line as a person meets it: one sentence, exit code 2, nothing half-written."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from stacking_ds.cli import main
+from tests.prose import tiny_shards, write_text
+from tests.runs import small_recipe
+
+NO_TRACEBACK = "Traceback"
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_shards(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, shards: Path) -> Path:
+    small_recipe(tmp_path, shards)
+    return tmp_path / "small.yaml"
+
+
+def _refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """Run a command that must be refused; the one sentence it says."""
+    assert main([str(argument) for argument in arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("stacking-ds: error: ")
+    assert NO_TRACEBACK not in printed.err
+    return printed.err
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("optimizer.learnign_rate=1", "did you mean learning_rate"),
+        ("stages.1.num_hidden_layers=1", "depths must grow"),
+        ("data.path=nowhere", "nowhere holds no prepared data"),
+        ("data.sequence_length=64", "max_position_embeddings"),
+        ("batch.global_batch_size=1000000", "fewer than one global batch"),
+        ("schedule.warmup_steps=11", "warmup_steps=11"),
+        ("engine.deepspeed=zero9", "zero0, zero1, zero2, zero3"),
+        ("model.num_attention_heads=5", "not divisible"),
+    ],
+)
+def test_a_recipe_that_cannot_be_trained(
+    recipe: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    override: str,
+    sentence: str,
+) -> None:
+    run_dir = tmp_path / "run"
+    said = _refused(capsys, "train", "--recipe", recipe, "--run-dir", run_dir, "--set", override)
+    assert sentence in said
+    assert not run_dir.exists()
+
+
+def test_a_depth_the_operator_cannot_reach(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = _refused(
+        capsys,
+        "train", "--recipe", recipe, "--run-dir", tmp_path / "run",
+        "--set", "growth.operator=interleave", "--set", "stages.2.num_hidden_layers=5",
+    )  # fmt: skip
+    assert "5" in said
+    assert "stack" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"elasticity": {"enabled": True}}, "elasticity"),
+        ({"gradient_cliping": 1.0}, "gradient_clipping"),
+        ({"optimizer": {"type": "Adam"}}, "optimizer"),
+        ({"train_batch_size": 4096}, "4096"),
+        ({"zero_optimization": {"stage": 1, "round_robin_gradients": True}}, "round_robin"),
+    ],
+)
+def test_a_deepspeed_json_that_does_not_fit(
+    recipe: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: dict[str, object],
+    sentence: str,
+) -> None:
+    broken = tmp_path / "broken.json"
+    broken.write_text(json.dumps({"zero_optimization": {"stage": 1}, **change}))
+    said = _refused(
+        capsys,
+        "train", "--recipe", recipe, "--run-dir", tmp_path / "run",
+        "--set", f"engine.deepspeed={broken}",
+    )  # fmt: skip
+    assert sentence in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("report", "evaluate", "export"):
+        assert "holds no run" in _refused(capsys, command, tmp_path)
+
+
+def test_preparing_what_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert "missing.txt" in _refused(capsys, "prepare", tmp_path / "missing.txt", "--out", out)
+    (tmp_path / "empty.txt").write_text("\n\n")
+    _refused(capsys, "prepare", tmp_path / "empty.txt", "--out", out)
+    assert not out.exists()
+
+
+def test_prepare_train_evaluate_export_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole story in one process, as a plain user without a launcher."""
+    text, out, run_dir = write_text(tmp_path / "text.txt", 120), tmp_path / "out", tmp_path / "run"
+    prepare = ["prepare", str(text), "--out", str(out), "--vocab-size", "400"]
+    assert main([*prepare, "--heldout-fraction", "0.1"]) == 0
+    assert "vocabulary 400" in capsys.readouterr().out
+    assert main([*prepare, "--heldout-fraction", "0.1"]) == 0
+    assert capsys.readouterr().out.startswith("re-using")
+
+    small_recipe(tmp_path, out)
+    train = ["train", "--recipe", str(tmp_path / "small.yaml"), "--run-dir", str(run_dir)]
+    assert main([*train, "--dry-run"]) == 0
+    assert not run_dir.exists()
+    assert "layers" in capsys.readouterr().out
+    assert main(train) == 0
+    table = capsys.readouterr().out
+    for words in (
+        "held-out MLM loss",
+        "unigram floor",
+        "layer-steps: 22 against 40",
+        "tensorboard",
+    ):
+        assert words in table
+    assert "--resume" in _refused(capsys, *train)
+
+    assert main(["evaluate", str(run_dir)]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert result["mlm_loss"] == pytest.approx(last["eval/mlm_loss"], abs=1e-5)
+
+    target = tmp_path / "early"
+    checkpoint = ["--checkpoint", "step_00000004", "--out", str(target)]
+    assert main(["export", str(run_dir), *checkpoint]) == 0
+    assert json.loads((target / "config.json").read_text())["num_hidden_layers"] == 1
+    assert "step_00000007" in _refused(capsys, "export", run_dir, "--checkpoint", "step_5")
+    assert main(["report", str(run_dir)]) == 0
+    assert "layer-steps" in capsys.readouterr().out
+
+
+def test_another_vocabulary_is_not_the_runs(
+    tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    small_recipe(tmp_path, shards, name="mine")
+    stages = [
+        "--set",
+        "stages=[{num_hidden_layers: 1, steps: 2}]",
+        "--set",
+        "schedule.warmup_steps=1",
+    ]
+    train = ["train", "--recipe", str(tmp_path / "mine.yaml"), "--run-dir", str(run_dir), *stages]
+    assert main(train) == 0
+    (tmp_path / "other").mkdir()
+    other = tiny_shards(tmp_path / "other", vocab_size=300)
+    capsys.readouterr()
+    assert "vocabulary" in _refused(capsys, "evaluate", run_dir, "--data", other)
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    for command in ("prepare", "train", "evaluate", "export", "report"):
+        assert command in text
+
+
+def test_the_written_recipe_is_yaml(recipe: Path) -> None:
+    assert yaml.safe_load(recipe.read_text())["name"] == "small"
