@@ -13,11 +13,11 @@ from stacking_ds.data.sentences import split_sentences
 __all__ = ["paragraphs"]
 
 _UNDERLINE = re.compile(r"[=\-~^*#+\"'`_.]{3,}\s*$")
-_NOT_PROSE_START = re.compile(
-    r"""\s | >>> | \.\.\s | \.\.\. | :[\w\s]+: | @\w | [|+#%$<\[{(\\/] | [-*+•]\s | \d+[.)]\s
-    | \w+\s*(\(.*\))?\s*:\s*$ | ```""",
-    re.VERBOSE,
-)
+# A block with such a line anywhere is not prose: indented, a doctest, a directive, a field, a
+# table, a list.
+_NOT_PROSE_LINE = re.compile(r"\s|>>>|\.\.\s|\.\.\.|:[\w\s]+:|[|+]|[-*+•]\s|```")
+# Nor is a block that starts with such a line: code, markup, a numbered item, a heading ("Args:").
+_NOT_PROSE_START = re.compile(r"[@#%$<\[{(\\/]|\d+[.)]\s|\w+\s*(\(.*\))?\s*:\s*$")
 _SKIPPED_SECTION = re.compile(
     r"(other |keyword )?(param(eter)?s|arg(ument)?s|returns?|yields?|raises|attributes|references|"
     r"see also|methods|warns|receives|keys|fields|inputs?|outputs?|shape|bibliography|todo|"
@@ -35,6 +35,7 @@ _MARKUP = (
     (re.compile(r"(?<!\w)_([A-Za-z][A-Za-z ]*)_(?!\w)"), r"\1"),
     (re.compile(r'"([^"\s]+)"'), r"\1"),
     (re.compile(r"\s+"), " "),
+    (re.compile(r" (?=[.,;:](\s|$))"), ""),
 )
 _NOT_IN_PROSE = re.compile(
     r"""https?: | www\. | [\\{}|<>=^~@$%#*_`\[\]] | \w\(\) | \w\(\w* | \.\.\. | ::
@@ -74,8 +75,7 @@ def paragraphs(documentation: str) -> Iterator[list[str]]:
 
 
 def _is_not_prose(lines: list[str]) -> bool:
-    """A block with any line that prose does not have: indented, a list item, a directive, ..."""
-    return any(_NOT_PROSE_START.match(line) for line in lines)
+    return bool(_NOT_PROSE_START.match(lines[0])) or any(map(_NOT_PROSE_LINE.match, lines))
 
 
 def _sentences(text: str) -> Iterator[str]:

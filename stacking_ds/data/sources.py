@@ -19,6 +19,7 @@ import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -66,8 +67,12 @@ class _Embedded:
         return embedded.identity()
 
     def documents(self) -> Iterator[Document]:
-        for split, text in embedded.documents():
-            yield Document(text, split)
+        return iter(self._documents)
+
+    @cached_property
+    def _documents(self) -> list[Document]:
+        """A few megabytes, kept since reading them takes much longer than tokenizing them."""
+        return [Document(text, split) for split, text in embedded.documents()]
 
 
 class _HuggingFace:

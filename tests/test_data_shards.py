@@ -1,0 +1,101 @@
+"""Reading shards: damage is noticed and named, and views of the map hold what was written."""
+
+import json
+import pickle
+
+import numpy as np
+import prose
+import pytest
+
+from stacking_ds.data.prepare import prepare
+from stacking_ds.data.shards import TokenShards
+from stacking_ds.errors import DataError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    text = str(prose.write_text(tmp_path / "a.txt", 40))
+    prepare(text, tmp_path / "out", vocab_size=300, heldout_fraction=0.2, shard_tokens=3000)
+    return tmp_path / "out"
+
+
+def test_documents_and_positions_agree_over_the_files(folder):
+    train = TokenShards.open(folder).split("train")
+    assert len(train.arrays) > 2
+    documents = [train.tokens_of(k) for k in range(train.num_documents)]
+    assert all(
+        int(train.sentence_lengths_of(k).sum()) == len(tokens) for k, tokens in enumerate(documents)
+    )
+    whole = np.concatenate(documents)
+    assert len(whole) == train.num_tokens
+    places = np.random.default_rng(0).integers(0, train.num_tokens, (20, 30))
+    assert (train.tokens_at(places) == whole[places]).all()
+    assert (train.unigram_counts() == np.bincount(whole, minlength=300)).all()
+    with pytest.raises(IndexError):
+        train.tokens_of(train.num_documents)
+
+
+def test_views_are_not_copies_and_survive_pickling(folder):
+    train = TokenShards.open(folder).split("train")
+    assert np.shares_memory(train.tokens_of(0), train.arrays[0].tokens)
+    small = pickle.dumps(train)
+    assert len(small) < 20_000
+    assert (pickle.loads(small).tokens_of(3) == train.tokens_of(3)).all()
+
+
+def test_special_ids_and_vocabulary(folder):
+    shards = TokenShards.open(folder)
+    assert shards.special_ids.mask == 4
+    assert shards.vocabulary[4] == "[MASK]"
+
+
+def test_a_missing_folder_says_how_to_make_it(tmp_path):
+    with pytest.raises(DataError, match=r"nothing holds no prepared data .*stacking-ds prepare"):
+        TokenShards.open(tmp_path / "nothing")
+
+
+def test_missing_truncated_and_altered_files_are_named(folder):
+    path = folder / "train-00001.arrow"
+    good = path.read_bytes()
+    path.write_bytes(good[:-100])
+    with pytest.raises(DataError, match=r"train-00001\.arrow has \d+ bytes, its manifest says"):
+        TokenShards.open(folder)
+    altered = bytearray(good)
+    altered[len(good) // 2] ^= 1
+    path.write_bytes(altered)
+    TokenShards.open(folder)
+    with pytest.raises(DataError, match=r"train-00001\.arrow is not the file its manifest"):
+        TokenShards.open(folder, verify=True)
+    path.write_bytes(b"x" * len(good))
+    with pytest.raises(DataError, match=r"train-00001\.arrow is not a readable token shard"):
+        TokenShards.open(folder).split("train")
+    path.unlink()
+    with pytest.raises(DataError, match=r"train-00001\.arrow cannot be read: No such file"):
+        TokenShards.open(folder)
+
+
+def test_another_file_in_a_shards_place_is_noticed(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["train"]["shards"][0]["documents"] += 1
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=r"train-00000\.arrow holds .* not what its manifest says"):
+        TokenShards.open(folder).split("train")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda m: m.update(format_version=2), "manifest.json is damaged or of another version"),
+        (lambda m: m.pop("train"), "train: Field required"),
+        (lambda m: m.update(surprise=1), "surprise: Extra inputs"),
+    ],
+)
+def test_damaged_manifests_are_refused(folder, change, sentence):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=sentence):
+        TokenShards.open(folder)
+    (folder / "manifest.json").write_text("{")
+    with pytest.raises(DataError, match=r"manifest\.json is damaged"):
+        TokenShards.open(folder)
