@@ -196,6 +196,20 @@ def test_batches_move_to_a_device_whole(data):
     assert moved.real_tokens == step.real_tokens
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="pinning memory needs a GPU")
+def test_data_loader_pins_whole_steps(data):
+    steps = PretrainingSteps(data, global_batch_size=12, micro_batch_size=5, num_steps=2)
+    loader = torch.utils.data.DataLoader(steps, batch_size=None, num_workers=1, pin_memory=True)
+    pinned = list(loader)
+    assert rows_with_weight(pinned) == rows_with_weight([steps[0], steps[1]])
+    assert all(
+        b.input_ids_BS.is_pinned() and b.mlm_labels_M.is_pinned()
+        for step in pinned
+        for b in step.micro_batches
+    )
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 6])
 @pytest.mark.parametrize("max_samples", [1, 37, 10**6])
 def test_evaluation_is_one_fixed_pass_for_any_world(shards, world_size, max_samples):

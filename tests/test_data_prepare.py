@@ -190,6 +190,29 @@ def test_unusable_requests_leave_nothing_behind(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "empty.txt"]
 
 
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    text = str(prose.write_text(tmp_path / "a.txt", 20))
+    with pytest.raises(DataError, match=r"a\.txt/out cannot be written: .*Not a directory"):
+        prepare(text, tmp_path / "a.txt" / "out", vocab_size=300)
+
+
+def test_two_processes_at_once_agree_on_one_folder(tmp_path):
+    text = str(prose.write_text(tmp_path / "a.txt", 40))
+    out = tmp_path / "out"
+    options = {"vocab_size": 300, "heldout_fraction": 0.2}
+
+    def be_late(progress):
+        # The other process starts after this one and finishes before it.
+        if progress.task == "shards":
+            prepare(text, tmp_path / "other", **options)
+            (tmp_path / "other").rename(out)
+
+    late = prepare(text, out, **options, progress=be_late)
+    assert late.reused
+    assert TokenShards.open(out, verify=True).manifest == late.manifest
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "out"]
+
+
 def test_a_killed_run_leaves_nothing_under_the_final_name(tmp_path):
     text = prose.write_text(tmp_path / "a.txt", 200)
     out = tmp_path / "out"

@@ -7,10 +7,12 @@ name is complete. A killed run leaves only the temporary folder, which may be de
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+
+from tokenizers import Tokenizer
 
 from stacking_ds.data.manifest import (
     MANIFEST_NAME,
@@ -35,6 +37,7 @@ from stacking_ds.errors import DataError
 
 __all__ = ["Prepared", "Progress", "prepare", "prepared_matches"]
 
+_SPLITS: tuple[SplitName, SplitName] = ("train", "heldout")
 _VOCABULARY_SAMPLE_CHARACTERS = 128 * 2**20
 _CHARACTERS_PER_GROUP = 2**19
 _DEFAULT_SHARD_TOKENS = 2**25
@@ -78,7 +81,7 @@ def prepare(
     whatever is added to the corpus. Exact duplicates are dropped over both splits.
 
     Raises DataError for unusable sources or vocabularies, for a split that stays empty, and for an
-    `out_dir` that holds something else.
+    `out_dir` that holds something else or cannot be written.
     """
     if not 0 <= heldout_fraction <= 0.5:
         raise DataError(f"heldout_fraction is {heldout_fraction}; it must lie between 0 and 0.5")
@@ -89,21 +92,22 @@ def prepare(
         heldout_fraction,
     )
     given = None if vocabulary is None else load_vocabulary(vocabulary)
-    request = PrepareRequest(
-        sources=corpus.train_identity(),
-        heldout_sources=corpus.heldout_identity(),
-        heldout_fraction=heldout_fraction,
-        vocabulary=f"trained:{vocab_size}" if given is None else vocabulary_sha256(given),
-    )
+    request = corpus.request(f"trained:{vocab_size}" if given is None else vocabulary_sha256(given))
     if prepared_matches(out_dir, request):
         return Prepared(TokenShards.open(out_dir).manifest, reused=True)
     report = progress or (lambda _: None)
     building = out_dir.with_name(f"{out_dir.name}.tmp-{os.uname().nodename}-{os.getpid()}")
-    building.mkdir(parents=True)
+    shutil.rmtree(building, ignore_errors=True)
     try:
+        building.mkdir(parents=True)
         tokens = given or _trained_vocabulary(corpus, vocab_size, report)
         manifest = _build(corpus, building, request, tokens, licence, shard_tokens, report)
+        # Another process may have finished the same work meanwhile; then its folder stays.
+        if prepared_matches(out_dir, request):
+            return Prepared(manifest, reused=True)
         os.replace(building, out_dir)
+    except OSError as error:
+        raise DataError(f"{out_dir} cannot be written: {error}") from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return Prepared(manifest, reused=False)
@@ -139,15 +143,18 @@ class _Corpus:
     def __init__(
         self, train: Sequence[Source], heldout: Sequence[Source], heldout_fraction: float
     ) -> None:
-        self._train, self._heldout = train, heldout
+        self._train, self._heldout, self._heldout_fraction = train, heldout, heldout_fraction
         self._hash_limit = 0 if heldout else int(heldout_fraction * 2**64)
         self.duplicates = self.empty = 0
 
-    def train_identity(self) -> tuple[str, ...]:
-        return tuple(line for source in self._train for line in source.identity())
-
-    def heldout_identity(self) -> tuple[str, ...]:
-        return tuple(line for source in self._heldout for line in source.identity())
+    def request(self, vocabulary: str) -> PrepareRequest:
+        """What makes these documents, tokenized with `vocabulary`, recognisable later."""
+        return PrepareRequest(
+            sources=tuple(line for source in self._train for line in source.identity()),
+            heldout_sources=tuple(line for source in self._heldout for line in source.identity()),
+            heldout_fraction=self._heldout_fraction,
+            vocabulary=vocabulary,
+        )
 
     def documents(self) -> Iterator[tuple[SplitName, str]]:
         """Held-out sources come first: what they hold is kept out of the training split."""
@@ -202,30 +209,12 @@ def _build(
     tokenizer = build_tokenizer(vocabulary)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in vocabulary), "utf-8")
-    # Text that spells "[MASK]" is text: from here on it is cut into ordinary pieces.
-    tokenizer.encode_special_tokens = True
-
-    def encode(sentences: list[str]) -> list[list[int]]:
-        return [
-            encoding.ids
-            for encoding in tokenizer.encode_batch_fast(sentences, add_special_tokens=False)
-        ]
-
-    splits: tuple[SplitName, SplitName] = ("train", "heldout")
     writers = {
         split: SplitWriter(folder, split, vocab_size=len(vocabulary), shard_tokens=shard_tokens)
-        for split in splits
+        for split in _SPLITS
     }
-    documents = characters = wordless = 0
-    for group in _groups(corpus.documents()):
-        for (split, text), sentences in zip(group, _tokenized(group, encode), strict=True):
-            documents, characters = documents + 1, characters + len(text)
-            if sentences:
-                writers[split].add(sentences)
-            else:
-                wordless += 1
-        report(Progress("shards", documents, characters))
-    train, heldout = (writers[split].finish() for split in splits)
+    wordless = _write_documents(corpus, tokenizer, writers, report)
+    train, heldout = (writers[split].finish() for split in _SPLITS)
     if not train.documents:
         raise DataError("the sources hold no training document with any text")
     if not heldout.documents and (request.heldout_fraction > 0 or request.heldout_sources):
@@ -251,6 +240,27 @@ def _build(
     return manifest
 
 
+def _write_documents(
+    corpus: _Corpus,
+    tokenizer: Tokenizer,
+    writers: Mapping[SplitName, SplitWriter],
+    report: Callable[[Progress], None],
+) -> int:
+    """Tokenizes the corpus into `writers`; returns how many documents had no tokens."""
+    # Text that spells "[MASK]" is text: it is cut into ordinary pieces.
+    tokenizer.encode_special_tokens = True
+    documents = characters = wordless = 0
+    for group in _groups(corpus.documents()):
+        for (split, text), sentences in zip(group, _tokenized(group, tokenizer), strict=True):
+            documents, characters = documents + 1, characters + len(text)
+            if sentences:
+                writers[split].add(sentences)
+            else:
+                wordless += 1
+        report(Progress("shards", documents, characters))
+    return wordless
+
+
 def _groups(
     documents: Iterable[tuple[SplitName, str]],
 ) -> Iterator[list[tuple[SplitName, str]]]:
@@ -268,10 +278,16 @@ def _groups(
 
 
 def _tokenized(
-    group: Sequence[tuple[SplitName, str]], encode: Callable[[list[str]], list[list[int]]]
+    group: Sequence[tuple[SplitName, str]], tokenizer: Tokenizer
 ) -> Iterator[list[list[int]]]:
     """For each document the token ids of its sentences, sentences without tokens left out."""
-    sentences = [split_sentences(text) for _, text in group]
-    ids = iter(encode([sentence for document in sentences for sentence in document]))
-    for document in sentences:
-        yield [sentence_ids for sentence_ids in islice(ids, len(document)) if sentence_ids]
+    documents = [split_sentences(text) for _, text in group]
+    encodings = iter(
+        tokenizer.encode_batch_fast(
+            [sentence for sentences in documents for sentence in sentences],
+            add_special_tokens=False,
+        )
+    )
+    for sentences in documents:
+        ids = (encoding.ids for encoding in islice(encodings, len(sentences)))
+        yield [sentence_ids for sentence_ids in ids if sentence_ids]
