@@ -170,6 +170,20 @@ def test_rows_are_framed_pairs_of_the_text(shards, data):
     assert 0.35 < share < 0.65
 
 
+def test_unknown_words_are_read_but_never_asked_for(shards, tmp_path):
+    text = tmp_path / "unknown.txt"
+    text.write_text(
+        "".join(f"{t} 漢 漢 漢 漢 漢\n\n" for t in prose.documents(30, seed=3)), "utf-8"
+    )
+    vocabulary = shards.folder / "vocab.txt"
+    prepare(str(text), tmp_path / "out", vocabulary=vocabulary, heldout_fraction=0.0)
+    unknown = TokenShards.open(tmp_path / "out")
+    data = PretrainingData(unknown, "train", sequence_length=LENGTH, mlm_probability=0.5, seed=1)
+    (batch,) = data.step(0, data.num_samples, micro_batch_size=data.num_samples).micro_batches
+    assert int((batch.input_ids_BS == 1).sum()) > 50
+    assert not (batch.mlm_labels_M == 1).any()
+
+
 def test_steps_feed_a_data_loader_that_starts_anywhere(data):
     steps = PretrainingSteps(data, global_batch_size=12, micro_batch_size=5, num_steps=20)
     straight = [steps[step] for step in range(20)]
