@@ -191,6 +191,7 @@ def build_engine(
         except ValueError as error:
             raise ConfigError(f"DeepSpeed cannot build this engine: {error}") from error
     zero.reset_moments(engine)
+    zero.mend_loss_scaling(engine)
     if exact:
         # the forward weights are the rounding of these values already
         zero.write_masters(engine, exact)

@@ -5,6 +5,7 @@ its forks are clean); every rank is then a fork of it and starts within a fracti
 """
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -167,6 +168,8 @@ def _rank_main(
 
     from stacking_ds import distributed
 
+    # what the server imported is never garbage: full collections take milliseconds again
+    gc.freeze()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     try:

@@ -3,15 +3,14 @@ any ZeRO stage into `Fragment`s, writes them back, and frees the engine."""
 
 from stacking_ds.zero.compatibility import require_pinned_deepspeed
 from stacking_ds.zero.gradients import gradient_norm, norm_before_step
+from stacking_ds.zero.loss_scale import loss_scale, mend_loss_scaling, set_loss_scale
 from stacking_ds.zero.release import release
 from stacking_ds.zero.state import (
     fragments,
-    loss_scale,
     optimizer_step,
     refresh,
     reset_moments,
     seed_moments,
-    set_loss_scale,
     without_phantom_step,
     write_masters,
 )
@@ -20,6 +19,7 @@ __all__ = [
     "fragments",
     "gradient_norm",
     "loss_scale",
+    "mend_loss_scaling",
     "norm_before_step",
     "optimizer_step",
     "refresh",

@@ -25,22 +25,25 @@ def release(engine: Any) -> None:
     until the caller lets go of it.
     """
     engine.destroy()
-    dead = {id(module) for module in engine.module.modules()}
-    for p in engine.module.parameters():
-        p.grad = None
-    engine.basic_optimizer.state.clear()
-    engine.basic_optimizer.param_groups.clear()
-    parameter_offload.FWD_MODULE_STACK[:] = [
-        module for module in parameter_offload.FWD_MODULE_STACK if id(module) not in dead
-    ]
+    _forget_modules(engine)
     _clear_coordinator_cache()
     _empty(engine)
     gc.collect()
     _return_free_pages()
 
 
+def _forget_modules(engine: Any) -> None:
+    dead = {id(module) for module in engine.module.modules()}
+    stack = parameter_offload.FWD_MODULE_STACK
+    stack[:] = [module for module in stack if id(module) not in dead]
+
+
 def _empty(engine: Any) -> None:
     """Leave a shell: a caller that still holds the engine holds nothing else."""
+    for p in engine.module.parameters():
+        p.grad = None
+    engine.basic_optimizer.state.clear()
+    engine.basic_optimizer.param_groups.clear()
     engine._modules.clear()
     for name in list(vars(engine)):
         if not name.startswith("_"):

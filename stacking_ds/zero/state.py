@@ -12,12 +12,10 @@ from stacking_ds.zero.layout import flat_tensors, pieces
 
 __all__ = [
     "fragments",
-    "loss_scale",
     "optimizer_step",
     "refresh",
     "reset_moments",
     "seed_moments",
-    "set_loss_scale",
     "without_phantom_step",
     "write_masters",
 ]
@@ -80,17 +78,6 @@ def _relink(engine: Any) -> None:
     if layout_of(engine) is Layout.GROUPS:
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
-
-
-def loss_scale(engine: Any) -> float:
-    """What fp16 multiplies the loss by at present; 1.0 in bf16 and fp32."""
-    return float(getattr(engine.optimizer, "loss_scale", 1.0))
-
-
-def set_loss_scale(engine: Any, scale: float) -> None:
-    """Go on from a loss scale found earlier; without effect in bf16 and fp32."""
-    if engine.fp16_enabled():
-        engine.optimizer.loss_scale = scale
 
 
 @torch.no_grad()
