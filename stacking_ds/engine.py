@@ -7,6 +7,7 @@ where the JSON says it all the same, the two must agree.
 
 import json
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
@@ -42,6 +43,7 @@ class _Owned:
     key: str
     value: Any
     also: tuple[Any, ...] = ()  # what a JSON may insist on instead
+    reason: str = ""  # where it is not the recipe that decides
 
 
 def load_ds_config(path_or_name: str) -> dict[str, Any]:
@@ -119,19 +121,33 @@ def _zero_stage(ds_json: Mapping[str, Any]) -> int:
 
 def _engine_defaults(zero_stage: int, precision: Precision) -> list[_Owned]:
     """What this package sets where the JSON leaves the choice."""
-    defaults = [
-        # DeepSpeed's default replaces torch.nn.functional.linear for the whole process
-        _Owned("zero_optimization.memory_efficient_linear", False),
-        # bf16 gradients lose small contributions when summed over many ranks in bf16
-        _Owned("communication_data_type", "fp32", ("bf16", "fp16") if precision != "fp32" else ()),
-    ]
-    if precision != "fp32" and zero_stage >= 2:
-        # the same over micro steps; DeepSpeed offers it rightly at ZeRO 2 and 3
-        defaults.append(_Owned("data_types.grad_accum_dtype", "fp32", (precision,)))
+    low = precision != "fp32"
+    if low and zero_stage >= 2:
+        accumulation = _Owned(
+            "data_types.grad_accum_dtype", "fp32", (precision,), f"it is fp32 or {precision}"
+        )
     else:
-        # at ZeRO 1 with bf16, "fp32" selects BF16_Optimizer; at ZeRO 0 it is not implemented
-        defaults.append(_Owned("data_types.grad_accum_dtype", precision))
-    return defaults
+        accumulation = _Owned(
+            "data_types.grad_accum_dtype",
+            precision,
+            reason=f"at ZeRO {zero_stage} DeepSpeed sums the gradients of micro-steps rightly in "
+            f"{precision} alone (fp32 would select BF16_Optimizer, or nothing at all)",
+        )
+    return [
+        accumulation,
+        # small contributions would be lost when many ranks' gradients are summed in bf16
+        _Owned(
+            "communication_data_type",
+            "fp32",
+            (precision,) if low else (),
+            f"gradients are summed over the ranks in fp32{f' or {precision}' if low else ''}",
+        ),
+        _Owned(
+            "zero_optimization.memory_efficient_linear",
+            False,
+            reason="it replaces torch's linear for the whole process and rounds bf16 differently",
+        ),
+    ]
 
 
 def _settle(resolved: dict[str, Any], owned: _Owned) -> list[str]:
@@ -146,6 +162,9 @@ def _settle(resolved: dict[str, Any], owned: _Owned) -> list[str]:
     if written == "auto":
         section[key] = owned.value
     elif written != owned.value and written not in owned.also:
+        if owned.reason:
+            advice = f"{owned.reason}; delete it or write {owned.value!r}"
+            return [f'"{owned.key}" is {written!r}: {advice}']
         return [
             f'"{owned.key}" is {written!r}, but the recipe makes it {owned.value!r}: '
             f'write "auto" there, or change the recipe'
@@ -182,7 +201,7 @@ def build_engine(
     if _low_precision(ds_config):
         exact = {name: p.detach() for name, p in model.named_parameters()}
     _prepare_process()
-    with zero.without_phantom_step(optimizer):
+    with zero.without_stepping(optimizer):
         try:
             # [0]: a name for the rest of the tuple would keep the optimizer alive for ever
             engine = deepspeed.initialize(
@@ -207,14 +226,23 @@ def take_step(engine: Any) -> float | None:
     """`engine.step()` after each `engine.backward`.
 
     Returns the global 2-norm of the gradient, before clipping, when this completed an optimizer
-    step (infinite when DeepSpeed skipped it because the gradient was not finite), else None.
+    step, else None. A gradient that is not finite never reaches the weights: the step is skipped
+    and its norm given as infinite.
     """
     if not engine.is_gradient_accumulation_boundary():
         engine.step()
         return None
     norm = zero.norm_before_step(engine)
-    engine.step()
-    return zero.gradient_norm(engine) if norm is None else norm
+    if norm is None:
+        engine.step()
+        return zero.gradient_norm(engine)
+    if math.isfinite(norm):
+        engine.step()
+        return norm
+    # here alone DeepSpeed would step all the same
+    with zero.without_stepping(engine.basic_optimizer):
+        engine.step()
+    return math.inf
 
 
 def set_learning_rate(engine: Any, learning_rate: float) -> None:

@@ -20,6 +20,7 @@ from stacking_ds.engine import (
     release_engine,
     resolve_ds_config,
     set_learning_rate,
+    take_step,
 )
 from stacking_ds.errors import ConfigError
 from stacking_ds.fragments import MASTER
@@ -140,6 +141,8 @@ def test_everything_wrong_is_said_in_one_message() -> None:
             {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
             "offload_optimizer",
         ),
+        ({"data_types": {"buffer_dtype": "fp32"}}, "data_types.buffer_dtype"),
+        ({"communication_data_type": "fp16"}, "fp32 or bf16"),
         ({"tensorboard": {"enabled": True}}, "metrics"),
         ({"bfloat16": {"enabled": True}}, 'its name is now "bf16"'),
     ],
@@ -229,6 +232,34 @@ def _ranks_differ(world: World) -> str:
 def test_ranks_that_built_different_models_are_told_so() -> None:
     for message in run_ranks(_ranks_differ, 2):
         assert "same seed on every rank" in message
+
+
+def _not_finite(world: World, cases: list[tuple[int, str]]) -> Any:
+    found = []
+    for zero_stage, precision in cases:
+        engine = start_engine(world, zero_stage, precision, clipping=1.0)
+        train_engine(world, engine, range(1))
+        before = whole_state(world, engine)
+        scale = float("nan") if world.rank == 0 else 1.0  # one rank's trouble is everyone's
+        engine.backward(tiny_loss(engine, tiny_batch(1), slice(0, 1)) * scale)
+        norm = take_step(engine)
+        after = whole_state(world, engine)
+        train_engine(world, engine, range(1, 2))
+        found.append((before, norm, after, zero.optimizer_step(engine)))
+        release_engine(engine)
+    return found if world.is_first else None
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(precision: str) -> None:
+    for before, norm, after, step in run_ranks(
+        _not_finite, 2, [(stage, precision) for stage in range(4)]
+    )[0]:
+        assert norm == float("inf")
+        for name, views in before.items():
+            for key in views:
+                assert torch.equal(after[name][key], views[key])
+        assert step == 2
 
 
 def _without_fp16(world: World) -> str:

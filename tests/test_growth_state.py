@@ -114,11 +114,11 @@ def _grow_through(world: World, cases: Cases) -> dict[tuple[int, str, str], Any]
 
 
 def _grow(world: World, zero_stage: int, precision: str, moments: Moments) -> Any:
-    """At every depth what arrived; between depths two steps, so that all layers differ."""
+    """At every depth what arrived; before every growth one step, so that all moments differ."""
     engine = start_engine(world, zero_stage, precision, depth=DEPTHS[0])
     arrived = []
     for old, new in itertools.pairwise(DEPTHS):
-        train_engine(world, engine, range(2))
+        train_engine(world, engine, range(1))
         before = whole_state(world, engine)
         step = zero.optimizer_step(engine)
         captured = capture(zero.fragments(engine))
@@ -148,9 +148,7 @@ def _logits(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _check(arrived: Any, precision: str, moments: Moments) -> None:
-    steps = 0
-    for new, before, after, logits, step in arrived:
-        steps += 2
+    for steps, (new, before, after, logits, step) in enumerate(arrived, 1):
         old = new // 2
         layers = {_prefix(index): _prefix(index % old) for index in range(new)}
         reference = tiny_model(new, seed=1)

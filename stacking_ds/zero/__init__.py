@@ -11,7 +11,7 @@ from stacking_ds.zero.state import (
     refresh,
     reset_moments,
     seed_moments,
-    without_phantom_step,
+    without_stepping,
     write_masters,
 )
 
@@ -28,6 +28,6 @@ __all__ = [
     "reset_moments",
     "seed_moments",
     "set_loss_scale",
-    "without_phantom_step",
+    "without_stepping",
     "write_masters",
 ]

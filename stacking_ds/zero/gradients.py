@@ -1,6 +1,5 @@
 """The global norm of the gradient, whatever the ZeRO stage and precision."""
 
-import math
 from typing import Any
 
 import torch
@@ -34,8 +33,7 @@ def gradient_norm(engine: Any) -> float:
     Infinite where the step was skipped because the gradient was not finite.
     """
     norm = engine.get_global_grad_norm()
-    if norm is None:
-        return math.nan
+    assert norm is not None, "no step was taken, or DeepSpeed keeps no norm (norm_before_step)"
     value = float(norm)
     if layout_of(engine) is Layout.UNFUSED:
         # this wrapper alone leaves the loss scale in

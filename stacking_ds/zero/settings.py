@@ -96,10 +96,6 @@ _NOT_SHARDED_SO = "growth and checkpoints do not read state laid out that way"
 _ONLY: Mapping[str, Mapping[str, tuple[tuple[Any, ...], str]]] = {
     "zero_optimization": {
         "round_robin_gradients": ((False,), "it corrupts the map from weights to masters"),
-        "memory_efficient_linear": (
-            (False,),
-            "it replaces torch's linear for the whole process and rounds bf16 differently",
-        ),
         "compute_grad_norm": ((True,), "the run reports the gradient norm at every step"),
         "legacy_stage1": ((False,), "DeepSpeed no longer has it"),
         "elastic_checkpoint": ((False,), "checkpoints here load at any world size anyway"),
@@ -137,8 +133,13 @@ def top_level_problems(json: Mapping[str, Any]) -> list[str]:
 
 
 def section_problems(json: Mapping[str, Any]) -> list[str]:
-    """One line for everything wrong inside `zero_optimization`, `bf16` and `fp16`."""
+    """One line for everything wrong inside `zero_optimization`, `bf16`, `fp16`, `data_types`."""
     problems = []
+    data_types = json.get("data_types", {})
+    if not isinstance(data_types, dict):
+        problems.append(f'"data_types" is {data_types!r}: it must be an object in braces')
+    elif others := sorted(data_types.keys() - {"grad_accum_dtype"}):
+        problems += [f'"data_types.{key}": {_ELSEWHERE}' for key in others]
     for section, model in _MODELS.items():
         values = json.get(section, {})
         if not isinstance(values, dict):

@@ -16,7 +16,7 @@ __all__ = [
     "refresh",
     "reset_moments",
     "seed_moments",
-    "without_phantom_step",
+    "without_stepping",
     "write_masters",
 ]
 
@@ -116,12 +116,12 @@ def write_masters(engine: Any, values: Mapping[str, torch.Tensor]) -> None:
 
 
 @contextmanager
-def without_phantom_step(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """While this lasts the optimizer cannot step.
+def without_stepping(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """While this lasts `optimizer.step()` does nothing.
 
     At ZeRO 0 with bf16 or fp16, `deepspeed.initialize` calls `optimizer.step()` with zero
-    gradients to allocate the moments. That decays the weights once and counts a step that never
-    was, before anything can be bound to the engine.
+    gradients to allocate the moments. That phantom step decays the weights once and is counted,
+    before anything can be bound to the engine.
     """
     optimizer.step = lambda *arguments, **options: None  # type: ignore[method-assign,assignment]
     try:
