@@ -20,6 +20,7 @@ ORDER = (
     ("data", "model", "optim", "growth"),
     ("zero",),
     ("engine",),
+    ("manifest",),
     ("checkpoint", "run_directory"),
     ("job",),
     ("monitor", "meter"),
