@@ -18,7 +18,14 @@ from stacking_ds.model.bert import BertForPreTraining
 from stacking_ds.optim.build import build_optimizer
 from stacking_ds.optim.groups import parameter_groups
 from stacking_ds.stages import Stage
-from stacking_ds.zero import fragments, optimizer_step, refresh, seed_moments
+from stacking_ds.zero import (
+    fragments,
+    loss_scale,
+    optimizer_step,
+    refresh,
+    seed_moments,
+    set_loss_scale,
+)
 
 __all__ = ["StageManager"]
 
@@ -70,6 +77,7 @@ class StageManager:
         """
         growth = self._job.config.growth
         moment_steps = optimizer_step(self.engine) if growth.moments == "carry" else 0
+        scale = loss_scale(self.engine)
         captured = capture(fragments(self.engine))
         self.close()
         self.start(new)
@@ -78,6 +86,8 @@ class StageManager:
         layers = layer_map(growth.operator, old.num_hidden_layers, new.num_hidden_layers)
         install(fragments(self.engine), captured, layers, growth.moments, self._world)
         refresh(self.engine)
+        # the scale fp16 has settled on; a new engine's would skip its first steps to find it again
+        set_loss_scale(self.engine, scale)
         self._world.barrier()
 
     def save(self, run_dir: Path, stage: Stage, train_state: dict[str, Any]) -> None:
@@ -93,6 +103,7 @@ class StageManager:
             num_hidden_layers=stage.num_hidden_layers,
             vocabulary_sha256=self._job.shards.manifest.vocabulary_sha256,
             data_sha256=self._job.data_sha256,
+            loss_scale=loss_scale(self.engine),
         )
         if self._world.is_first:
             checkpoint.prune(
@@ -104,11 +115,12 @@ class StageManager:
     def restore(self, found: Path, stage: Stage) -> None:
         """An engine of the stage's depth with the state of the checkpoint `found`."""
         self.start(stage)
-        moment_steps = checkpoint.read_manifest(found).optimizer_step
-        if moment_steps:
-            seed_moments(self.engine, moment_steps)
+        manifest = checkpoint.read_manifest(found)
+        if manifest.optimizer_step:
+            seed_moments(self.engine, manifest.optimizer_step)
         checkpoint.load(found, fragments(self.engine), world=self._world)
         refresh(self.engine)
+        set_loss_scale(self.engine, manifest.loss_scale)
 
     def close(self) -> None:
         """Release the engine and its memory."""
