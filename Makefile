@@ -7,6 +7,7 @@ PYTHON ?= $(firstword $(foreach candidate,python3 python3.11 python3.12,$(shell 
 	2>/dev/null && echo $(candidate))))
 BIN := $(VENV)/bin
 RUNS ?= runs
+GPU_PYTHON ?= python3
 RANKS ?= $(shell $(BIN)/python -c 'import torch; print(torch.cuda.device_count() or 2)')
 
 .PHONY: help setup demo test slow check format gpu-bundle gpu-check clean
@@ -53,6 +54,13 @@ check: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+gpu-bundle: $(VENV)/.installed
+	$(BIN)/python .ci/gpu_wheels.py
+
+# The machine's own Python, which has torch for CUDA.
+gpu-check:
+	@$(GPU_PYTHON) .ci/gpu_check.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
