@@ -260,7 +260,7 @@ def _check_same_model(model: torch.nn.Module) -> None:
     total = sum(
         float(p.sum(dtype=torch.float64)) * place for place, p in enumerate(model.parameters(), 1)
     )
-    device = next(model.parameters()).device if dist.get_backend() == "nccl" else "cpu"
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     extremes = torch.tensor([total, -total], dtype=torch.float64, device=device)
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
     if extremes[0] != -extremes[1]:
