@@ -1,46 +1,40 @@
 """What only a GPU can show: nccl, CUDA memory, fp16, and the CPU's numbers again.
 
-Every check is a plain function of a `World` and computes on that world's device. The tests marked
-`gpu` call it in this process, a world of one on nccl. The last test calls each check on a gloo
-rank, so that a mistake in a check shows on any machine; there DeepSpeed is told that the CPU can
-do fp16, which it can, slowly.
+The tests marked `gpu` run in this process, a world of one on nccl. The last tests call the same
+checks on a gloo rank, so that a mistake in a check shows on any machine; there DeepSpeed is told
+that the CPU can do fp16, which it can, slowly.
 """
 
-import gc
-import itertools
+# ruff: noqa: E402 -- what fails in the checks is shown in full only if this is said before
+
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytest.register_assert_rewrite("gpu_checks")
+
 import torch
-from bert_samples import Batch, telling_model
+from gpu_checks import (
+    check_checkpoint,
+    check_growth,
+    check_losses,
+    check_memory,
+    check_overflow,
+    check_padding,
+    check_run,
+)
 from prose import tiny_shards
 from ranks import run_ranks
-from runs import losses, metrics, small_recipe, train_small
-from sharded import start_engine, whole_state
-from tiny import tiny_batch, tiny_loss, tiny_model, tiny_optimizer
 
-from stacking_ds import checkpoint, distributed, zero
+from stacking_ds import distributed
 from stacking_ds.distributed import World
-from stacking_ds.engine import release_engine, take_step
-from stacking_ds.evaluate.heldout import evaluate_heldout
-from stacking_ds.fragments import MASTER, MOMENTS
-from stacking_ds.from_checkpoint import load_model
-from stacking_ds.growth.operators import layer_map
-from stacking_ds.growth.state import CapturedState, capture, install
-from stacking_ds.job import Job
-from stacking_ds.model.config import BertConfig
 
 gpu = pytest.mark.gpu
 zero_stages = pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 precisions = pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Of a loss or of logits, against fp32 on the CPU; TF32 would miss the first by far.
-_RELATIVE_ERROR = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 5e-3}
 
 
 @pytest.fixture(scope="module")
@@ -61,100 +55,11 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_shards(tmp_path_factory.mktemp("shards"))
 
 
-def _batch(world: World, step: int) -> dict[str, torch.Tensor]:
-    return {key: tensor.to(world.device) for key, tensor in tiny_batch(step).items()}
-
-
-def _engine(world: World, zero_stage: int, precision: str, depth: int, seed: int = 0) -> Any:
-    engine = start_engine(world, zero_stage, precision, depth=depth, seed=seed)
-    zero.set_loss_scale(engine, 256.0)  # the initial one makes fp16 skip its first steps
-    return engine
-
-
-def _train(world: World, engine: Any, steps: range) -> list[float]:
-    """The loss of every step."""
-    found = []
-    for step in steps:
-        loss = tiny_loss(engine, _batch(world, step), slice(None))
-        engine.backward(loss)
-        take_step(engine)
-        found.append(float(loss.detach()))
-    return found
-
-
-def _logits(world: World, model: Any) -> torch.Tensor:
-    batch = _batch(world, 7)
-    with torch.no_grad():
-        mlm_logits, _ = model(batch["input_ids"], batch["token_type_ids"], batch["attention_mask"])
-    return mlm_logits.float()
-
-
-# ------------------------------------------------------------------ training and growth
-
-
-def check_losses(world: World, zero_stage: int, precision: str) -> None:
-    """Five steps have the losses of plain torch in fp32 on the CPU."""
-    model = tiny_model(2)
-    optimizer = tiny_optimizer(model)
-    expected = []
-    for step in range(5):
-        optimizer.zero_grad()
-        loss = tiny_loss(model, tiny_batch(step), slice(None))
-        loss.backward()
-        optimizer.step()
-        expected.append(float(loss.detach()))
-    engine = _engine(world, zero_stage, precision, 2)
-    found = _train(world, engine, range(5))
-    assert engine.skipped_steps == 0
-    assert next(engine.module.parameters()).device.type == world.device.type
-    release_engine(engine)
-    assert found == pytest.approx(expected, rel=_RELATIVE_ERROR[precision])
-
-
 @gpu
 @zero_stages
 @precisions
 def test_losses_are_those_of_the_cpu(world: World, zero_stage: int, precision: str) -> None:
     check_losses(world, zero_stage, precision)
-
-
-def check_growth(world: World, zero_stage: int, precision: str) -> None:
-    """Two layers to four: masters and moments bit for bit, the forward pass to rounding."""
-    engine = _engine(world, zero_stage, precision, 2)
-    _train(world, engine, range(2))
-    before = whole_state(world, engine)
-    captured = capture(zero.fragments(engine))
-    release_engine(engine)
-    engine = _engine(world, zero_stage, precision, 4, seed=99)
-    zero.seed_moments(engine, 2)
-    install(zero.fragments(engine), captured, layer_map("stack", 2, 4), "carry", world)
-    zero.refresh(engine)
-    after = whole_state(world, engine)
-    reference = tiny_model(4, seed=1)
-    for name, parameter in reference.named_parameters():
-        source = name.replace("layer.2.", "layer.0.").replace("layer.3.", "layer.1.")
-        for key in (MASTER, *MOMENTS):
-            assert torch.equal(after[name][key], before[source][key]), (name, key)
-        with torch.no_grad():
-            parameter.copy_(after[name][MASTER])
-    query = [before[f"bert.encoder.layer.{i}.attention.self.query.weight"] for i in range(2)]
-    assert not torch.equal(query[0][MASTER], query[1][MASTER]), "the layers cannot be told apart"
-    plain = reference.to(world.device, _DTYPES[precision])
-    # other addresses, other matmul kernels: not to the bit on a GPU
-    error = _relative_error(_logits(world, engine), _logits(world, plain))
-    assert error < _RELATIVE_ERROR[precision]
-    _train(world, engine, range(2, 4))
-    assert engine.skipped_steps == 0
-    assert zero.optimizer_step(engine) == 4
-    moved = whole_state(world, engine)
-    assert not torch.equal(moved[name][MASTER], after[name][MASTER])
-    assert all(views[MASTER].isfinite().all() for views in moved.values())
-    release_engine(engine)
-
-
-def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    found, expected = found.double().cpu(), expected.double().cpu()
-    return float((found - expected).norm() / expected.norm())
 
 
 @gpu
@@ -164,84 +69,10 @@ def test_growth_is_exact(world: World, zero_stage: int, precision: str) -> None:
     check_growth(world, zero_stage, precision)
 
 
-def check_overflow(world: World, zero_stage: int) -> None:
-    """A gradient that fp16 cannot hold: the step counts, the weights stay, the run goes on."""
-    engine = _engine(world, zero_stage, "fp16", 2)
-    _train(world, engine, range(2))
-    before, logits = whole_state(world, engine), _logits(world, engine)
-    for skipped in (1, 2):  # DeepSpeed forgives the first overflow, and lowers its scale then
-        engine.backward(1e30 * tiny_loss(engine, _batch(world, 2), slice(None)))
-        norm = take_step(engine)
-        assert norm is not None
-        assert not torch.tensor(norm).isfinite()
-        assert (engine.skipped_steps, engine.global_steps) == (skipped, 2 + skipped)
-    assert zero.loss_scale(engine) < 256.0
-    after = whole_state(world, engine)
-    for name, views in before.items():
-        for key, value in views.items():
-            assert torch.equal(after[name][key], value), (name, key)
-    assert torch.equal(_logits(world, engine), logits)
-    assert zero.optimizer_step(engine) == 2
-    _train(world, engine, range(3, 5))
-    assert (engine.skipped_steps, engine.global_steps) == (2, 6)
-    assert zero.optimizer_step(engine) == 4
-    moved = whole_state(world, engine)
-    assert all(views[MASTER].isfinite().all() for views in moved.values())
-    assert not torch.equal(moved[name][MASTER], after[name][MASTER])
-    release_engine(engine)
-
-
 @gpu
 @zero_stages
 def test_fp16_skips_a_step_that_overflows(world: World, zero_stage: int) -> None:
     check_overflow(world, zero_stage)
-
-
-# ------------------------------------------------------------------ memory
-
-
-def check_memory(world: World, zero_stage: int) -> None:
-    """After each of five growths as much is held as after the first release, and an engine held
-    far more."""
-    depths = range(2, 9)
-    held, alive = [], []
-    engine = _engine(world, zero_stage, "bf16", depths[0])
-    for old, new in itertools.pairwise(depths):
-        _train(world, engine, range(1))
-        alive.append(_held_bytes(world))
-        captured = capture(zero.fragments(engine))
-        release_engine(engine)
-        del engine
-        held.append(_held_bytes(world) - _captured_bytes(world, captured))
-        engine = _engine(world, zero_stage, "bf16", new)
-        zero.seed_moments(engine, 1)
-        install(zero.fragments(engine), captured, layer_map("stack", old, new), "carry", world)
-        zero.refresh(engine)
-        del captured
-    release_engine(engine)
-    # the first release leaves what is made once in a process, such as a matmul's workspace
-    smallest_bytes = 4 * sum(p.numel() for p in tiny_model(depths[0]).parameters())
-    assert max(held[1:]) - held[0] < smallest_bytes // 2, held
-    assert min(alive) - max(held) > 3 * smallest_bytes, (alive, held)
-
-
-def _held_bytes(world: World) -> int:
-    if world.device.type == "cuda":
-        torch.cuda.synchronize()
-        return torch.cuda.memory_allocated(world.device)
-    storages = {
-        value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
-        for value in gc.get_objects()
-        if type(value) in (torch.Tensor, torch.nn.Parameter)
-    }
-    return sum(storages.values())
-
-
-def _captured_bytes(world: World, captured: CapturedState) -> int:
-    """What of the host's copies counts on this world's device."""
-    if world.device.type == "cuda":
-        return 0
-    return sum(v.nbytes for fragment in captured.fragments for v in fragment.views.values())
 
 
 @gpu
@@ -250,98 +81,16 @@ def test_a_released_engine_gives_its_memory_back(world: World, zero_stage: int) 
     check_memory(world, zero_stage)
 
 
-# ------------------------------------------------------------------ attention
-
-
-def check_padding(world: World, precision: str) -> None:
-    """A padded batch has the CPU's logits, and what stands in the padding changes nothing."""
-    config = BertConfig(
-        vocab_size=97,
-        hidden_size=128,  # heads of 64 and rows of 128: shapes that every fast backend takes
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=256,
-        max_position_embeddings=128,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        initializer_range=0.08,
-    )
-    batch = Batch(config, (128, 77, 3, 2))
-    model = telling_model(config).eval()
-    with torch.no_grad():
-        expected = model(*batch.inputs)[0][batch.mask_BS]
-        model.to(world.device, _DTYPES[precision])
-        ids_BS, types_BS, mask_BS = (tensor.to(world.device) for tensor in batch.inputs)
-        found = model(ids_BS, types_BS, mask_BS)[0][mask_BS]
-        other = model(ids_BS.where(mask_BS, 5), types_BS, mask_BS)[0][mask_BS]
-    assert _relative_error(found.float(), expected) < _RELATIVE_ERROR[precision]
-    assert torch.equal(found, other)
-
-
 @gpu
 @precisions
 def test_padding_does_as_on_the_cpu(world: World, precision: str) -> None:
     check_padding(world, precision)
 
 
-# ------------------------------------------------------------------ checkpoints and whole runs
-
-
-def check_checkpoint(world: World, folder: Path, zero_stage: int, precision: str) -> None:
-    """Saved at one ZeRO stage, loaded at another and into a model on the CPU, to the bit."""
-    engine = _engine(world, zero_stage, precision, 2)
-    _train(world, engine, range(2))
-    saved = whole_state(world, engine)
-    found = checkpoint.save(
-        folder,
-        zero.fragments(engine),
-        world,
-        optimizer_step=zero.optimizer_step(engine),
-        train_state={"step": 2},
-        config={},
-        num_hidden_layers=2,
-        vocabulary_sha256="",
-        data_sha256="",
-    )
-    release_engine(engine)
-    engine = _engine(world, 3 - zero_stage, precision, 2, seed=99)
-    zero.seed_moments(engine, checkpoint.read_manifest(found).optimizer_step)
-    checkpoint.load(found, zero.fragments(engine))
-    zero.refresh(engine)
-    loaded = whole_state(world, engine)
-    release_engine(engine)
-    on_cpu = dict(checkpoint.read_parameters(found))
-    assert on_cpu.keys() == saved.keys() == loaded.keys()
-    for name, views in saved.items():
-        assert torch.equal(on_cpu[name], views[MASTER]), name
-        assert views.keys() == loaded[name].keys()
-        assert all(torch.equal(loaded[name][key], value) for key, value in views.items()), name
-
-
 @gpu
 @zero_stages
 def test_a_checkpoint_moves_between_devices(world: World, tmp_path: Path, zero_stage: int) -> None:
     check_checkpoint(world, tmp_path, zero_stage, "bf16")
-
-
-def check_run(world: World, folder: Path, shards: Path, zero_stage: int, precision: str) -> None:
-    """The trainer's whole path: its held-out loss is that of its checkpoint on the CPU."""
-    config = small_recipe(
-        folder, shards, f"engine.deepspeed=zero{zero_stage}", f"engine.precision={precision}"
-    )
-    assert train_small(world, config, folder / "run") == 10
-    assert torch.tensor(losses(folder / "run")).isfinite().all()
-    assert [line["num_hidden_layers"] for line in metrics(folder / "run")] == [1] * 4 + [2] * 3 + [
-        4
-    ] * 3
-    assert (folder / "run" / "export" / "model.safetensors").is_file()
-    found = checkpoint.latest(folder / "run")
-    assert found is not None
-    job = Job.check(config)
-    on_cpu = replace(world, device=torch.device("cpu"))
-    expected = evaluate_heldout(load_model(job, found), job.heldout_steps(0, 1), on_cpu)
-    last = metrics(folder / "run")[-1]
-    assert last["eval/mlm_loss"] == pytest.approx(expected.mlm_loss, rel=_RELATIVE_ERROR[precision])
 
 
 @gpu
