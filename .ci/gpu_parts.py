@@ -15,6 +15,7 @@ from gpu_ground import BUNDLE, ROOT, Ground, PartError, tail
 __all__ = ["PARTS", "Figures", "Part", "count_tests", "run_figures"]
 
 STAGE_STEPS = (300, 100, 100)  # of the demo's 600, 200, 200: four runs have to fit
+MARGIN = 0.1  # in nats below the unigram model's loss; on the CPU these steps reach 0.4
 
 Figures = dict[str, Any]
 
@@ -117,12 +118,15 @@ def run_figures(metrics: Sequence[dict[str, Any]], stage_steps: Sequence[int]) -
         rows.append(_stage_row(lines, stage_steps[index]))
     if not all(math.isfinite(line["train/loss"]) for line in metrics):
         raise PartError("a training loss is not finite")
-    losses = [row["heldout_mlm_loss"] for row in rows]
-    if not losses[-1] < losses[0]:
-        raise PartError(f"the held-out loss did not fall from stage to stage: {losses}")
+    unigram, heldout = metrics[-1]["eval/unigram_mlm_loss"], rows[-1]["heldout_mlm_loss"]
+    if not heldout < unigram - MARGIN:
+        raise PartError(
+            f"the held-out loss is {heldout:.4g} in the end; a model of word "
+            f"frequencies alone has {unigram:.4g}"
+        )
     return {
         "stages": rows,
-        "unigram_mlm_loss": metrics[-1]["eval/unigram_mlm_loss"],
+        "unigram_mlm_loss": unigram,
         "wall_seconds": metrics[-1]["wall_seconds"],
     }
 
