@@ -9,6 +9,9 @@ BIN := $(VENV)/bin
 RUNS ?= runs
 GPU_PYTHON ?= python3
 RANKS ?= $(shell $(BIN)/python -c 'import torch; print(torch.cuda.device_count() or 2)')
+# the launcher's own port may belong to another job on this machine
+FREE_PORT = $(shell $(BIN)/python -c \
+	'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
 
 .PHONY: help setup demo test slow check format gpu-bundle gpu-check clean
 
@@ -36,7 +39,8 @@ setup: $(VENV)/.installed
 
 demo: setup
 	$(BIN)/stacking-ds prepare embedded --out $(RUNS)/embedded-shards --vocab-size 4096
-	$(BIN)/deepspeed --num_gpus $(RANKS) train.py --recipe demo --run-dir $(RUNS)/demo --resume \
+	$(BIN)/deepspeed --num_gpus $(RANKS) --master_port $(FREE_PORT) --log_level warning \
+		train.py --recipe demo --run-dir $(RUNS)/demo --resume \
 		--set data.path=$(RUNS)/embedded-shards
 	@$(BIN)/stacking-ds report $(RUNS)/demo
 

@@ -146,12 +146,14 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from stacking_ds import distributed
     from stacking_ds.config import load_run_config
     from stacking_ds.job import Job
 
     try:
         config = load_run_config(options.recipe, options.set)
         job = Job.check(config)
+        job.ds_config(distributed.world_size_from_environment())
     except UserError as error:
         # no rank has met another yet, and all of them read the same files
         error.on_all_ranks = True
@@ -161,15 +163,13 @@ def _train(options: argparse.Namespace) -> int:
         print(f"{config.to_yaml()}\n{job.schedule.draw()}\n{job.learning_rates.draw()}")
         return 0
 
-    from stacking_ds import distributed
-    from stacking_ds.report import run_table
     from stacking_ds.trainer import train
 
     world = distributed.start()
     try:
         train(job, world, run_dir, resume=options.resume)
         if world.is_first:
-            print(run_table(run_dir))
+            print(f"see `stacking-ds report {run_dir}`")
     finally:
         distributed.stop()
     return 0
@@ -210,8 +210,9 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from stacking_ds.from_checkpoint import export_run
+    from stacking_ds.from_checkpoint import choose, export_run
 
+    choose(options.run_dir, options.checkpoint)
     job = _job_of(options.run_dir, options.data)
     print(f"exported: {export_run(job, options.run_dir, options.checkpoint, options.out)}")
     return 0

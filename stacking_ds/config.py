@@ -171,6 +171,16 @@ class RunConfig(_Section):
     logging: LoggingSection = LoggingSection()
 
     @model_validator(mode="after")
+    def _rows_fit(self) -> "RunConfig":
+        longest = self.model.max_position_embeddings
+        if self.data.sequence_length > longest:
+            raise ValueError(
+                f"data.sequence_length={self.data.sequence_length} does not fit "
+                f"model.max_position_embeddings={longest}: shorten the rows or raise the latter"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _can_export(self) -> "RunConfig":
         if self.checkpoint.export_at_end and self.model.layer_norm_position == "pre":
             raise ValueError(

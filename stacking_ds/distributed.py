@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from stacking_ds.errors import ConfigError, UserError
 
-__all__ = ["StopFlag", "World", "rank_from_environment", "start", "stop"]
+__all__ = ["StopFlag", "World", "start", "stop", "world_size_from_environment"]
 
 _TIMEOUT = timedelta(minutes=10)
 _added: set[str] = set()
@@ -80,16 +80,17 @@ class World:
         return result
 
 
-def rank_from_environment() -> int:
-    """This process's rank as its launcher says it; 0 where there is no launcher."""
-    return int(os.environ.get("RANK", "0"))
+def world_size_from_environment() -> int:
+    """The number of ranks as the launcher says it; 1 where there is no launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def start() -> World:
     """Join the process group (nccl on CUDA, gloo elsewhere) and return this process's place.
 
     Raises:
-        ConfigError: a launcher's variables are incomplete, or more ranks than GPUs share a node.
+        ConfigError: a launcher's variables are incomplete, more ranks than GPUs share a node, or
+            the ranks cannot meet.
     """
     environment = _complete_environment()
     rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
@@ -110,7 +111,14 @@ def start() -> World:
     # DeepSpeed reads these too, and looks for an MPI where it misses one
     _added.update(name for name in environment if name not in os.environ)
     os.environ.update(environment)
-    dist.init_process_group("nccl" if on_cuda else "gloo", timeout=_TIMEOUT)
+    try:
+        dist.init_process_group("nccl" if on_cuda else "gloo", timeout=_TIMEOUT)
+    except dist.DistNetworkError as error:
+        raise ConfigError(
+            f"rank {rank} cannot meet the others at {environment['MASTER_ADDR']}:"
+            f"{environment['MASTER_PORT']} ({str(error).splitlines()[0]}); if another job uses "
+            f"that port, give the launcher a free one (--master_port)"
+        ) from None
     host_group = dist.new_group(backend="gloo", timeout=_TIMEOUT) if on_cuda else None
     return World(rank, size, local_rank, local_size, device, host_group)
 

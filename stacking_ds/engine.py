@@ -200,6 +200,7 @@ def build_engine(
     exact = {}
     if _low_precision(ds_config):
         exact = {name: p.detach() for name, p in model.named_parameters()}
+    zero.follow_process_group()
     _prepare_process()
     with zero.without_stepping(optimizer):
         try:

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from stacking_ds.config import RunConfig
+from stacking_ds.data.batch_split import split_batch
 from stacking_ds.data.batches import RankStep
 from stacking_ds.data.loader import EvaluationSteps, PretrainingData, PretrainingSteps
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.data.unigram import unigram_mlm_loss
-from stacking_ds.engine import load_ds_config
+from stacking_ds.engine import load_ds_config, resolve_ds_config
 from stacking_ds.growth.operators import layer_map
 from stacking_ds.model.config import BertConfig
 from stacking_ds.optim.schedule import LearningRateSchedule
@@ -74,6 +75,26 @@ class Job:
             vocab_size=self.shards.manifest.vocab_size,
             num_hidden_layers=num_hidden_layers,
             **self.config.model.model_dump(),
+        )
+
+    def ds_config(self, world_size: int) -> dict[str, Any]:
+        """The DeepSpeed configuration for this many ranks.
+
+        Raises:
+            ConfigError: recipe and DeepSpeed JSON disagree; all disagreements in one message.
+        """
+        config = self.config
+        micro_batch_size, accumulation_steps = split_batch(
+            config.batch.global_batch_size, world_size, config.batch.micro_batch_size
+        )
+        return resolve_ds_config(
+            self.ds_json,
+            source=config.engine.deepspeed,
+            micro_batch_size=micro_batch_size,
+            gradient_accumulation_steps=accumulation_steps,
+            world_size=world_size,
+            gradient_clipping=config.optimizer.max_grad_norm,
+            precision=config.engine.precision,
         )
 
     @cached_property

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from stacking_ds import checkpoint
-from stacking_ds.data.batch_split import split_batch
 from stacking_ds.distributed import World
-from stacking_ds.engine import build_engine, release_engine, resolve_ds_config
+from stacking_ds.engine import build_engine, release_engine
 from stacking_ds.growth.operators import layer_map
 from stacking_ds.growth.state import capture, install
 from stacking_ds.job import Job
@@ -39,19 +38,8 @@ class StageManager:
         """
         self._job = job
         self._world = world
-        config = job.config
-        self.micro_batch_size, self.accumulation_steps = split_batch(
-            config.batch.global_batch_size, world.size, config.batch.micro_batch_size
-        )
-        self._ds_config = resolve_ds_config(
-            job.ds_json,
-            source=config.engine.deepspeed,
-            micro_batch_size=self.micro_batch_size,
-            gradient_accumulation_steps=self.accumulation_steps,
-            world_size=world.size,
-            gradient_clipping=config.optimizer.max_grad_norm,
-            precision=config.engine.precision,
-        )
+        self._ds_config = job.ds_config(world.size)
+        self.accumulation_steps = int(self._ds_config["gradient_accumulation_steps"])
         self.engine: Any = None
 
     def start(self, stage: Stage) -> None:

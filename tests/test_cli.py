@@ -101,8 +101,9 @@ def test_a_deepspeed_json_that_does_not_fit(
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("report", "evaluate", "export"):
-        assert "holds no run" in _refused(capsys, command, tmp_path)
+    assert "holds no run" in _refused(capsys, "report", tmp_path)
+    for command in ("evaluate", "export"):
+        assert "no checkpoint" in _refused(capsys, command, tmp_path)
 
 
 def test_preparing_what_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,6 +131,8 @@ def test_prepare_train_evaluate_export_report(
     assert not run_dir.exists()
     assert "layers" in capsys.readouterr().out
     assert main(train) == 0
+    assert f"stacking-ds report {run_dir}" in capsys.readouterr().out
+    assert main(["report", str(run_dir)]) == 0
     table = capsys.readouterr().out
     for words in (
         "held-out MLM loss",
@@ -148,10 +151,9 @@ def test_prepare_train_evaluate_export_report(
     target = tmp_path / "early"
     checkpoint = ["--checkpoint", "step_00000004", "--out", str(target)]
     assert main(["export", str(run_dir), *checkpoint]) == 0
+    assert str(target) in capsys.readouterr().out
     assert json.loads((target / "config.json").read_text())["num_hidden_layers"] == 1
     assert "step_00000007" in _refused(capsys, "export", run_dir, "--checkpoint", "step_5")
-    assert main(["report", str(run_dir)]) == 0
-    assert "layer-steps" in capsys.readouterr().out
 
 
 def test_another_vocabulary_is_not_the_runs(

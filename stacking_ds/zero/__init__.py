@@ -4,6 +4,7 @@ any ZeRO stage into `Fragment`s, writes them back, and frees the engine."""
 from stacking_ds.zero.compatibility import require_pinned_deepspeed
 from stacking_ds.zero.gradients import gradient_norm, norm_before_step
 from stacking_ds.zero.loss_scale import loss_scale, mend_loss_scaling, set_loss_scale
+from stacking_ds.zero.process_group import follow_process_group
 from stacking_ds.zero.release import release
 from stacking_ds.zero.state import (
     fragments,
@@ -16,6 +17,7 @@ from stacking_ds.zero.state import (
 )
 
 __all__ = [
+    "follow_process_group",
     "fragments",
     "gradient_norm",
     "loss_scale",

@@ -1,0 +1,25 @@
+"""Keep DeepSpeed on the process group of now.
+
+DeepSpeed remembers the first process group it met for the life of the process. A program that
+leaves its group and joins another, a notebook that trains twice say, would build its second engine
+on a group that is gone.
+"""
+
+from typing import Any
+
+import deepspeed
+import torch.distributed as dist
+from deepspeed.utils import groups
+
+__all__ = ["follow_process_group"]
+
+_followed: Any = None
+
+
+def follow_process_group() -> None:
+    """Before an engine is built: forget a group that is not the present one."""
+    global _followed  # noqa: PLW0603 - what DeepSpeed keeps is global too
+    if _followed is not None and _followed is not dist.group.WORLD:
+        groups._release_process_group_references()
+        deepspeed.comm.comm.cdb = None
+    _followed = dist.group.WORLD
