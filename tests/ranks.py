@@ -25,7 +25,7 @@ from typing import Any
 __all__ = ["RankError", "RankTimeoutError", "run_ranks"]
 
 _GRACE_SECONDS = 2.0
-_TESTS = Path(__file__).parent
+_REPOSITORY = Path(__file__).parents[1]
 _PRELOAD = [
     # a name that cannot be imported is skipped
     "torch",
@@ -34,7 +34,7 @@ _PRELOAD = [
     "deepspeed.runtime.zero.stage3",
     "pytest",
     "stacking_ds.checkpoint",
-    "sharded",
+    "tests.sharded",
 ]
 _context = multiprocessing.get_context("forkserver")
 
@@ -199,9 +199,7 @@ def _start_server() -> None:
         return
     _context.set_forkserver_preload(_PRELOAD)
     environment = {
-        "PYTHONPATH": os.pathsep.join(
-            [str(_TESTS.parent), str(_TESTS), os.environ.get("PYTHONPATH", "")]
-        ),
+        "PYTHONPATH": os.pathsep.join([str(_REPOSITORY), os.environ.get("PYTHONPATH", "")]),
         # gloo ranks: also on a machine with fewer GPUs than ranks
         "CUDA_VISIBLE_DEVICES": "",
         "DS_ACCELERATOR": "cpu",

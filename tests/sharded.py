@@ -3,12 +3,12 @@
 from typing import Any
 
 import torch
-from tiny import SAMPLES, tiny_batch, tiny_loss, tiny_model, tiny_optimizer, tiny_settings
 
 from stacking_ds import zero
 from stacking_ds.distributed import World
 from stacking_ds.engine import build_engine, take_step
 from stacking_ds.fragments import Fragment
+from tests.tiny import SAMPLES, tiny_batch, tiny_loss, tiny_model, tiny_optimizer, tiny_settings
 
 __all__ = ["start_engine", "train_engine", "whole_state"]
 

@@ -7,9 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import RankError, run_ranks
-from sharded import start_engine, train_engine, whole_state
-from tiny import SAMPLES, tiny_model, tiny_optimizer, train_tiny
 
 from stacking_ds import checkpoint, zero
 from stacking_ds.distributed import World
@@ -17,6 +14,9 @@ from stacking_ds.engine import release_engine
 from stacking_ds.errors import CheckpointError
 from stacking_ds.fragments import MASTER, MOMENTS, Fragment
 from stacking_ds.growth.operators import layer_map, source_name
+from tests.ranks import RankError, run_ranks
+from tests.sharded import start_engine, train_engine, whole_state
+from tests.tiny import SAMPLES, tiny_model, tiny_optimizer, train_tiny
 
 Place = tuple[int, str]  # a ZeRO stage and a precision
 

@@ -5,9 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
-from sharded import start_engine, train_engine, whole_state
-from tiny import tiny_batch, tiny_model
 
 from stacking_ds import zero
 from stacking_ds.distributed import World
@@ -16,6 +13,9 @@ from stacking_ds.errors import StageError
 from stacking_ds.fragments import MASTER, MOMENTS, Fragment
 from stacking_ds.growth.operators import layer_map
 from stacking_ds.growth.state import Moments, capture, install
+from tests.ranks import run_ranks
+from tests.sharded import start_engine, train_engine, whole_state
+from tests.tiny import tiny_batch, tiny_model
 
 DEPTHS = (2, 4, 8)
 Cases = list[tuple[int, str, str]]

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import RankError, RankTimeoutError, run_ranks
 
 from stacking_ds.distributed import World
+from tests.ranks import RankError, RankTimeoutError, run_ranks
 
 
 def _who(world: World, offset: int) -> tuple[int, float, torch.Tensor]:

@@ -4,15 +4,15 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
-from sharded import start_engine, train_engine, whole_state
-from tiny import tiny_batch, tiny_loss, tiny_model, tiny_optimizer, train_tiny
 
 from stacking_ds import zero
 from stacking_ds.distributed import World
 from stacking_ds.errors import ConfigError
 from stacking_ds.fragments import MASTER, MOMENTS
 from stacking_ds.zero.compatibility import layout_of, require_pinned_deepspeed
+from tests.ranks import run_ranks
+from tests.sharded import start_engine, train_engine, whole_state
+from tests.tiny import tiny_batch, tiny_loss, tiny_model, tiny_optimizer, train_tiny
 
 EVERY_STAGE = [(0, 2), (1, 3), (2, 2), (3, 3)]
 PRECISIONS = ["fp32", "bf16"]
