@@ -14,7 +14,7 @@ from gpu_ground import BUNDLE, ROOT, Ground, PartError, tail
 
 __all__ = ["PARTS", "Figures", "Part", "count_tests", "run_figures"]
 
-STAGE_STEPS = (300, 100, 100)  # of the demo's 600, 200, 200: four runs have to fit
+STAGE_STEPS = (300, 100, 100)  # the demo's with a shorter last stage: four runs have to fit
 MARGIN = 0.1  # in nats below the unigram model's loss; on the CPU these steps reach 0.4
 
 Figures = dict[str, Any]

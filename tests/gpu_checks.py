@@ -11,10 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from bert_samples import Batch, telling_model
-from runs import losses, metrics, small_recipe, train_small
-from sharded import start_engine, whole_state
-from tiny import tiny_batch, tiny_loss, tiny_model, tiny_optimizer
 
 from stacking_ds import checkpoint, zero
 from stacking_ds.distributed import World
@@ -26,6 +22,10 @@ from stacking_ds.growth.operators import layer_map
 from stacking_ds.growth.state import CapturedState, capture, install
 from stacking_ds.job import Job
 from stacking_ds.model.config import BertConfig
+from tests.bert_samples import Batch, telling_model
+from tests.runs import losses, metrics, small_recipe, train_small
+from tests.sharded import start_engine, whole_state
+from tests.tiny import tiny_batch, tiny_loss, tiny_model, tiny_optimizer
 
 __all__ = [
     "check_checkpoint",

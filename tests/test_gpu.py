@@ -14,10 +14,13 @@ from typing import Any
 
 import pytest
 
-pytest.register_assert_rewrite("gpu_checks")
+pytest.register_assert_rewrite("tests.gpu_checks")
 
 import torch
-from gpu_checks import (
+
+from stacking_ds import distributed
+from stacking_ds.distributed import World
+from tests.gpu_checks import (
     check_checkpoint,
     check_growth,
     check_losses,
@@ -26,11 +29,8 @@ from gpu_checks import (
     check_padding,
     check_run,
 )
-from prose import tiny_shards
-from ranks import run_ranks
-
-from stacking_ds import distributed
-from stacking_ds.distributed import World
+from tests.prose import tiny_shards
+from tests.ranks import run_ranks
 
 gpu = pytest.mark.gpu
 zero_stages = pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])

@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from bert_samples import BATCHES, TINY, Batch, telling_model
 from torch.nn import functional
 
 from stacking_ds.errors import ConfigError
@@ -14,6 +13,7 @@ from stacking_ds.model.bert import BertForPreTraining
 from stacking_ds.model.config import BertConfig
 from stacking_ds.model.loss import pretraining_loss
 from stacking_ds.model.names import TIED_AT_HUGGING_FACE, from_hugging_face, to_hugging_face
+from tests.bert_samples import BATCHES, TINY, Batch, telling_model
 
 CONFIGS = {
     "tiny": TINY,

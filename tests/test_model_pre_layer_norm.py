@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bert_samples import BATCHES, TINY, Batch, telling_model
 
 from stacking_ds.model.config import BertConfig
+from tests.bert_samples import BATCHES, TINY, Batch, telling_model
 
 
 def _plain_pre_layer_norm(

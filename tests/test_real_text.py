@@ -45,7 +45,7 @@ def test_sixty_steps_through_three_stages(shards: Path, tmp_path: Path, zero_sta
             "data.loader_workers=0",
             "stages=[{num_hidden_layers: 2, steps: 30}, {num_hidden_layers: 4, steps: 15}, "
             "{num_hidden_layers: 8, steps: 15}]",
-            "schedule.warmup_steps=10",
+            "schedule={warmup_steps: 10, shape: linear}",
             "batch.global_batch_size=32",
             "evaluation.every_steps=0",
             "evaluation.max_samples=128",
