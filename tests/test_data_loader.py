@@ -3,7 +3,6 @@
 import pickle
 
 import numpy as np
-import prose
 import pytest
 import torch
 from hypothesis import given
@@ -16,6 +15,7 @@ from stacking_ds.data.prepare import prepare
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.data.unigram import unigram_log_probabilities, unigram_mlm_loss
 from stacking_ds.errors import ConfigError, DataError
+from tests import prose
 
 LENGTH = 48
 FIELDS = ("input_ids_BS", "token_type_ids_BS", "attention_mask_BS", "next_sentence_label_B")

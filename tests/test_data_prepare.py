@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import prose
 import pytest
 
 from stacking_ds.data.prepare import prepare
@@ -16,6 +15,7 @@ from stacking_ds.data.sentences import split_sentences
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.data.tokenizer import build_tokenizer, train_wordpiece
 from stacking_ds.errors import DataError
+from tests import prose
 
 
 def content(folder):

@@ -1,7 +1,6 @@
 """Spans hold every token once; pairs are true or from another document, never in between."""
 
 import numpy as np
-import prose
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,6 +15,7 @@ from stacking_ds.data.samples import build_samples, draw_pairs
 from stacking_ds.data.shard_writer import SplitWriter
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.errors import DataError
+from tests import prose
 
 
 def split_of(folder, documents, shard_tokens=2**20):

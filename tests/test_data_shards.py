@@ -4,12 +4,12 @@ import json
 import pickle
 
 import numpy as np
-import prose
 import pytest
 
 from stacking_ds.data.prepare import prepare
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.errors import DataError
+from tests import prose
 
 
 @pytest.fixture

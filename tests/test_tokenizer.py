@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import prose
 import pytest
 from tokenizers import Tokenizer
 
@@ -19,6 +18,7 @@ from stacking_ds.data.tokenizer import (
     vocabulary_sha256,
 )
 from stacking_ds.errors import DataError
+from tests import prose
 
 VOCAB = Path(__file__).parents[2] / "shared" / "data" / "vocab"
 
