@@ -8,7 +8,8 @@ PYTHON ?= $(firstword $(foreach candidate,python3 python3.11 python3.12,$(shell 
 BIN := $(VENV)/bin
 RUNS ?= runs
 GPU_PYTHON ?= python3
-RANKS ?= $(shell $(BIN)/python -c 'import torch; print(torch.cuda.device_count() or 2)')
+GPUS = $(shell $(BIN)/python -c 'import torch; print(torch.cuda.device_count() or "")')
+RANKS ?= $(or $(GPUS),2)
 # the launcher's own port may belong to another job on this machine
 FREE_PORT = $(shell $(BIN)/python -c \
 	'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
@@ -39,7 +40,7 @@ setup: $(VENV)/.installed
 
 demo: setup
 	$(BIN)/stacking-ds prepare embedded --out $(RUNS)/embedded-shards --vocab-size 4096
-	$(BIN)/deepspeed --num_gpus $(RANKS) --master_port $(FREE_PORT) --log_level warning \
+	$(if $(GPUS),,DS_ACCELERATOR=cpu) $(BIN)/deepspeed --num_gpus $(RANKS) --master_port $(FREE_PORT) --log_level warning \
 		train.py --recipe demo --run-dir $(RUNS)/demo --resume \
 		--set data.path=$(RUNS)/embedded-shards
 	@$(BIN)/stacking-ds report $(RUNS)/demo

@@ -273,8 +273,9 @@ def _check_same_model(model: torch.nn.Module) -> None:
 
 def _prepare_process() -> None:
     """No JIT build of an op that training never calls, no log line below a warning."""
-    # init_distributed would compile this op for half a minute, or fail without a compiler
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Asked for the first time, DeepSpeed probes every op with a compiler; and one that it then
+    # finds on a CPU, init_distributed compiles for half a minute, or fails without a compiler.
+    deepspeed.ops.__compatible_ops__ = {}
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # raised inside DeepSpeed at every step, so the filter has to last
     warnings.filterwarnings(
