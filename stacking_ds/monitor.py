@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import resource
 import sys
@@ -67,10 +68,14 @@ class Monitor:
             self._bars.step(completed_steps, loss)
 
     def record(self, metrics: Mapping[str, Any]) -> None:
-        """One line of `metrics.jsonl`, the same numbers to TensorBoard, a short line to the log."""
+        """One line of `metrics.jsonl`, the same numbers to TensorBoard, a short line to the log.
+
+        A number that is not finite (the gradient norm of a step that fp16 skipped) is null.
+        """
         if not self._enabled:
             return
-        self._metrics.write(json.dumps(dict(metrics)) + "\n")
+        metrics = {key: _finite_or_none(value) for key, value in metrics.items()}
+        self._metrics.write(json.dumps(metrics) + "\n")
         self._metrics.flush()
         step = int(metrics["step"])
         for key, value in metrics.items():
@@ -138,6 +143,10 @@ class _Bars:
         if self._stage is not None:
             self._stage.close()
         self._run.close()
+
+
+def _finite_or_none(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(run_dir: Path) -> Iterator[dict[str, Any]]:

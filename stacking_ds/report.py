@@ -20,6 +20,7 @@ _COLUMNS = (
     "tokens/s",
     "boundary s",
 )
+_FLOOR = "eval/unigram_mlm_loss"
 
 
 def run_table(run_dir: Path) -> str:
@@ -30,7 +31,8 @@ def run_table(run_dir: Path) -> str:
     """
     config = run_directory.read_config(run_dir)
     schedule = config.stage_schedule()
-    last_of_stage = {line["stage"]: line for line in read_metrics(run_dir)}
+    lines_so_far = list(read_metrics(run_dir))
+    last_of_stage = {line["stage"]: line for line in lines_so_far}
     if not last_of_stage:
         raise CheckpointError(f"{run_dir} has no metrics yet; train it first")
     rows = [
@@ -39,9 +41,10 @@ def run_table(run_dir: Path) -> str:
     ]
     last = last_of_stage[max(last_of_stage)]
     lines = [_aligned([_COLUMNS, *rows]), ""]
-    if "eval/unigram_mlm_loss" in last:
+    floors = [line[_FLOOR] for line in lines_so_far if _FLOOR in line]
+    if floors:
         lines.append(
-            f"unigram floor: {last['eval/unigram_mlm_loss']:.3f} held-out MLM loss of word "
+            f"unigram floor: {floors[-1]:.3f} held-out MLM loss of word "
             f"frequencies alone, on the same masked tokens"
         )
     saved = 1 - schedule.layer_steps / schedule.full_depth_layer_steps

@@ -1,0 +1,96 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard and train.log, once each, rank 0 only."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from stacking_ds.monitor import Monitor, measure_matmul_peak, peak_memory_gib, read_metrics
+from stacking_ds.stages import StageSchedule
+
+SCHEDULE = StageSchedule.from_depths([(2, 3), (4, 3)])
+
+
+def _line(step: int, **more: Any) -> dict[str, Any]:
+    stage = SCHEDULE.at(step - 1)
+    return {
+        "step": step,
+        "stage": stage.index,
+        "num_hidden_layers": stage.num_hidden_layers,
+        "train/loss": 10.0 - step,
+        "optim/learning_rate": 1e-3,
+        "speed/tokens_per_second": 1000.0,
+        "speed/remaining_seconds": 3.0,
+        **more,
+    }
+
+
+def _write(run_dir: Path, steps: range, completed_steps: int = 0, **more: Any) -> None:
+    with Monitor(run_dir, SCHEDULE, completed_steps=completed_steps, enabled=True) as monitor:
+        for step in steps:
+            monitor.stage(SCHEDULE.at(step - 1), step - 1)
+            monitor.step(step, 10.0 - step)
+            monitor.record(_line(step, **more))
+
+
+def _scalars(run_dir: Path, tag: str) -> list[tuple[int, float]]:
+    events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def test_a_number_arrives_everywhere_once(tmp_path: Path) -> None:
+    _write(tmp_path, range(1, 7), **{"eval/mlm_loss": 5.5})
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert _scalars(tmp_path, "train/loss") == [(step, 10.0 - step) for step in range(1, 7)]
+    depths = [depth for _, depth in _scalars(tmp_path, "stage/num_hidden_layers")]
+    assert depths == [2, 2, 2, 4, 4, 4]
+    log = (tmp_path / "train.log").read_text()
+    assert log.count("step 5/6  stage 1 (4 layers)  loss 5.0000") == 1
+    assert "held-out MLM loss 5.5000" in log
+
+
+def test_steps_taken_again_replace_the_lost_ones(tmp_path: Path) -> None:
+    _write(tmp_path, range(1, 6))
+    _write(tmp_path, range(4, 7), completed_steps=3, **{"train/loss": 0.5})
+    lines = list(read_metrics(tmp_path))
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["train/loss"] for line in lines] == [9.0, 8.0, 7.0, 0.5, 0.5, 0.5]
+    assert [step for step, _ in _scalars(tmp_path, "train/loss")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path: Path) -> None:
+    _write(tmp_path, range(1, 4))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "train/lo')
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
+    _write(tmp_path, range(4, 5), completed_steps=3)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_no_number_stays_valid_json(tmp_path: Path, value: float) -> None:
+    _write(tmp_path, range(1, 2), **{"optim/grad_norm": value})
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    [line] = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line, parse_constant=refuse)["optim/grad_norm"] is None
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    with Monitor(tmp_path, SCHEDULE, completed_steps=0, enabled=False) as monitor:
+        monitor.stage(SCHEDULE.stages[0], 0)
+        monitor.step(1, 1.0)
+        monitor.record(_line(1))
+        monitor.say("nothing")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_yardstick_is_positive() -> None:
+    assert measure_matmul_peak(torch.device("cpu"), torch.float32) > 1e8
+    assert peak_memory_gib(torch.device("cpu")) > 0.01

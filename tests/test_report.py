@@ -1,0 +1,63 @@
+"""The table of a run: true to its metrics, also for a run that is half way."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from stacking_ds import run_directory
+from stacking_ds.errors import CheckpointError
+from stacking_ds.report import run_table
+from tests.runs import small_recipe
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    run_directory.claim(folder, small_recipe(tmp_path, tmp_path), resume=False)
+    return folder
+
+
+def _write(run_dir: Path, *lines: tuple[int, int, int, float | None]) -> None:
+    text = ""
+    for step, stage, depth, heldout in lines:
+        line = {
+            "step": step,
+            "stage": stage,
+            "num_hidden_layers": depth,
+            "train/loss": 7.25,
+            "stage/tokens": 3000,
+            "stage/train_seconds": 1.5,
+            "stage/boundary_seconds": 0.25 if stage else 0.0,
+            "wall_seconds": 9.0,
+        }
+        if heldout is not None:
+            line |= {"eval/mlm_loss": heldout, "eval/unigram_mlm_loss": 6.5}
+        text += json.dumps(line) + "\n"
+    (run_dir / "metrics.jsonl").write_text(text)
+
+
+def test_a_row_a_stage(run_dir: Path) -> None:
+    _write(run_dir, (3, 0, 1, None), (4, 0, 1, 6.125), (7, 1, 2, 6.0), (10, 2, 4, 5.875))
+    rows = [line.split() for line in run_table(run_dir).splitlines()]
+    assert rows[1] == ["0", "1", "4", "3,000", "7.250", "6.125", "2,000", "-"]
+    assert rows[2] == ["1", "2", "3", "3,000", "7.250", "6.000", "2,000", "0.25"]
+    assert rows[3] == ["2", "4", "3", "3,000", "7.250", "5.875", "2,000", "0.25"]
+    text = run_table(run_dir)
+    assert "unigram floor: 6.500" in text
+    # 1 x 4 + 2 x 3 + 4 x 3 layers, against 4 x 10
+    assert "layer-steps: 22 against 40" in text
+    assert "45% fewer; a count of work, not a quality claim" in text
+    assert f"tensorboard --logdir {run_dir / 'tensorboard'}" in text
+
+
+def test_a_run_half_way_says_so(run_dir: Path) -> None:
+    _write(run_dir, (4, 0, 1, 6.125), (6, 1, 2, None))
+    rows = [line.split() for line in run_table(run_dir).splitlines()]
+    assert rows[2][:6] == ["1", "2", "2", "3,000", "7.250", "-"]
+    assert "steps: 6 of 10" in run_table(run_dir)
+
+
+def test_a_run_without_metrics_is_named(run_dir: Path) -> None:
+    with pytest.raises(CheckpointError, match="no metrics yet"):
+        run_table(run_dir)
