@@ -83,6 +83,7 @@ class Monitor:
                 self._tensorboard.add_scalar(key, value, step)
         self._tensorboard.add_scalar("stage/num_hidden_layers", metrics["num_hidden_layers"], step)
         self._tensorboard.flush()
+        self._bars.remaining(metrics["speed/remaining_seconds"])
         logger.info(_line(metrics, self._schedule.total_steps))
 
     def say(self, message: str) -> None:
@@ -112,19 +113,25 @@ class _Bars:
 
     def __init__(self, schedule: StageSchedule, completed_steps: int) -> None:
         self._hidden = not sys.stderr.isatty()
-        self._run = self._bar("run", schedule.total_steps, completed_steps, position=0)
+        # tqdm's own estimate takes the steps to come for as fast as the shallow ones
+        self._run = self._bar(
+            "run",
+            schedule.total_steps,
+            completed_steps,
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
+        )
         self._stage: Any = None
         self._stage_start = 0
 
-    def _bar(self, name: str, total: int, initial: int, position: int) -> Any:
+    def _bar(self, name: str, total: int, initial: int, **options: Any) -> Any:
         return tqdm(
             desc=name,
             total=total,
             initial=initial,
-            position=position,
             unit="step",
             dynamic_ncols=True,
             disable=self._hidden,
+            **options,
         )
 
     def stage(self, stage: Stage, completed_steps: int) -> None:
@@ -132,12 +139,16 @@ class _Bars:
             self._stage.close()
         self._stage_start = stage.start_step
         name = f"stage {stage.index} ({stage.num_hidden_layers} layers)"
-        self._stage = self._bar(name, stage.steps, completed_steps - stage.start_step, position=1)
+        done = completed_steps - stage.start_step
+        self._stage = self._bar(name, stage.steps, done, position=1, leave=False)
 
     def step(self, completed_steps: int, loss: float) -> None:
-        self._run.update(completed_steps - self._run.n)
-        self._stage.update(completed_steps - self._stage_start - self._stage.n)
         self._stage.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        self._stage.update(completed_steps - self._stage_start - self._stage.n)
+        self._run.update(completed_steps - self._run.n)
+
+    def remaining(self, seconds: float) -> None:
+        self._run.set_postfix_str(f"ETA {tqdm.format_interval(round(seconds))}", refresh=False)
 
     def close(self) -> None:
         if self._stage is not None:
