@@ -11,10 +11,11 @@ from transformers import BertForPreTraining as HuggingFaceBert
 
 from stacking_ds import trainer
 from stacking_ds.config import RunConfig
+from stacking_ds.data.prepare import prepare
 from stacking_ds.distributed import World
 from stacking_ds.errors import CheckpointError, NonFiniteError
 from stacking_ds.job import Job
-from tests.prose import tiny_shards
+from tests.prose import tiny_shards, write_text
 from tests.ranks import RankError, run_ranks
 from tests.runs import losses, metrics, parameters, small_recipe, train_small
 
@@ -201,12 +202,15 @@ def test_other_shards_do_not_continue_a_run(shards: Path, tmp_path: Path) -> Non
     run_dir = tmp_path / "run"
     config = small_recipe(tmp_path, shards)
     run_ranks(_train_until, 1, config, run_dir, "term", 1)
-    (tmp_path / "other").mkdir()
-    others = tiny_shards(tmp_path / "other", documents=190)
-    changed = small_recipe(tmp_path, others)
-    [(kind, message)] = run_ranks(_error_of, 1, changed, run_dir, True)
-    assert kind == "CheckpointError"
-    assert "other token shards" in message
+    given = shards / "vocab.txt"
+    text = write_text(tmp_path / "other.txt", 150, seed=9)
+    prepare(str(text), tmp_path / "other", vocabulary=given, heldout_fraction=0.1)
+    prepare(str(text), tmp_path / "wordy", vocab_size=300, heldout_fraction=0.1)
+    for folder, difference in (("other", "other token shards"), ("wordy", "another vocabulary")):
+        changed = small_recipe(tmp_path, tmp_path / folder)
+        [(kind, message)] = run_ranks(_error_of, 1, changed, run_dir, True)
+        assert kind == "CheckpointError"
+        assert difference in message
 
 
 def _with_a_bad_loss(world: World, config: RunConfig, run_dir: Path) -> tuple[str, str, bool]:

@@ -1,0 +1,44 @@
+"""An installed wheel has what a checkout has."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_a_wheel_finds_its_recipes_and_jsons(tmp_path: Path) -> None:
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"),
+            *("--wheel-dir", str(tmp_path), str(REPOSITORY)),
+        ],
+        check=True,
+        cwd=tmp_path,
+    )
+    [wheel] = tmp_path.glob("*.whl")
+    installed = tmp_path / "installed"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(installed)
+        assert not [name for name in archive.namelist() if name.startswith("tests")]
+    program = (
+        "from stacking_ds.config import load_run_config\n"
+        "from stacking_ds.bundled import ds_config_path\n"
+        "print(load_run_config('demo').name)\n"
+        "[print(ds_config_path(f'zero{stage}')) for stage in range(4)]\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", program],
+        check=True,
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(installed), "PATH": ""},
+        capture_output=True,
+        text=True,
+    ).stdout.splitlines()
+    assert found[0] == "demo"
+    assert all(line.startswith(str(installed)) for line in found[1:])
+    assert len(found) == 5
