@@ -176,7 +176,7 @@ def test_unknown_words_are_read_but_never_asked_for(shards, tmp_path):
         "".join(f"{t} 漢 漢 漢 漢 漢\n\n" for t in prose.documents(30, seed=3)), "utf-8"
     )
     vocabulary = shards.folder / "vocab.txt"
-    prepare(str(text), tmp_path / "out", vocabulary=vocabulary, heldout_fraction=0.0)
+    prepare(str(text), tmp_path / "out", vocabulary=vocabulary, heldout_fraction=0.2)
     unknown = TokenShards.open(tmp_path / "out")
     data = PretrainingData(unknown, "train", sequence_length=LENGTH, mlm_probability=0.5, seed=1)
     (batch,) = data.step(0, data.num_samples, micro_batch_size=data.num_samples).micro_batches
@@ -268,6 +268,9 @@ def test_too_little_data_and_impossible_settings_are_refused(shards, data, tmp_p
     with pytest.raises(ConfigError, match="max_samples is 0"):
         evaluation(shards, max_samples=0)
     text = prose.write_text(tmp_path / "a.txt", 20)
-    prepare(str(text), tmp_path / "out", vocab_size=300, heldout_fraction=0.0)
-    with pytest.raises(DataError, match=r"the heldout split of .* has 0 document\(s\)"):
+    single = tmp_path / "b.txt"
+    single.write_text("One document alone is held out.\n")
+    prepare(str(text), tmp_path / "out", vocab_size=300, heldout_sources=[str(single)])
+    few = r"the heldout split of .* has 1 document\(s\).*--heldout-fraction, or .* --heldout SOURCE"
+    with pytest.raises(DataError, match=few):
         evaluation(TokenShards.open(tmp_path / "out"))

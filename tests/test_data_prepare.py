@@ -118,7 +118,8 @@ def test_duplicates_are_dropped_also_between_the_splits(tmp_path):
 def test_sentences_and_counts_are_kept(tmp_path):
     texts = list(prose.documents(20))
     source = write_json_lines(tmp_path / "a.jsonl", texts)
-    manifest = prepare(source, tmp_path / "out", vocab_size=400, heldout_fraction=0.0).manifest
+    heldout = write_json_lines(tmp_path / "b.jsonl", prose.documents(2, seed=9))
+    manifest = prepare(source, tmp_path / "out", vocab_size=400, heldout_sources=[heldout]).manifest
     shards = TokenShards.open(tmp_path / "out")
     tokenizer = build_tokenizer(shards.vocabulary)
     train = shards.split("train")
@@ -150,7 +151,7 @@ def test_sentence_splitter_keeps_every_word():
 def test_text_that_spells_special_tokens_is_text(tmp_path):
     texts = [f"{text} The mark [MASK] and [SEP] mean nothing." for text in prose.documents(20)]
     source = write_json_lines(tmp_path / "a.jsonl", texts)
-    prepare(source, tmp_path / "out", vocab_size=400, heldout_fraction=0.0)
+    prepare(source, tmp_path / "out", vocab_size=400, heldout_fraction=0.2)
     counts = TokenShards.open(tmp_path / "out").split("train").unigram_counts()
     assert counts[[0, 2, 3, 4]].tolist() == [0, 0, 0, 0]
 
@@ -160,7 +161,8 @@ def test_large_vocabularies_use_wider_tokens(tmp_path):
     vocabulary += [f"filler{number}" for number in range(70_000)] + ["zebra"]
     (tmp_path / "vocab.txt").write_text("\n".join(vocabulary) + "\n", "utf-8")
     source = write_json_lines(tmp_path / "a.jsonl", [f"{t} A zebra." for t in prose.documents(5)])
-    prepare(source, tmp_path / "out", vocabulary=tmp_path / "vocab.txt", heldout_fraction=0.0)
+    heldout = [write_json_lines(tmp_path / "b.jsonl", prose.documents(2, seed=9))]
+    prepare(source, tmp_path / "out", vocabulary=tmp_path / "vocab.txt", heldout_sources=heldout)
     tokens = TokenShards.open(tmp_path / "out").split("train").tokens_of(0)
     assert tokens.dtype == "uint32"
     assert tokens.max() == 70_300
@@ -182,12 +184,27 @@ def test_unusable_requests_leave_nothing_behind(tmp_path):
     for sources, options, sentence in [
         (text, {"heldout_fraction": 0.7}, "heldout_fraction is 0.7; it must lie between 0 and 0.5"),
         (text, {"heldout_fraction": 1e-9}, "none of the 5 documents fell into the held-out split"),
+        (text, {"heldout_fraction": 0}, "is 0 and no held-out source .* raise --heldout-fraction"),
         (text, {"vocab_size": 10}, "vocab_size 10 is too small"),
         (str(tmp_path / "empty.txt"), {}, "the sources hold no training document"),
     ]:
         with pytest.raises(DataError, match=sentence):
             prepare(sources, out, **({"vocab_size": 300} | options))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "empty.txt"]
+
+
+def test_an_empty_folder_is_filled_and_stays_the_same_folder(tmp_path, monkeypatch):
+    text = str(prose.write_text(tmp_path / "a.txt", 20))
+    options = {"vocab_size": 300, "heldout_fraction": 0.2}
+    prepare(text, tmp_path / "new", **options)
+    here = tmp_path / "here"
+    (here / ".tmp-of-a-killed-run").mkdir(parents=True)
+    monkeypatch.chdir(here)
+    assert not prepare(text, Path(), **options).reused
+    assert TokenShards.open(Path(), verify=True).manifest.heldout.documents > 0
+    assert prepare(text, Path(), **options).reused
+    (here / ".tmp-of-a-killed-run").rmdir()
+    assert content(here) == content(tmp_path / "new")
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):

@@ -112,6 +112,7 @@ def test_hugging_face_names_are_taken_apart_and_streamed(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert texts_of("hf:wikimedia/wikipedia:20231101.en@train[:1%]") == TEXTS
     assert texts_of("hf:books") == TEXTS
+    assert open_source("hf:books@train").identity() == ["hf:books@train"]
     assert asked == [
         ("wikimedia/wikipedia", "20231101.en", "train[:1%]", True),
         ("books", None, "train", True),

@@ -92,6 +92,47 @@ def test_vocabulary_files_are_read_back(tmp_path):
     assert Tokenizer.from_file(str(tmp_path / "tokenizer.json")).get_vocab_size() == 200
 
 
+def test_cased_vocabularies_are_refused_and_a_few_additions_are_not(tmp_path):
+    path = tmp_path / "vocab.txt"
+    uncased = [*SPECIAL_TOKENS, "[unused0]", *(f"word{number}" for number in range(400))]
+    path.write_text("\n".join([*uncased, "[ENT]", "<NAME>"]), "utf-8")
+    assert load_vocabulary(path)[-1] == "<NAME>"
+    cased = [*uncased, *(f"##Word{number}" for number in range(200))]
+    path.write_text("\n".join(cased), "utf-8")
+    sentence = (
+        r"vocab\.txt is cased \(200 of its 606 .*'##Word0'.*uncased .*or train .*--vocab-size"
+    )
+    with pytest.raises(DataError, match=sentence):
+        load_vocabulary(path)
+    build_tokenizer(cased).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(DataError, match=r"tokenizer\.json is cased"):
+        load_vocabulary(tmp_path / "tokenizer.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "usable"),
+    [
+        ({}, True),
+        ({"strip_accents": None}, True),
+        ({"strip_accents": False}, False),
+        ({"lowercase": False, "strip_accents": None}, False),
+        ({"handle_chinese_chars": False}, False),
+        ({"type": "Lowercase"}, False),
+        (None, False),
+    ],
+)
+def test_a_tokenizer_with_another_normalizer_is_refused(tmp_path, change, usable):
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(build_tokenizer([*SPECIAL_TOKENS, "a"]).to_str())
+    content["normalizer"] = None if change is None else {**content["normalizer"], **change}
+    path.write_text(json.dumps(content), "utf-8")
+    if usable:
+        assert load_vocabulary(path)[5:] == ["a"]
+    else:
+        with pytest.raises(DataError, match=r"has the normalizer .*: take an uncased vocabulary"):
+            load_vocabulary(path)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [

@@ -3,8 +3,6 @@
 Shapes: B rows, S positions, M masked positions.
 """
 
-# ruff: noqa: N815 -- shape suffixes are the house style
-
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 

@@ -1,7 +1,10 @@
 """From sources to a folder of token shards: split, de-duplicate, find sentences, tokenize, write.
 
 The folder is built under `OUT.tmp-<process>` and renamed at the end, so whatever bears the final
-name is complete. A killed run leaves only the temporary folder, which may be deleted.
+name is complete. An empty folder that is there already stays the same folder, since it may be the
+current one or a mount point: the work is done in `OUT/.tmp-<process>`, and the files move up, the
+manifest last, without which the folder is refused. A killed run leaves the temporary folder, which
+may be deleted.
 """
 
 import hashlib
@@ -37,6 +40,7 @@ from stacking_ds.errors import DataError
 
 __all__ = ["Prepared", "Progress", "prepare", "prepared_matches"]
 
+_UNFINISHED = ".tmp-"
 _SPLITS: tuple[SplitName, SplitName] = ("train", "heldout")
 _VOCABULARY_SAMPLE_CHARACTERS = 128 * 2**20
 _CHARACTERS_PER_GROUP = 2**19
@@ -80,9 +84,10 @@ def prepare(
     the documents of other sources whose hash falls lowest, so that a document stays on its side
     whatever is added to the corpus. Exact duplicates are dropped over both splits.
 
-    Raises DataError for unusable sources or vocabularies, for a split that stays empty, and for an
-    `out_dir` that holds something else or cannot be written.
+    `out_dir` is new, or an empty folder. Raises DataError for unusable sources or vocabularies, for
+    a split that stays empty, and for an `out_dir` that holds something else or cannot be written.
     """
+    out_dir = out_dir.resolve()
     if not 0 <= heldout_fraction <= 0.5:
         raise DataError(f"heldout_fraction is {heldout_fraction}; it must lie between 0 and 0.5")
     names = (sources,) if isinstance(sources, str) else tuple(sources)
@@ -91,12 +96,19 @@ def prepare(
         [open_source(name) for name in heldout_sources],
         heldout_fraction,
     )
+    if not corpus.can_hold_out:
+        raise DataError(
+            "heldout_fraction is 0 and no held-out source is named, but training needs held-out "
+            "documents: raise --heldout-fraction, or name what to hold out by --heldout SOURCE"
+        )
     given = None if vocabulary is None else load_vocabulary(vocabulary)
     request = corpus.request(f"trained:{vocab_size}" if given is None else vocabulary_sha256(given))
     if prepared_matches(out_dir, request):
         return Prepared(TokenShards.open(out_dir).manifest, reused=True)
     report = progress or (lambda _: None)
-    building = out_dir.with_name(f"{out_dir.name}.tmp-{os.uname().nodename}-{os.getpid()}")
+    suffix = f"{_UNFINISHED}{os.uname().nodename}-{os.getpid()}"
+    is_there = out_dir.is_dir()
+    building = out_dir / suffix if is_there else out_dir.with_name(out_dir.name + suffix)
     shutil.rmtree(building, ignore_errors=True)
     try:
         building.mkdir(parents=True)
@@ -105,7 +117,10 @@ def prepare(
         # Another process may have finished the same work meanwhile; then its folder stays.
         if prepared_matches(out_dir, request):
             return Prepared(manifest, reused=True)
-        os.replace(building, out_dir)
+        if is_there:
+            _move_up(building, out_dir)
+        else:
+            os.replace(building, out_dir)
     except OSError as error:
         raise DataError(f"{out_dir} cannot be written: {error}") from error
     finally:
@@ -114,11 +129,13 @@ def prepare(
 
 
 def prepared_matches(out_dir: Path, request: PrepareRequest) -> bool:
-    """True if `out_dir` holds what `request` asks for, False if there is nothing yet.
+    """True if `out_dir` holds what `request` asks for, False if there is nothing finished yet.
 
     Raises DataError when it holds something else, or is damaged.
     """
-    if not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
+    if not out_dir.exists():
+        return False
+    if out_dir.is_dir() and all(path.name.startswith(_UNFINISHED) for path in out_dir.iterdir()):
         return False
     if not out_dir.is_dir() or not (out_dir / MANIFEST_NAME).exists():
         raise DataError(f"{out_dir} exists and is not prepared data; choose another folder")
@@ -137,6 +154,11 @@ def prepared_matches(out_dir: Path, request: PrepareRequest) -> bool:
     return True
 
 
+def _move_up(building: Path, out_dir: Path) -> None:
+    for path in sorted(building.iterdir(), key=lambda path: path.name == MANIFEST_NAME):
+        os.replace(path, out_dir / path.name)
+
+
 class _Corpus:
     """The documents of all sources, each in its split, exact duplicates left out."""
 
@@ -146,6 +168,13 @@ class _Corpus:
         self._train, self._heldout, self._heldout_fraction = train, heldout, heldout_fraction
         self._hash_limit = 0 if heldout else int(heldout_fraction * 2**64)
         self.duplicates = self.empty = 0
+
+    @property
+    def can_hold_out(self) -> bool:
+        """Whether there is anything the held-out split could come from."""
+        return bool(
+            self._heldout or self._heldout_fraction or any(s.holds_out for s in self._train)
+        )
 
     def request(self, vocabulary: str) -> PrepareRequest:
         """What makes these documents, tokenized with `vocabulary`, recognisable later."""
@@ -217,10 +246,11 @@ def _build(
     train, heldout = (writers[split].finish() for split in _SPLITS)
     if not train.documents:
         raise DataError("the sources hold no training document with any text")
-    if not heldout.documents and (request.heldout_fraction > 0 or request.heldout_sources):
+    if not heldout.documents:
         raise DataError(
             f"none of the {train.documents} documents fell into the held-out split; raise "
-            f"heldout_fraction (it is {request.heldout_fraction}) or name a held-out source"
+            f"--heldout-fraction (it is {request.heldout_fraction}), or name what to hold out by "
+            "--heldout SOURCE"
         )
     manifest = DataManifest(
         request=request,

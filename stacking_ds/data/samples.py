@@ -9,8 +9,6 @@ prediction (Devlin et al. 2019, section 3.1, task 2).
 Shapes: N samples, B rows.
 """
 
-# ruff: noqa: N815 -- shape suffixes are the house style
-
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +23,11 @@ __all__ = ["FRAME_TOKENS", "SampleIndex", "SentencePairs", "build_samples", "dra
 # [CLS] A [SEP] B [SEP]
 FRAME_TOKENS = 3
 _MIN_SEQUENCE_LENGTH = 8
+_REMEDY = {
+    "train": "prepare more text (in .txt files a blank line ends a document)",
+    "heldout": "prepare the data again with a higher --heldout-fraction, or with more documents in "
+    "--heldout SOURCE",
+}
 _COIN, _CUT, _OTHER = range(3)
 
 Integers = NDArray[np.int64]
@@ -75,7 +78,7 @@ def build_samples(split: TokenSplit, sequence_length: int) -> SampleIndex:
     if split.num_documents < 2:
         raise DataError(
             f"the {split.name} split of {split.shards.folder} has {split.num_documents} "
-            "document(s); sentence pairs need at least 2"
+            f"document(s); sentence pairs need at least 2: {_REMEDY[split.name]}"
         )
     max_tokens = sequence_length - FRAME_TOKENS
     parts = [_spans_of_shard(arrays, max_tokens) for arrays in split.arrays]

@@ -4,7 +4,8 @@
 A source is named by a string:
 
     embedded                            the prose of the installed packages, see `embedded`
-    hf:NAME, hf:NAME:CONFIG, ...@SPLIT  a Hugging Face dataset, streamed; the column `text`
+    hf:NAME, hf:NAME:CONFIG, ...@SPLIT  a Hugging Face dataset, streamed; the column `text`;
+                                        known by its name alone, see `Source.identity`
     a file, a folder or a glob          .txt       a blank line ends a document; the lines between
                                                    are joined, so that wrapped lines do no harm
                                         .jsonl[.gz] one object a line; the key `text`
@@ -47,8 +48,16 @@ class Document:
 class Source(Protocol):
     """Something documents can be read from, more than once, in the same order."""
 
+    holds_out: bool
+    """Whether the source itself puts some of its documents into the held-out split."""
+
     def identity(self) -> list[str]:
-        """Strings that change when the documents do: names with hashes or versions."""
+        """What the documents are known by later: names, with hashes or versions where they lie on
+        this machine.
+
+        These change when the documents do. Not so for a Hugging Face dataset, which has its name
+        alone, so that it needs no network to be recognised: a change of it is not noticed.
+        """
 
     def documents(self) -> Iterator[Document]: ...
 
@@ -63,6 +72,8 @@ def open_source(name: str) -> Source:
 
 
 class _Embedded:
+    holds_out = True
+
     def identity(self) -> list[str]:
         return embedded.identity()
 
@@ -76,6 +87,8 @@ class _Embedded:
 
 
 class _HuggingFace:
+    holds_out = False
+
     def __init__(self, name: str) -> None:
         self._name = name
         path, _, split = name.removeprefix("hf:").partition("@")
@@ -117,6 +130,8 @@ class _HuggingFace:
 
 
 class _Files:
+    holds_out = False
+
     def __init__(self, name: str) -> None:
         self._paths = _expand(name)
 

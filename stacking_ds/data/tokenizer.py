@@ -5,6 +5,7 @@ Devlin et al. 2019, section 3; the algorithm is that of the `tokenizers` library
 
 import hashlib
 import json
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,18 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _CONTINUATION = "##"
 _MAX_ALPHABET = 1000
 _MIN_FREQUENCY = 2
+_NORMALIZER = {
+    "clean_text": True,
+    "handle_chinese_chars": True,
+    "strip_accents": True,
+    "lowercase": True,
+}
+# BERT's uncased vocabulary has no capital letter outside its markers; a few are someone's additions
+_CASED_SHARE = 0.01
+_CAPITAL = re.compile("[A-Z]")
+_REMEDY = (
+    "take an uncased vocabulary such as that of bert-base-uncased, or train one with --vocab-size"
+)
 
 
 @dataclass(frozen=True)
@@ -124,7 +137,8 @@ def load_vocabulary(path: Path) -> list[str]:
     """The tokens of a `vocab.txt`, or of a `tokenizer.json` with a WordPiece model, by id.
 
     Raises DataError for a missing or unreadable file, repeated tokens, gaps in the ids, another
-    model than WordPiece, or a vocabulary without the five special tokens.
+    model than WordPiece, a vocabulary without the five special tokens, and one that is cased or
+    belongs to another normalizer than BERT's uncased one.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -146,13 +160,23 @@ def load_vocabulary(path: Path) -> list[str]:
             f"vocabulary {path} lacks {', '.join(missing)}: BERT needs all of "
             f"{', '.join(SPECIAL_TOKENS)}"
         )
+    cased = [token for token in vocabulary if _CAPITAL.search(token) and not _is_marker(token)]
+    if len(cased) > _CASED_SHARE * len(vocabulary):
+        raise DataError(
+            f"vocabulary {path} is cased ({len(cased)} of its {len(vocabulary)} tokens hold "
+            f"capital letters, such as {cased[0]!r}), and the text is lowercased: {_REMEDY}"
+        )
     return vocabulary
+
+
+def _is_marker(token: str) -> bool:
+    return token.startswith("[") and token.endswith("]")
 
 
 def _tokens_of_json(path: Path, text: str) -> list[str]:
     try:
-        model = json.loads(text)["model"]
-        kind, ids = model["type"], model["vocab"]
+        content = json.loads(text)
+        kind, ids = content["model"]["type"], content["model"]["vocab"]
         ordered = sorted(ids, key=ids.__getitem__)
         gapless = [ids[token] for token in ordered] == list(range(len(ordered)))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -161,13 +185,18 @@ def _tokens_of_json(path: Path, text: str) -> list[str]:
         raise DataError(f"{path} holds a {kind} model; stacking_ds needs WordPiece")
     if not gapless:
         raise DataError(f"{path}: the ids of the vocabulary are not 0, 1, 2, ... without gaps")
+    written, ours = content.get("normalizer"), {"type": "BertNormalizer", **_NORMALIZER}
+    # published files leave strip_accents null, which means: as lowercase says
+    if written not in (ours, {**ours, "strip_accents": None}):
+        raise DataError(
+            f"{path} has the normalizer {json.dumps(written)}, not that of BERT's uncased "
+            f"tokenizer, {json.dumps(ours)}: {_REMEDY}"
+        )
     return ordered
 
 
 def _normalizer() -> normalizers.BertNormalizer:
-    return normalizers.BertNormalizer(
-        clean_text=True, handle_chinese_chars=True, strip_accents=True, lowercase=True
-    )
+    return normalizers.BertNormalizer(**_NORMALIZER)
 
 
 def _alphabet(texts: Sequence[str]) -> tuple[list[str], list[str]]:
