@@ -21,7 +21,7 @@ import torch.distributed as dist
 from stacking_ds import zero
 from stacking_ds.bundled import ds_config_path
 from stacking_ds.errors import ConfigError
-from stacking_ds.zero.settings import section_problems, top_level_problems
+from stacking_ds.zero.settings import asks_for_log, section_problems, top_level_problems
 
 __all__ = [
     "Precision",
@@ -116,7 +116,7 @@ def resolve_ds_config(
 def _zero_stage(ds_json: Mapping[str, Any]) -> int:
     section = ds_json.get("zero_optimization", {})
     stage = section.get("stage", 0) if isinstance(section, dict) else 0
-    return stage if isinstance(stage, int) else 0  # its own complaint comes from the schema
+    return stage if type(stage) is int else 0  # section_problems complains of anything else
 
 
 def _engine_defaults(zero_stage: int, precision: Precision) -> list[_Owned]:
@@ -201,7 +201,7 @@ def build_engine(
     if _low_precision(ds_config):
         exact = {name: p.detach() for name, p in model.named_parameters()}
     zero.follow_process_group()
-    _prepare_process()
+    _prepare_process(show_log=asks_for_log(ds_config))
     with zero.without_stepping(optimizer):
         try:
             # [0]: a name for the rest of the tuple would keep the optimizer alive for ever
@@ -271,12 +271,16 @@ def _check_same_model(model: torch.nn.Module) -> None:
         )
 
 
-def _prepare_process() -> None:
-    """No JIT build of an op that training never calls, no log line below a warning."""
+def _prepare_process(*, show_log: bool) -> None:
+    """No JIT build of an op that training never calls, no log line below a warning unless asked."""
     # Asked for the first time, DeepSpeed probes every op with a compiler; and one that it then
     # finds on a CPU, init_distributed compiles for half a minute, or fails without a compiler.
     deepspeed.ops.__compatible_ops__ = {}
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    level = logging.INFO if show_log else logging.WARNING
+    log = logging.getLogger("DeepSpeed")
+    log.setLevel(level)
+    for handler in log.handlers:  # DeepSpeed gives its handler a level as well
+        handler.setLevel(level)
     # raised inside DeepSpeed at every step, so the filter has to last
     warnings.filterwarnings(
         "ignore", category=FutureWarning, module=r"(deepspeed|torch\.distributed)\."

@@ -5,14 +5,22 @@ so every key is looked at here first.
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
+from deepspeed.comm.config import CommsLoggerConfig
+from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 
-__all__ = ["KNOWN_KEYS", "REFUSED_KEYS", "section_problems", "top_level_problems"]
+__all__ = [
+    "KNOWN_KEYS",
+    "REFUSED_KEYS",
+    "asks_for_log",
+    "section_problems",
+    "top_level_problems",
+]
 
 KNOWN_KEYS = (
     "train_batch_size",
@@ -89,7 +97,10 @@ _MODELS = {
     "zero_optimization": DeepSpeedZeroConfig,
     "bf16": DeepSpeedBF16Config,
     "fp16": DeepSpeedFP16Config,
+    "comms_logger": CommsLoggerConfig,
 }
+# the one section without a schema
+_FLOPS_PROFILER_KEYS = tuple(vars(DeepSpeedFlopsProfilerConfig({})))
 
 _NOT_SHARDED_SO = "growth and checkpoints do not read state laid out that way"
 # section -> key -> (the values that are right, why)
@@ -110,6 +121,7 @@ _ONLY: Mapping[str, Mapping[str, tuple[tuple[Any, ...], str]]] = {
         "zero_quantized_gradients": ((False,), "gradients are reduced in fp32"),
     },
     "bf16": {
+        "check_grad_overflow": ((True,), "DeepSpeed would step on gradients that are not finite"),
         "immediate_grad_update": ((False,), "it belongs to BF16_Optimizer, which is not used"),
         "bf16_master_weights_and_grads": ((False,), "masters are fp32"),
         "bf16_optimizer_states": ((False,), "moments are fp32"),
@@ -133,20 +145,20 @@ def top_level_problems(json: Mapping[str, Any]) -> list[str]:
 
 
 def section_problems(json: Mapping[str, Any]) -> list[str]:
-    """One line for everything wrong inside `zero_optimization`, `bf16`, `fp16`, `data_types`."""
+    """One line for everything wrong inside a section such as `zero_optimization` or `bf16`."""
     problems = []
     data_types = json.get("data_types", {})
     if not isinstance(data_types, dict):
         problems.append(f'"data_types" is {data_types!r}: it must be an object in braces')
     elif others := sorted(data_types.keys() - {"grad_accum_dtype"}):
         problems += [f'"data_types.{key}": {_ELSEWHERE}' for key in others]
-    for section, model in _MODELS.items():
+    for section in (*_MODELS, "flops_profiler"):
         values = json.get(section, {})
         if not isinstance(values, dict):
             problems.append(f'"{section}" is {values!r}: it must be an object in braces')
             continue
-        problems += _schema_problems(section, values, model)
-        for key, (right, reason) in _ONLY[section].items():
+        problems += _key_problems(section, values)
+        for key, (right, reason) in _ONLY.get(section, {}).items():
             if key in values and values[key] not in (*right, "auto"):
                 problems.append(
                     f'"{section}.{key}" is {values[key]!r}: {reason}; '
@@ -155,10 +167,36 @@ def section_problems(json: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _schema_problems(section: str, values: Mapping[str, Any], model: Any) -> list[str]:
+def asks_for_log(json: Mapping[str, Any]) -> bool:
+    """Whether a setting asks for something that DeepSpeed says in log lines of level INFO.
+
+    It prints the rest (`wall_clock_breakdown`, `memory_breakdown`, `flops_profiler`) past its log.
+    """
+    communication = json.get("comms_logger", {})
+    return bool(
+        json.get("steps_per_print")
+        or json.get("dump_state")
+        or (communication.get("enabled") and communication.get("verbose"))
+    )
+
+
+def _key_problems(section: str, values: Mapping[str, Any]) -> list[str]:
+    if section not in _MODELS:
+        return _unknown_keys(section, values, _FLOPS_PROFILER_KEYS)
+    stage = values.get("stage", 0)
+    if section == "zero_optimization" and type(stage) is not int and stage != "auto":
+        # the schema reads "2" and True as numbers; whoever looks at the JSON itself does not
+        wrong = f'"zero_optimization.stage" is {stage!r}: write it as a number, 0, 1, 2 or 3'
+        rest = {key: value for key, value in values.items() if key != "stage"}
+        return [wrong, *_schema_problems(section, rest)]
+    return _schema_problems(section, values)
+
+
+def _schema_problems(section: str, values: Mapping[str, Any]) -> list[str]:
+    model: Any = _MODELS[section]
     fields = model.model_fields
     known = {*fields, *(field.alias for field in fields.values() if field.alias)}
-    problems = [f'"{section}.{key}": {_unknown(key, known)}' for key in values if key not in known]
+    problems = _unknown_keys(section, values, known)
     present = {key: value for key, value in values.items() if key in known}
     try:
         model(**present)
@@ -171,7 +209,11 @@ def _schema_problems(section: str, values: Mapping[str, Any], model: Any) -> lis
     return problems
 
 
-def _unknown(key: str, known: Any) -> str:
+def _unknown_keys(section: str, values: Mapping[str, Any], known: Collection[str]) -> list[str]:
+    return [f'"{section}.{key}": {_unknown(key, known)}' for key in values if key not in known]
+
+
+def _unknown(key: str, known: Collection[str]) -> str:
     near = difflib.get_close_matches(key, sorted(known), n=1)
     hint = f'did you mean "{near[0]}"?' if near else "delete it"
     return f"DeepSpeed has no such key; {hint}"
