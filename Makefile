@@ -10,9 +10,7 @@ RUNS ?= runs
 GPU_PYTHON ?= python3
 GPUS = $(shell $(BIN)/python -c 'import torch; print(torch.cuda.device_count() or "")')
 RANKS ?= $(or $(GPUS),2)
-# the launcher's own port may belong to another job on this machine
-FREE_PORT = $(shell $(BIN)/python -c \
-	'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
+FREE_PORT := import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])
 
 .PHONY: help setup demo test slow check format gpu-bundle gpu-check clean
 
@@ -40,7 +38,8 @@ setup: $(VENV)/.installed
 
 demo: setup
 	$(BIN)/stacking-ds prepare embedded --out $(RUNS)/embedded-shards --vocab-size 4096
-	$(if $(GPUS),,DS_ACCELERATOR=cpu) $(BIN)/deepspeed --num_gpus $(RANKS) --master_port $(FREE_PORT) --log_level warning \
+	$(if $(GPUS),,DS_ACCELERATOR=cpu) $(BIN)/deepspeed --num_gpus $(RANKS) --log_level warning \
+		--master_port $$($(BIN)/python -c '$(FREE_PORT)') \
 		train.py --recipe demo --run-dir $(RUNS)/demo --resume \
 		--set data.path=$(RUNS)/embedded-shards
 	@$(BIN)/stacking-ds report $(RUNS)/demo

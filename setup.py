@@ -19,7 +19,7 @@ REQUIREMENTS = [
     "numpy>=1.26",  # token arrays, masks, sample order
     "tensorboard>=2.16",  # what people watch while it trains
     "tqdm>=4.66",  # progress bars
-    "mpi4py>=4.1",  # DeepSpeed's MPI launchers find their ranks through it (wheel, no compiler)
+    "mpi4py>=4.1",  # under mpirun, ranks find one another through it (wheel, no compiler)
 ]
 DEVELOPMENT = [
     "pytest>=8",

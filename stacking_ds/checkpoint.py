@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from stacking_ds.data.manifest import file_sha256
 from stacking_ds.distributed import World
 from stacking_ds.errors import CheckpointError
+from stacking_ds.fragment_reader import FragmentReader
 from stacking_ds.fragments import MASTER, Fragment
 from stacking_ds.manifest import (
     FORMAT_VERSION,
-    USE_ANOTHER,
     Interval,
     Manifest,
     RankFile,
@@ -132,8 +132,13 @@ def _write_everywhere(
     if failures:
         if world.is_first:
             shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(_not_saved(folder, "; ".join(failures)))
+        raise _on_all_ranks(CheckpointError(_not_saved(folder, "; ".join(failures))))
     return [record for record, _ in outcomes]
+
+
+def _on_all_ranks(error: CheckpointError) -> CheckpointError:
+    error.on_all_ranks = True
+    return error
 
 
 def _write_file(path: Path, fragments: Sequence[Fragment], world: World) -> RankFile:
@@ -150,6 +155,7 @@ def _write_file(path: Path, fragments: Sequence[Fragment], world: World) -> Rank
     return RankFile(
         name=path.name,
         size_bytes=path.stat().st_size,
+        sha256=file_sha256(path),
         intervals=tuple(
             Interval(name=f.name, start=f.start, stop=f.stop, keys=tuple(f.views)) for f in owned
         ),
@@ -193,17 +199,25 @@ def prune(run_dir: Path, *, keep_last: int, keep_steps: Collection[int]) -> None
     """Remove all checkpoints but the newest `keep_last`, those of `keep_steps` (the boundaries)
     and the one `latest` names; and what killed saves left behind. For one rank, between saves."""
     root = run_dir / "checkpoints"
-    steps = saved_steps(run_dir)
     newest = latest(run_dir)
+    if newest is None:
+        return
+    # what lies beyond `latest` was given up by whoever went back to an earlier checkpoint
+    steps = [step for step in saved_steps(run_dir) if step <= _step_of(newest)]
     for step in steps[: max(0, len(steps) - keep_last)]:
-        folder = root / f"step_{step:08d}"
-        if step not in keep_steps and folder != newest:
-            _remove(folder)
+        if step not in keep_steps:
+            _remove(root / f"step_{step:08d}")
     for left_behind in [*root.glob(".step_*.partial"), *root.glob(".step_*.removed")]:
         shutil.rmtree(left_behind)
 
 
 # --------------------------------------------------------------------------- reading
+
+
+def _step_of(folder: Path) -> int:
+    found = _NAME.fullmatch(folder.name)
+    assert found is not None
+    return int(found[1])
 
 
 def saved_steps(run_dir: Path) -> list[int]:
@@ -251,11 +265,11 @@ def load(
     Raises:
         CheckpointError: a file that is missing or damaged, or the checkpoint of another model.
     """
-    failure = None
+    failure: Exception | None = None
     manifest = None
     try:
         manifest = read_manifest(folder)
-        reader = _Reader(folder, manifest)
+        reader = FragmentReader(folder, manifest)
         for target in targets:
             saved_name = name_map(target.name) if name_map else target.name
             reader.require(saved_name, target.shape)
@@ -264,10 +278,12 @@ def load(
                     view.zero_()
                 else:
                     reader.fill(view, key, saved_name, target.start, target.stop)
-    except CheckpointError as error:
+    except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must learn of it
         failure = error
     if world is not None:
-        failure = next((error for error in world.gather(failure) if error is not None), None)
+        failures = [reason for reason in world.gather(failure and str(failure)) if reason]
+        if failures:
+            raise _on_all_ranks(CheckpointError(failures[0])) from failure
     if failure is not None:
         raise failure
     assert manifest is not None
@@ -281,66 +297,8 @@ def read_parameters(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
         CheckpointError: a file that is missing or damaged.
     """
     manifest = read_manifest(folder)
-    reader = _Reader(folder, manifest)
+    reader = FragmentReader(folder, manifest)
     for name, shape in manifest.parameters.items():
         whole = torch.empty(shape, dtype=torch.float32)
         reader.fill(whole.view(-1), MASTER, name, 0, whole.numel())
         yield name, whole
-
-
-class _Reader:
-    """Reads intervals of saved parameters; opens a rank's file when it first needs it."""
-
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self._folder = folder
-        self._shapes = manifest.parameters
-        self._open: dict[str, Any] = {}
-        self._places: dict[str, list[tuple[RankFile, Interval]]] = {}
-        for file in manifest.files:
-            for interval in file.intervals:
-                self._places.setdefault(interval.name, []).append((file, interval))
-
-    def require(self, name: str, shape: tuple[int, ...]) -> None:
-        saved = self._shapes.get(name)
-        if saved != shape:
-            found = f"has {name} with shape {saved}" if saved else f"has no {name}"
-            raise CheckpointError(
-                f"{self._folder} is of another model: it {found}, this model needs shape {shape}; "
-                f"resume with the recipe the run was started with"
-            )
-
-    def fill(self, view: torch.Tensor, key: str, name: str, start: int, stop: int) -> None:
-        """Copy the elements [start, stop) of `name` into `view`, from whichever files have them."""
-        filled = 0
-        for file, interval in self._places.get(name, []):
-            low, high = max(start, interval.start), min(stop, interval.stop)
-            if low < high and key in interval.keys:
-                part = self._read(
-                    file, f"{key}/{name}", low - interval.start, high - interval.start
-                )
-                view[low - start : high - start].copy_(part)
-                filled += high - low
-        if filled != stop - start:
-            raise CheckpointError(
-                f"{self._folder} has {filled} of the {stop - start} elements [{start}, {stop}) of "
-                f"{name}'s {key}: its manifest is not whole; {USE_ANOTHER}"
-            )
-
-    def _read(self, file: RankFile, tensor: str, low: int, high: int) -> torch.Tensor:
-        path = self._folder / file.name
-        try:
-            if file.name not in self._open:
-                if (size := path.stat().st_size) != file.size_bytes:
-                    raise CheckpointError(
-                        f"{path} has {size} bytes instead of {file.size_bytes}: it is damaged; "
-                        f"{USE_ANOTHER}"
-                    )
-                self._open[file.name] = safe_open(path, framework="pt")
-            part: torch.Tensor = self._open[file.name].get_slice(tensor)[low:high]
-        except OSError as error:
-            raise CheckpointError(
-                f"{path} cannot be read ({error.strerror}); {USE_ANOTHER}"
-            ) from None
-        except SafetensorError as error:
-            raise CheckpointError(f"{path} is damaged ({error}); {USE_ANOTHER}") from None
-        return part

@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-USER_ERROR, NOT_FINITE = 2, 3
+USER_ERROR, NOT_FINITE, INTERRUPTED = 2, 3, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the process's exit code.
 
-    0 done (or stopped when asked), 2 something the user can mend, 3 a loss that is not finite.
+    0 done (or stopped when asked), 2 something the user can mend, 3 a loss that is not finite,
+    130 interrupted.
     """
     options = _parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], int] = options.command
@@ -33,6 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         _say_once(f"stacking-ds: error: {error}", everywhere=error.on_all_ranks)
         return USER_ERROR
+    except KeyboardInterrupt:
+        print("stacking-ds: interrupted", file=sys.stderr)
+        return INTERRUPTED
     except NonFiniteError as error:
         _say_once(f"stacking-ds: error: {error}", everywhere=True)
         return NOT_FINITE
@@ -51,6 +55,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="stacking-ds", description="Pre-train BERT-style encoders by progressive stacking."
     )
     parser.add_argument("--version", action="version", version=f"stacking-ds {__version__}")
+    # `deepspeed --module` puts it before the command; the environment says the same
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_prepare(commands.add_parser("prepare", help="text to token shards"))
     _add_train(commands.add_parser("train", help="train a recipe, growing from stage to stage"))
@@ -147,8 +153,8 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
 def _train(options: argparse.Namespace) -> int:
     from stacking_ds import distributed
-    from stacking_ds.config import load_run_config
     from stacking_ds.job import Job
+    from stacking_ds.recipe import load_run_config
 
     try:
         config = load_run_config(options.recipe, options.set)
@@ -160,7 +166,8 @@ def _train(options: argparse.Namespace) -> int:
         raise
     run_dir = options.run_dir or Path("runs") / config.name
     if options.dry_run:
-        print(f"{config.to_yaml()}\n{job.schedule.draw()}\n{job.learning_rates.draw()}")
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{config.to_yaml()}\n{job.schedule.draw()}\n{job.learning_rates.draw()}")
         return 0
 
     from stacking_ds.trainer import train

@@ -1,21 +1,11 @@
-"""`RunConfig`: everything a run is, from a YAML recipe and dotted overrides; strict and frozen.
+"""`RunConfig`: everything a run is; strict and frozen."""
 
-The order is: defaults here, then the recipe, then `--set section.key=value`. What results is
-written into the run directory, so that a run says by itself what it was.
-"""
-
-import difflib
-import json
-import re
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from stacking_ds.bundled import recipe_path
-from stacking_ds.errors import ConfigError
 from stacking_ds.stages import StageSchedule, steps_for_tokens
 
 __all__ = [
@@ -31,7 +21,6 @@ __all__ = [
     "ScheduleSection",
     "StageSection",
     "changed_keys",
-    "load_run_config",
 ]
 
 Positive = Annotated[int, Field(ge=1)]
@@ -150,7 +139,8 @@ class EvaluationSection(_Section):
 
 class LoggingSection(_Section):
     every_steps: Positive = 10
-    """A line of metrics is the mean over this many steps."""
+    """A line of metrics is the mean over the steps since the line before. There is one after
+    every so many steps, and at each evaluation and checkpoint."""
 
 
 class RunConfig(_Section):
@@ -207,6 +197,18 @@ class RunConfig(_Section):
             stage.tokens, self.batch.global_batch_size, self.data.sequence_length
         )
 
+    def with_absolute_paths(self) -> "RunConfig":
+        """The same run, whatever the working directory it is looked at from."""
+        json = Path(self.engine.deepspeed)
+        deepspeed = str(json.resolve()) if json.is_file() else self.engine.deepspeed
+        path = str(Path(self.data.path).resolve())
+        return self.model_copy(
+            update={
+                "data": self.data.model_copy(update={"path": path}),
+                "engine": self.engine.model_copy(update={"deepspeed": deepspeed}),
+            }
+        )
+
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
@@ -233,90 +235,6 @@ def changed_keys(before: RunConfig, now: RunConfig) -> list[str]:
     ]
 
 
-def load_run_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a recipe (a path, or the name of a bundled one) and apply `key=value` overrides.
-
-    Raises:
-        ConfigError: no such recipe, not YAML, unknown keys (with the nearest right one), values
-            of the wrong type or range; all of them in one message.
-    """
-    path = recipe_path(recipe)
-    raw = _read_yaml(path)
-    for override in overrides:
-        _apply_override(raw, override)
-    try:
-        return RunConfig.model_validate_json(json.dumps(raw))
-    except ValidationError as error:
-        problems = "; ".join(_sentence(problem) for problem in error.errors())
-        raise ConfigError(f"recipe {path}: {problems}") from None
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read recipe {path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"recipe {path} is not valid YAML: {error}") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"recipe {path} must be a mapping of sections, not {type(raw).__name__}")
-    return raw
-
-
-def _apply_override(raw: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key.strip():
-        raise ConfigError(f"override {override!r} must look like section.key=value")
-    try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
-        raise ConfigError(f"override {override!r}: {text!r} is not a YAML value") from None
-    *parents, leaf = key.strip().split(".")
-    container: Any = raw
-    for parent in parents:
-        if isinstance(container, dict):
-            container = container.setdefault(parent, {})
-        else:
-            container = container[_position(container, parent, override)]
-    if isinstance(container, dict):
-        container[leaf] = value
-    else:
-        container[_position(container, leaf, override)] = value
-
-
-def _position(container: Any, text: str, override: str) -> int:
-    if not isinstance(container, list):
-        raise ConfigError(f"override {override!r}: {text!r} is inside a plain value")
-    if not text.isdigit() or int(text) >= len(container):
-        raise ConfigError(
-            f"override {override!r}: {text!r} is not one of the positions 0 to {len(container) - 1}"
-        )
-    return int(text)
-
-
-def _sentence(problem: Mapping[str, Any]) -> str:
-    location = [str(part) for part in problem["loc"]]
-    where = ".".join(location) or "the recipe"
-    if problem["type"] == "extra_forbidden":
-        known = _fields_at(location[:-1])
-        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
-        return f"{where} is not a key; {hint}"
-    if problem["type"] == "missing":
-        return f"{where} is missing"
-    message = str(problem["msg"]).removeprefix("Value error, ")
-    value = problem.get("input")
-    shown = "" if isinstance(value, dict | list) else f" (got {value!r})"
-    return f"{where}: {message}{shown}"
-
-
-def _fields_at(location: Sequence[str]) -> list[str]:
-    section: Any = RunConfig
-    for part in location:
-        section = StageSection if part.isdigit() else section.model_fields[part].annotation
-    return list(section.model_fields)
-
-
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(value, dict):
         items = [(f"{prefix}{key}", child) for key, child in value.items()]
@@ -325,17 +243,3 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     else:
         return {prefix.removesuffix("."): value}
     return {key: leaf for name, child in items for key, leaf in _flatten(child, name + ".").items()}
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number, as everybody who writes a learning rate means it."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: list(resolvers) for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d+(?:\.\d*)?|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)

@@ -1,7 +1,7 @@
 """Ranks, the process group, the stop flag and small host-side collectives.
 
 Works under the deepspeed launcher, torchrun, srun wrappers that set the usual variables, and as a
-plain single process.
+plain single process. Under mpirun, mpi4py tells.
 """
 
 import os
@@ -22,6 +22,8 @@ __all__ = ["StopFlag", "World", "start", "stop", "world_size_from_environment"]
 
 _TIMEOUT = timedelta(minutes=10)
 _added: set[str] = set()
+# what Open MPI, and MPICH and its relatives, tell a process they started
+_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ class World:
 
 def world_size_from_environment() -> int:
     """The number of ranks as the launcher says it; 1 where there is no launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    sizes = ("WORLD_SIZE", *_MPI_SIZES)
+    return next((int(os.environ[name]) for name in sizes if name in os.environ), 1)
 
 
 def start() -> World:
@@ -124,7 +127,7 @@ def start() -> World:
 
 
 def stop() -> None:
-    """Leave the process group, and the environment as it was."""
+    """Leave the process group, and take what `start` added from the environment."""
     if dist.is_initialized():
         dist.destroy_process_group()
     while _added:
@@ -133,6 +136,13 @@ def stop() -> None:
 
 def _complete_environment() -> dict[str, str]:
     if "RANK" not in os.environ:
+        if any(int(os.environ.get(name, "1")) > 1 for name in _MPI_SIZES):
+            return _mpi_environment()
+        if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+            raise ConfigError(
+                "srun started several tasks, and none of them knows its rank: start one task per "
+                "node with `torchrun` or `deepspeed` in it, or use srun --mpi=pmix"
+            )
         return {
             "RANK": "0",
             "WORLD_SIZE": "1",
@@ -156,9 +166,31 @@ def _complete_environment() -> dict[str, str]:
     return found
 
 
+def _mpi_environment() -> dict[str, str]:
+    """Ranks and a meeting place under mpirun, which sets neither RANK nor MASTER_ADDR."""
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise ConfigError(
+            f"started by MPI, but mpi4py cannot load an MPI library ({error}); install the one "
+            f"that mpirun belongs to, or start with `deepspeed` or `torchrun`"
+        ) from None
+    everyone = MPI.COMM_WORLD
+    node = everyone.Split_type(MPI.COMM_TYPE_SHARED)
+    address, port = everyone.bcast((socket.gethostbyname(socket.gethostname()), _free_port()))
+    return {
+        "RANK": str(everyone.rank),
+        "WORLD_SIZE": str(everyone.size),
+        "LOCAL_RANK": str(node.rank),
+        "LOCAL_WORLD_SIZE": str(node.size),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+    }
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind(("", 0))
         return int(probe.getsockname()[1])
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from stacking_ds.errors import CheckpointError, ConfigError, DataError
@@ -60,8 +61,8 @@ def export_to_hugging_face(
 
     partial = out_dir.with_name(f".{out_dir.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # what a killed export may have left
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         # Tied tensors stand under their first name only: `transformers` ties them on loading.
         weights = {name: value.detach().contiguous() for name, value in tensors.items()}
         save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
@@ -70,6 +71,10 @@ def export_to_hugging_face(
         for name in ("tokenizer.json", "vocab.txt"):
             shutil.copyfile(tokenizer_dir / name, partial / name)
         _move_into_place(partial, out_dir)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(
+            f"cannot write the export {out_dir} ({error}); make room, or choose another folder"
+        ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -40,6 +40,7 @@ class Interval(_Record):
 class RankFile(_Record):
     name: str
     size_bytes: Count
+    sha256: str
     intervals: tuple[Interval, ...]
 
 

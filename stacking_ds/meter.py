@@ -1,5 +1,6 @@
 """What is counted while a run trains, and the line of metrics made of it."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,18 +19,19 @@ class TrainState:
     tokens_seen: int = 0
     """Real tokens, padding excluded."""
     wall_seconds: float = 0.0
-    """From start to now, evaluation and checkpoints included, interruptions excluded."""
+    """From `train`'s start to now, everything included but the time between interruptions."""
     stage_tokens: int = 0
     stage_train_seconds: float = 0.0
     """Time in this stage's steps alone."""
     boundary_seconds: float = 0.0
     """How long the boundary before this stage took."""
+    skipped_steps: int = 0
+    """Steps whose gradient overflowed fp16 and moved nothing."""
 
     def enter(self, stage_index: int, boundary_seconds: float) -> None:
         """The boundary is done; the counts of the new stage begin."""
         self.stage_index, self.boundary_seconds = stage_index, boundary_seconds
         self.stage_tokens, self.stage_train_seconds = 0, 0.0
-        self.wall_seconds += boundary_seconds
 
     def count(self, result: "StepResult", samples: int, seconds: float) -> None:
         """One more completed step."""
@@ -38,7 +40,7 @@ class TrainState:
         self.tokens_seen += result.tokens
         self.stage_tokens += result.tokens
         self.stage_train_seconds += seconds
-        self.wall_seconds += seconds
+        self.skipped_steps += not math.isfinite(result.grad_norm)
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ def metrics_line(
         "train/nsp_loss": interval.mean("nsp_loss"),
         "optim/learning_rate": interval.results[-1].learning_rate,
         "optim/grad_norm": interval.results[-1].grad_norm,
+        "optim/skipped_steps": state.skipped_steps,
         "speed/tokens_per_second": tokens_per_second,
         "speed/step_seconds": interval.seconds / interval.steps,
         "speed/model_flops_utilization": flops_per_token

@@ -53,7 +53,7 @@ class Monitor:
         self._metrics = self._metrics_path.open("a", encoding="utf-8")
         self._tensorboard = SummaryWriter(
             str(run_dir / "tensorboard"),
-            purge_step=completed_steps + 1 if completed_steps else None,
+            purge_step=completed_steps + 1,
         )
         self._bars = _Bars(schedule, completed_steps)
 

@@ -8,24 +8,27 @@ RUN_DIR/config.yaml      the resolved recipe
         export/          the finished model as a Hugging Face folder
 """
 
+import fcntl
 import os
 from pathlib import Path
+from typing import IO
 
-from stacking_ds.config import RunConfig, changed_keys, load_run_config
+from stacking_ds.config import RunConfig, changed_keys
 from stacking_ds.errors import CheckpointError, ConfigError
+from stacking_ds.recipe import load_run_config
 
-__all__ = ["claim", "read_config"]
+__all__ = ["check", "lock", "read_config", "write_config"]
+
+_CONFIG, _UNFINISHED, _LOCK = "config.yaml", "config.tmp", ".lock"
 
 
-def claim(run_dir: Path, config: RunConfig, *, resume: bool) -> None:
-    """Make `run_dir` this run's own, or make sure it already is.
+def check(run_dir: Path, config: RunConfig, *, resume: bool) -> None:
+    """Make sure that `run_dir` may become, or already is, the run of `config`.
 
     Raises:
         CheckpointError: it holds a run and `resume` is not set, or another run than `config`.
-        ConfigError: it cannot be created or written.
     """
-    config_path = run_dir / "config.yaml"
-    if config_path.exists():
+    if (run_dir / _CONFIG).exists():
         if not resume:
             raise CheckpointError(
                 f"{run_dir} already holds a run; continue it with --resume, or choose another "
@@ -37,17 +40,57 @@ def claim(run_dir: Path, config: RunConfig, *, resume: bool) -> None:
                 f"{run_dir} holds another run ({'; '.join(changes)}); use the recipe it was "
                 f"started with, or choose another --run-dir"
             )
-    elif run_dir.is_dir() and any(run_dir.iterdir()):
-        raise CheckpointError(
-            f"{run_dir} is not empty and holds no run; choose another --run-dir or empty it"
-        )
+    elif run_dir.is_dir():
+        if {path.name for path in run_dir.iterdir()} - {_UNFINISHED, _LOCK}:
+            raise CheckpointError(
+                f"{run_dir} is not empty and holds no run; choose another --run-dir or empty it"
+            )
+    elif run_dir.exists():
+        raise CheckpointError(f"{run_dir} is a file; choose another --run-dir")
+
+
+def lock(run_dir: Path) -> IO[str]:
+    """Keep other jobs out of the run for as long as the returned file is open.
+
+    Raises:
+        CheckpointError: another job is at work in it.
+        ConfigError: the directory cannot be created or written.
+    """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        temporary = config_path.with_suffix(".tmp")
-        temporary.write_text(config.to_yaml(), encoding="utf-8")
-        os.replace(temporary, config_path)
+        file = (run_dir / _LOCK).open("a", encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"cannot write the run directory {run_dir}: {error}") from None
+        raise _not_writable(run_dir, error) from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise CheckpointError(
+            f"another job is training in {run_dir}; wait for it or stop it, or choose another "
+            f"--run-dir"
+        ) from None
+    return file
+
+
+def write_config(run_dir: Path, config: RunConfig) -> None:
+    """Write the resolved recipe, which makes the directory this run's.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    unfinished = run_dir / _UNFINISHED
+    try:
+        unfinished.write_text(config.to_yaml(), encoding="utf-8")
+        os.replace(unfinished, run_dir / _CONFIG)
+    except OSError as error:
+        raise _not_writable(run_dir, error) from None
+
+
+def _not_writable(run_dir: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"cannot write the run directory {run_dir} ({error.strerror}); choose another --run-dir, "
+        f"or mend its permissions or file system"
+    )
 
 
 def read_config(run_dir: Path) -> RunConfig:
@@ -56,7 +99,7 @@ def read_config(run_dir: Path) -> RunConfig:
     Raises:
         CheckpointError: there is no run.
     """
-    path = run_dir / "config.yaml"
+    path = run_dir / _CONFIG
     if not path.is_file():
         raise CheckpointError(f"{run_dir} holds no run: there is no {path.name} in it")
     return load_run_config(str(path))

@@ -4,6 +4,7 @@ grow:  capture fragments to host -> release the old engine -> build the deeper o
        -> install by the operator's layer map -> refresh low-precision copies -> go on
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -94,11 +95,15 @@ class StageManager:
             loss_scale=loss_scale(self.engine),
         )
         if self._world.is_first:
-            checkpoint.prune(
-                run_dir,
-                keep_last=config.checkpoint.keep_last,
-                keep_steps=self._job.schedule.boundaries,
-            )
+            self._prune(run_dir)
+
+    def _prune(self, run_dir: Path) -> None:
+        keep_last = self._job.config.checkpoint.keep_last
+        try:
+            checkpoint.prune(run_dir, keep_last=keep_last, keep_steps=self._job.schedule.boundaries)
+        except OSError as error:
+            # the new checkpoint is safe, so what is in the way of tidying up must not end the run
+            logging.getLogger("stacking_ds").warning("old checkpoints stay for now: %s", error)
 
     def restore(self, found: Path, stage: Stage) -> None:
         """An engine of the stage's depth with the state of the checkpoint `found`."""
@@ -108,7 +113,8 @@ class StageManager:
             seed_moments(self.engine, manifest.optimizer_step)
         checkpoint.load(found, fragments(self.engine), world=self._world)
         refresh(self.engine)
-        set_loss_scale(self.engine, manifest.loss_scale)
+        if manifest.config["engine"]["precision"] == "fp16":
+            set_loss_scale(self.engine, manifest.loss_scale)
 
     def close(self) -> None:
         """Release the engine and its memory."""

@@ -91,7 +91,7 @@ class StageSchedule:
                 return stage
         raise StageError(
             f"no stage trains step {step}: the schedule has steps 0 to {self.total_steps - 1}; "
-            f"train longer by adding steps to a stage"
+            f"to train longer, start a run whose stages have more steps"
         )
 
     def remaining(self, step: int) -> Iterator[Stage]:

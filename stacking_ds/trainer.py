@@ -11,6 +11,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -18,18 +19,18 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-from stacking_ds import checkpoint, run_directory
 from stacking_ds.data.batches import RankStep
 from stacking_ds.data.counter_random import derive_key
 from stacking_ds.distributed import StopFlag, World
 from stacking_ds.engine import set_learning_rate, take_step
-from stacking_ds.errors import CheckpointError, NonFiniteError
+from stacking_ds.errors import NonFiniteError
 from stacking_ds.evaluate.heldout import evaluate_heldout
 from stacking_ds.from_checkpoint import export_run
 from stacking_ds.job import Job
 from stacking_ds.meter import Interval, StepResult, TrainState, metrics_line
 from stacking_ds.model.loss import pretraining_loss
 from stacking_ds.monitor import Monitor, measure_matmul_peak, peak_memory_gib
+from stacking_ds.resume import enter
 from stacking_ds.stage_manager import StageManager
 from stacking_ds.stages import Stage
 
@@ -47,40 +48,48 @@ def train(job: Job, world: World, run_dir: Path, *, resume: bool = False) -> Tra
         CheckpointError: the run directory or its checkpoint belongs to another run.
         NonFiniteError: the loss or the gradient is not finite; the last checkpoint stays.
     """
-    world.on_first(lambda: run_directory.claim(run_dir, job.config, resume=resume))
-    found = checkpoint.latest(run_dir)
-    state = _state_of(found, job) if found else TrainState()
-    with Monitor(
-        run_dir, job.schedule, completed_steps=state.step, enabled=world.is_first
-    ) as monitor:
-        if state.step == job.schedule.total_steps:
-            monitor.say(f"{run_dir} is complete at step {state.step}; it is used as it is")
+    started = time.perf_counter()
+    with ExitStack() as held:
+        found: Path | None
+        state: TrainState
+        found, state = world.on_first(lambda: enter(job, run_dir, resume, held))
+        monitor = held.enter_context(
+            Monitor(run_dir, job.schedule, completed_steps=state.step, enabled=world.is_first)
+        )
+        if state.step < job.schedule.total_steps:
+            run = _Run(job, world, run_dir, state, monitor, started)
+            held.callback(run.stages.close)
+            run.train(found)
         else:
-            _Run(job, world, run_dir, state, monitor).train(found)
+            monitor.say(f"{run_dir} is complete at step {state.step}; re-using it")
+        if state.step == job.schedule.total_steps:
+            # if this is where the run is cut off, the next call makes up for it
+            exported = world.on_first(lambda: _export_if_missing(job, run_dir))
+            if exported is not None:
+                monitor.say(exported)
     return state
 
 
-def _state_of(found: Path, job: Job) -> TrainState:
-    manifest = checkpoint.read_manifest(found)
-    if manifest.vocabulary_sha256 != job.shards.manifest.vocabulary_sha256:
-        raise CheckpointError(
-            f"{found} was trained with another vocabulary than that of {job.config.data.path}; set "
-            f"data.path to shards prepared with the run's own, or start another run"
-        )
-    if manifest.data_sha256 != job.data_sha256:
-        raise CheckpointError(
-            f"{found} was trained on other token shards than those in {job.config.data.path}; set "
-            f"data.path to the run's own, or start another run"
-        )
-    return TrainState(**manifest.train_state)
+def _export_if_missing(job: Job, run_dir: Path) -> str | None:
+    target = run_dir / "export"
+    if target.exists() or not job.config.checkpoint.export_at_end:
+        return None
+    return f"exported for Hugging Face: {export_run(job, run_dir)}"
 
 
 class _Run:
     def __init__(
-        self, job: Job, world: World, run_dir: Path, state: TrainState, monitor: Monitor
+        self,
+        job: Job,
+        world: World,
+        run_dir: Path,
+        state: TrainState,
+        monitor: Monitor,
+        started: float,
     ) -> None:
         self.job, self.world, self.run_dir = job, world, run_dir
         self.state, self.monitor = state, monitor
+        self.epoch = started - state.wall_seconds
         self.stages = StageManager(job, world)
         self.interval = Interval()
 
@@ -102,7 +111,6 @@ class _Run:
                 if not self.train_stage(stage, stop):
                     self.monitor.say(f"stopped at step {self.state.step}; --resume goes on")
                     return
-        self.finish()
 
     def cross_boundary(self, old: Stage, new: Stage) -> None:
         started = time.perf_counter()
@@ -119,16 +127,19 @@ class _Run:
         """Train to the end of `stage`; False if asked to stop before."""
         config, state = self.job.config, self.state
         self.monitor.stage(stage, state.step)
-        batches = self.batches(stage)
+        batches, evaluate_every = self.batches(stage), config.evaluation.every_steps
         while state.step < stage.end_step:
             started = time.perf_counter()
             result = self.train_step(next(batches))
             self.count(result, time.perf_counter() - started)
             at_end, stopping = state.step == stage.end_step, stop.agreed()
-            evaluating = at_end or _due(state.step, config.evaluation.every_steps)
-            if evaluating or stopping or self.interval.steps == config.logging.every_steps:
+            if stopping:
+                self.save(stage)  # first of all: a launcher gives little time
+            evaluating = at_end or (not stopping and _due(state.step, evaluate_every))
+            saving = at_end or _due(state.step, config.checkpoint.every_steps)
+            if evaluating or saving or stopping or _due(state.step, config.logging.every_steps):
                 self.record(stage, self.evaluate() if evaluating else {})
-            if at_end or stopping or _due(state.step, config.checkpoint.every_steps):
+            if saving and not stopping:
                 self.save(stage)
             if stopping and state.step < self.job.schedule.total_steps:
                 return False
@@ -176,12 +187,6 @@ class _Run:
             mlm_loss, nsp_loss, round(mlm_targets), round(tokens), grad_norm, learning_rate
         )
 
-    def finish(self) -> None:
-        if self.job.config.checkpoint.export_at_end:
-            self.world.on_first(lambda: export_run(self.job, self.run_dir))
-            self.monitor.say(f"exported for Hugging Face: {self.run_dir / 'export'}")
-        self.stages.close()
-
     # ----------------------------------------------------- what happens around it
 
     def require_finite(self, what: str, value: float) -> None:
@@ -212,6 +217,7 @@ class _Run:
         self.monitor.step(self.state.step, result.loss)
 
     def record(self, stage: Stage, evaluation: Mapping[str, float]) -> None:
+        self.state.wall_seconds = time.perf_counter() - self.epoch
         sequence_length = self.job.config.data.sequence_length
         remaining = self.job.schedule.remaining(self.state.step)
         self.monitor.record(
@@ -228,7 +234,6 @@ class _Run:
                     for rest in remaining
                 ),
                 extra={
-                    "optim/skipped_steps": self.stages.engine.skipped_steps,
                     "memory/peak_gib": peak_memory_gib(self.world.device),
                     **evaluation,
                 },
@@ -247,19 +252,16 @@ class _Run:
         return self.job.heldout_steps(self.world.rank, self.world.size)
 
     def evaluate(self) -> dict[str, float]:
-        started = time.perf_counter()
-        metrics = evaluate_heldout(self.stages.engine, self.heldout, self.world).metrics()
-        self.state.wall_seconds += time.perf_counter() - started
-        return {**metrics, "eval/unigram_mlm_loss": self.unigram_loss}
+        heldout = evaluate_heldout(self.stages.engine, self.heldout, self.world)
+        return {**heldout.metrics(), "eval/unigram_mlm_loss": self.unigram_loss}
 
     @cached_property
     def unigram_loss(self) -> float:
         return float(self.world.on_first(lambda: self.job.unigram_loss))
 
     def save(self, stage: Stage) -> None:
-        started = time.perf_counter()
+        self.state.wall_seconds = time.perf_counter() - self.epoch
         self.stages.save(self.run_dir, stage, asdict(self.state))
-        self.state.wall_seconds += time.perf_counter() - started
 
 
 def _due(step: int, every_steps: int) -> bool:

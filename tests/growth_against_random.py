@@ -11,12 +11,13 @@ from functools import partial
 from pathlib import Path
 
 from stacking_ds import distributed, stage_manager
-from stacking_ds.config import RunConfig, load_run_config
+from stacking_ds.config import RunConfig
 from stacking_ds.distributed import World
 from stacking_ds.job import Job
 from stacking_ds.model.bert import BertForPreTraining
 from stacking_ds.model.config import BertConfig
 from stacking_ds.monitor import read_metrics
+from stacking_ds.recipe import load_run_config
 from stacking_ds.stage_manager import StageManager
 from stacking_ds.stages import Stage
 from stacking_ds.trainer import train

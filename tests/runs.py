@@ -7,9 +7,10 @@ from typing import Any
 import yaml
 
 from stacking_ds import checkpoint
-from stacking_ds.config import RunConfig, load_run_config
+from stacking_ds.config import RunConfig
 from stacking_ds.distributed import World
 from stacking_ds.job import Job
+from stacking_ds.recipe import load_run_config
 from stacking_ds.trainer import train
 
 __all__ = ["losses", "metrics", "parameters", "small_recipe", "train_small"]

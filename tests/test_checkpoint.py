@@ -89,9 +89,13 @@ def test_pruning_keeps_the_newest_the_boundaries_and_the_latest(tmp_path: Path) 
     (tmp_path / "checkpoints" / ".step_00000006.partial").mkdir()
     (tmp_path / "checkpoints" / "latest").write_text("step_00000003\n")
     checkpoint.prune(tmp_path, keep_last=1, keep_steps={2})
-    assert checkpoint.saved_steps(tmp_path) == [2, 3, 5]
+    # 1 is old; 4 and 5 lie beyond the one that somebody went back to, and do not count
+    assert checkpoint.saved_steps(tmp_path) == [2, 3, 4, 5]
+    _save(tmp_path, 4, _fragments())
+    checkpoint.prune(tmp_path, keep_last=1, keep_steps={2})
+    assert checkpoint.saved_steps(tmp_path) == [2, 4, 5]
     names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
-    assert names == {"latest", "step_00000002", "step_00000003", "step_00000005"}
+    assert names == {"latest", "step_00000002", "step_00000004", "step_00000005"}
 
 
 def test_a_step_saved_again_replaces_the_old_one(tmp_path: Path) -> None:
@@ -160,6 +164,18 @@ def test_a_latest_that_leads_nowhere_names_the_others(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------ on ranks
+
+
+def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
+    folder = _save(tmp_path, 1, _fragments())
+    path = folder / "rank_00000.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(CheckpointError, match=r"rank_00000.safetensors is damaged.*earlier"):
+        checkpoint.load(folder, _fragments())
+    with pytest.raises(CheckpointError, match="is damaged"):
+        dict(checkpoint.read_parameters(folder))
 
 
 def _save_trained(world: World, run_dir: Path, place: Place) -> Any:

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stacking_ds.config import RunConfig, changed_keys, load_run_config
+from stacking_ds.config import RunConfig, changed_keys
 from stacking_ds.errors import ConfigError, StageError
+from stacking_ds.recipe import load_run_config
 
 REPOSITORY = Path(__file__).parents[1]
 RECIPES = sorted((REPOSITORY / "ds_configs" / "recipes").glob("*.yaml"))
@@ -93,6 +94,7 @@ def test_the_resolved_recipe_reads_back_equal(recipe: str, tmp_path: Path) -> No
         ("name.deeper=1", "inside a plain value"),
         ("seed", "section.key=value"),
         ("optimizer.eps=.nan", "optimizer.eps"),
+        ("seed=2024-01-01", "'2024-01-01'"),
     ],
 )
 def test_a_wrong_override_gets_a_sentence(recipe: str, override: str, sentence: str) -> None:
@@ -123,7 +125,13 @@ def test_an_unknown_recipe_lists_what_exists() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "sentence"), [("a: [1", "not valid YAML"), ("- 1", "mapping"), ("", "mapping")]
+    ("text", "sentence"),
+    [
+        ("a: [1", "not valid YAML"),
+        ("- 1", "mapping"),
+        ("", "mapping"),
+        ("seed: 1\nseed: 2\n", "seed is written twice"),
+    ],
 )
 def test_a_file_that_is_no_recipe(tmp_path: Path, text: str, sentence: str) -> None:
     path = tmp_path / "broken.yaml"

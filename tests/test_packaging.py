@@ -1,5 +1,6 @@
 """An installed wheel has what a checkout has."""
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -12,10 +13,16 @@ REPOSITORY = Path(__file__).parents[1]
 
 @pytest.mark.slow
 def test_a_wheel_finds_its_recipes_and_jsons(tmp_path: Path) -> None:
+    source = tmp_path / "source"  # building leaves files behind
+    source.mkdir()
+    for name in ("setup.py", "README.md"):
+        shutil.copy(REPOSITORY / name, source)
+    for name in ("stacking_ds", "ds_configs"):
+        shutil.copytree(REPOSITORY / name, source / name)
     subprocess.run(
         [
             *(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"),
-            *("--wheel-dir", str(tmp_path), str(REPOSITORY)),
+            *("--no-build-isolation", "--wheel-dir", str(tmp_path), str(source)),
         ],
         check=True,
         cwd=tmp_path,
@@ -26,7 +33,7 @@ def test_a_wheel_finds_its_recipes_and_jsons(tmp_path: Path) -> None:
         archive.extractall(installed)
         assert not [name for name in archive.namelist() if name.startswith("tests")]
     program = (
-        "from stacking_ds.config import load_run_config\n"
+        "from stacking_ds.recipe import load_run_config\n"
         "from stacking_ds.bundled import ds_config_path\n"
         "print(load_run_config('demo').name)\n"
         "[print(ds_config_path(f'zero{stage}')) for stage in range(4)]\n"

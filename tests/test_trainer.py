@@ -1,6 +1,7 @@
 """Whole runs on real ranks: stages, resumption, other rank counts, and the ways a run can end."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -217,14 +218,19 @@ def _with_a_bad_loss(world: World, config: RunConfig, run_dir: Path) -> tuple[st
     """At step 5 the last rank's loss is NaN; are the weights those from before the step?"""
     original = trainer.pretraining_loss
     before: dict[str, torch.Tensor] = {}
-    runs: list[Any] = []
+    untouched: list[bool] = []
     train_step = trainer._Run.train_step
 
     def step(run: Any, rank_step: Any) -> Any:
+        module = run.stages.engine.module
         if run.state.step == 5:
-            runs.append(run)
-            before.update({n: p.clone() for n, p in run.stages.engine.module.named_parameters()})
-        return train_step(run, rank_step)
+            before.update({n: p.clone() for n, p in module.named_parameters()})
+        try:
+            return train_step(run, rank_step)
+        except NonFiniteError:
+            now = dict(module.named_parameters())
+            untouched.append(all(torch.equal(now[name], value) for name, value in before.items()))
+            raise
 
     def loss(*arguments: Any) -> Any:
         sums = original(*arguments)
@@ -234,8 +240,7 @@ def _with_a_bad_loss(world: World, config: RunConfig, run_dir: Path) -> tuple[st
     trainer._Run.train_step = step  # type: ignore[method-assign]
     trainer.pretraining_loss = loss
     kind, message = _error_of(world, config, run_dir, False)
-    now = dict(runs[0].stages.engine.module.named_parameters())
-    return kind, message, all(torch.equal(now[name], value) for name, value in before.items())
+    return kind, message, untouched == [True]
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, pytest.param(3, marks=slow)])
@@ -249,6 +254,51 @@ def test_a_non_finite_loss_stops_before_the_weights_are_touched(
         assert "after 5 steps (stage 1, 2 layers)" in message
         assert untouched
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == "step_00000004"
+
+
+def test_lines_of_metrics_have_no_holes_after_a_crash(shards: Path, tmp_path: Path) -> None:
+    """Lines every 4 steps, checkpoints every 3: a checkpoint closes the line that is open."""
+    config = small_recipe(tmp_path, shards, "logging.every_steps=4")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run_ranks(train_small, 2, config, whole)
+    steps = [line["step"] for line in metrics(whole)]
+    assert steps == [3, 4, 6, 7, 8, 9, 10]
+    by_step = small_recipe(tmp_path, shards)
+    run_ranks(train_small, 2, by_step, tmp_path / "by_step")
+    each = losses(tmp_path / "by_step")
+    starts = [0, *steps]
+    means = [sum(each[a:b]) / (b - a) for a, b in zip(starts, steps, strict=False)]
+    assert losses(whole) == pytest.approx(means, rel=1e-12)
+    with pytest.raises(RankError):
+        run_ranks(_train_until, 2, config, broken, "kill", 8)
+    run_ranks(train_small, 2, config, broken, True)
+    assert [line["step"] for line in metrics(broken)] == steps
+    assert losses(broken) == losses(whole)
+    for run_dir in (whole, broken):
+        seconds = [line["wall_seconds"] for line in metrics(run_dir)]
+        assert seconds == sorted(seconds)
+        assert seconds[-1] > sum(
+            line["stage/train_seconds"] for line in metrics(run_dir) if line["step"] in (4, 7, 10)
+        )
+
+
+def test_a_finished_run_makes_up_for_a_lost_export(shards: Path, tmp_path: Path) -> None:
+    config = small_recipe(tmp_path, shards)
+    run_ranks(train_small, 1, config, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "export")
+    run_ranks(train_small, 1, config, tmp_path / "run", True)
+    assert (tmp_path / "run" / "export" / "model.safetensors").is_file()
+
+
+def test_a_refused_resume_changes_nothing(shards: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_ranks(_train_until, 1, small_recipe(tmp_path, shards), run_dir, "term", 1)
+    before = (run_dir / "config.yaml").read_bytes()
+    text = write_text(tmp_path / "other.txt", 150, seed=9)
+    prepare(str(text), tmp_path / "other", vocab_size=300, heldout_fraction=0.1)
+    run_ranks(_error_of, 1, small_recipe(tmp_path, tmp_path / "other"), run_dir, True)
+    assert (run_dir / "config.yaml").read_bytes() == before
+    assert str(shards) in before.decode()
 
 
 @pytest.mark.parametrize("moments", ["reset", "carry"])

@@ -1,0 +1,50 @@
+"""What a job finds in its run directory: nothing, its own past, or somebody else's."""
+
+from contextlib import ExitStack
+from pathlib import Path
+
+from stacking_ds import checkpoint, run_directory
+from stacking_ds.data.shards import TokenShards
+from stacking_ds.errors import CheckpointError
+from stacking_ds.job import Job
+from stacking_ds.meter import TrainState
+
+__all__ = ["enter"]
+
+
+def enter(job: Job, run_dir: Path, resume: bool, held: ExitStack) -> tuple[Path | None, TrainState]:
+    """Claim the run directory for this job; the newest checkpoint in it and its state.
+
+    For one rank. Nothing is written before everything fits; the directory stays locked until
+    `held` is closed.
+
+    Raises:
+        CheckpointError: the directory or its checkpoint belongs to another run, or a job is at
+            work in it.
+        DataError: the token shards are not those that were written (checked for a new run).
+        ConfigError: the directory cannot be written.
+    """
+    run_directory.check(run_dir, job.config, resume=resume)
+    held.enter_context(run_directory.lock(run_dir))
+    found = checkpoint.latest(run_dir)
+    state = _state_of(found, job) if found else TrainState()
+    if found is None:
+        # every byte, once: damaged shards are better known before the first hour than after
+        TokenShards.open(job.shards.folder, verify=True)
+    run_directory.write_config(run_dir, job.config.with_absolute_paths())
+    return found, state
+
+
+def _state_of(found: Path, job: Job) -> TrainState:
+    manifest = checkpoint.read_manifest(found)
+    if manifest.vocabulary_sha256 != job.shards.manifest.vocabulary_sha256:
+        raise CheckpointError(
+            f"{found} was trained with another vocabulary than that of {job.config.data.path}; set "
+            f"data.path to shards prepared with the run's own, or start another run"
+        )
+    if manifest.data_sha256 != job.data_sha256:
+        raise CheckpointError(
+            f"{found} was trained on other token shards than those in {job.config.data.path}; set "
+            f"data.path to the run's own, or start another run"
+        )
+    return TrainState(**manifest.train_state)

@@ -1,0 +1,74 @@
+"""A run directory belongs to one run, and to one job at a time."""
+
+from pathlib import Path
+
+import pytest
+
+from stacking_ds import run_directory
+from stacking_ds.config import RunConfig
+from stacking_ds.errors import CheckpointError, ConfigError
+from tests.runs import small_recipe
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    return small_recipe(tmp_path, tmp_path / "shards")
+
+
+def test_what_is_written_is_read_back(config: RunConfig, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_directory.check(run_dir, config, resume=False)
+    assert not run_dir.exists(), "checking writes nothing"
+    with run_directory.lock(run_dir):
+        run_directory.write_config(run_dir, config)
+    assert run_directory.read_config(run_dir) == config
+    run_directory.check(run_dir, config, resume=True)
+    with pytest.raises(CheckpointError, match=r"already holds a run.*--resume"):
+        run_directory.check(run_dir, config, resume=False)
+
+
+def test_a_second_job_is_kept_out_while_the_first_works(tmp_path: Path) -> None:
+    first = run_directory.lock(tmp_path / "run")
+    with pytest.raises(CheckpointError, match="another job is training in"):
+        run_directory.lock(tmp_path / "run")
+    first.close()
+    run_directory.lock(tmp_path / "run").close()
+
+
+def test_what_a_killed_start_left_behind_is_no_obstacle(config: RunConfig, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_directory.lock(run_dir).close()
+    (run_dir / "config.tmp").write_text("name: sm")
+    run_directory.check(run_dir, config, resume=True)
+    run_directory.check(run_dir, config, resume=False)
+
+
+def test_somebody_elses_folder_or_file_is_refused(config: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "draft.tex").write_text("")
+    with pytest.raises(CheckpointError, match="not empty and holds no run"):
+        run_directory.check(tmp_path / "thesis", config, resume=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="is a file"):
+        run_directory.check(tmp_path / "file", config, resume=False)
+
+
+def test_what_cannot_be_written_is_named(config: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot write the run directory"):
+        run_directory.lock(tmp_path / "file" / "run")
+    with pytest.raises(ConfigError, match="cannot write the run directory"):
+        run_directory.write_config(tmp_path / "nowhere", config)
+
+
+def test_paths_in_the_config_do_not_depend_on_where_one_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    config = small_recipe(tmp_path, Path("shards"), "engine.deepspeed=mine.json")
+    absolute = config.with_absolute_paths()
+    assert absolute.data.path == str(tmp_path / "shards")
+    assert absolute.engine.deepspeed == str(tmp_path / "mine.json")
+    bundled = small_recipe(tmp_path, Path("shards")).with_absolute_paths()
+    assert bundled.engine.deepspeed == "zero1"
