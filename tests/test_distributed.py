@@ -1,8 +1,12 @@
 """Ranks, collectives and the stop flag, on real gloo ranks."""
 
 import os
+import shutil
 import signal
 import socket
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -100,3 +104,34 @@ def test_a_taken_port_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(ConfigError, match=f"127.0.0.1:{port}.*--master_port"):
             distributed.start()
     distributed.stop()
+
+
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="there is no mpirun here")
+def test_ranks_find_one_another_under_mpirun() -> None:
+    program = (
+        "from stacking_ds import distributed\n"
+        "size = distributed.world_size_from_environment()\n"
+        "world = distributed.start()\n"
+        "ranks = world.gather((world.rank, world.size, world.local_rank, world.local_size, size))\n"
+        "world.is_first and print(ranks)\n"
+        "distributed.stop()\n"
+    )
+    command = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable]
+    done = subprocess.run(
+        [*command, "-c", program],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.stdout.splitlines()[-1:] == ["[(0, 2, 0, 2, 2), (1, 2, 1, 2, 2)]"], done.stderr
+
+
+def test_srun_without_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    with pytest.raises(ConfigError, match="torchrun"):
+        distributed.start()
