@@ -193,7 +193,9 @@ def test_a_failing_export_leaves_the_earlier_one_and_nothing_else(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(export.shutil, "copyfile", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(
+        ConfigError, match=r"cannot write the export.*No space left.*another folder"
+    ):
         export_to_hugging_face(_tensors(seed=1), CONFIG, data, exported)
     assert {path.name: path.read_bytes() for path in exported.iterdir()} == before
     assert [path.name for path in exported.parent.iterdir()] == ["export"]

@@ -14,7 +14,8 @@ from tests.runs import small_recipe
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     folder = tmp_path / "run"
-    run_directory.claim(folder, small_recipe(tmp_path, tmp_path), resume=False)
+    folder.mkdir()
+    run_directory.write_config(folder, small_recipe(tmp_path, tmp_path))
     return folder
 
 
