@@ -229,12 +229,16 @@ def saved_steps(run_dir: Path) -> list[int]:
 def latest(run_dir: Path) -> Path | None:
     """The newest checkpoint of a run; None if it has none yet.
 
+    Without `latest` (a run that was killed just before it was first written) it is the last folder,
+    since a folder is there only when it is whole.
+
     Raises:
         CheckpointError: `latest` names a folder that is not there.
     """
     pointer = run_dir / "checkpoints" / "latest"
     if not pointer.exists():
-        return None
+        steps = saved_steps(run_dir)
+        return pointer.parent / f"step_{steps[-1]:08d}" if steps else None
     folder = pointer.parent / pointer.read_text(encoding="utf-8").strip()
     if not _NAME.fullmatch(folder.name) or not folder.is_dir():
         others = ", ".join(f"step_{step:08d}" for step in saved_steps(run_dir)) or "none"

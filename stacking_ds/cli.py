@@ -34,6 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         _say_once(f"stacking-ds: error: {error}", everywhere=error.on_all_ranks)
         return USER_ERROR
+    except OSError as error:
+        _say_once(
+            f"stacking-ds: error: {error}; make room, or mend paths and permissions",
+            everywhere=False,
+        )
+        return USER_ERROR
     except KeyboardInterrupt:
         print("stacking-ds: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -58,11 +64,27 @@ def _parser() -> argparse.ArgumentParser:
     # `deepspeed --module` puts it before the command; the environment says the same
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_prepare(commands.add_parser("prepare", help="text to token shards"))
-    _add_train(commands.add_parser("train", help="train a recipe, growing from stage to stage"))
-    _add_evaluate(commands.add_parser("evaluate", help="held-out loss of a run's checkpoint"))
-    _add_export(commands.add_parser("export", help="a run's model as a Hugging Face folder"))
-    report = commands.add_parser("report", help="what happened in a run, as a table")
+    _add_prepare(
+        commands.add_parser(allow_abbrev=False, name="prepare", help="text to token shards")
+    )
+    _add_train(
+        commands.add_parser(
+            allow_abbrev=False, name="train", help="train a recipe, growing from stage to stage"
+        )
+    )
+    _add_evaluate(
+        commands.add_parser(
+            allow_abbrev=False, name="evaluate", help="held-out loss of a run's checkpoint"
+        )
+    )
+    _add_export(
+        commands.add_parser(
+            allow_abbrev=False, name="export", help="a run's model as a Hugging Face folder"
+        )
+    )
+    report = commands.add_parser(
+        allow_abbrev=False, name="report", help="what happened in a run, as a table"
+    )
     report.add_argument("run_dir", type=Path)
     report.set_defaults(command=_report)
     return parser

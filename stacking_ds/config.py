@@ -52,7 +52,7 @@ class ModelSection(_Section):
     num_attention_heads: Positive
     intermediate_size: Positive
     max_position_embeddings: Positive = 512
-    type_vocab_size: Positive = 2
+    type_vocab_size: Annotated[int, Field(ge=2)] = 2
     hidden_dropout_prob: Probability = 0.1
     attention_probs_dropout_prob: Probability = 0.1
     layer_norm_eps: Annotated[float, Field(gt=0.0)] = 1e-12
@@ -65,7 +65,7 @@ class StageSection(_Section):
     """One growth stage: a depth, and how long to train at it, in steps or in token slots."""
 
     num_hidden_layers: Positive
-    steps: Positive | None = None
+    steps: Annotated[int, Field(ge=1, le=10**12)] | None = None
     tokens: Positive | None = None
     """Token slots (rows x sequence_length); rounded up to whole steps."""
 
@@ -87,7 +87,7 @@ class GrowthSection(_Section):
 
 class OptimizerSection(_Section):
     name: Literal["adamw"] = "adamw"
-    learning_rate: Annotated[float, Field(gt=0.0)]
+    learning_rate: Annotated[float, Field(gt=0.0, le=100.0)]
     """Peak of the learning-rate schedule."""
     betas: tuple[Probability, Probability] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0.0)] = 1e-6

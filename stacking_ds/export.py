@@ -24,6 +24,14 @@ _SPECIAL_TOKENS = {
     "mask_token": "[MASK]",
 }
 
+_FILES = {
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+}
+
 
 def export_to_hugging_face(
     tensors: Mapping[str, torch.Tensor], config: BertConfig, tokenizer_dir: Path, out_dir: Path
@@ -161,9 +169,13 @@ def _check_replaceable(out_dir: Path) -> None:
         return
     if not out_dir.is_dir():
         raise ConfigError(f"{out_dir} is a file; give the folder to export into")
-    # an export is replaced as a whole, so a folder of anything else would be lost
-    if any(out_dir.iterdir()) and not (out_dir / "model.safetensors").is_file():
-        raise ConfigError(f"{out_dir} holds something else than an export; give another folder")
+    # an export is replaced as a whole, so anything else in the folder would be lost
+    foreign = sorted({path.name for path in out_dir.iterdir()} - _FILES)
+    if foreign:
+        raise ConfigError(
+            f"{out_dir} holds something else than an export ({', '.join(foreign[:3])}); give "
+            f"another folder"
+        )
 
 
 def _move_into_place(partial: Path, out_dir: Path) -> None:

@@ -21,6 +21,8 @@ def choose(run_dir: Path, name: str | None = None) -> Path:
     Raises:
         CheckpointError: there is none; the message lists those that are there.
     """
+    if not (run_dir / "config.yaml").is_file():
+        raise CheckpointError(f"{run_dir} holds no run: there is no config.yaml in it")
     if name is None:
         found = checkpoint.latest(run_dir)
         if found is None:

@@ -79,9 +79,9 @@ class Monitor:
         self._metrics.flush()
         step = int(metrics["step"])
         for key, value in metrics.items():
-            if "/" in key and isinstance(value, int | float):
-                self._tensorboard.add_scalar(key, value, step)
-        self._tensorboard.add_scalar("stage/num_hidden_layers", metrics["num_hidden_layers"], step)
+            if isinstance(value, int | float):
+                tag = key if "/" in key else f"progress/{key}"
+                self._tensorboard.add_scalar(tag, value, step)
         self._tensorboard.flush()
         self._bars.remaining(metrics["speed/remaining_seconds"])
         logger.info(_line(metrics, self._schedule.total_steps))

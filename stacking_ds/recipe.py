@@ -34,6 +34,8 @@ def load_run_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
         _apply_override(raw, override)
     try:
         return RunConfig.model_validate_json(json.dumps(raw))
+    except (TypeError, RecursionError) as error:
+        raise ConfigError(f"recipe {path} holds what no recipe can ({error})") from None
     except ValidationError as error:
         problems = "; ".join(_sentence(problem) for problem in error.errors())
         raise ConfigError(f"recipe {path}: {problems}") from None

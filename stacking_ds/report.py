@@ -47,10 +47,15 @@ def run_table(run_dir: Path) -> str:
             f"unigram floor: {floors[-1]:.3f} held-out MLM loss of word "
             f"frequencies alone, on the same masked tokens"
         )
-    saved = 1 - schedule.layer_steps / schedule.full_depth_layer_steps
+    steps = [
+        line["step"] - schedule.stages[index].start_step for index, line in last_of_stage.items()
+    ]
+    depths = [line["num_hidden_layers"] for line in last_of_stage.values()]
+    spent = sum(depth * count for depth, count in zip(depths, steps, strict=True))
+    full = schedule.stages[-1].num_hidden_layers * sum(steps)
     lines += [
-        f"layer-steps: {schedule.layer_steps:,} against {schedule.full_depth_layer_steps:,} at "
-        f"full depth for as many steps ({saved:.0%} fewer; a count of work, not a quality claim)",
+        f"layer-steps: {spent:,} against {full:,} at full depth for as many steps "
+        f"({1 - spent / full:.0%} fewer; a count of work, not a quality claim)",
         f"steps: {last['step']} of {schedule.total_steps}; {last['wall_seconds']:.0f} s in all",
         f"run: {run_dir}",
         f"watch: tensorboard --logdir {run_dir / 'tensorboard'}",

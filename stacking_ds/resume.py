@@ -47,4 +47,10 @@ def _state_of(found: Path, job: Job) -> TrainState:
             f"{found} was trained on other token shards than those in {job.config.data.path}; set "
             f"data.path to the run's own, or start another run"
         )
-    return TrainState(**manifest.train_state)
+    try:
+        return TrainState(**manifest.train_state)
+    except TypeError as error:
+        raise CheckpointError(
+            f"{found / 'manifest.json'} is damaged or of another version ({error}); write the name "
+            f"of an earlier checkpoint into checkpoints/latest and resume from that"
+        ) from None

@@ -28,6 +28,8 @@ def check(run_dir: Path, config: RunConfig, *, resume: bool) -> None:
     Raises:
         CheckpointError: it holds a run and `resume` is not set, or another run than `config`.
     """
+    if not any((run_dir / "checkpoints").glob("step_*")) and (run_dir / _CONFIG).exists():
+        return  # it ended before its first checkpoint: nothing is lost by starting anew
     if (run_dir / _CONFIG).exists():
         if not resume:
             raise CheckpointError(
@@ -43,7 +45,8 @@ def check(run_dir: Path, config: RunConfig, *, resume: bool) -> None:
     elif run_dir.is_dir():
         if {path.name for path in run_dir.iterdir()} - {_UNFINISHED, _LOCK}:
             raise CheckpointError(
-                f"{run_dir} is not empty and holds no run; choose another --run-dir or empty it"
+                f"{run_dir} is not empty and holds no run (there is no {_CONFIG}); choose another "
+                f"--run-dir"
             )
     elif run_dir.exists():
         raise CheckpointError(f"{run_dir} is a file; choose another --run-dir")

@@ -11,10 +11,11 @@ import math
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -125,25 +126,29 @@ class _Run:
 
     def train_stage(self, stage: Stage, stop: StopFlag) -> bool:
         """Train to the end of `stage`; False if asked to stop before."""
-        config, state = self.job.config, self.state
-        self.monitor.stage(stage, state.step)
-        batches, evaluate_every = self.batches(stage), config.evaluation.every_steps
-        while state.step < stage.end_step:
-            started = time.perf_counter()
-            result = self.train_step(next(batches))
-            self.count(result, time.perf_counter() - started)
-            at_end, stopping = state.step == stage.end_step, stop.agreed()
-            if stopping:
-                self.save(stage)  # first of all: a launcher gives little time
-            evaluating = at_end or (not stopping and _due(state.step, evaluate_every))
-            saving = at_end or _due(state.step, config.checkpoint.every_steps)
-            if evaluating or saving or stopping or _due(state.step, config.logging.every_steps):
-                self.record(stage, self.evaluate() if evaluating else {})
-            if saving and not stopping:
-                self.save(stage)
-            if stopping and state.step < self.job.schedule.total_steps:
-                return False
+        self.monitor.stage(stage, self.state.step)
+        with self.batches(stage) as batches:
+            while self.state.step < stage.end_step:
+                started = time.perf_counter()
+                result = self.train_step(next(batches))
+                self.count(result, time.perf_counter() - started)
+                if not self.after_step(stage, stop):
+                    return False
         return True
+
+    def after_step(self, stage: Stage, stop: StopFlag) -> bool:
+        """Evaluate, write metrics and save where they are due; False if asked to stop."""
+        config, step = self.job.config, self.state.step
+        at_end, stopping = step == stage.end_step, stop.agreed()
+        if stopping:
+            self.save(stage)  # first of all: a launcher gives little time
+        evaluating = at_end or (not stopping and _due(step, config.evaluation.every_steps))
+        saving = at_end or _due(step, config.checkpoint.every_steps)
+        if evaluating or saving or stopping or _due(step, config.logging.every_steps):
+            self.record(stage, self.evaluate() if evaluating else {})
+        if saving and not stopping:
+            self.save(stage)
+        return not stopping or step == self.job.schedule.total_steps
 
     def train_step(self, rank_step: RankStep) -> StepResult:
         """One optimizer step on one global batch.
@@ -199,8 +204,9 @@ class _Run:
                 f"engine.precision=fp32"
             )
 
-    def batches(self, stage: Stage) -> Iterator[RankStep]:
-        return iter(
+    @contextmanager
+    def batches(self, stage: Stage) -> Iterator[Iterator[RankStep]]:
+        batches = iter(
             DataLoader(
                 self.job.training_steps(self.world.rank, self.world.size),
                 batch_size=None,
@@ -210,6 +216,10 @@ class _Run:
                 worker_init_fn=_leave_signals_to_the_rank,
             )
         )
+        try:
+            yield batches
+        finally:
+            _end_workers(batches)
 
     def count(self, result: StepResult, seconds: float) -> None:
         self.state.count(result, self.job.config.batch.global_batch_size, seconds)
@@ -266,6 +276,15 @@ class _Run:
 
 def _due(step: int, every_steps: int) -> bool:
     return every_steps > 0 and step % every_steps == 0
+
+
+def _end_workers(batches: Any) -> None:
+    # An error's traceback keeps the iterator alive, and the interpreter then waits for ever at its
+    # end for workers that ignore SIGTERM.
+    if hasattr(batches, "_shutdown_workers"):
+        batches._shutdown_workers()
+        for worker in batches._workers:
+            worker.kill()
 
 
 def _leave_signals_to_the_rank(worker: int) -> None:

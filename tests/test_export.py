@@ -176,12 +176,17 @@ def test_a_wrong_tokenizer_is_refused(tmp_path: Path, data: Path) -> None:
 
 
 def test_an_earlier_export_is_replaced_whole(exported: Path, data: Path) -> None:
-    (exported / "leftover.txt").touch()
     export_to_hugging_face(_tensors(seed=1), CONFIG, data, exported)
     stored = safetensors.torch.load_file(exported / "model.safetensors")
     assert all(torch.equal(stored[name], value) for name, value in _tensors(seed=1).items())
     assert [path.name for path in exported.parent.iterdir()] == ["export"]
-    assert not (exported / "leftover.txt").exists()
+
+
+def test_a_folder_with_somebody_elses_files_is_not_replaced(exported: Path, data: Path) -> None:
+    (exported / "notes.txt").write_text("precious")
+    with pytest.raises(ConfigError, match="notes.txt"):
+        export_to_hugging_face(_tensors(seed=1), CONFIG, data, exported)
+    assert (exported / "notes.txt").read_text() == "precious"
 
 
 def test_a_failing_export_leaves_the_earlier_one_and_nothing_else(

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from stacking_ds import checkpoint
@@ -108,6 +109,19 @@ def test_a_signal_saves_and_resume_goes_on(
     steps = [line["step"] for line in metrics(run)]
     assert steps == list(range(1, len(steps) + 1))
     assert len(steps) > step
+
+
+def test_a_dead_loader_ends_the_run_instead_of_hanging_it(shards: Path, tmp_path: Path) -> None:
+    small_recipe(tmp_path, shards)
+    run = tmp_path / "run"
+    long = ("--set", "stages.0.steps=2000", "--set", "data.loader_workers=1", "--run-dir", str(run))
+    job = _start(tmp_path, *long, prefix=_prefix("alone"))
+    _wait_for_a_step(run, job)
+    [loader] = psutil.Process(job.pid).children()
+    loader.kill()
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode == 1
+    assert "DataLoader worker" in output
 
 
 def _prefix(name: str) -> list[str]:

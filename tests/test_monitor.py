@@ -46,7 +46,7 @@ def test_a_number_arrives_everywhere_once(tmp_path: Path) -> None:
     _write(tmp_path, range(1, 7), **{"eval/mlm_loss": 5.5})
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
     assert _scalars(tmp_path, "train/loss") == [(step, 10.0 - step) for step in range(1, 7)]
-    depths = [depth for _, depth in _scalars(tmp_path, "stage/num_hidden_layers")]
+    depths = [depth for _, depth in _scalars(tmp_path, "progress/num_hidden_layers")]
     assert depths == [2, 2, 2, 4, 4, 4]
     log = (tmp_path / "train.log").read_text()
     assert log.count("step 5/6  stage 1 (4 layers)  loss 5.0000") == 1

@@ -22,6 +22,8 @@ def test_what_is_written_is_read_back(config: RunConfig, tmp_path: Path) -> None
     with run_directory.lock(run_dir):
         run_directory.write_config(run_dir, config)
     assert run_directory.read_config(run_dir) == config
+    run_directory.check(run_dir, config, resume=False)  # nothing was saved yet
+    (run_dir / "checkpoints" / "step_00000001").mkdir(parents=True)
     run_directory.check(run_dir, config, resume=True)
     with pytest.raises(CheckpointError, match=r"already holds a run.*--resume"):
         run_directory.check(run_dir, config, resume=False)

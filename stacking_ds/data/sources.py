@@ -248,6 +248,13 @@ def _text_of(row: Any, where: str) -> str:
     if not isinstance(text, str):
         found = f"the keys {sorted(row)}" if isinstance(row, dict) else type(row).__name__
         raise DataError(f"{where} has no string under the key 'text' (it has {found})")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where} holds half a character (a lone surrogate at position {error.start} of its "
+            f"text); mend or drop that document"
+        ) from None
     return text
 
 
