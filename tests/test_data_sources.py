@@ -65,6 +65,7 @@ def test_identity_follows_the_content(tmp_path):
         ("a.jsonl", b'{"text": "x"}\n{"body": 1}\n', r"a.jsonl, line 2 has no string .*\['body'\]"),
         ("a.jsonl", b'{"text": 3}\n', "a.jsonl, line 1 has no string under the key 'text'"),
         ("a.jsonl", b"[1]\n", "line 1 has no string under the key 'text' .it has list"),
+        ("a.jsonl", b'{"text": "a \\ud800 b"}\n', "a.jsonl, line 1 holds half a character"),
         ("a.jsonl", b'{"text": "x"}\n{"text"\n', "a.jsonl, line 2 is not JSON"),
         ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl, line 1 is not UTF-8"),
         ("a.txt", b"fine\nnot \xff fine\n", r"a.txt, line 2 is not UTF-8 \(byte 4 of the line\)"),

@@ -184,7 +184,7 @@ def test_an_earlier_export_is_replaced_whole(exported: Path, data: Path) -> None
 
 def test_a_folder_with_somebody_elses_files_is_not_replaced(exported: Path, data: Path) -> None:
     (exported / "notes.txt").write_text("precious")
-    with pytest.raises(ConfigError, match="notes.txt"):
+    with pytest.raises(ConfigError, match=r"notes\.txt"):
         export_to_hugging_face(_tensors(seed=1), CONFIG, data, exported)
     assert (exported / "notes.txt").read_text() == "precious"
 
