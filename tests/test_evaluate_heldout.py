@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from stacking_ds.config import RunConfig
 from stacking_ds.distributed import World
 from stacking_ds.evaluate.heldout import HeldOut, evaluate_heldout
 from stacking_ds.job import Job
@@ -14,10 +15,8 @@ from tests.ranks import run_ranks
 from tests.runs import small_recipe
 
 
-def _evaluate(world: World, config_path: str) -> tuple[HeldOut, bool]:
-    job = Job.check(
-        small_recipe(Path(config_path), Path(config_path) / "shards-200-512", *_DROPOUT)
-    )
+def _evaluate(world: World, config: RunConfig) -> tuple[HeldOut, bool]:
+    job = Job.check(config)
     model = BertForPreTraining(job.model_config(2), seed=4)
     result = evaluate_heldout(model, job.heldout_steps(world.rank, world.size), world)
     return result, model.training
@@ -27,16 +26,16 @@ _DROPOUT = ("model.hidden_dropout_prob=0.5", "model.attention_probs_dropout_prob
 
 
 def test_dropout_is_off_and_the_ranks_agree(tmp_path: Path) -> None:
-    tiny_shards(tmp_path)
-    [(alone, training)] = run_ranks(_evaluate, 1, str(tmp_path))
+    config = small_recipe(tmp_path, tiny_shards(tmp_path), *_DROPOUT)
+    [(alone, training)] = run_ranks(_evaluate, 1, config)
     assert training, "training goes on with dropout"
-    for result, _ in run_ranks(_evaluate, 3, str(tmp_path)):
+    for result, _ in run_ranks(_evaluate, 3, config):
         assert result.mlm_targets == alone.mlm_targets
         assert result.mlm_loss == pytest.approx(alone.mlm_loss, rel=1e-6)
         assert result.nsp_loss == pytest.approx(alone.nsp_loss, rel=1e-6)
         assert result.mlm_accuracy == alone.mlm_accuracy
 
-    job = Job.check(small_recipe(tmp_path, tmp_path / "shards-200-512", *_DROPOUT))
+    job = Job.check(config)
     model = BertForPreTraining(job.model_config(2), seed=4).eval()
     total, right, targets = 0.0, 0, 0
     for rank_step in job.heldout_steps(0, 1):
