@@ -90,7 +90,7 @@ class _Run:
     ) -> None:
         self.job, self.world, self.run_dir = job, world, run_dir
         self.state, self.monitor = state, monitor
-        self.epoch = started - state.wall_seconds
+        self.clock_start = started - state.wall_seconds
         self.stages = StageManager(job, world)
         self.interval = Interval()
 
@@ -227,7 +227,7 @@ class _Run:
         self.monitor.step(self.state.step, result.loss)
 
     def record(self, stage: Stage, evaluation: Mapping[str, float]) -> None:
-        self.state.wall_seconds = time.perf_counter() - self.epoch
+        self.state.wall_seconds = time.perf_counter() - self.clock_start
         sequence_length = self.job.config.data.sequence_length
         remaining = self.job.schedule.remaining(self.state.step)
         self.monitor.record(
@@ -270,7 +270,7 @@ class _Run:
         return float(self.world.on_first(lambda: self.job.unigram_loss))
 
     def save(self, stage: Stage) -> None:
-        self.state.wall_seconds = time.perf_counter() - self.epoch
+        self.state.wall_seconds = time.perf_counter() - self.clock_start
         self.stages.save(self.run_dir, stage, asdict(self.state))
 
 
