@@ -218,8 +218,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     from stacking_ds import distributed
     from stacking_ds.from_checkpoint import choose, run_heldout
 
-    found = choose(options.run_dir, options.checkpoint)
     job = _job_of(options.run_dir, options.data)
+    found = choose(options.run_dir, options.checkpoint)
     world = distributed.start()
     try:
         result = run_heldout(job, found, world)
@@ -239,9 +239,8 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from stacking_ds.from_checkpoint import choose, export_run
+    from stacking_ds.from_checkpoint import export_run
 
-    choose(options.run_dir, options.checkpoint)
     job = _job_of(options.run_dir, options.data)
     print(f"exported: {export_run(job, options.run_dir, options.checkpoint, options.out)}")
     return 0

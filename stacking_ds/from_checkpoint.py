@@ -21,8 +21,6 @@ def choose(run_dir: Path, name: str | None = None) -> Path:
     Raises:
         CheckpointError: there is none; the message lists those that are there.
     """
-    if not (run_dir / "config.yaml").is_file():
-        raise CheckpointError(f"{run_dir} holds no run: there is no config.yaml in it")
     if name is None:
         found = checkpoint.latest(run_dir)
         if found is None:
@@ -40,11 +38,7 @@ def choose(run_dir: Path, name: str | None = None) -> Path:
 def load_model(job: Job, found: Path) -> BertForPreTraining:
     """The fp32 model of a checkpoint, on the CPU."""
     manifest = checkpoint.read_manifest(found)
-    if manifest.vocabulary_sha256 != job.shards.manifest.vocabulary_sha256:
-        raise CheckpointError(
-            f"{found} was trained with another vocabulary than that of {job.shards.folder}; give "
-            f"data prepared with the run's own"
-        )
+    job.require_vocabulary(manifest.vocabulary_sha256, found)
     model = BertForPreTraining(job.model_config(manifest.num_hidden_layers), seed=0)
     parameters = dict(model.named_parameters())
     with torch.no_grad():

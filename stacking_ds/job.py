@@ -17,6 +17,7 @@ from stacking_ds.data.loader import EvaluationSteps, PretrainingData, Pretrainin
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.data.unigram import unigram_mlm_loss
 from stacking_ds.engine import load_ds_config, resolve_ds_config
+from stacking_ds.errors import CheckpointError
 from stacking_ds.growth.operators import layer_map
 from stacking_ds.model.config import BertConfig
 from stacking_ds.optim.schedule import LearningRateSchedule
@@ -102,6 +103,17 @@ class Job:
         """What identifies the training data: a hash over the hashes of its shards."""
         shards = self.shards.manifest.train.shards
         return hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()
+
+    def require_vocabulary(self, vocabulary_sha256: str, checkpoint: Path) -> None:
+        """Raises:
+        CheckpointError: the shards speak another vocabulary than that of `checkpoint`.
+        """
+        if vocabulary_sha256 != self.shards.manifest.vocabulary_sha256:
+            raise CheckpointError(
+                f"{checkpoint} was trained with another vocabulary than that of "
+                f"{self.shards.folder}; give shards prepared with the run's own, or start another "
+                f"run"
+            )
 
     def training_steps(self, rank: int, world_size: int) -> PretrainingSteps:
         """This rank's share of each step of the run; step k is item k."""

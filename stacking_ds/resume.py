@@ -37,11 +37,7 @@ def enter(job: Job, run_dir: Path, resume: bool, held: ExitStack) -> tuple[Path 
 
 def _state_of(found: Path, job: Job) -> TrainState:
     manifest = checkpoint.read_manifest(found)
-    if manifest.vocabulary_sha256 != job.shards.manifest.vocabulary_sha256:
-        raise CheckpointError(
-            f"{found} was trained with another vocabulary than that of {job.config.data.path}; set "
-            f"data.path to shards prepared with the run's own, or start another run"
-        )
+    job.require_vocabulary(manifest.vocabulary_sha256, found)
     if manifest.data_sha256 != job.data_sha256:
         raise CheckpointError(
             f"{found} was trained on other token shards than those in {job.config.data.path}; set "

@@ -151,7 +151,7 @@ def test_pre_layer_norm_is_refused(tmp_path: Path, data: Path) -> None:
 def test_tensors_of_another_model_are_refused(tmp_path: Path, data: Path) -> None:
     out = tmp_path / "export"
     with pytest.raises(CheckpointError, match=r"of 2 layers: missing \[\], unknown .*layer\.2\."):
-        export_to_hugging_face(_tensors(), CONFIG.with_depth(2), data, out)
+        export_to_hugging_face(_tensors(), replace(CONFIG, num_hidden_layers=2), data, out)
     with pytest.raises(CheckpointError, match=r"word_embeddings.weight has shape \(16, 24\) where"):
         export_to_hugging_face(_tensors(), replace(CONFIG, vocab_size=17), data, out)
     assert not out.exists()

@@ -1,5 +1,6 @@
 """The main job through the real `deepspeed` launcher, as users start it."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -114,14 +115,22 @@ def test_a_signal_saves_and_resume_goes_on(
 def test_a_dead_loader_ends_the_run_instead_of_hanging_it(shards: Path, tmp_path: Path) -> None:
     small_recipe(tmp_path, shards)
     run = tmp_path / "run"
-    long = ("--set", "stages.0.steps=2000", "--set", "data.loader_workers=1", "--run-dir", str(run))
+    long = ("--set", "stages.0.steps=2000", "--set", "data.loader_workers=2", "--run-dir", str(run))
     job = _start(tmp_path, *long, prefix=_prefix("alone"))
     _wait_for_a_step(run, job)
-    [loader] = psutil.Process(job.pid).children()
-    loader.kill()
-    output, _ = job.communicate(timeout=60)
+    dead, _alive = psutil.Process(job.pid).children()  # the second one ignores SIGTERM
+    dead.kill()
+    try:
+        output, _ = job.communicate(timeout=60)
+    finally:
+        _kill(job)
     assert job.returncode == 1
     assert "DataLoader worker" in output
+
+
+def _kill(job: subprocess.Popen[str]) -> None:
+    with contextlib.suppress(ProcessLookupError):  # nothing of it is left
+        os.killpg(job.pid, signal.SIGKILL)
 
 
 def _prefix(name: str) -> list[str]:

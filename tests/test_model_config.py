@@ -46,12 +46,6 @@ def test_impossible_sizes(change: dict[str, Any], message: str) -> None:
         replace(BASE, **change)
 
 
-def test_with_depth_changes_the_depth_alone() -> None:
-    assert BASE.with_depth(3) == replace(BASE, num_hidden_layers=3)
-    with pytest.raises(ConfigError, match="num_hidden_layers=0"):
-        BASE.with_depth(0)
-
-
 @pytest.mark.parametrize("config", [ODD, replace(ODD, layer_norm_position="pre")])
 def test_num_parameters_counts_the_models_parameters(config: BertConfig) -> None:
     model = BertForPreTraining(config, seed=0)

@@ -1,6 +1,6 @@
 """The sizes of a BERT, checked, and what follows from them by arithmetic."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from stacking_ds.errors import ConfigError
@@ -64,10 +64,6 @@ class BertConfig:
                 f"model layer_norm_position={self.layer_norm_position!r} must be one of "
                 f"{get_args(LayerNormPosition)}"
             )
-
-    def with_depth(self, num_hidden_layers: int) -> "BertConfig":
-        """The same model with another number of layers."""
-        return replace(self, num_hidden_layers=num_hidden_layers)
 
     @property
     def num_parameters(self) -> int:
