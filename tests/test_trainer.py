@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import BertForPreTraining as HuggingFaceBert
 
-from stacking_ds import trainer
+from stacking_ds import run_directory, trainer
 from stacking_ds.config import RunConfig
 from stacking_ds.data.prepare import prepare
 from stacking_ds.distributed import World
-from stacking_ds.errors import CheckpointError, NonFiniteError
+from stacking_ds.errors import NonFiniteError, UserError
 from stacking_ds.job import Job
 from tests.prose import tiny_shards, write_text
 from tests.ranks import RankError, run_ranks
@@ -184,7 +184,7 @@ def test_a_finished_run_is_used_as_it_is(shards: Path, reference: Path) -> None:
 def _error_of(world: World, config: RunConfig, run_dir: Path, resume: bool) -> tuple[str, str]:
     try:
         train_small(world, config, run_dir, resume)
-    except (CheckpointError, NonFiniteError) as error:
+    except (UserError, NonFiniteError) as error:
         return type(error).__name__, str(error)
     return "none", ""
 
@@ -288,6 +288,28 @@ def test_a_finished_run_makes_up_for_a_lost_export(shards: Path, tmp_path: Path)
     shutil.rmtree(tmp_path / "run" / "export")
     run_ranks(train_small, 1, config, tmp_path / "run", True)
     assert (tmp_path / "run" / "export" / "model.safetensors").is_file()
+
+
+def test_a_job_keeps_others_out_of_its_run(shards: Path, tmp_path: Path) -> None:
+    with run_directory.lock(tmp_path / "run"):
+        config = small_recipe(tmp_path, shards)
+        [(kind, message)] = run_ranks(_error_of, 1, config, tmp_path / "run", True)
+    assert kind == "CheckpointError"
+    assert "another job is training in" in message
+
+
+def test_damaged_shards_are_found_before_the_first_step(shards: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(shards, damaged)
+    path = next(damaged.glob("train-*.arrow"))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+    config = small_recipe(tmp_path, damaged)
+    [(kind, message)] = run_ranks(_error_of, 1, config, tmp_path / "run", False)
+    assert kind == "DataError"
+    assert path.name in message
+    assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_a_refused_resume_changes_nothing(shards: Path, tmp_path: Path) -> None:
