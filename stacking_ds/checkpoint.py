@@ -142,7 +142,7 @@ def _on_all_ranks(error: CheckpointError) -> CheckpointError:
 
 
 def _write_file(path: Path, fragments: Sequence[Fragment], world: World) -> RankFile:
-    owned = [fragment.owned_by(world.rank, world.size) for fragment in fragments]
+    owned = [fragment.owned_by(world.rank) for fragment in fragments]
     owned = [fragment for fragment in owned if fragment.numel]
     tensors = {
         # copies: safetensors refuses views into one buffer

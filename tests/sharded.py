@@ -50,7 +50,7 @@ def whole_state(world: World, engine: Any) -> State:
 
     Fails unless each element is owned exactly once.
     """
-    owned = [f.owned_by(world.rank, world.size) for f in zero.fragments(engine)]
+    owned = [f.owned_by(world.rank) for f in zero.fragments(engine)]
     state: State = {}
     holes: dict[str, int] = {}
     for parts in world.gather([_plain(fragment) for fragment in owned]):

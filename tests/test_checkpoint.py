@@ -13,7 +13,7 @@ from stacking_ds import checkpoint, zero
 from stacking_ds.distributed import World
 from stacking_ds.engine import release_engine
 from stacking_ds.errors import CheckpointError
-from stacking_ds.fragments import MASTER, MOMENTS, Fragment
+from stacking_ds.fragments import MASTER, MOMENTS, Cut, Fragment
 from stacking_ds.growth.operators import layer_map, source_name
 from tests.ranks import RankError, run_ranks
 from tests.sharded import start_engine, train_engine, whole_state
@@ -42,7 +42,7 @@ def _fragments(names: str = "ab", value: float = 0.0) -> list[Fragment]:
     for index, name in enumerate(names):
         values = torch.arange(6.0) + 10 * index + value
         views = {MASTER: values, "exp_avg": values * 2, "exp_avg_sq": values * values}
-        found.append(Fragment(name, (2, 3), 0, 6, views))
+        found.append(Fragment(name, (2, 3), 0, 6, views, Cut(6, 6)))
     return found
 
 
@@ -152,7 +152,7 @@ def test_another_models_checkpoint_is_refused(tmp_path: Path) -> None:
     folder = _save(tmp_path, 1, _fragments())
     with pytest.raises(CheckpointError, match=r"another model: it has no c.*recipe"):
         checkpoint.load(folder, _fragments("abc"))
-    wider = Fragment("a", (3, 3), 0, 9, {MASTER: torch.zeros(9)})
+    wider = Fragment("a", (3, 3), 0, 9, {MASTER: torch.zeros(9)}, Cut(9, 9))
     with pytest.raises(CheckpointError, match=r"another model: it has a with shape \(2, 3\)"):
         checkpoint.load(folder, [wider])
 
@@ -283,7 +283,8 @@ def test_a_name_map_grows_from_disk(tmp_path: Path) -> None:
 
 def _rank_fragments(world: World, value: float) -> list[Fragment]:
     values = torch.full((3,), value + world.rank)
-    return [Fragment("w", (3 * world.size,), 3 * world.rank, 3 * world.rank + 3, {MASTER: values})]
+    cut = Cut(3 * world.size, 3)
+    return [Fragment("w", (cut.numel,), *cut.interval(world.rank), {MASTER: values}, cut)]
 
 
 def _one_rank_cannot_write(world: World, run_dir: Path) -> str:

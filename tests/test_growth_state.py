@@ -10,7 +10,7 @@ from stacking_ds import zero
 from stacking_ds.distributed import World
 from stacking_ds.engine import release_engine
 from stacking_ds.errors import StageError
-from stacking_ds.fragments import MASTER, MOMENTS, Fragment
+from stacking_ds.fragments import MASTER, MOMENTS, Cut, Fragment
 from stacking_ds.growth.operators import layer_map
 from stacking_ds.growth.state import Moments, capture, install
 from tests.ranks import run_ranks
@@ -33,7 +33,8 @@ class _Alone:
 
 def _fragment(name: str, values: list[float], start: int = 0, numel: int | None = None) -> Fragment:
     views = {MASTER: torch.tensor(values), "exp_avg": torch.tensor(values) * 10}
-    return Fragment(name, (numel or len(values),), start, start + len(values), views)
+    numel = numel or len(values)
+    return Fragment(name, (numel,), start, start + len(values), views, Cut(numel, numel))
 
 
 def _layer(index: int) -> str:

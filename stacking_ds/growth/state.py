@@ -138,7 +138,7 @@ def _statistics(fragments: Iterable[Fragment], keys: Sequence[str], ranks: Ranks
     """For each fragment and key, in order: count, sum and sum of squares of the owned elements."""
     statistics = []
     for fragment in fragments:
-        owned = fragment.owned_by(ranks.rank, ranks.size)
+        owned = fragment.owned_by(ranks.rank)
         for key in keys:
             view = owned.views[key]
             squares = torch.linalg.vector_norm(view, dtype=torch.float64) ** 2

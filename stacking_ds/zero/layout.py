@@ -17,16 +17,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from stacking_ds.fragments import Cut
 from stacking_ds.zero.compatibility import Layout, layout_of
 
-__all__ = ["Piece", "flat_tensors", "overlap", "pieces"]
+__all__ = ["Piece", "flat_tensors", "pieces"]
 
 
 @dataclass(frozen=True)
 class Piece:
     """The elements [start, stop) of a parameter are `flat.view(-1)[offset : offset + numel]`.
 
-    `flat` is the very tensor the base optimizer steps on, and the key of its state.
+    `flat` is the very tensor the base optimizer steps on, and the key of its state. `cut` says
+    what the other ranks have.
     """
 
     name: str
@@ -35,17 +37,11 @@ class Piece:
     stop: int
     flat: torch.Tensor
     offset: int
+    cut: Cut
 
     def view(self, tensor: torch.Tensor) -> torch.Tensor:
         """This piece's elements of `tensor`, which has the shape of `flat`."""
         return tensor.detach().view(-1)[self.offset : self.offset + self.stop - self.start]
-
-
-def overlap(offset: int, numel: int, low: int, high: int) -> tuple[int, int]:
-    """The part of `numel` elements lying at [offset, offset + numel) that falls in [low, high),
-    counted from the first of those elements; empty as (0, 0)."""
-    start, stop = max(offset, low) - offset, min(offset + numel, high) - offset
-    return (start, stop) if start < stop else (0, 0)
 
 
 def pieces(engine: Any) -> list[Piece]:
@@ -81,17 +77,22 @@ def flat_tensors(engine: Any) -> list[torch.Tensor]:
     return list(wrapper.fp32_partitioned_groups_flat)
 
 
+def _whole(engine: Any, p: torch.Tensor, flat: torch.Tensor, offset: int = 0) -> Piece:
+    cut = Cut.even(p.numel(), dist.get_world_size())
+    return Piece(engine.param_names[p], tuple(p.shape), 0, p.numel(), flat, offset, cut)
+
+
 def _module_pieces(engine: Any) -> Iterator[Piece]:
     for group in engine.optimizer.param_groups:
         for p in group["params"]:
-            yield Piece(engine.param_names[p], tuple(p.shape), 0, p.numel(), p, 0)
+            yield _whole(engine, p, p)
 
 
 def _unfused_pieces(engine: Any) -> Iterator[Piece]:
     wrapper = engine.optimizer
     for group, masters in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
         for p, master in zip(group, masters, strict=True):
-            yield Piece(engine.param_names[p], tuple(p.shape), 0, p.numel(), master, 0)
+            yield _whole(engine, p, master)
 
 
 def _fused_pieces(engine: Any) -> Iterator[Piece]:
@@ -99,7 +100,7 @@ def _fused_pieces(engine: Any) -> Iterator[Piece]:
     for group, flat in zip(wrapper.fp16_groups, wrapper.fp32_groups_flat, strict=True):
         offset = 0
         for p in group:
-            yield Piece(engine.param_names[p], tuple(p.shape), 0, p.numel(), flat, offset)
+            yield _whole(engine, p, flat, offset)
             offset += p.numel()
 
 
@@ -107,13 +108,14 @@ def _group_pieces(engine: Any) -> Iterator[Piece]:
     wrapper = engine.optimizer
     for index, flat in enumerate(wrapper.single_partition_of_fp32_groups):
         size = int(wrapper.partition_size[index])
-        low = size * dist.get_rank(group=wrapper.real_dp_process_group[index])
+        rank = dist.get_rank(group=wrapper.real_dp_process_group[index])
         group = wrapper.round_robin_bit16_groups[index]
         offsets = wrapper.round_robin_bit16_offsets[index]
         for p, offset in zip(group, offsets, strict=True):
-            start, stop = overlap(offset, p.numel(), low, low + size)
-            place = offset + start - low if start < stop else 0
-            yield Piece(engine.param_names[p], tuple(p.shape), start, stop, flat, place)
+            cut = Cut(p.numel(), size, offset)
+            start, stop = cut.interval(rank)
+            place = offset + start - rank * size if start < stop else 0
+            yield Piece(engine.param_names[p], tuple(p.shape), start, stop, flat, place, cut)
 
 
 def _parameter_pieces(engine: Any) -> Iterator[Piece]:
@@ -121,7 +123,7 @@ def _parameter_pieces(engine: Any) -> Iterator[Piece]:
     for group in wrapper.fp16_groups:
         for p in group:
             index, offset, size = wrapper.grad_position[wrapper.get_param_id(p)]
-            low = size * wrapper._get_param_partition_rank(p)
-            start, stop = overlap(0, p.ds_numel, low, low + size)
+            cut = Cut(p.ds_numel, size)
+            start, stop = cut.interval(wrapper._get_param_partition_rank(p))
             flat = wrapper.fp32_partitioned_groups_flat[index]
-            yield Piece(engine.param_names[p], tuple(p.ds_shape), start, stop, flat, offset)
+            yield Piece(engine.param_names[p], tuple(p.ds_shape), start, stop, flat, offset, cut)

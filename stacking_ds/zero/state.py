@@ -38,7 +38,9 @@ def fragments(engine: Any) -> list[Fragment]:
         moments = state.get(piece.flat, {})
         views = {MASTER: piece.view(piece.flat)}
         views.update({key: piece.view(moments[key]) for key in MOMENTS if key in moments})
-        found.append(Fragment(piece.name, piece.shape, piece.start, piece.stop, views, replicated))
+        found.append(
+            Fragment(piece.name, piece.shape, piece.start, piece.stop, views, piece.cut, replicated)
+        )
     return found
 
 
