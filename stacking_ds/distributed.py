@@ -54,6 +54,20 @@ class World:
         """True on every rank if `flag` is true on at least one."""
         return self.sum([float(flag)])[0] > 0
 
+    def all_to_all(
+        self, outgoing: Sequence[torch.Tensor], incoming_sizes: Sequence[int]
+    ) -> list[torch.Tensor]:
+        """Send each rank its 1-D fp32 host tensor; what came from each, of the sizes expected."""
+        received = torch.empty(sum(incoming_sizes))
+        dist.all_to_all_single(
+            received,
+            torch.cat(list(outgoing)),
+            list(incoming_sizes),
+            [part.numel() for part in outgoing],
+            group=self.host_group,
+        )
+        return list(torch.split(received, list(incoming_sizes)))
+
     def gather(self, value: Any) -> list[Any]:
         """The picklable `value` of every rank, in rank order, on every rank."""
         values: list[Any] = [None] * self.size

@@ -181,40 +181,49 @@ def _autos(section: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def build_engine(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, ds_config: Mapping[str, Any]
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ds_config: Mapping[str, Any],
+    value_of: zero.ValueOf | None = None,
 ) -> Any:
-    """A `DeepSpeedEngine` for `model`, whose fp32 masters are the model's values bit for bit.
+    """A `DeepSpeedEngine` for `model`, whose fp32 masters are the given values bit for bit.
 
     `model` and `optimizer` are new for every engine (DeepSpeed's hooks stay on a module for
-    ever), and every rank builds the same model. `ds_config` comes from `resolve_ds_config`. The
-    process group must be running.
+    ever), and every rank brings the same. A model on the meta device gets its storage here, at
+    ZeRO 3 parameter by parameter, and its values from `value_of`; without that it has none, and
+    what is captured or saved must be installed before the first step. `ds_config` comes from
+    `resolve_ds_config`. The process group must be running.
 
     Raises:
         ConfigError: another DeepSpeed than the pinned one, a precision this device lacks, or
-            models that differ between ranks.
+            values that differ between ranks.
     """
     zero.require_pinned_deepspeed()
-    _check_same_model(model)
-    # DeepSpeed rounds the module first and takes the masters from the rounded copy; it replaces
-    # the parameters' storage, so that the fp32 values live on here without a copy
-    exact = {}
-    if _low_precision(ds_config):
-        exact = {name: p.detach() for name, p in model.named_parameters()}
-    zero.follow_process_group()
+    low_precision = next((k for k in _LOW_PRECISION if ds_config.get(k, {}).get("enabled")), None)
+    if not any(p.is_meta for p in model.parameters()):
+        held = {name: p.detach() for name, p in model.named_parameters()}
+        value_of = lambda name, shape: held[name]  # noqa: E731 - a method would need a class
     _prepare_process(show_log=asks_for_log(ds_config))
+    zero.follow_process_group()
+    checked = _Checksum(value_of) if value_of is not None else None
+    dtype = _LOW_PRECISION.get(low_precision or "", torch.float32)
     with zero.without_stepping(optimizer):
         try:
-            # [0]: a name for the rest of the tuple would keep the optimizer alive for ever
-            engine = deepspeed.initialize(
-                model=model, optimizer=optimizer, config=deepcopy(dict(ds_config))
-            )[0]
+            zero.give_storage(model, ds_config, dtype, _device(), checked)
+            if checked is not None:
+                checked.require_same_on_all_ranks()
+            with zero.without_traffic(model):
+                # [0]: a name for the rest of the tuple would keep the optimizer alive for ever
+                engine = deepspeed.initialize(
+                    model=model, optimizer=optimizer, config=deepcopy(dict(ds_config))
+                )[0]
         except ValueError as error:
             raise ConfigError(f"DeepSpeed cannot build this engine: {error}") from error
     zero.reset_moments(engine)
     zero.mend_loss_scaling(engine)
-    if exact:
-        # the forward weights are the rounding of these values already
-        zero.write_masters(engine, exact)
+    if low_precision and value_of is not None:
+        # DeepSpeed took the masters from the rounded weights; those are right already
+        zero.write_masters(engine, value_of)
     return engine
 
 
@@ -252,23 +261,36 @@ def set_learning_rate(engine: Any, learning_rate: float) -> None:
         group["lr"] = learning_rate
 
 
-def _low_precision(ds_config: Mapping[str, Any]) -> bool:
-    return any(ds_config.get(key, {}).get("enabled", False) for key in ("bf16", "fp16"))
+_LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@torch.no_grad()
-def _check_same_model(model: torch.nn.Module) -> None:
-    total = sum(
-        float(p.sum(dtype=torch.float64)) * place for place, p in enumerate(model.parameters(), 1)
-    )
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    extremes = torch.tensor([total, -total], dtype=torch.float64, device=device)
-    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
-    if extremes[0] != -extremes[1]:
-        raise ConfigError(
-            "the ranks built models with different weights; build the model with the same seed "
-            "on every rank"
-        )
+def _device() -> torch.device:
+    on_cuda = dist.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
+
+
+class _Checksum:
+    """Hands values on, and adds them up so that ranks can compare."""
+
+    def __init__(self, value_of: zero.ValueOf) -> None:
+        self._value_of = value_of
+        self._parameters = 0
+        self._total = 0.0
+
+    def __call__(self, name: str, shape: torch.Size) -> torch.Tensor:
+        value = self._value_of(name, shape)
+        self._parameters += 1
+        self._total += self._parameters * float(value.sum(dtype=torch.float64))
+        return value
+
+    def require_same_on_all_ranks(self) -> None:
+        ends = torch.tensor([self._total, -self._total], dtype=torch.float64, device=_device())
+        dist.all_reduce(ends, op=dist.ReduceOp.MAX)
+        if ends[0] != -ends[1]:
+            raise ConfigError(
+                "the ranks built models with different weights; build the model with the same "
+                "seed on every rank"
+            )
 
 
 def _prepare_process(*, show_log: bool) -> None:

@@ -20,6 +20,7 @@ __all__ = [
     "MOMENTS",
     "Cut",
     "Fragment",
+    "Integers",
     "Layout",
     "Moves",
     "Traffic",

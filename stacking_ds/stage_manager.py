@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from stacking_ds import checkpoint
+from stacking_ds.boundary import capture_engine, install_state
 from stacking_ds.distributed import World
 from stacking_ds.engine import build_engine, release_engine
 from stacking_ds.growth.operators import layer_map
-from stacking_ds.growth.state import capture, install
 from stacking_ds.job import Job
 from stacking_ds.model.bert import BertForPreTraining
+from stacking_ds.model.initialization import first_value
 from stacking_ds.optim.build import build_optimizer
 from stacking_ds.optim.groups import parameter_groups
 from stacking_ds.stages import Stage
 from stacking_ds.zero import (
+    ValueOf,
     fragments,
     loss_scale,
     optimizer_step,
@@ -46,9 +48,17 @@ class StageManager:
     def start(self, stage: Stage) -> None:
         """An engine of the stage's depth with freshly initialised weights."""
         config = self._job.config
-        model = BertForPreTraining(
-            self._job.model_config(stage.num_hidden_layers), seed=config.seed
+        self._build(
+            stage,
+            lambda name, shape: first_value(
+                name, shape, config.seed, config.model.initializer_range
+            ),
         )
+
+    def _build(self, stage: Stage, value_of: ValueOf | None = None) -> None:
+        """An engine of the stage's depth; without `value_of` its values are yet to come."""
+        config = self._job.config
+        model = BertForPreTraining(self._job.model_config(stage.num_hidden_layers), seed=None)
         optimizer = build_optimizer(
             config.optimizer.name,
             parameter_groups(model.named_parameters(), config.optimizer.weight_decay),
@@ -56,7 +66,7 @@ class StageManager:
             betas=config.optimizer.betas,
             eps=config.optimizer.eps,
         )
-        self.engine = build_engine(model, optimizer, self._ds_config)
+        self.engine = build_engine(model, optimizer, self._ds_config, value_of)
 
     def grow(self, old: Stage, new: Stage) -> None:
         """Replace the engine of stage `old` by one of stage `new`'s depth that starts from it.
@@ -65,18 +75,11 @@ class StageManager:
             StageError: the state that arrived is not the one the growth operator predicts.
         """
         growth = self._job.config.growth
-        moment_steps = optimizer_step(self.engine) if growth.moments == "carry" else 0
-        scale = loss_scale(self.engine)
-        captured = capture(fragments(self.engine))
-        self.close()
-        self.start(new)
-        if moment_steps:
-            seed_moments(self.engine, moment_steps)
         layers = layer_map(growth.operator, old.num_hidden_layers, new.num_hidden_layers)
-        install(fragments(self.engine), captured, layers, growth.moments, self._world)
-        refresh(self.engine)
-        # the scale fp16 has settled on; a new engine's would skip its first steps to find it again
-        set_loss_scale(self.engine, scale)
+        state = capture_engine(self.engine)
+        self.close()
+        self._build(new)
+        install_state(self.engine, state, layers, growth.moments, self._world)
         self._world.barrier()
 
     def save(self, run_dir: Path, stage: Stage, train_state: dict[str, Any]) -> None:
@@ -107,7 +110,7 @@ class StageManager:
 
     def restore(self, found: Path, stage: Stage) -> None:
         """An engine of the stage's depth with the state of the checkpoint `found`."""
-        self.start(stage)
+        self._build(stage)
         manifest = checkpoint.read_manifest(found)
         if manifest.optimizer_step:
             seed_moments(self.engine, manifest.optimizer_step)

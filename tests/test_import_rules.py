@@ -20,7 +20,7 @@ ORDER = (
     ("kernels",),
     ("data", "model", "optim", "growth"),
     ("zero",),
-    ("engine",),
+    ("engine", "boundary"),
     ("manifest",),
     ("fragment_reader",),
     ("checkpoint", "run_directory"),

@@ -5,36 +5,27 @@
 
 A copied layer has its source's shape, and every layer has parameter groups of its own, so at the
 same world size and ZeRO stage what a rank needs of a new layer is what it held of the old one:
-nothing is communicated but the checksums.
+nothing is communicated but the checksums. Where the layouts differ only what differs moves.
 """
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 
 from stacking_ds.errors import StageError
 from stacking_ds.fragments import MASTER, Fragment
+from stacking_ds.growth.exchange import Ranks, copy_own, exchange
 from stacking_ds.growth.operators import source_name
 
-__all__ = ["CapturedState", "Moments", "Ranks", "capture", "install"]
+__all__ = ["CapturedState", "Moments", "capture", "install"]
 
 Moments = Literal["carry", "reset"]
 
 _TOLERANCE = 1e-9  # of the fp64 sums, which the ranks may add up in another order
 _STATISTICS = 3  # count, sum, sum of squares
-
-
-class Ranks(Protocol):
-    """What installing needs to know of the other ranks; `stacking_ds.distributed.World` has it."""
-
-    @property
-    def rank(self) -> int: ...
-    @property
-    def size(self) -> int: ...
-    def sum(self, values: Sequence[float]) -> list[float]: ...
 
 
 @dataclass(frozen=True)
@@ -75,8 +66,9 @@ def install(
 ) -> None:
     """Write the captured values into the live fragments `targets` of the new engine.
 
-    Every rank calls it (one small all-reduce). With moments "carry" the targets must have moments
-    if the captured state has; with "reset" those they have become zero. The caller refreshes the
+    Every rank calls it. It sends one small all-reduce of checksums, and the elements, if any,
+    that a rank needs and another one has. With moments "carry" the targets must have moments if
+    the captured state has; with "reset" those they have become zero. The caller refreshes the
     low-precision copies afterwards.
 
     Args:
@@ -84,54 +76,43 @@ def install(
             depth stays.
 
     Raises:
-        StageError: on every rank, if one of them lacks elements it needs, or if what arrived
-            anywhere is not what the layer map predicts (count, sum and sum of squares of every
-            parameter over all ranks).
+        StageError: on every rank, if the new model has a parameter that the old one cannot fill,
+            or if what arrived anywhere is not what the layer map predicts (count, sum and sum of
+            squares of every parameter over all ranks).
     """
     carried = moments == "carry" and captured.has_moments
-    sources = {fragment.name: fragment for fragment in captured.fragments}
     keys = sorted({key for target in targets for key in target.views})
     assert not carried or len(keys) > 1, "seed the moments of the new engine first"
-    uncovered = []
+    filled = keys if carried else [MASTER]
+    sources = _sources(targets, captured, layers)
     for target in targets:
-        source = sources.get(source_name(target.name, layers))
-        if source is None or not _covers(source, target):
-            uncovered.append(_describe(target, source))
-            continue
-        low = target.start - source.start
+        copy_own(target, sources[target.name], filled)
         for key in keys:
-            if key == MASTER or carried:
-                target.views[key].copy_(source.views[key][low : low + target.numel])
-            else:
+            if key not in filled:
                 target.views[key].zero_()
-    checked = keys if carried else [MASTER]
+    exchange(targets, sources, filled, ranks)
     totals = ranks.sum(
-        [
-            float(len(uncovered)),
-            *_statistics(targets, checked, ranks),
-            *_statistics(captured.fragments, checked, ranks),
-        ]
+        [*_statistics(targets, filled, ranks), *_statistics(captured.fragments, filled, ranks)]
     )
-    if totals[0]:
-        where = f"; on this rank {uncovered[0]}" if uncovered else ""
-        raise StageError(
-            f"{totals[0]:.0f} pieces of the new engine's parameters are not on the rank that needs "
-            f"them{where}; keep world size, ZeRO stage and parameter groups across a boundary, or "
-            f"go through a checkpoint"
-        )
-    _compare(targets, captured, layers, checked, totals[1:])
+    _compare(targets, captured, layers, filled, totals)
 
 
-def _covers(source: Fragment, target: Fragment) -> bool:
-    inside = source.start <= target.start and target.stop <= source.stop
-    return source.shape == target.shape and (inside or target.numel == 0)
-
-
-def _describe(target: Fragment, source: Fragment | None) -> str:
-    needs = f"{target.name} {target.shape} needs elements [{target.start}, {target.stop})"
-    if source is None:
-        return f"{needs} of a parameter the old model does not have"
-    return f"{needs}, but [{source.start}, {source.stop}) of {source.shape} were held"
+def _sources(
+    targets: Sequence[Fragment], captured: CapturedState, layers: Sequence[int] | None
+) -> dict[str, Fragment]:
+    """For each new parameter this rank's fragment of the old one that it copies."""
+    held = {fragment.name: fragment for fragment in captured.fragments}
+    found = {}
+    for target in targets:
+        name = source_name(target.name, layers)
+        if name not in held or held[name].shape != target.shape:
+            there = f"has {name} as {held[name].shape}" if name in held else f"has no {name}"
+            raise StageError(
+                f"{target.name} {target.shape} cannot be grown: the old model {there}; stages may "
+                f"differ in depth alone"
+            )
+        found[target.name] = held[name]
+    return found
 
 
 def _statistics(fragments: Iterable[Fragment], keys: Sequence[str], ranks: Ranks) -> list[float]:

@@ -9,11 +9,11 @@ import hashlib
 import torch
 from torch import nn
 
-__all__ = ["initialize_parameters"]
+__all__ = ["first_value", "initialize_parameters"]
 
 
-def initialize_parameters(module: nn.Module, seed: int, standard_deviation: float) -> None:
-    """Fill the parameters in place, on the CPU.
+def first_value(name: str, shape: torch.Size, seed: int, standard_deviation: float) -> torch.Tensor:
+    """The fp32 value, on the CPU, that the parameter `name` starts with.
 
     | parameter                          | first value                      |
     |------------------------------------|----------------------------------|
@@ -23,13 +23,17 @@ def initialize_parameters(module: nn.Module, seed: int, standard_deviation: floa
 
     Devlin et al. 2019's code draws a normal cut off at two deviations; Hugging Face's draws this.
     """
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if name.endswith("bias"):
-                parameter.zero_()
-            elif "LayerNorm" in name:
-                parameter.fill_(1.0)
-            else:
-                digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-                generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
-                parameter.normal_(0.0, standard_deviation, generator=generator)
+    if name.endswith("bias"):
+        return torch.zeros(shape)
+    if "LayerNorm" in name:
+        return torch.ones(shape)
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
+    return torch.empty(shape).normal_(0.0, standard_deviation, generator=generator)
+
+
+@torch.no_grad()
+def initialize_parameters(module: nn.Module, seed: int, standard_deviation: float) -> None:
+    """Fill the parameters in place."""
+    for name, parameter in module.named_parameters():
+        parameter.copy_(first_value(name, parameter.shape, seed, standard_deviation))

@@ -6,19 +6,24 @@ from stacking_ds.zero.gradients import gradient_norm, norm_before_step
 from stacking_ds.zero.loss_scale import loss_scale, mend_loss_scaling, set_loss_scale
 from stacking_ds.zero.process_group import follow_process_group
 from stacking_ds.zero.release import release
+from stacking_ds.zero.start import ValueOf, give_storage, without_traffic
 from stacking_ds.zero.state import (
     fragments,
     optimizer_step,
     refresh,
     reset_moments,
     seed_moments,
+    whole_weights,
     without_stepping,
     write_masters,
+    write_whole_weights,
 )
 
 __all__ = [
+    "ValueOf",
     "follow_process_group",
     "fragments",
+    "give_storage",
     "gradient_norm",
     "loss_scale",
     "mend_loss_scaling",
@@ -30,6 +35,9 @@ __all__ = [
     "reset_moments",
     "seed_moments",
     "set_loss_scale",
+    "whole_weights",
     "without_stepping",
+    "without_traffic",
     "write_masters",
+    "write_whole_weights",
 ]

@@ -17,9 +17,11 @@ _followed: Any = None
 
 
 def follow_process_group() -> None:
-    """Before an engine is built: forget a group that is not the present one."""
+    """Before an engine is built: make the present group DeepSpeed's, and no earlier one."""
     global _followed  # noqa: PLW0603 - what DeepSpeed keeps is global too
     if _followed is not None and _followed is not dist.group.WORLD:
         groups._release_process_group_references()
         deepspeed.comm.comm.cdb = None
     _followed = dist.group.WORLD
+    # it wraps the group that is there; ZeRO 3 counts ranks before `initialize` would have done so
+    deepspeed.init_distributed(dist_backend=dist.get_backend())

@@ -9,6 +9,7 @@ import torch
 from stacking_ds.fragments import MASTER, MOMENTS, Fragment
 from stacking_ds.zero.compatibility import Layout, layout_of
 from stacking_ds.zero.layout import flat_tensors, pieces
+from stacking_ds.zero.start import ValueOf
 
 __all__ = [
     "fragments",
@@ -16,8 +17,10 @@ __all__ = [
     "refresh",
     "reset_moments",
     "seed_moments",
+    "whole_weights",
     "without_stepping",
     "write_masters",
+    "write_whole_weights",
 ]
 
 _REPLICATED = (Layout.MODULE, Layout.UNFUSED, Layout.FUSED)
@@ -106,15 +109,33 @@ def refresh(engine: Any) -> None:
 
 
 @torch.no_grad()
-def write_masters(engine: Any, values: Mapping[str, torch.Tensor]) -> None:
-    """Set every master from the whole parameters `values`; each rank keeps its own elements.
+def write_masters(engine: Any, value_of: ValueOf) -> None:
+    """Set every master from whole parameters; each rank keeps its own elements.
 
     The low-precision copies are left alone: `refresh` afterwards unless they are already the
-    rounding of `values`.
+    rounding of these values.
     """
     for fragment in fragments(engine):
-        whole = values[fragment.name].reshape(-1)
-        fragment.views[MASTER].copy_(whole[fragment.start : fragment.stop])
+        if fragment.numel:
+            whole = value_of(fragment.name, torch.Size(fragment.shape)).reshape(-1)
+            fragment.views[MASTER].copy_(whole[fragment.start : fragment.stop])
+
+
+def whole_weights(engine: Any) -> dict[str, torch.Tensor]:
+    """At ZeRO 1 and 2, the weights of the forward pass, which every rank has whole; else nothing.
+
+    They are the masters' rounding. Held by the caller they outlive the engine.
+    """
+    if layout_of(engine) is not Layout.GROUPS:
+        return {}
+    return {name: p.detach() for name, p in engine.module.named_parameters()}
+
+
+@torch.no_grad()
+def write_whole_weights(engine: Any, weights: Mapping[str, torch.Tensor]) -> None:
+    """Set what `whole_weights` returns; instead of `refresh`, which gathers it from all ranks."""
+    for name, weight in whole_weights(engine).items():
+        weight.copy_(weights[name])
 
 
 @contextmanager

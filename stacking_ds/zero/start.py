@@ -1,0 +1,79 @@
+"""Give a model its storage, and start its engine without sending what every rank has already.
+
+Stock `deepspeed.initialize` wants the whole model on every rank, broadcasts it (ZeRO 0, 1, 2), or
+broadcasts, cuts and then gathers every parameter once more (ZeRO 3). Here every rank knows the
+values, so nothing has to be sent, and at ZeRO 3 one parameter at a time is whole.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.partition_parameters import Init
+
+__all__ = ["ValueOf", "give_storage", "without_traffic"]
+
+ValueOf = Callable[[str, torch.Size], torch.Tensor]
+"""From a parameter's name and shape to its fp32 value."""
+
+
+@torch.no_grad()
+def give_storage(
+    model: torch.nn.Module,
+    ds_config: Mapping[str, Any],
+    dtype: torch.dtype,
+    device: torch.device,
+    value_of: ValueOf | None,
+) -> None:
+    """Put every parameter of `model`, which may be on the meta device, on `device` as `dtype`.
+
+    At ZeRO 3 each is cut among the ranks before the next one is made. Parameters keep their
+    identity, so that an optimizer built on them, and ties, stay right. Without `value_of` their
+    values are whatever the memory held. No communication.
+    """
+    assert not list(model.buffers()), "a model with buffers has to place them itself"
+    cut: Any = None
+    if ds_config.get("zero_optimization", {}).get("stage", 0) == 3:
+        cut = Init(config_dict_or_path=dict(ds_config), dtype=dtype)
+    p: Any
+    for name, p in model.named_parameters():
+        if value_of is None:
+            storage = torch.empty(p.shape, dtype=dtype, device=device)
+        else:
+            storage = value_of(name, p.shape).to(device, dtype)
+        if p.is_meta:
+            # assigning to .data cannot leave the meta device
+            torch.utils.swap_tensors(p, torch.nn.Parameter(storage))  # type: ignore[no-untyped-call]
+        else:
+            p.data = storage
+        del storage
+        if cut is not None:
+            cut._convert_to_deepspeed_param(p)
+            p.partition()
+
+
+@contextmanager
+def without_traffic(model: torch.nn.Module) -> Iterator[None]:
+    """While this lasts, `deepspeed.initialize` neither broadcasts nor gathers `model`.
+
+    Gathering each ZeRO-3 parameter is left over from a time when a gradient hook needed its
+    graph; with today's hooks nothing reads what is gathered.
+    """
+    cut: list[Any] = [p for p in model.parameters() if hasattr(p, "ds_id")]
+    before = [(p.all_gather, p.partition) for p in cut]
+    broadcast = DeepSpeedEngine._broadcast_model
+    DeepSpeedEngine._broadcast_model = _nothing
+    for p in cut:
+        p.all_gather = p.partition = _nothing
+    try:
+        yield
+    finally:
+        DeepSpeedEngine._broadcast_model = broadcast
+        for p, (all_gather, partition) in zip(cut, before, strict=True):
+            p.all_gather, p.partition = all_gather, partition
+
+
+def _nothing(*arguments: Any, **options: Any) -> None:
+    pass
