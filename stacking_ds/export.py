@@ -1,14 +1,14 @@
 """A trained model as a folder that Hugging Face's `transformers` loads."""
 
 import json
+import math
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from stacking_ds.errors import CheckpointError, ConfigError, DataError
 from stacking_ds.model.bert import parameter_shapes
@@ -34,15 +34,19 @@ _FILES = {
 
 
 def export_to_hugging_face(
-    tensors: Mapping[str, torch.Tensor], config: BertConfig, tokenizer_dir: Path, out_dir: Path
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    config: BertConfig,
+    tokenizer_dir: Path,
+    out_dir: Path,
 ) -> None:
     """Write the model and its tokenizer into `out_dir`.
 
-    The folder appears whole or not at all; an earlier export there is replaced. It loads with
+    Each tensor is written as it comes and none is kept, so a model need not fit into memory. The
+    folder appears whole or not at all; an earlier export there is replaced. It loads with
     `from_pretrained` as `BertForPreTraining`, any `AutoModel…` class of BERT, and `AutoTokenizer`.
 
     Args:
-        tensors: every parameter of the model under our names, fp32 on the CPU.
+        tensors: every parameter of the model once, in any order: our name, fp32 on the CPU.
         config: the model's sizes.
         tokenizer_dir: folder with the `tokenizer.json` and `vocab.txt` of the training data.
         out_dir: new, empty, or an earlier export.
@@ -57,7 +61,6 @@ def export_to_hugging_face(
             f"layer_norm_position={config.layer_norm_position!r} cannot be exported: Hugging "
             f"Face's BERT normalises after each residual sum; train with 'post' to export"
         )
-    _check_tensors(tensors, config)
     tokenizer = _read_tokenizer(tokenizer_dir)
     if len(tokenizer["model"]["vocab"]) > config.vocab_size:
         raise DataError(
@@ -71,15 +74,15 @@ def export_to_hugging_face(
     shutil.rmtree(partial, ignore_errors=True)  # what a killed export may have left
     try:
         partial.mkdir(parents=True)
-        # Tied tensors stand under their first name only: `transformers` ties them on loading.
-        weights = {name: value.detach().contiguous() for name, value in tensors.items()}
-        save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
+        _write_weights(partial / "model.safetensors", tensors, config)
         _write_json(partial / "config.json", _model_json(config, tokenizer))
         _write_json(partial / "tokenizer_config.json", _tokenizer_json(config, tokenizer))
         for name in ("tokenizer.json", "vocab.txt"):
             shutil.copyfile(tokenizer_dir / name, partial / name)
+        for path in (*partial.iterdir(), partial):
+            _sync(path)
         _move_into_place(partial, out_dir)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise ConfigError(
             f"cannot write the export {out_dir} ({error}); make room, or choose another folder"
         ) from None
@@ -87,22 +90,50 @@ def export_to_hugging_face(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _check_tensors(tensors: Mapping[str, torch.Tensor], config: BertConfig) -> None:
-    expected = parameter_shapes(config)
-    missing, unknown = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
-    if missing or unknown:
+def _write_weights(
+    path: Path, tensors: Iterable[tuple[str, torch.Tensor]], config: BertConfig
+) -> None:
+    """Write a safetensors file, whose header says beforehand where each tensor will stand."""
+    # Tied tensors stand under their first name only: `transformers` ties them on loading.
+    shapes = parameter_shapes(config)
+    header, places = _safetensors_header(shapes)
+    surplus = []
+    with path.open("wb") as file:
+        file.write(header)
+        for name, tensor in tensors:
+            place = places.pop(name, None)
+            if place is None:
+                surplus.append(name)
+                continue
+            if tuple(tensor.shape) != shapes[name]:
+                raise CheckpointError(
+                    f"{name} has shape {tuple(tensor.shape)} where the config says {shapes[name]}; "
+                    f"export with the checkpoint's own config"
+                )
+            assert tensor.dtype == torch.float32, name
+            assert tensor.device.type == "cpu", name
+            file.seek(place)
+            values = tensor.detach().contiguous().numpy()
+            file.write(values.astype("<f4", copy=False).data)
+    if places or surplus:
         raise CheckpointError(
             f"the tensors are not those of a model of {config.num_hidden_layers} layers: missing "
-            f"{sorted(missing)}, unknown {sorted(unknown)}; export with the checkpoint's own config"
+            f"{sorted(places)}, unknown or twice {sorted(surplus)}; export with the checkpoint's "
+            f"own config"
         )
-    for name, shape in expected.items():
-        if tuple(tensors[name].shape) != shape:
-            raise CheckpointError(
-                f"{name} has shape {tuple(tensors[name].shape)} where the config says {shape}; "
-                f"export with the checkpoint's own config"
-            )
-        assert tensors[name].dtype == torch.float32, name
-        assert tensors[name].device.type == "cpu", name
+
+
+def _safetensors_header(shapes: Mapping[str, tuple[int, ...]]) -> tuple[bytes, dict[str, int]]:
+    """A file's bytes before its numbers, and the place in the file of each fp32 tensor."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    places, end = {}, 0
+    for name, shape in shapes.items():
+        places[name], end = end, end + 4 * math.prod(shape)
+        entries[name] = {"dtype": "F32", "shape": shape, "data_offsets": [places[name], end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the numbers are aligned
+    header = len(text).to_bytes(8, "little") + text
+    return header, {name: len(header) + place for name, place in places.items()}
 
 
 def _read_tokenizer(folder: Path) -> dict[str, Any]:
@@ -184,4 +215,14 @@ def _move_into_place(partial: Path, out_dir: Path) -> None:
         shutil.rmtree(previous, ignore_errors=True)
         out_dir.rename(previous)
     partial.rename(out_dir)
+    _sync(out_dir.parent)
     shutil.rmtree(previous, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Have the file's contents, or the folder's entries, on disk before the export appears."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

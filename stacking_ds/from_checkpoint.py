@@ -55,9 +55,18 @@ def run_heldout(job: Job, found: Path, world: World) -> HeldOut:
 
 
 def export_run(job: Job, run_dir: Path, name: str | None = None, out: Path | None = None) -> Path:
-    """Write a checkpoint of the run as a Hugging Face folder (`RUN_DIR/export`); its path."""
-    model = load_model(job, choose(run_dir, name))
+    """Write a checkpoint of the run as a Hugging Face folder (`RUN_DIR/export`); its path.
+
+    One parameter after the other, so that no model is in memory.
+    """
+    found = choose(run_dir, name)
+    manifest = checkpoint.read_manifest(found)
+    job.require_vocabulary(manifest.vocabulary_sha256, found)
     target = out or run_dir / "export"
-    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    export_to_hugging_face(tensors, model.config, job.shards.folder, target)
+    export_to_hugging_face(
+        checkpoint.read_parameters(found),
+        job.model_config(manifest.num_hidden_layers),
+        job.shards.folder,
+        target,
+    )
     return target

@@ -9,7 +9,7 @@ from stacking_ds import zero
 from stacking_ds.distributed import World
 from stacking_ds.errors import ConfigError
 from stacking_ds.fragments import MASTER, MOMENTS
-from stacking_ds.zero.compatibility import layout_of, require_pinned_deepspeed
+from stacking_ds.zero.compatibility import masters_of, require_pinned_deepspeed
 from tests.ranks import run_ranks
 from tests.sharded import start_engine, train_engine, whole_state
 from tests.tiny import tiny_batch, tiny_loss, tiny_model, tiny_optimizer, train_tiny
@@ -192,7 +192,7 @@ def _with_fused_adam(world: World) -> Any:
 
     engine_module.FusedAdam = torch.optim.AdamW  # FP16_Optimizer without compiling an op
     engine = start_engine(world, 0, "bf16")
-    kind = layout_of(engine).name
+    kind = masters_of(engine).name
     fresh = whole_state(world, engine)
     train_engine(world, engine, range(1))
     moved = {name: p.detach() + 1.0 for name, p in tiny_model(2).named_parameters()}
@@ -226,7 +226,7 @@ class _Engine:
 def test_an_unknown_or_changed_layout_is_refused() -> None:
     unknown = type("BF16_Optimizer", (), {})()
     with pytest.raises(ConfigError, match="BF16_Optimizer"):
-        layout_of(_Engine(unknown))
+        masters_of(_Engine(unknown))
     changed = type("DeepSpeedZeroOptimizer_Stage3", (), {"fp16_groups": []})()
     with pytest.raises(ConfigError, match="grad_position"):
-        layout_of(_Engine(changed))
+        masters_of(_Engine(changed))

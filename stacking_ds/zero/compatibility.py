@@ -11,12 +11,12 @@ import deepspeed
 
 from stacking_ds.errors import ConfigError
 
-__all__ = ["Layout", "layout_of", "require_pinned_deepspeed"]
+__all__ = ["Masters", "masters_of", "require_pinned_deepspeed"]
 
 PINNED_VERSION = "0.19.8"
 
 
-class Layout(Enum):
+class Masters(Enum):
     """Where DeepSpeed keeps the fp32 masters, by the class of `engine.optimizer`."""
 
     MODULE = "torch optimizer on the module's own parameters (ZeRO 0, fp32)"
@@ -27,10 +27,10 @@ class Layout(Enum):
 
 
 _REQUIRED = {
-    Layout.MODULE: (),
-    Layout.UNFUSED: ("fp16_groups", "fp32_groups", "loss_scale_config"),
-    Layout.FUSED: ("fp16_groups", "fp32_groups_flat", "fp16_groups_flat"),
-    Layout.GROUPS: (
+    Masters.MODULE: (),
+    Masters.UNFUSED: ("fp16_groups", "fp32_groups", "loss_scale_config"),
+    Masters.FUSED: ("fp16_groups", "fp32_groups_flat", "fp16_groups_flat"),
+    Masters.GROUPS: (
         "round_robin_bit16_groups",
         "round_robin_bit16_offsets",
         "single_partition_of_fp32_groups",
@@ -40,7 +40,7 @@ _REQUIRED = {
         "_hp_optimizer_states_linked",
         "_lazy_init_hp_params_optimizer_state",
     ),
-    Layout.PARAMETERS: (
+    Masters.PARAMETERS: (
         "fp16_groups",
         "fp32_partitioned_groups_flat",
         "grad_position",
@@ -65,7 +65,7 @@ def require_pinned_deepspeed() -> None:
         )
 
 
-def layout_of(engine: Any) -> Layout:
+def masters_of(engine: Any) -> Masters:
     """The layout of a live engine, with every private attribute it needs known to be there.
 
     Raises:
@@ -73,9 +73,9 @@ def layout_of(engine: Any) -> Layout:
     """
     wrapper = engine.optimizer
     name = type(wrapper).__name__
-    layout = Layout.MODULE
+    layout = Masters.MODULE
     if wrapper is not engine.basic_optimizer:
-        known = {candidate.value: candidate for candidate in Layout}
+        known = {candidate.value: candidate for candidate in Masters}
         if name not in known:
             raise ConfigError(
                 f"DeepSpeed chose {name}, whose buffers this package does not know; "

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from stacking_ds.zero.compatibility import Layout, layout_of
+from stacking_ds.zero.compatibility import Masters, masters_of
 
 __all__ = ["gradient_norm", "norm_before_step"]
 
@@ -16,7 +16,7 @@ def norm_before_step(engine: Any) -> float | None:
     between the `backward` that reduced them and `engine.step()`. No communication: the reduced
     gradients are the same on every rank.
     """
-    if layout_of(engine) is not Layout.MODULE:
+    if masters_of(engine) is not Masters.MODULE:
         return None
     norms = [
         torch.linalg.vector_norm(p.grad, dtype=torch.float64)
@@ -35,7 +35,7 @@ def gradient_norm(engine: Any) -> float:
     norm = engine.get_global_grad_norm()
     assert norm is not None, "no step was taken, or DeepSpeed keeps no norm (norm_before_step)"
     value = float(norm)
-    if layout_of(engine) is Layout.UNFUSED:
+    if masters_of(engine) is Masters.UNFUSED:
         # this wrapper alone leaves the loss scale in
         value /= float(engine.optimizer.loss_scale_config.cur_scale)
     return value

@@ -10,17 +10,20 @@ ZeRO 3: each parameter cut by itself into ceil(numel / ranks) elements; rank 1's
 ZeRO 0: whole parameters, the same on every rank
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from stacking_ds.fragments import Cut
-from stacking_ds.zero.compatibility import Layout, layout_of
+from stacking_ds.fragments import Cut, Layout
+from stacking_ds.zero.compatibility import Masters, masters_of
 
-__all__ = ["Piece", "flat_tensors", "pieces"]
+__all__ = ["Piece", "flat_tensors", "pieces", "predicted_layout"]
+
+# ZeRO 1 and 2 pad a flat group so that every part starts at a multiple of so many elements
+_PART_ALIGNMENT = 2
 
 
 @dataclass(frozen=True)
@@ -51,13 +54,13 @@ def pieces(engine: Any) -> list[Piece]:
     nothing. All ranks together hold each element once (ZeRO 0: each rank holds all). No
     communication.
     """
-    layout = layout_of(engine)
+    layout = masters_of(engine)
     walk = {
-        Layout.MODULE: _module_pieces,
-        Layout.UNFUSED: _unfused_pieces,
-        Layout.FUSED: _fused_pieces,
-        Layout.GROUPS: _group_pieces,
-        Layout.PARAMETERS: _parameter_pieces,
+        Masters.MODULE: _module_pieces,
+        Masters.UNFUSED: _unfused_pieces,
+        Masters.FUSED: _fused_pieces,
+        Masters.GROUPS: _group_pieces,
+        Masters.PARAMETERS: _parameter_pieces,
     }[layout]
     return list(walk(engine))
 
@@ -65,16 +68,38 @@ def pieces(engine: Any) -> list[Piece]:
 def flat_tensors(engine: Any) -> list[torch.Tensor]:
     """The fp32 tensors the base optimizer steps on: the keys of its state."""
     wrapper = engine.optimizer
-    layout = layout_of(engine)
-    if layout is Layout.MODULE:
+    layout = masters_of(engine)
+    if layout is Masters.MODULE:
         return [p for group in wrapper.param_groups for p in group["params"]]
-    if layout is Layout.UNFUSED:
+    if layout is Masters.UNFUSED:
         return [master for group in wrapper.fp32_groups for master in group]
-    if layout is Layout.FUSED:
+    if layout is Masters.FUSED:
         return list(wrapper.fp32_groups_flat)
-    if layout is Layout.GROUPS:
+    if layout is Masters.GROUPS:
         return list(wrapper.single_partition_of_fp32_groups)
     return list(wrapper.fp32_partitioned_groups_flat)
+
+
+def predicted_layout(
+    zero_stage: int, groups: Sequence[Sequence[tuple[str, int]]], ranks: int
+) -> Layout:
+    """How DeepSpeed will cut parameters among `ranks`, without an engine and at any size.
+
+    Args:
+        groups: name and number of elements of every parameter, by parameter group, in order.
+    """
+    cuts = {}
+    for group in groups:
+        total = sum(numel for _, numel in group)
+        size = -(-total // (_PART_ALIGNMENT * ranks)) * _PART_ALIGNMENT
+        offset = 0
+        for name, numel in group:
+            if zero_stage in (1, 2):
+                cuts[name] = Cut(numel, size, offset)
+                offset += numel
+            else:
+                cuts[name] = Cut.even(numel, ranks)
+    return Layout(ranks, cuts, replicated=zero_stage == 0)
 
 
 def _whole(engine: Any, p: torch.Tensor, flat: torch.Tensor, offset: int = 0) -> Piece:

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from stacking_ds.zero.compatibility import Layout, layout_of
+from stacking_ds.zero.compatibility import Masters, masters_of
 
 __all__ = ["loss_scale", "mend_loss_scaling", "set_loss_scale"]
 
@@ -26,7 +26,7 @@ def mend_loss_scaling(engine: Any) -> None:
     There DeepSpeed 0.19.8 divides the gradients by the scale, but multiplies the loss by it at
     ZeRO 1, 2 and 3 only: the optimizer would see gradients 65,536 times too small.
     """
-    if layout_of(engine) not in (Layout.UNFUSED, Layout.FUSED) or not engine.fp16_enabled():
+    if masters_of(engine) not in (Masters.UNFUSED, Masters.FUSED) or not engine.fp16_enabled():
         return
     unscaled_backward = engine.backward
 

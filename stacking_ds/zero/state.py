@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from stacking_ds.fragments import MASTER, MOMENTS, Fragment
-from stacking_ds.zero.compatibility import Layout, layout_of
+from stacking_ds.zero.compatibility import Masters, masters_of
 from stacking_ds.zero.layout import flat_tensors, pieces
 from stacking_ds.zero.start import ValueOf
 
@@ -23,7 +23,7 @@ __all__ = [
     "write_whole_weights",
 ]
 
-_REPLICATED = (Layout.MODULE, Layout.UNFUSED, Layout.FUSED)
+_REPLICATED = (Masters.MODULE, Masters.UNFUSED, Masters.FUSED)
 
 
 def fragments(engine: Any) -> list[Fragment]:
@@ -35,7 +35,7 @@ def fragments(engine: Any) -> list[Fragment]:
     communication.
     """
     state = engine.basic_optimizer.state
-    replicated = layout_of(engine) in _REPLICATED
+    replicated = masters_of(engine) in _REPLICATED
     found = []
     for piece in pieces(engine):
         moments = state.get(piece.flat, {})
@@ -80,7 +80,7 @@ def reset_moments(engine: Any) -> None:
 def _relink(engine: Any) -> None:
     """DeepSpeed links its own view of the moments after the first group's first step, when the
     other groups have none yet; its debugging functions then fail for those groups for ever."""
-    if layout_of(engine) is Layout.GROUPS:
+    if masters_of(engine) is Masters.GROUPS:
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 
@@ -89,17 +89,17 @@ def _relink(engine: Any) -> None:
 def refresh(engine: Any) -> None:
     """Make the weights of the forward pass the masters' rounding (a collective at ZeRO 1, 2, 3)."""
     wrapper = engine.optimizer
-    layout = layout_of(engine)
-    if layout is Layout.UNFUSED:
+    layout = masters_of(engine)
+    if layout is Masters.UNFUSED:
         for group, masters in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
             for p, master in zip(group, masters, strict=True):
                 p.data.copy_(master)
-    elif layout is Layout.FUSED:
+    elif layout is Masters.FUSED:
         for flat, master in zip(wrapper.fp16_groups_flat, wrapper.fp32_groups_flat, strict=True):
             flat.copy_(master)  # the module's parameters are views of it
-    elif layout is Layout.GROUPS:
+    elif layout is Masters.GROUPS:
         wrapper.update_lp_params()
-    elif layout is Layout.PARAMETERS:
+    elif layout is Masters.PARAMETERS:
         # gathered parameters hold old values: let go of them first, as DeepSpeed's step does
         wrapper._partition_all_parameters()
         for sub_group in range(len(wrapper.fp16_groups)):
@@ -126,7 +126,7 @@ def whole_weights(engine: Any) -> dict[str, torch.Tensor]:
 
     They are the masters' rounding. Held by the caller they outlive the engine.
     """
-    if layout_of(engine) is not Layout.GROUPS:
+    if masters_of(engine) is not Masters.GROUPS:
         return {}
     return {name: p.detach() for name, p in engine.module.named_parameters()}
 
