@@ -143,6 +143,12 @@ def _engine_defaults(zero_stage: int, precision: Precision) -> list[_Owned]:
             f"gradients are summed over the ranks in fp32{f' or {precision}' if low else ''}",
         ),
         _Owned(
+            "zero_force_ds_cpu_optimizer",
+            False,
+            reason="the recipe's optimizer steps on offloaded state too; DeepSpeed's own would be "
+            "compiled at first use",
+        ),
+        _Owned(
             "zero_optimization.memory_efficient_linear",
             False,
             reason="it replaces torch's linear for the whole process and rounds bf16 differently",
@@ -228,8 +234,16 @@ def build_engine(
 
 
 def release_engine(engine: Any) -> None:
-    """Destroy `engine` and give its memory back; drop every reference to its model as well."""
-    zero.release(engine)
+    """Destroy `engine` and give its memory back, or say in the log that it did not come back.
+
+    The caller drops its references to the model first.
+    """
+    if left := zero.release(engine):
+        logging.getLogger("stacking_ds").warning(
+            "%.0f MiB of the released engine's masters are still held; something keeps its model "
+            "or its optimizer alive",
+            left / 2**20,
+        )
 
 
 def take_step(engine: Any) -> float | None:

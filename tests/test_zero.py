@@ -1,5 +1,9 @@
 """DeepSpeed's layouts as fragments: every element once, the right one, at every ZeRO stage."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,11 +12,14 @@ import torch
 from stacking_ds import zero
 from stacking_ds.distributed import World
 from stacking_ds.errors import ConfigError
-from stacking_ds.fragments import MASTER, MOMENTS
+from stacking_ds.fragments import MASTER, MOMENTS, Layout
+from stacking_ds.model.bert import BertForPreTraining
+from stacking_ds.optim.groups import parameter_groups
 from stacking_ds.zero.compatibility import masters_of, require_pinned_deepspeed
+from stacking_ds.zero.layout import flat_tensors, predicted_layout
 from tests.ranks import run_ranks
 from tests.sharded import start_engine, train_engine, whole_state
-from tests.tiny import tiny_batch, tiny_loss, tiny_model, tiny_optimizer, train_tiny
+from tests.tiny import tiny_batch, tiny_config, tiny_loss, tiny_model, tiny_optimizer, train_tiny
 
 EVERY_STAGE = [(0, 2), (1, 3), (2, 2), (3, 3)]
 PRECISIONS = ["fp32", "bf16"]
@@ -106,6 +113,42 @@ def test_what_is_written_is_what_trains_on(zero_stage: int, ranks: int) -> None:
                 assert torch.equal(state[name]["exp_avg"], parameter * 2)
                 assert torch.equal(state[name]["exp_avg_sq"], parameter * parameter)
             assert step == 13  # one count per flat tensor: a shared one would run ahead
+
+
+def _cuts(world: World, zero_stage: int) -> Any:
+    engine = start_engine(world, zero_stage, "bf16")
+    found = zero.fragments(engine)
+    zero.release(engine)
+    return Layout.of(found, world.size), [(f.start, f.stop) for f in found]
+
+
+@pytest.mark.parametrize(("zero_stage", "ranks"), [*EVERY_STAGE, (1, 4), (3, 4)])
+def test_the_layout_is_the_predicted_one(zero_stage: int, ranks: int) -> None:
+    model = BertForPreTraining(tiny_config(2), seed=None)
+    names = {p: name for name, p in model.named_parameters()}
+    groups = [
+        [(names[p], p.numel()) for p in group["params"]]
+        for group in parameter_groups(model.named_parameters(), 0.1)
+    ]
+    predicted = predicted_layout(zero_stage, groups, ranks)
+    for rank, (layout, held) in enumerate(run_ranks(_cuts, ranks, zero_stage)):
+        assert layout == predicted
+        ends = [predicted.held(name) for name in predicted.cuts]
+        assert held == [(starts[rank], stops[rank]) for starts, stops in ends]
+
+
+def _leak(world: World, zero_stage: int) -> tuple[int, int]:
+    engine = start_engine(world, zero_stage, "bf16")
+    held = flat_tensors(engine)
+    leaked = zero.release(engine)
+    expected = sum(flat.nbytes for flat in held)
+    del held
+    return leaked - expected, zero.release(start_engine(world, zero_stage, "bf16"))
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 3])
+def test_a_release_says_what_did_not_come_back(zero_stage: int) -> None:
+    assert run_ranks(_leak, 2, zero_stage) == [(0, 0)] * 2
 
 
 def _norms(world: World, cases: list[tuple[int, int, float]]) -> Any:
@@ -214,6 +257,29 @@ def test_flat_masters_of_a_fused_optimizer_are_read_and_written() -> None:
 def test_another_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deepspeed.__version__", "0.20.0")
     with pytest.raises(ConfigError, match=r"0\.20\.0.*pip install deepspeed==0\.19\.8"):
+        require_pinned_deepspeed()
+
+
+def test_another_deepspeed_is_one_sentence_before_anything_starts(tmp_path: Path) -> None:
+    # as a later release would be: another version, and a module that moved
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys, deepspeed\n"
+        "deepspeed.__version__ = '0.20.0'\n"
+        "sys.modules['deepspeed.runtime.zero.parameter_offload'] = None\n"
+    )
+    command = [sys.executable, "-m", "stacking_ds", "train", "--recipe", "demo"]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path.cwd()}"}
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if "error" in line]
+    assert len(errors) == 1
+    assert "DeepSpeed 0.20.0 is installed" in errors[0]
+    assert "pip install deepspeed==0.19.8" in errors[0]
+
+
+def test_a_private_name_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("deepspeed.runtime.zero.parameter_offload.FWD_MODULE_STACK")
+    with pytest.raises(ConfigError, match=r"FWD_MODULE_STACK.*reinstall that version"):
         require_pinned_deepspeed()
 
 

@@ -1,7 +1,11 @@
 """The only code that knows how DeepSpeed lays out masters and moments: it turns a live engine of
 any ZeRO stage into `Fragment`s, writes them back, and frees the engine."""
 
+# ruff: noqa: E402 - the imports below need what is checked first
 from stacking_ds.zero.compatibility import require_pinned_deepspeed
+
+require_pinned_deepspeed()
+
 from stacking_ds.zero.gradients import gradient_norm, norm_before_step
 from stacking_ds.zero.loss_scale import loss_scale, mend_loss_scaling, set_loss_scale
 from stacking_ds.zero.process_group import follow_process_group

@@ -4,6 +4,7 @@ Everything in `stacking_ds.zero` was read in, and tested with, one DeepSpeed rel
 may keep the names and change their meaning, so it is refused before any number is moved.
 """
 
+import pkgutil
 from enum import Enum
 from typing import Any
 
@@ -53,9 +54,22 @@ _REQUIRED = {
 }
 
 
+# what is not an attribute of the optimizer wrapper that `initialize` makes
+_PRIVATE_NAMES = (
+    "deepspeed.ops:__compatible_ops__",
+    "deepspeed.comm.comm:cdb",
+    "deepspeed.runtime.engine:DeepSpeedEngine._broadcast_model",
+    "deepspeed.runtime.zero.parameter_offload:FWD_MODULE_STACK",
+    "deepspeed.runtime.zero.partition_parameters:Init._convert_to_deepspeed_param",
+    "deepspeed.runtime.zero.partitioned_param_coordinator:PartitionedParameterCoordinator",
+    "deepspeed.utils.groups:_release_process_group_references",
+)
+
+
 def require_pinned_deepspeed() -> None:
     """Raises:
-    ConfigError: another DeepSpeed than the one this package was proved with is installed.
+    ConfigError: another DeepSpeed than the one this package was proved with is installed, or one
+        that lacks a private name it needs.
     """
     if deepspeed.__version__ != PINNED_VERSION:
         raise ConfigError(
@@ -63,17 +77,29 @@ def require_pinned_deepspeed() -> None:
             f"private buffers and is proved with {PINNED_VERSION} alone: "
             f"pip install deepspeed=={PINNED_VERSION}"
         )
+    for name in _PRIVATE_NAMES:
+        try:
+            pkgutil.resolve_name(name)
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(_changed(f"DeepSpeed has no {name} ({error})")) from None
+
+
+def _changed(what: str) -> str:
+    return (
+        f"{what}: this is not the DeepSpeed {PINNED_VERSION} the package was proved with; "
+        f"reinstall that version: pip install --force-reinstall deepspeed=={PINNED_VERSION}"
+    )
 
 
 def masters_of(engine: Any) -> Masters:
-    """The layout of a live engine, with every private attribute it needs known to be there.
+    """Where a live engine keeps its masters; every private attribute needed is there.
 
     Raises:
         ConfigError: the engine's optimizer wrapper is one whose layout is not known.
     """
     wrapper = engine.optimizer
     name = type(wrapper).__name__
-    layout = Masters.MODULE
+    masters = Masters.MODULE
     if wrapper is not engine.basic_optimizer:
         known = {candidate.value: candidate for candidate in Masters}
         if name not in known:
@@ -81,11 +107,8 @@ def masters_of(engine: Any) -> Masters:
                 f"DeepSpeed chose {name}, whose buffers this package does not know; "
                 f"start from a bundled DeepSpeed JSON (zero0 … zero3)"
             )
-        layout = known[name]
-    missing = [attribute for attribute in _REQUIRED[layout] if not hasattr(wrapper, attribute)]
+        masters = known[name]
+    missing = [attribute for attribute in _REQUIRED[masters] if not hasattr(wrapper, attribute)]
     if missing:
-        raise ConfigError(
-            f"DeepSpeed's {name} has no {', '.join(missing)}: this is not the "
-            f"DeepSpeed {PINNED_VERSION} the package was proved with; reinstall that version"
-        )
-    return layout
+        raise ConfigError(_changed(f"DeepSpeed's {name} has no {', '.join(missing)}"))
+    return masters

@@ -8,6 +8,7 @@ rest is one reference cycle, so the collector has to run.
 
 import ctypes
 import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -15,21 +16,28 @@ import torch
 from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
+from stacking_ds.zero.layout import flat_tensors
+
 __all__ = ["release"]
 
 
-def release(engine: Any) -> None:
+def release(engine: Any) -> int:
     """Destroy `engine` and return its memory; the engine and its module are unusable afterwards.
 
-    What the caller still holds (the model, a loss with its graph, fragments) stays allocated
-    until the caller lets go of it.
+    What the caller still holds (the model, a loss with its graph) stays allocated until the
+    caller lets go of it.
+
+    Returns:
+        The bytes of fp32 masters that did not come back, which should be 0.
     """
+    masters = [(weakref.ref(flat), flat.nbytes) for flat in flat_tensors(engine)]
     engine.destroy()
     _forget_modules(engine)
     _clear_coordinator_cache()
     _empty(engine)
     gc.collect()
     _return_free_pages()
+    return sum(size for master, size in masters if master() is not None)
 
 
 def _forget_modules(engine: Any) -> None:

@@ -30,6 +30,7 @@ KNOWN_KEYS = (
     "bf16",
     "fp16",
     "zero_optimization",
+    "zero_force_ds_cpu_optimizer",
     "communication_data_type",
     "data_types",
     "comms_logger",
@@ -86,7 +87,6 @@ REFUSED_KEYS: Mapping[str, str] = {
             "torch_autocast",
             "weight_quantization",
             "zero_allow_untested_optimizer",
-            "zero_force_ds_cpu_optimizer",
         ),
         _ELSEWHERE,
     ),
@@ -112,7 +112,6 @@ _ONLY: Mapping[str, Mapping[str, tuple[tuple[Any, ...], str]]] = {
         "elastic_checkpoint": ((False,), "checkpoints here load at any world size anyway"),
         "cpu_offload": ((None, False), _NOT_SHARDED_SO),
         "cpu_offload_param": ((None, False), _NOT_SHARDED_SO),
-        "offload_optimizer": ((None, {"device": "none"}), _NOT_SHARDED_SO),
         "offload_param": ((None, {"device": "none"}), _NOT_SHARDED_SO),
         "zenflow": ((None,), _NOT_SHARDED_SO),
         "zero_hpz_partition_size": ((1,), _NOT_SHARDED_SO),
@@ -164,6 +163,29 @@ def section_problems(json: Mapping[str, Any]) -> list[str]:
                     f'"{section}.{key}" is {values[key]!r}: {reason}; '
                     f"delete it or write {right[0]!r}"
                 )
+    return problems + _offload_problems(json.get("zero_optimization", {}))
+
+
+def _offload_problems(zero_optimization: Any) -> list[str]:
+    """Masters and moments may live in host memory, and nowhere else but on the device."""
+    if not isinstance(zero_optimization, dict):
+        return []
+    offload = zero_optimization.get("offload_optimizer")
+    if not isinstance(offload, dict) or offload.get("device", "none") == "none":
+        return []
+    problems = []
+    if zero_optimization.get("stage", 0) == 0:
+        problems.append(
+            '"zero_optimization.offload_optimizer": at ZeRO 0 DeepSpeed offloads nothing; write '
+            '"stage": 1, 2 or 3, or delete it'
+        )
+    only = {"device": ("cpu",), "ratio": (1.0,), "super_offload": (False,)}
+    for key, right in only.items():
+        if key in offload and offload[key] not in right:
+            problems.append(
+                f'"zero_optimization.offload_optimizer.{key}" is {offload[key]!r}: '
+                f"{_NOT_SHARDED_SO}; write {right[0]!r}"
+            )
     return problems
 
 
