@@ -1,6 +1,10 @@
 """An export is loaded by `transformers` itself, and is never half there."""
 
 import json
+import math
+import threading
+import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +14,18 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from stacking_ds import export
+from stacking_ds import checkpoint, export
+from stacking_ds.distributed import World
 from stacking_ds.errors import CheckpointError, ConfigError, DataError
 from stacking_ds.export import export_to_hugging_face
-from stacking_ds.model.bert import BertForPreTraining
+from stacking_ds.fragments import MASTER, Cut, Fragment
+from stacking_ds.from_checkpoint import export_run
+from stacking_ds.job import Job
+from stacking_ds.model.bert import BertForPreTraining, parameter_shapes
 from stacking_ds.model.config import BertConfig
+from tests.prose import tiny_shards
+from tests.ranks import run_ranks
+from tests.runs import small_recipe
 
 # [PAD] is not token 0, so that a default would be noticed
 VOCABULARY = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]", "stack", "##ing", "cafe", "the", "!"]
@@ -59,7 +70,7 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def exported(tmp_path: Path, data: Path) -> Path:
-    export_to_hugging_face(_tensors(), CONFIG, data, tmp_path / "run" / "export")
+    export_to_hugging_face(_tensors().items(), CONFIG, data, tmp_path / "run" / "export")
     return tmp_path / "run" / "export"
 
 
@@ -124,13 +135,37 @@ def test_tied_tensors_are_stored_once(exported: Path) -> None:
         assert file.metadata() == {"format": "pt"}
 
 
+def test_tensors_are_written_as_they_come_and_none_is_kept(tmp_path: Path, data: Path) -> None:
+    tensors = _tensors()
+    alive: list[int] = []
+    given: list[weakref.ref[torch.Tensor]] = []
+
+    def one_by_one() -> Iterator[tuple[str, torch.Tensor]]:
+        for name in reversed(tensors):  # any order will do
+            # a copy, and for matrices one that is not contiguous
+            copy = tensors[name].t().clone().t()
+            given.append(weakref.ref(copy))
+            alive.append(sum(reference() is not None for reference in given))
+            yield name, copy
+
+    export_to_hugging_face(one_by_one(), CONFIG, data, tmp_path / "export")
+    assert max(alive) <= 2  # the one made now, and the name that still holds the one before
+    stored = safetensors.torch.load_file(tmp_path / "export" / "model.safetensors")
+    assert stored.keys() == tensors.keys()
+    assert all(torch.equal(stored[name], value) for name, value in tensors.items())
+    content = (tmp_path / "export" / "model.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    assert length % 8 == 0
+    assert len(content) == 8 + length + 4 * sum(value.numel() for value in tensors.values())
+
+
 TEXTS = ["The stacking!", "Stacking, CAFÉ the", "unheard of", "[MASK] the stack", "the中stack"]
 
 
 @pytest.mark.parametrize("lowercase", [True, False])
 def test_the_tokenizer_gives_the_same_ids(tmp_path: Path, lowercase: bool) -> None:
     tokenizer = _tokenizer(tmp_path / "data", lowercase=lowercase)
-    export_to_hugging_face(_tensors(), CONFIG, tmp_path / "data", tmp_path / "export")
+    export_to_hugging_face(_tensors().items(), CONFIG, tmp_path / "data", tmp_path / "export")
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "export")
     assert (5 in tokenizer.encode("STACK").ids) == lowercase
     for text in TEXTS:
@@ -144,39 +179,51 @@ def test_the_tokenizer_gives_the_same_ids(tmp_path: Path, lowercase: bool) -> No
 def test_pre_layer_norm_is_refused(tmp_path: Path, data: Path) -> None:
     config = replace(CONFIG, layer_norm_position="pre")
     with pytest.raises(ConfigError, match="layer_norm_position='pre' cannot be exported"):
-        export_to_hugging_face(_tensors(config), config, data, tmp_path / "export")
+        export_to_hugging_face(_tensors(config).items(), config, data, tmp_path / "export")
     assert not (tmp_path / "export").exists()
 
 
 def test_tensors_of_another_model_are_refused(tmp_path: Path, data: Path) -> None:
     out = tmp_path / "export"
     with pytest.raises(CheckpointError, match=r"of 2 layers: missing \[\], unknown .*layer\.2\."):
-        export_to_hugging_face(_tensors(), replace(CONFIG, num_hidden_layers=2), data, out)
+        export_to_hugging_face(_tensors().items(), replace(CONFIG, num_hidden_layers=2), data, out)
     with pytest.raises(CheckpointError, match=r"word_embeddings.weight has shape \(16, 24\) where"):
-        export_to_hugging_face(_tensors(), replace(CONFIG, vocab_size=17), data, out)
+        export_to_hugging_face(_tensors().items(), replace(CONFIG, vocab_size=17), data, out)
     assert not out.exists()
+
+
+def test_every_tensor_must_come_exactly_once(exported: Path, data: Path) -> None:
+    before = {path.name: path.read_bytes() for path in exported.iterdir()}
+    pairs = list(_tensors(seed=1).items())
+    first, last = pairs[0][0], pairs[-1][0]
+    with pytest.raises(CheckpointError, match=rf"missing \['{last}'\], unknown or twice \[\]"):
+        export_to_hugging_face(pairs[:-1], CONFIG, data, exported)
+    with pytest.raises(CheckpointError, match=rf"missing \[\], unknown or twice \['{first}'\]"):
+        export_to_hugging_face([*pairs, pairs[0]], CONFIG, data, exported)
+    assert {path.name: path.read_bytes() for path in exported.iterdir()} == before
+    assert [path.name for path in exported.parent.iterdir()] == ["export"]
 
 
 def test_a_wrong_tokenizer_is_refused(tmp_path: Path, data: Path) -> None:
     small = replace(CONFIG, vocab_size=9)
     with pytest.raises(DataError, match="has 10 tokens, the model 9"):
-        export_to_hugging_face(_tensors(small), small, data, tmp_path / "export")
+        export_to_hugging_face(_tensors(small).items(), small, data, tmp_path / "export")
     (data / "vocab.txt").unlink()
     with pytest.raises(DataError, match=r"vocab\.txt is missing"):
-        export_to_hugging_face(_tensors(), CONFIG, data, tmp_path / "export")
+        export_to_hugging_face(_tensors().items(), CONFIG, data, tmp_path / "export")
     (data / "vocab.txt").touch()
     broken = json.loads((data / "tokenizer.json").read_text())
     del broken["model"]["vocab"]["[MASK]"]
     (data / "tokenizer.json").write_text(json.dumps(broken))
     with pytest.raises(DataError, match=r"not a BERT tokenizer .*\[MASK\]"):
-        export_to_hugging_face(_tensors(), CONFIG, data, tmp_path / "export")
+        export_to_hugging_face(_tensors().items(), CONFIG, data, tmp_path / "export")
     (data / "tokenizer.json").write_text("{")
     with pytest.raises(DataError, match="not a BERT tokenizer"):
-        export_to_hugging_face(_tensors(), CONFIG, data, tmp_path / "export")
+        export_to_hugging_face(_tensors().items(), CONFIG, data, tmp_path / "export")
 
 
 def test_an_earlier_export_is_replaced_whole(exported: Path, data: Path) -> None:
-    export_to_hugging_face(_tensors(seed=1), CONFIG, data, exported)
+    export_to_hugging_face(_tensors(seed=1).items(), CONFIG, data, exported)
     stored = safetensors.torch.load_file(exported / "model.safetensors")
     assert all(torch.equal(stored[name], value) for name, value in _tensors(seed=1).items())
     assert [path.name for path in exported.parent.iterdir()] == ["export"]
@@ -185,7 +232,7 @@ def test_an_earlier_export_is_replaced_whole(exported: Path, data: Path) -> None
 def test_a_folder_with_somebody_elses_files_is_not_replaced(exported: Path, data: Path) -> None:
     (exported / "notes.txt").write_text("precious")
     with pytest.raises(ConfigError, match=r"notes\.txt"):
-        export_to_hugging_face(_tensors(seed=1), CONFIG, data, exported)
+        export_to_hugging_face(_tensors(seed=1).items(), CONFIG, data, exported)
     assert (exported / "notes.txt").read_text() == "precious"
 
 
@@ -201,7 +248,20 @@ def test_a_failing_export_leaves_the_earlier_one_and_nothing_else(
     with pytest.raises(
         ConfigError, match=r"cannot write the export.*No space left.*another folder"
     ):
-        export_to_hugging_face(_tensors(seed=1), CONFIG, data, exported)
+        export_to_hugging_face(_tensors(seed=1).items(), CONFIG, data, exported)
+    assert {path.name: path.read_bytes() for path in exported.iterdir()} == before
+    assert [path.name for path in exported.parent.iterdir()] == ["export"]
+
+
+def test_an_unreadable_source_leaves_the_earlier_export(exported: Path, data: Path) -> None:
+    before = {path.name: path.read_bytes() for path in exported.iterdir()}
+
+    def damaged() -> Iterator[tuple[str, torch.Tensor]]:
+        yield from list(_tensors(seed=1).items())[:3]
+        raise CheckpointError("rank_00000 is damaged")
+
+    with pytest.raises(CheckpointError, match="rank_00000 is damaged"):
+        export_to_hugging_face(damaged(), CONFIG, data, exported)
     assert {path.name: path.read_bytes() for path in exported.iterdir()} == before
     assert [path.name for path in exported.parent.iterdir()] == ["export"]
 
@@ -210,17 +270,73 @@ def test_what_a_killed_export_left_is_cleared(exported: Path, data: Path) -> Non
     # killed between the two renames: the old export waits beside the place
     exported.rename(exported.with_name(".export.previous"))
     (exported.parent / ".export.partial").mkdir()
-    export_to_hugging_face(_tensors(), CONFIG, data, exported)
+    export_to_hugging_face(_tensors().items(), CONFIG, data, exported)
     assert [path.name for path in exported.parent.iterdir()] == ["export"]
 
 
 def test_a_folder_of_other_things_is_not_overwritten(tmp_path: Path, data: Path) -> None:
     mine = tmp_path / "thesis"
     mine.mkdir()
-    export_to_hugging_face(_tensors(), CONFIG, data, mine)  # empty is fine
+    export_to_hugging_face(_tensors().items(), CONFIG, data, mine)  # empty is fine
     (mine / "model.safetensors").rename(mine / "chapter.tex")
     with pytest.raises(ConfigError, match="thesis holds something else than an export"):
-        export_to_hugging_face(_tensors(), CONFIG, data, mine)
+        export_to_hugging_face(_tensors().items(), CONFIG, data, mine)
     assert (mine / "chapter.tex").exists()
     with pytest.raises(ConfigError, match="is a file"):
-        export_to_hugging_face(_tensors(), CONFIG, data, mine / "chapter.tex")
+        export_to_hugging_face(_tensors().items(), CONFIG, data, mine / "chapter.tex")
+
+
+DEEP = ("model.hidden_size=256", "model.num_attention_heads=4", "model.intermediate_size=1024")
+
+
+def _anonymous_mib() -> float:
+    """Resident memory that is not a file's, in MiB."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) / 1024
+
+
+def _save_deep(world: World, job: Job, run_dir: Path) -> tuple[float, float]:
+    """MiB of a saved model, and of its largest parameter."""
+    fragments = [
+        Fragment(name, shape, 0, numel, {MASTER: torch.zeros(numel)}, Cut(numel, numel))
+        for name, shape in parameter_shapes(job.model_config(24)).items()
+        for numel in [math.prod(shape)]
+    ]
+    checkpoint.save(
+        run_dir,
+        fragments,
+        world,
+        optimizer_step=0,
+        train_state={"step": 1},
+        config={},
+        num_hidden_layers=24,
+        vocabulary_sha256=job.shards.manifest.vocabulary_sha256,
+        data_sha256=job.data_sha256,
+    )
+    mib = [4 * fragment.numel / 2**20 for fragment in fragments]
+    return sum(mib), max(mib)
+
+
+def _export(_: World, job: Job, run_dir: Path) -> float:
+    """MiB by which exporting raises this process's memory at its peak."""
+    before, peak, over = _anonymous_mib(), 0.0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not over.wait(0.0005):
+            peak = max(peak, _anonymous_mib())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    export_run(job, run_dir)
+    over.set()
+    watcher.join()
+    return peak - before
+
+
+def test_exporting_a_run_needs_memory_for_a_parameter_and_not_for_a_model(tmp_path: Path) -> None:
+    job = Job.check(small_recipe(tmp_path, tiny_shards(tmp_path), *DEEP))
+    model_mib, largest_mib = run_ranks(_save_deep, 1, job, tmp_path / "run")[0]
+    risen_mib = run_ranks(_export, 1, job, tmp_path / "run")[0]
+    assert model_mib > 70 * largest_mib
+    assert risen_mib < 10 * largest_mib
