@@ -25,6 +25,7 @@ __all__ = ["CapturedState", "Moments", "capture", "install"]
 Moments = Literal["carry", "reset"]
 
 _TOLERANCE = 1e-9  # of the fp64 sums, which the ranks may add up in another order
+_PIECE_ELEMENTS = 1 << 18
 _STATISTICS = 3  # count, sum, sum of squares
 
 
@@ -117,15 +118,24 @@ def _sources(
 
 def _statistics(fragments: Iterable[Fragment], keys: Sequence[str], ranks: Ranks) -> list[float]:
     """For each fragment and key, in order: count, sum and sum of squares of the owned elements."""
-    statistics = []
+    counts, sums = [], []
     for fragment in fragments:
         owned = fragment.owned_by(ranks.rank)
         for key in keys:
-            view = owned.views[key]
-            squares = torch.linalg.vector_norm(view, dtype=torch.float64) ** 2
-            total = view.sum(dtype=torch.float64)
-            statistics += [float(owned.numel), float(total), float(squares)]
-    return statistics
+            counts.append(float(owned.numel))
+            sums.append(_sums(owned.views[key]))
+    # together: reading them one by one would wait for the device each time
+    pairs = torch.stack(sums).tolist()
+    return [value for count, pair in zip(counts, pairs, strict=True) for value in (count, *pair)]
+
+
+def _sums(view: torch.Tensor) -> torch.Tensor:
+    """Sum and sum of squares in fp64, a piece at a time that stays in the cache."""
+    total = torch.zeros(2, dtype=torch.float64, device=view.device)
+    for piece in torch.split(view, _PIECE_ELEMENTS):
+        wide = piece.double()
+        total += torch.stack([wide.sum(), wide.dot(wide)])
+    return total
 
 
 def _compare(
