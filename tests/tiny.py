@@ -23,7 +23,7 @@ __all__ = [
     "train_tiny",
 ]
 
-SAMPLES = 6  # rows of every batch: 1, 2, 3 or 6 ranks share them evenly
+SAMPLES = 12  # rows of every batch: 1, 2, 3, 4, 6 or 12 ranks share them evenly
 _SEQUENCE = 7
 
 
@@ -73,7 +73,7 @@ def tiny_batch(step: int) -> dict[str, torch.Tensor]:
     input_ids = torch.randint(0, 33, (SAMPLES, _SEQUENCE), generator=draw)
     labels = torch.randint(0, 33, (SAMPLES, _SEQUENCE), generator=draw)
     for row in range(SAMPLES):
-        labels[row, row + 1 :] = -100
+        labels[row, row % _SEQUENCE + 1 :] = -100
     lengths = torch.randint(3, _SEQUENCE + 1, (SAMPLES, 1), generator=draw)
     return {
         "input_ids": input_ids,
