@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from stacking_ds import checkpoint, zero
+from stacking_ds.boundary import HostState, capture_engine, install_state
 from stacking_ds.distributed import World
 from stacking_ds.engine import release_engine, take_step
 from stacking_ds.evaluate.heldout import evaluate_heldout
 from stacking_ds.fragments import MASTER, MOMENTS
 from stacking_ds.from_checkpoint import load_model
 from stacking_ds.growth.operators import layer_map
-from stacking_ds.growth.state import CapturedState, capture, install
 from stacking_ds.job import Job
 from stacking_ds.model.config import BertConfig
 from tests.bert_samples import Batch, telling_model
@@ -46,7 +46,7 @@ def _batch(world: World, step: int) -> dict[str, torch.Tensor]:
     return {key: tensor.to(world.device) for key, tensor in tiny_batch(step).items()}
 
 
-def _engine(world: World, zero_stage: int, precision: str, depth: int, seed: int = 0) -> Any:
+def _engine(world: World, zero_stage: int, precision: str, depth: int, seed: int | None = 0) -> Any:
     engine = start_engine(world, zero_stage, precision, depth=depth, seed=seed)
     zero.set_loss_scale(engine, 256.0)  # the initial one makes fp16 skip its first steps
     return engine
@@ -97,12 +97,10 @@ def check_growth(world: World, zero_stage: int, precision: str) -> None:
     engine = _engine(world, zero_stage, precision, 2)
     _train(world, engine, range(2))
     before = whole_state(world, engine)
-    captured = capture(zero.fragments(engine))
+    state = capture_engine(engine)
     release_engine(engine)
-    engine = _engine(world, zero_stage, precision, 4, seed=99)
-    zero.seed_moments(engine, 2)
-    install(zero.fragments(engine), captured, layer_map("stack", 2, 4), "carry", world)
-    zero.refresh(engine)
+    engine = _engine(world, zero_stage, precision, 4, seed=None)
+    install_state(engine, state, layer_map("stack", 2, 4), "carry", world)
     after = whole_state(world, engine)
     reference = tiny_model(4, seed=1)
     for name, parameter in reference.named_parameters():
@@ -170,15 +168,13 @@ def check_memory(world: World, zero_stage: int) -> None:
     for old, new in itertools.pairwise(depths):
         _train(world, engine, range(1))
         alive.append(_held_bytes(world))
-        captured = capture(zero.fragments(engine))
+        state = capture_engine(engine)
         release_engine(engine)
         del engine
-        held.append(_held_bytes(world) - _captured_bytes(world, captured))
-        engine = _engine(world, zero_stage, "bf16", new)
-        zero.seed_moments(engine, 1)
-        install(zero.fragments(engine), captured, layer_map("stack", old, new), "carry", world)
-        zero.refresh(engine)
-        del captured
+        held.append(_held_bytes(world) - _state_bytes(world, state))
+        engine = _engine(world, zero_stage, "bf16", new, seed=None)
+        install_state(engine, state, layer_map("stack", old, new), "carry", world)
+        del state
     release_engine(engine)
     # the first release leaves what is made once in a process, such as a matmul's workspace
     smallest_bytes = 4 * sum(p.numel() for p in tiny_model(depths[0]).parameters())
@@ -198,11 +194,14 @@ def _held_bytes(world: World) -> int:
     return sum(storages.values())
 
 
-def _captured_bytes(world: World, captured: CapturedState) -> int:
-    """What of the host's copies counts on this world's device."""
+def _state_bytes(world: World, state: HostState) -> int:
+    """What of the state between two engines counts on this world's device."""
+    kept = {weight.untyped_storage().data_ptr(): weight.untyped_storage().nbytes()
+            for weight in state.weights.values()}  # fmt: skip
     if world.device.type == "cuda":
-        return 0
-    return sum(v.nbytes for fragment in captured.fragments for v in fragment.views.values())
+        return sum(kept.values())
+    copies = [view for fragment in state.captured.fragments for view in fragment.views.values()]
+    return sum(kept.values()) + sum(view.nbytes for view in copies)
 
 
 # ------------------------------------------------------------------ attention
