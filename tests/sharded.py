@@ -10,7 +10,7 @@ from stacking_ds.engine import build_engine, take_step
 from stacking_ds.fragments import Fragment
 from tests.tiny import SAMPLES, tiny_batch, tiny_loss, tiny_model, tiny_optimizer, tiny_settings
 
-__all__ = ["start_engine", "train_engine", "whole_state"]
+__all__ = ["start_engine", "train_engine", "train_losses", "whole_state"]
 
 State = dict[str, dict[str, torch.Tensor]]
 
@@ -32,17 +32,26 @@ def start_engine(
 
 def train_engine(world: World, engine: Any, steps: range, gas: int = 1) -> list[float | None]:
     """Train on the same batches as `tiny.train_tiny`; the gradient norm of every step."""
+    return [_train_step(world, engine, step, gas)[1] for step in steps]
+
+
+def train_losses(world: World, engine: Any, steps: range) -> list[float]:
+    """Train likewise; the loss of every step, over the batches of all ranks."""
+    return [world.sum([_train_step(world, engine, step, 1)[0]])[0] for step in steps]
+
+
+def _train_step(world: World, engine: Any, step: int, gas: int) -> tuple[float, float | None]:
+    """This rank's share of the loss, and the gradient norm."""
     share = SAMPLES // (world.size * gas)
-    norms = []
-    for step in steps:
-        for micro_step in range(gas):
-            first = (micro_step * world.size + world.rank) * share
-            part = tiny_loss(engine, tiny_batch(step), slice(first, first + share))
-            engine.backward(part * world.size * gas)
-            norm = take_step(engine)
-            assert (norm is None) == (micro_step < gas - 1)
-        norms.append(norm)
-    return norms
+    loss = 0.0
+    for micro_step in range(gas):
+        first = (micro_step * world.size + world.rank) * share
+        part = tiny_loss(engine, tiny_batch(step), slice(first, first + share))
+        engine.backward(part * world.size * gas)
+        norm = take_step(engine)
+        assert (norm is None) == (micro_step < gas - 1)
+        loss += part.item()
+    return loss, norm
 
 
 def whole_state(world: World, engine: Any) -> State:

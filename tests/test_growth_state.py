@@ -115,15 +115,10 @@ def _grow(world: World, zero_stage: int, precision: str, moments: Moments) -> An
     for old, new in itertools.pairwise(DEPTHS):
         train_engine(world, engine, range(1))
         before = whole_state(world, engine)
-        step = zero.optimizer_step(engine)
-        captured = capture(zero.fragments(engine))
+        state = capture_engine(engine)
         release_engine(engine)
         engine = start_engine(world, zero_stage, precision, depth=new, seed=99)
-        if moments == "carry":
-            zero.seed_moments(engine, step)
-        layers = layer_map("stack", old, new)
-        install(zero.fragments(engine), captured, layers, moments, world)
-        zero.refresh(engine)
+        install_state(engine, state, layer_map("stack", old, new), moments, world)
         tied = engine.module.cls.predictions.decoder.weight
         assert tied is engine.module.bert.embeddings.word_embeddings.weight
         after = whole_state(world, engine)
