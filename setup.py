@@ -14,6 +14,7 @@ REQUIREMENTS = [
     "sentencex>=1.0.32,<2",  # sentence boundaries, which the NSP pairs are cut at
     "pyarrow>=15",  # token shards are memory-mapped Arrow files; reads Parquet
     "safetensors>=0.5",  # checkpoints and the exported weights
+    "xxhash>=3.4",  # checksums of a checkpoint's chunks, as fast as memory; datasets brings it too
     "pydantic>=2.10,<3",  # recipes and manifests are strict models; DeepSpeed brings it too
     "PyYAML>=6",  # recipes are YAML
     "numpy>=1.26",  # token arrays, masks, sample order

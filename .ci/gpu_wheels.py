@@ -28,6 +28,7 @@ DOWNLOADED = (
     "sentencex",
     "typing-extensions",  # the machine may have an older one than pydantic needs
     "typing-inspection",
+    "xxhash",
 )
 ON_THE_MACHINE = {
     *("einops", "msgpack", "ninja", "numpy", "packaging", "psutil", "py-cpuinfo", "torch", "tqdm"),

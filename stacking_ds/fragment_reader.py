@@ -1,76 +1,144 @@
-"""Intervals of saved parameters, read from whichever ranks' files hold them."""
+"""Intervals of saved parameters, read from the files of the ranks that hold them, and verified.
 
+    a rank's file          | length | header |    tensor    |    tensor    | …
+    checksums of chunks    |     0     |     1     |     2     |     3     | …
+    wanted                                            xxxxx
+
+What is read is the header and the wanted elements. The chunks that they touch are verified, once
+each; damage elsewhere in a file is for `FragmentReader.problems` to find.
+"""
+
+import json
+import mmap
+import os
+from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from stacking_ds.data.manifest import file_sha256
+from stacking_ds.checkpoint_folders import fall_back
 from stacking_ds.errors import CheckpointError
-from stacking_ds.manifest import USE_ANOTHER, Interval, Manifest, RankFile
+from stacking_ds.manifest import Manifest, RankFile, checksum
 
 __all__ = ["FragmentReader"]
 
+_LENGTH_BYTES = 8  # of the number that says how many bytes of header follow it
+_ELEMENT_BYTES = 4
+
 
 class FragmentReader:
-    """Opens, and verifies, a rank's file when it first needs it."""
+    """Maps a rank's file when an interval first needs it."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self._folder = folder
-        self._shapes = manifest.parameters
-        self._open: dict[str, Any] = {}
-        self._places: dict[str, list[tuple[RankFile, Interval]]] = {}
-        for file in manifest.files:
-            for interval in file.intervals:
-                self._places.setdefault(interval.name, []).append((file, interval))
-
-    def require(self, name: str, shape: tuple[int, ...]) -> None:
-        saved = self._shapes.get(name)
-        if saved != shape:
-            found = f"has {name} with shape {saved}" if saved else f"has no {name}"
-            raise CheckpointError(
-                f"{self._folder} is of another model: it {found}, this model needs shape {shape}; "
-                f"resume with the recipe the run was started with"
-            )
+        self._manifest = manifest
+        self._files: dict[int, _MappedFile] = {}
 
     def fill(self, view: torch.Tensor, key: str, name: str, start: int, stop: int) -> None:
-        """Copy the elements [start, stop) of `name` into `view`, from whichever files have them."""
-        filled = 0
-        for file, interval in self._places.get(name, []):
-            low, high = max(start, interval.start), min(stop, interval.stop)
-            if low < high and key in interval.keys:
-                part = self._read(
-                    file, f"{key}/{name}", low - interval.start, high - interval.start
-                )
-                view[low - start : high - start].copy_(part)
-                filled += high - low
-        if filled != stop - start:
-            raise CheckpointError(
-                f"{self._folder} has {filled} of the {stop - start} elements [{start}, {stop}) of "
-                f"{name}'s {key}: its manifest is not whole; {USE_ANOTHER}"
+        """Copy the elements [start, stop) of `name` into `view`, a 1-D tensor of as many.
+
+        Raises:
+            CheckpointError: a file is missing, or damaged where it is read.
+        """
+        cut = self._manifest.parameters[name].cut
+        try:
+            for rank in cut.holders(start, stop):
+                low, high = cut.interval(rank)
+                first, last = max(start, low), min(stop, high)
+                if rank not in self._files:
+                    self._files[rank] = self._map(rank)
+                saved = self._files[rank].read(f"{key}/{name}", high - low, first - low, last - low)
+                view[first - start : last - start].copy_(saved)
+        except _DamageError as damage:
+            raise CheckpointError(f"{damage}; {fall_back(self._folder)}") from None
+
+    def problems(self) -> Iterator[str]:
+        """Read every byte of every file; a sentence for each file that is not as it was written."""
+        for rank in range(self._manifest.world_size):
+            try:
+                file = self._map(rank)
+                file.verify_all()
+                for name, parameter in self._manifest.parameters.items():
+                    low, high = parameter.cut.interval(rank)
+                    for key in self._manifest.keys if low < high else ():
+                        file.find(f"{key}/{name}", high - low)
+            except _DamageError as damage:
+                yield str(damage)
+
+    def _map(self, rank: int) -> "_MappedFile":
+        return _MappedFile(self._folder, self._manifest.files[rank], self._manifest.chunk_bytes)
+
+
+class _DamageError(Exception):
+    """What is wrong with a file, without the remedy."""
+
+
+class _MappedFile:
+    """One rank's safetensors file: https://huggingface.co/docs/safetensors has the format."""
+
+    def __init__(self, folder: Path, record: RankFile, chunk_bytes: int) -> None:
+        self._path = folder / record.name
+        self._checksums = record.checksums
+        self._verified = [False] * len(record.checksums)
+        self._chunk_bytes = chunk_bytes
+        try:
+            with self._path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size != record.size_bytes:
+                    raise self._damaged(f"it has {size} bytes instead of {record.size_bytes}")
+                # a private map, because torch views only what could be written to
+                self._bytes = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+        except OSError as error:
+            raise _DamageError(f"{self._path} cannot be read ({error.strerror})") from None
+
+    def read(self, tensor: str, numel: int, start: int, stop: int) -> torch.Tensor:
+        """The elements [start, stop), at least one, of a 1-D fp32 tensor: a view of the file."""
+        place = self.find(tensor, numel)
+        first, last = place + _ELEMENT_BYTES * start, place + _ELEMENT_BYTES * stop
+        self._verify(first, last)
+        return torch.frombuffer(self._bytes[first:last], dtype=torch.float32)
+
+    def find(self, tensor: str, numel: int) -> int:
+        """The first byte of a tensor of `numel` elements."""
+        place, found = self._tensors.get(tensor, (0, None))
+        if found != numel:
+            raise self._damaged(f"it does not hold the {numel} elements of {tensor}")
+        return place
+
+    def verify_all(self) -> None:
+        damaged = [index for index in range(len(self._checksums)) if not self._is_whole(index)]
+        if damaged:
+            raise self._damaged(
+                f"{len(damaged)} of {len(self._checksums)} chunks are not those that were written, "
+                f"the first at byte {damaged[0] * self._chunk_bytes}"
             )
 
-    def _read(self, file: RankFile, tensor: str, low: int, high: int) -> torch.Tensor:
-        path = self._folder / file.name
-        try:
-            if file.name not in self._open:
-                if (size := path.stat().st_size) != file.size_bytes:
-                    raise CheckpointError(
-                        f"{path} has {size} bytes instead of {file.size_bytes}: it is damaged; "
-                        f"{USE_ANOTHER}"
-                    )
-                if file_sha256(path) != file.sha256:
-                    raise CheckpointError(
-                        f"{path} is damaged: its bytes are not those that were written; "
-                        f"{USE_ANOTHER}"
-                    )
-                self._open[file.name] = safe_open(path, framework="pt")
-            part: torch.Tensor = self._open[file.name].get_slice(tensor)[low:high]
-        except OSError as error:
-            raise CheckpointError(
-                f"{path} cannot be read ({error.strerror}); {USE_ANOTHER}"
-            ) from None
-        except SafetensorError as error:
-            raise CheckpointError(f"{path} is damaged ({error}); {USE_ANOTHER}") from None
-        return part
+    @cached_property
+    def _tensors(self) -> dict[str, tuple[int, int]]:
+        """Name to first byte and number of elements."""
+        self._verify(0, _LENGTH_BYTES)
+        end = _LENGTH_BYTES + int.from_bytes(self._bytes[:_LENGTH_BYTES], "little")
+        self._verify(0, end)
+        header = json.loads(bytes(self._bytes[_LENGTH_BYTES:end]))
+        return {
+            name: (end + entry["data_offsets"][0], entry["shape"][0])
+            for name, entry in header.items()
+        }
+
+    def _verify(self, start: int, stop: int) -> None:
+        for index in range(start // self._chunk_bytes, -(-stop // self._chunk_bytes)):
+            if not self._is_whole(index):
+                raise self._damaged(
+                    f"the bytes from {index * self._chunk_bytes} on are not those that were written"
+                )
+
+    def _is_whole(self, index: int) -> bool:
+        if not self._verified[index]:
+            start = index * self._chunk_bytes
+            found = checksum(self._bytes[start : start + self._chunk_bytes])
+            self._verified[index] = found == self._checksums[index]
+        return self._verified[index]
+
+    def _damaged(self, reason: str) -> _DamageError:
+        return _DamageError(f"{self._path} is damaged: {reason}")

@@ -1,67 +1,127 @@
 """What a checkpoint says of itself: its `manifest.json`, as strict records."""
 
 import importlib.metadata
+import json
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+import xxhash
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from stacking_ds.checkpoint_folders import fall_back
 from stacking_ds.errors import CheckpointError
+from stacking_ds.fragments import Cut
 
 __all__ = [
+    "CHUNK_BYTES",
     "FORMAT_VERSION",
-    "USE_ANOTHER",
-    "Interval",
+    "Contents",
     "Manifest",
+    "Parameter",
     "RankFile",
+    "checksum",
     "package_versions",
     "read_manifest",
 ]
 
-FORMAT_VERSION: Literal[1] = 1
-USE_ANOTHER = "write the name of an earlier checkpoint into checkpoints/latest and resume from that"
+FORMAT_VERSION: Literal[2] = 2
+CHUNK_BYTES = 1 << 20
+"""Reading an interval verifies whole chunks: small ones cost little to read beyond it, large ones
+make a short manifest."""
 
 Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+def checksum(data: bytes | memoryview) -> str:
+    """Tells damage, as fast as memory is read; it is no defence against forgery."""
+    return xxhash.xxh3_128_hexdigest(data)
 
 
 class _Record(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
 
-class Interval(_Record):
-    """The elements [start, stop) of one parameter, under each of `keys`."""
+class Contents(_Record):
+    """What is saved besides masters and moments, and what it belongs to.
 
-    name: str
-    start: Count
-    stop: Count
-    keys: tuple[str, ...]
+    Nothing else is needed to go on. The position in the data, masks and dropout are functions of
+    `config["seed"]` and `step`; the learning rate is one of `config` and `step`. The stage is
+    `train_state["stage_index"]`, the precision `config["engine"]["precision"]`.
+    """
 
-
-class RankFile(_Record):
-    name: str
-    size_bytes: Count
-    sha256: str
-    intervals: tuple[Interval, ...]
-
-
-class Manifest(_Record):
-    """What a checkpoint is of; everything but the numbers themselves."""
-
-    format_version: Literal[1]
-    package_versions: dict[str, str]
     step: Count
     optimizer_step: Count
     """The optimizer's own count, which its bias correction needs; 0 means no moments yet."""
-    loss_scale: float
+    loss_scale: float = 1.0
     """What fp16 multiplied the loss by; 1.0 at other precisions."""
     num_hidden_layers: Count
+    zero_stage: Annotated[int, Field(ge=0, le=3)]
+    """Of the engine that saved; any other can load."""
     vocabulary_sha256: str
     data_sha256: str
     train_state: dict[str, Any]
     config: dict[str, Any]
-    parameters: dict[str, tuple[int, ...]]
-    """Name and shape, in the optimizer's order."""
+
+
+class Parameter(_Record):
+    """A parameter's shape, and how its elements are cut among the ranks' files: `fragments.Cut`."""
+
+    shape: tuple[Count, ...]
+    size: Positive
+    offset: Count
+
+    @property
+    def cut(self) -> Cut:
+        return Cut(math.prod(self.shape), self.size, self.offset)
+
+
+class RankFile(_Record):
+    """One rank's safetensors file, which holds "KEY/NAME" for each part the rank owns."""
+
+    name: str
+    size_bytes: Positive
+    checksums: tuple[str, ...]
+    """One per chunk of the file."""
+
+
+class Manifest(Contents):
+    """A whole checkpoint, its numbers excepted. It grows with parameters, ranks and bytes, never
+    with their products."""
+
+    format_version: Literal[2] = FORMAT_VERSION
+    package_versions: dict[str, str]
+    world_size: Positive
+    chunk_bytes: Positive
+    keys: tuple[str, ...]
+    """What is saved of each parameter: the master, and the moments once there are any."""
+    parameters: dict[str, Parameter]
+    """In the optimizer's order."""
     files: tuple[RankFile, ...]
+    """In the order of the ranks."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> "Manifest":
+        if len(self.files) != self.world_size:
+            raise ValueError(f"{len(self.files)} files of {self.world_size} ranks")
+        for file in self.files:
+            expected = -(-file.size_bytes // self.chunk_bytes)
+            if len(file.checksums) != expected:
+                raise ValueError(f"{len(file.checksums)} of {expected} checksums of {file.name}")
+        for name, parameter in self.parameters.items():
+            if self.world_size * parameter.size - parameter.offset < parameter.cut.numel:
+                raise ValueError(f"not all elements of {name} are in a file")
+        return self
+
+    def to_json(self) -> str:
+        """The text of `manifest.json`: this record and its checksum."""
+        record = self.model_dump(mode="json")
+        return json.dumps({"checksum": _checksum_of(record), **record}, indent=1) + "\n"
+
+
+def _checksum_of(record: dict[str, Any]) -> str:
+    return checksum(json.dumps(record, sort_keys=True, separators=(",", ":")).encode())
 
 
 def package_versions() -> dict[str, str]:
@@ -72,16 +132,36 @@ def package_versions() -> dict[str, str]:
 
 def read_manifest(folder: Path) -> Manifest:
     """Raises:
-    CheckpointError: the manifest is missing, unreadable or of another format.
+    CheckpointError: the manifest is missing, damaged or of another format.
     """
     path = folder / "manifest.json"
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        record = json.loads(path.read_bytes())
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}); {USE_ANOTHER}") from None
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror}); {fall_back(folder)}"
+        ) from None
+    except ValueError as error:
+        raise _damaged(folder, str(error)) from None
+    if not isinstance(record, dict):
+        raise _damaged(folder, "it is not a JSON object")
+    stated, version = record.pop("checksum", None), record.get("format_version")
+    whole = stated == _checksum_of(record)
+    if version != FORMAT_VERSION and (whole or stated is None):  # version 1 had no checksum
+        raise CheckpointError(
+            f"{path} is of format version {version}, and this stacking_ds reads version "
+            f"{FORMAT_VERSION}; go on with the one that wrote it, or start the run again with "
+            f"another --run-dir"
+        )
+    if not whole:
+        raise _damaged(folder, "its checksum is not that of its contents")
+    try:
+        return Manifest.model_validate_json(json.dumps(record))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise CheckpointError(
-            f"{path} is damaged or of another version: {where}: {first['msg']}; {USE_ANOTHER}"
-        ) from None
+        raise _damaged(folder, f"{where}: {first['msg']}") from None
+
+
+def _damaged(folder: Path, reason: str) -> CheckpointError:
+    return CheckpointError(f"{folder / 'manifest.json'} is damaged: {reason}; {fall_back(folder)}")

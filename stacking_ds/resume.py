@@ -47,6 +47,6 @@ def _state_of(found: Path, job: Job) -> TrainState:
         return TrainState(**manifest.train_state)
     except TypeError as error:
         raise CheckpointError(
-            f"{found / 'manifest.json'} is damaged or of another version ({error}); write the name "
-            f"of an earlier checkpoint into checkpoints/latest and resume from that"
+            f"{found / 'manifest.json'} is damaged or of another version ({error}); "
+            f"{checkpoint.fall_back(found)}"
         ) from None

@@ -85,18 +85,18 @@ class StageManager:
     def save(self, run_dir: Path, stage: Stage, train_state: dict[str, Any]) -> None:
         """Write a checkpoint into the run and delete those the recipe no longer keeps."""
         config = self._job.config
-        checkpoint.save(
-            run_dir,
-            fragments(self.engine),
-            self._world,
+        contents = checkpoint.Contents(
+            step=train_state["step"],
             optimizer_step=optimizer_step(self.engine),
-            train_state=train_state,
-            config=config.model_dump(mode="json"),
+            loss_scale=loss_scale(self.engine),
             num_hidden_layers=stage.num_hidden_layers,
+            zero_stage=self._ds_config["zero_optimization"].get("stage", 0),
             vocabulary_sha256=self._job.shards.manifest.vocabulary_sha256,
             data_sha256=self._job.data_sha256,
-            loss_scale=loss_scale(self.engine),
+            train_state=train_state,
+            config=config.model_dump(mode="json"),
         )
+        checkpoint.save(run_dir, fragments(self.engine), self._world, contents)
         if self._world.is_first:
             self._prune(run_dir)
 

@@ -244,12 +244,16 @@ def check_checkpoint(world: World, folder: Path, zero_stage: int, precision: str
         folder,
         zero.fragments(engine),
         world,
-        optimizer_step=zero.optimizer_step(engine),
-        train_state={"step": 2},
-        config={},
-        num_hidden_layers=2,
-        vocabulary_sha256="",
-        data_sha256="",
+        checkpoint.Contents(
+            step=2,
+            optimizer_step=zero.optimizer_step(engine),
+            num_hidden_layers=2,
+            zero_stage=zero_stage,
+            vocabulary_sha256="",
+            data_sha256="",
+            train_state={"step": 2},
+            config={},
+        ),
     )
     release_engine(engine)
     engine = _engine(world, 3 - zero_stage, precision, 2, seed=99)

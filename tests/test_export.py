@@ -306,12 +306,16 @@ def _save_deep(world: World, job: Job, run_dir: Path) -> tuple[float, float]:
         run_dir,
         fragments,
         world,
-        optimizer_step=0,
-        train_state={"step": 1},
-        config={},
-        num_hidden_layers=24,
-        vocabulary_sha256=job.shards.manifest.vocabulary_sha256,
-        data_sha256=job.data_sha256,
+        checkpoint.Contents(
+            step=1,
+            optimizer_step=0,
+            num_hidden_layers=24,
+            zero_stage=0,
+            vocabulary_sha256=job.shards.manifest.vocabulary_sha256,
+            data_sha256=job.data_sha256,
+            train_state={"step": 1},
+            config={},
+        ),
     )
     mib = [4 * fragment.numel / 2**20 for fragment in fragments]
     return sum(mib), max(mib)

@@ -77,13 +77,13 @@ def test_growth_is_exact_and_training_goes_on(ranks: int, zero_stage: int, preci
 
 
 def _save_offloaded_load_plain(world: World, run_dir: Path) -> Any:
+    from tests.checkpoints import save_state
     from tests.sharded import start_engine
-    from tests.test_checkpoint import _save
 
     engine = _offloaded(world, 2, "bf16", 2)
     train_engine(world, engine, range(2))
     saved = whole_state(world, engine)
-    folder = _save(run_dir, 2, zero.fragments(engine), world)
+    folder = save_state(run_dir, 2, zero.fragments(engine), world)
     release_engine(engine)
     engine = start_engine(world, 3, seed=99)
     zero.seed_moments(engine, 2)

@@ -1,0 +1,173 @@
+"""Where a run's checkpoints lie: their names, the newest, and the one to fall back on.
+
+RUN_DIR/checkpoints/latest                     the name of the newest folder, changed last
+                    step_00001000/             whole: renamed to this when all is on disk
+                    .step_00002000.partial/    under way, or left by a save that was killed
+                    .step_00000500.removed/    on its way out
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+
+from stacking_ds.errors import CheckpointError
+
+__all__ = [
+    "begin",
+    "fall_back",
+    "folder_name",
+    "latest",
+    "named_by_latest",
+    "partial_of",
+    "prune",
+    "publish",
+    "saved_steps",
+    "sync",
+]
+
+_NAME = re.compile(r"step_(\d{8,})")
+
+
+def folder_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def partial_of(folder: Path) -> Path:
+    """Where the files of the checkpoint `folder` are gathered until all of them are on disk."""
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def _removed(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.removed")
+
+
+def _step_of(folder: Path) -> int | None:
+    found = _NAME.fullmatch(folder.name)
+    return int(found[1]) if found else None
+
+
+def _steps_in(root: Path) -> list[int]:
+    steps = [_step_of(path) for path in root.glob("step_*")]
+    return sorted(step for step in steps if step is not None)
+
+
+# --------------------------------------------------------------------------- looking
+
+
+def saved_steps(run_dir: Path) -> list[int]:
+    """The steps of all checkpoints of a run, in order."""
+    return _steps_in(run_dir / "checkpoints")
+
+
+def named_by_latest(root: Path) -> str | None:
+    """The name in `root`/latest; None before the run's first checkpoint."""
+    pointer = root / "latest"
+    return pointer.read_text(encoding="utf-8").strip() if pointer.exists() else None
+
+
+def latest(run_dir: Path) -> Path | None:
+    """The newest checkpoint of a run; None if it has none yet.
+
+    Without `latest` (a run that was killed just before it was first written) it is the last folder,
+    since a folder is there only when it is whole.
+
+    Raises:
+        CheckpointError: `latest` names a folder that is not there.
+    """
+    root = run_dir / "checkpoints"
+    name, steps = named_by_latest(root), saved_steps(run_dir)
+    if name is None:
+        return root / folder_name(steps[-1]) if steps else None
+    folder = root / name
+    if _NAME.fullmatch(name):
+        if folder.is_dir():
+            return folder
+        if _removed(folder).is_dir():  # a save of the same step was killed between two renames
+            return _removed(folder)
+    others = ", ".join(map(folder_name, steps)) or "none"
+    raise CheckpointError(
+        f"{root / 'latest'} names {name!r}, which is not there; write the name of another "
+        f"checkpoint into it (there is: {others})"
+    )
+
+
+def fall_back(folder: Path) -> str:
+    """What to do when the checkpoint `folder` cannot be used: the end of an error's sentence."""
+    step = _step_of(folder)
+    earlier = [other for other in _steps_in(folder.parent) if step is not None and other < step]
+    if not earlier:
+        return "there is no earlier checkpoint, so start the run again with another --run-dir"
+    return (
+        f"resume from {folder_name(earlier[-1])}: write that into {folder.parent / 'latest'}, "
+        f"and use --resume"
+    )
+
+
+# --------------------------------------------------------------------------- changing
+
+
+def begin(folder: Path) -> None:
+    """Make an empty folder in which to gather the files of the checkpoint `folder`."""
+    partial = partial_of(folder)
+    shutil.rmtree(partial, ignore_errors=True)  # of a save that was killed
+    partial.mkdir(parents=True)
+
+
+def publish(folder: Path, manifest: str) -> None:
+    """All ranks' files are on disk: give them their manifest, their name, and `latest`.
+
+    Whatever moment it is killed at, `latest` leads to a whole checkpoint.
+    """
+    partial, removed = partial_of(folder), _removed(folder)
+    path = partial / "manifest.json"
+    path.write_text(manifest, encoding="utf-8")
+    sync(path)
+    sync(partial)
+    if folder.exists():  # saved again: `latest` may name it, so it stays readable until replaced
+        shutil.rmtree(removed, ignore_errors=True)
+        folder.rename(removed)
+    partial.rename(folder)
+    sync(folder.parent)
+    pointer = folder.with_name(".latest.partial")
+    pointer.write_text(folder.name + "\n", encoding="utf-8")
+    sync(pointer)
+    pointer.replace(folder.with_name("latest"))
+    sync(folder.parent)
+    shutil.rmtree(removed, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Have the file's contents, or the folder's entries, on disk before anything relies on it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def prune(run_dir: Path, *, keep_last: int, keep_steps: Collection[int]) -> None:
+    """Remove all checkpoints but the newest `keep_last`, those of `keep_steps` (the boundaries)
+    and the one `latest` names; and what killed saves left behind. For one rank, between saves."""
+    root = run_dir / "checkpoints"
+    newest = latest(run_dir)
+    if newest is None:
+        return
+    newest_step = _step_of(newest)
+    if newest_step is None:  # it is the one that a save of the same step left under another name
+        return
+    # what lies beyond `latest` was given up by whoever went back to an earlier checkpoint
+    steps = [step for step in saved_steps(run_dir) if step <= newest_step]
+    for step in steps[: max(0, len(steps) - keep_last)]:
+        if step not in keep_steps:
+            _remove(root / folder_name(step))
+    for left_behind in [*root.glob(".step_*.partial"), *root.glob(".step_*.removed")]:
+        shutil.rmtree(left_behind)
+
+
+def _remove(folder: Path) -> None:
+    # renamed first: a removal that is killed must not leave what looks like a checkpoint
+    shutil.rmtree(_removed(folder), ignore_errors=True)
+    folder.rename(_removed(folder))
+    shutil.rmtree(_removed(folder))
