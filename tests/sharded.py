@@ -10,7 +10,7 @@ from stacking_ds.engine import build_engine, take_step
 from stacking_ds.fragments import Fragment
 from tests.tiny import SAMPLES, tiny_batch, tiny_loss, tiny_model, tiny_optimizer, tiny_settings
 
-__all__ = ["start_engine", "train_engine", "train_losses", "whole_state"]
+__all__ = ["State", "start_engine", "train_engine", "train_losses", "whole_state"]
 
 State = dict[str, dict[str, torch.Tensor]]
 
