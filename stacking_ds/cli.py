@@ -1,4 +1,4 @@
-"""`stacking-ds prepare · train · evaluate · export · report`."""
+"""`stacking-ds prepare · train · checkpoint · evaluate · export · report`."""
 
 import argparse
 import dataclasses
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stacking_ds import __version__
+from stacking_ds.bench.commands import add_bench
+from stacking_ds.cli_checkpoint import add_checkpoint
 from stacking_ds.errors import NonFiniteError, UserError
 
 if TYPE_CHECKING:
@@ -72,6 +74,13 @@ def _parser() -> argparse.ArgumentParser:
             allow_abbrev=False, name="train", help="train a recipe, growing from stage to stage"
         )
     )
+    add_checkpoint(
+        commands.add_parser(
+            allow_abbrev=False,
+            name="checkpoint",
+            help="list, verify or inspect a run's checkpoints",
+        )
+    )
     _add_evaluate(
         commands.add_parser(
             allow_abbrev=False, name="evaluate", help="held-out loss of a run's checkpoint"
@@ -87,6 +96,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("run_dir", type=Path)
     report.set_defaults(command=_report)
+    add_bench(
+        commands.add_parser(
+            allow_abbrev=False, name="bench", help="what a boundary costs, measured or predicted"
+        )
+    )
     return parser
 
 
@@ -216,7 +230,8 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 def _evaluate(options: argparse.Namespace) -> int:
     from stacking_ds import distributed
-    from stacking_ds.from_checkpoint import choose, run_heldout
+    from stacking_ds.checkpoint_choice import choose
+    from stacking_ds.from_checkpoint import run_heldout
 
     job = _job_of(options.run_dir, options.data)
     found = choose(options.run_dir, options.checkpoint)

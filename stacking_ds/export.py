@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from stacking_ds.checkpoint_folders import sync
 from stacking_ds.errors import CheckpointError, ConfigError, DataError
 from stacking_ds.model.bert import parameter_shapes
 from stacking_ds.model.config import BertConfig
@@ -80,7 +80,7 @@ def export_to_hugging_face(
         for name in ("tokenizer.json", "vocab.txt"):
             shutil.copyfile(tokenizer_dir / name, partial / name)
         for path in (*partial.iterdir(), partial):
-            _sync(path)
+            sync(path)
         _move_into_place(partial, out_dir)
     except OSError as error:
         raise ConfigError(
@@ -215,14 +215,5 @@ def _move_into_place(partial: Path, out_dir: Path) -> None:
         shutil.rmtree(previous, ignore_errors=True)
         out_dir.rename(previous)
     partial.rename(out_dir)
-    _sync(out_dir.parent)
+    sync(out_dir.parent)
     shutil.rmtree(previous, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """Have the file's contents, or the folder's entries, on disk before the export appears."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,34 +5,14 @@ from pathlib import Path
 import torch
 
 from stacking_ds import checkpoint
+from stacking_ds.checkpoint_choice import choose
 from stacking_ds.distributed import World
-from stacking_ds.errors import CheckpointError
 from stacking_ds.evaluate.heldout import HeldOut, evaluate_heldout
 from stacking_ds.export import export_to_hugging_face
 from stacking_ds.job import Job
 from stacking_ds.model.bert import BertForPreTraining
 
-__all__ = ["choose", "export_run", "load_model", "run_heldout"]
-
-
-def choose(run_dir: Path, name: str | None = None) -> Path:
-    """The checkpoint `name` of a run, or its newest.
-
-    Raises:
-        CheckpointError: there is none; the message lists those that are there.
-    """
-    if name is None:
-        found = checkpoint.latest(run_dir)
-        if found is None:
-            raise CheckpointError(f"{run_dir} has no checkpoint yet; train it first")
-        return found
-    path = run_dir / "checkpoints" / name
-    if not (path / "manifest.json").is_file():
-        there = sorted(folder.name for folder in path.parent.glob("step_*"))
-        raise CheckpointError(
-            f"{run_dir} has no checkpoint {name!r}; there is: {', '.join(there) or 'none'}"
-        )
-    return path
+__all__ = ["export_run", "load_model", "run_heldout"]
 
 
 def load_model(job: Job, found: Path) -> BertForPreTraining:

@@ -54,7 +54,7 @@ class Job:
         job = cls(
             config=config,
             schedule=schedule,
-            learning_rates=_learning_rates(config, schedule),
+            learning_rates=LearningRateSchedule.of(config, schedule),
             shards=shards,
             train_data=PretrainingData(
                 shards,
@@ -145,12 +145,3 @@ class Job:
     def unigram_loss(self) -> float:
         """Held-out MLM loss of a model that knows word frequencies only, in nats."""
         return unigram_mlm_loss(self.shards, self.heldout_steps(0, 1))
-
-
-def _learning_rates(config: RunConfig, schedule: StageSchedule) -> LearningRateSchedule:
-    return LearningRateSchedule(
-        peak=config.optimizer.learning_rate,
-        total_steps=schedule.total_steps,
-        boundaries=schedule.boundaries,
-        **config.schedule.model_dump(),
-    )

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
+from stacking_ds.config import RunConfig
 from stacking_ds.errors import ConfigError, StageError
+from stacking_ds.stages import StageSchedule
 
 __all__ = ["AtBoundary", "LearningRateSchedule", "Shape", "learning_rate_at"]
 
@@ -112,6 +114,16 @@ class LearningRateSchedule:
     """`continue` leaves the curve alone; `rewarm` climbs back to it from a tenth."""
     rewarm_steps: int = 0
     """Steps of that climb; for `rewarm` only."""
+
+    @classmethod
+    def of(cls, config: RunConfig, stages: StageSchedule) -> "LearningRateSchedule":
+        """The schedule of a run with these stages."""
+        return cls(
+            peak=config.optimizer.learning_rate,
+            total_steps=stages.total_steps,
+            boundaries=stages.boundaries,
+            **config.schedule.model_dump(),
+        )
 
     def __post_init__(self) -> None:
         assert list(self.boundaries) == sorted({b for b in self.boundaries if b < self.total_steps})

@@ -1,0 +1,312 @@
+"""A run's checkpoints for people: what is there, is it whole, what is in it."""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from stacking_ds import checkpoint
+from stacking_ds.checkpoint_choice import is_checkpoint, require_run
+from stacking_ds.checkpoint_folders import folder_name
+from stacking_ds.config import RunConfig
+from stacking_ds.errors import CheckpointError
+from stacking_ds.manifest import Manifest, Parameter
+from stacking_ds.optim.schedule import LearningRateSchedule
+
+__all__ = ["contents", "listed", "listing", "parameter_lines", "verify"]
+
+Say = Callable[[str], None]
+
+
+# ---------------------------------------------------------------------------- list
+
+
+def listed(run_dir: Path) -> list[dict[str, Any]]:
+    """A record of each checkpoint of a run, by step, and after them of what is unfinished.
+
+    Values are plain JSON; None where a manifest would have to say it and cannot.
+
+    Raises:
+        CheckpointError: `run_dir` is not the directory of a run.
+    """
+    if is_checkpoint(run_dir):
+        raise CheckpointError(f"{run_dir} is one checkpoint; give the directory of its run")
+    require_run(run_dir)
+    try:
+        newest = checkpoint.latest(run_dir)
+    except CheckpointError:
+        newest = None  # `latest` names what is not there, so none of these
+    root = run_dir / "checkpoints"
+    folders = [root / folder_name(step) for step in checkpoint.saved_steps(run_dir)]
+    records = []
+    for folder in [*folders, *sorted(root.glob(".step_*"))]:
+        try:
+            records.append({**_on_disk(folder), "is_latest": folder == newest, **_says(folder)})
+        except FileNotFoundError:
+            continue  # a job at work has just published or removed it
+    return records
+
+
+def _on_disk(folder: Path) -> dict[str, Any]:
+    written = datetime.fromtimestamp(folder.stat().st_mtime).astimezone()
+    return {
+        "name": folder.name,
+        "is_unfinished": folder.name.startswith("."),
+        "size_bytes": sum(path.stat().st_size for path in folder.iterdir()),
+        "written": written.isoformat(timespec="seconds"),
+    }
+
+
+def _says(folder: Path) -> dict[str, Any]:
+    """What the manifest says, or the `problem` with it."""
+    known: dict[str, Any] = dict.fromkeys(
+        (
+            *("step", "stage", "num_hidden_layers", "world_size", "zero_stage", "precision"),
+            *("is_boundary", "is_end", "problem"),
+        )
+    )
+    if folder.name.startswith("."):
+        return known
+    try:
+        manifest = checkpoint.read_manifest(folder)
+    except CheckpointError as error:
+        return {**known, "problem": str(error)}
+    known |= {
+        "step": manifest.step,
+        "stage": manifest.train_state.get("stage_index"),
+        "num_hidden_layers": manifest.num_hidden_layers,
+        "world_size": manifest.world_size,
+        "zero_stage": manifest.zero_stage,
+    }
+    config = _config(manifest)
+    if config is not None:
+        schedule = config.stage_schedule()
+        known["precision"] = config.engine.precision
+        known["is_boundary"] = manifest.step in schedule.boundaries
+        known["is_end"] = manifest.step == schedule.total_steps
+    return known
+
+
+def _config(manifest: Manifest) -> RunConfig | None:
+    """The run's recipe; None if another version wrote it, whose recipes are not ours."""
+    try:
+        return RunConfig.model_validate_json(json.dumps(manifest.config))
+    except ValidationError:
+        return None
+
+
+def listing(run_dir: Path) -> str:
+    """A run's checkpoints as a table, and what is wrong with those whose manifest cannot be used.
+
+    Raises:
+        CheckpointError: `run_dir` is not the directory of a run.
+    """
+    records = listed(run_dir)
+    remarks = [record["problem"] for record in records if record["problem"]]
+    try:
+        if checkpoint.latest(run_dir) is None:
+            remarks.append(f"{run_dir} has no checkpoint yet")
+    except CheckpointError as error:
+        remarks.append(str(error))
+    head = ("checkpoint", "step", "stage", "layers", "ranks", "ZeRO", "precision", "size",
+            "written", "")  # fmt: skip
+    table = _aligned([head, *map(_row, records)], left=(0, 9)) if records else []
+    return "\n".join([*table, *remarks])
+
+
+def _row(record: dict[str, Any]) -> list[str]:
+    numbers = [
+        "-" if record[key] is None else f"{record[key]:,}"
+        for key in ("step", "stage", "num_hidden_layers", "world_size", "zero_stage")
+    ]
+    remarks = {
+        "latest": record["is_latest"],
+        "boundary": record["is_boundary"],
+        "end of the run": record["is_end"],
+        "damaged manifest": record["problem"],
+        "unfinished: being saved, or left by a killed save": record["is_unfinished"],
+    }
+    return [
+        record["name"],
+        *numbers,
+        record["precision"] or "-",
+        _size(record["size_bytes"]),
+        record["written"][:16].replace("T", " "),
+        ", ".join(remark for remark, applies in remarks.items() if applies),
+    ]
+
+
+def _size(size_bytes: int) -> str:
+    for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if size_bytes >= 1024**power:
+            return f"{size_bytes / 1024**power:,.2f} {unit}"
+    return f"{size_bytes} bytes"
+
+
+def _aligned(rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:
+    """Lines with the columns `left` aligned to the left, the others, numbers, to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+# -------------------------------------------------------------------------- verify
+
+
+def verify(folders: Sequence[Path], say: Say) -> bool:
+    """Read every byte of the checkpoints and `say` what is found; is all of it whole?
+
+    If not, the newest whole checkpoint of the run is looked for, and what to do is said.
+    """
+    whole = {folder: _verify(folder, say) for folder in folders}
+    damaged = [folder for folder in folders if not whole[folder]]
+    if damaged:
+        say(_way_out(damaged, whole, say))
+    return not damaged
+
+
+def _verify(folder: Path, say: Say) -> bool:
+    problems = checkpoint.problems(folder)
+    for problem in problems:
+        say(f"damaged: {problem.removesuffix(f'; {checkpoint.fall_back(folder)}')}")
+    if not problems:
+        manifest = checkpoint.read_manifest(folder)
+        say(
+            f"whole: {folder}: {manifest.world_size:,} files, "
+            f"{_size(sum(file.size_bytes for file in manifest.files))}, {_count(manifest)}"
+        )
+    return not problems
+
+
+def _count(manifest: Manifest) -> str:
+    parameters = manifest.parameters.values()
+    numel = sum(parameter.cut.numel for parameter in parameters)
+    return f"{numel:,} parameters in {len(parameters):,} tensors"
+
+
+def _way_out(damaged: Sequence[Path], whole: dict[Path, bool], say: Say) -> str:
+    root = damaged[0].parent
+    if root.name != "checkpoints":
+        return "bring it back from a copy, or use another checkpoint of its run"
+    try:
+        newest = checkpoint.latest(root.parent)
+    except CheckpointError:
+        newest = None
+    steps = reversed(checkpoint.saved_steps(root.parent))
+    folders = [root / folder_name(step) for step in steps]
+    if newest in folders:
+        folders = folders[folders.index(newest) :]  # later ones have been given up
+    for folder in folders:
+        if folder not in whole:
+            whole[folder] = _verify(folder, say)
+        if whole[folder]:
+            break
+    else:
+        return "no checkpoint is whole: start the run again with another --run-dir"
+    if folder == newest:
+        names = ", ".join(path.name for path in damaged)
+        return f"`latest` names {folder.name}, so --resume goes on from it; {names} may be deleted"
+    return f"write {folder.name} into {root / 'latest'} and use --resume: it goes on from there"
+
+
+# ------------------------------------------------------------------------- inspect
+
+
+def contents(folder: Path) -> str:
+    """What is in a checkpoint, from its manifest.
+
+    Raises:
+        CheckpointError: the manifest is missing, damaged or of another format.
+    """
+    manifest = checkpoint.read_manifest(folder)
+    state, config = manifest.train_state, _config(manifest)
+    facts = {
+        "checkpoint": str(folder),
+        "step": f"{manifest.step:,}",
+        "stage": f"{state.get('stage_index', '-')}, {manifest.num_hidden_layers:,} layers",
+        "model": _count(manifest),
+        "samples seen": _number(state.get("samples_seen")),
+        "tokens seen": _number(state.get("tokens_seen")),
+        "trained for": f"{_number(state.get('wall_seconds'))} s",
+        "optimizer": f"{manifest.optimizer_step:,} updates; saved: {', '.join(manifest.keys)}",
+        "learning rate": "-",
+        "loss scale": f"{manifest.loss_scale:,g}",
+        "precision": "-",
+        "ZeRO stage": f"{manifest.zero_stage}",
+        "world size": f"{manifest.world_size:,}",
+        "files": _size(sum(file.size_bytes for file in manifest.files)),
+        "data": f"shards {manifest.data_sha256[:16]}, vocabulary {manifest.vocabulary_sha256[:16]}",
+        "written with": ", ".join(" ".join(each) for each in manifest.package_versions.items()),
+    }
+    if config is not None:
+        facts |= _plans(manifest, config)
+    width = max(map(len, facts))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in facts.items())
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}"
+
+
+def _plans(manifest: Manifest, config: RunConfig) -> dict[str, str]:
+    """What the recipe says of the checkpoint's step and of the next one."""
+    schedule, step = config.stage_schedule(), manifest.step
+    facts = {"step": f"{step:,} of {schedule.total_steps:,}", "precision": config.engine.precision}
+    if config.engine.precision != "fp16":
+        facts["loss scale"] = f"none in {config.engine.precision}"
+    if step == schedule.total_steps:
+        facts["step"] += ", the end of the run"
+        return facts
+    if step in schedule.boundaries:
+        facts["step"] += f", a boundary: {schedule.at(step).num_hidden_layers:,} layers come next"
+    rate, rows = LearningRateSchedule.of(config, schedule).at(step), config.batch.global_batch_size
+    return facts | {
+        "learning rate": f"{rate:.4g} in the next step, a function of the step",
+        "data position": f"samples {rows * step:,} to {rows * (step + 1) - 1:,} come next; their "
+        f"order and masks are functions of seed {config.seed} and the step",
+        "random state": f"none is saved: dropout is a function of seed {config.seed}, step and "
+        f"rank",
+    }
+
+
+def parameter_lines(folder: Path) -> Iterator[str]:
+    """A table of all parameters, a line at a time: each is read, and verified, for its line.
+
+    Raises:
+        CheckpointError: the manifest, or a file where it is read, is missing or damaged.
+    """
+    manifest = checkpoint.read_manifest(folder)
+    cells = {name: [name, *_shape_and_cut(each)] for name, each in manifest.parameters.items()}
+    head = ["parameter", "shape", "cut"]
+    *lines, title = _aligned([*cells.values(), head], left=(0, 1, 2))
+    padded = dict(zip(cells, lines, strict=True))
+    width = max(map(len, [*lines, title]))
+    yield f"{title:<{width}}  {'mean':>12}  {'std':>12}  {'norm':>12}"
+    for name, master in checkpoint.read_parameters(folder):
+        mean = float(master.mean(dtype=torch.float64))
+        norm = float(torch.linalg.vector_norm(master, dtype=torch.float64))
+        std = math.sqrt(max(norm**2 / master.numel() - mean**2, 0.0))  # rounding may undercut 0
+        yield f"{padded[name]:<{width}}  {mean:>12.4g}  {std:>12.4g}  {norm:>12.4g}"
+
+
+def _shape_and_cut(parameter: Parameter) -> tuple[str, str]:
+    cut = parameter.cut
+    ranks = cut.holders(0, cut.numel)
+    shape = " x ".join(f"{size:,}" for size in parameter.shape)
+    if len(ranks) == 1:
+        return shape, f"whole on rank {ranks[0]:,}"
+    (_, first), (last, _) = cut.interval(ranks[0]), cut.interval(ranks[-1])
+    between = f"{cut.size:,} on each next, " if len(ranks) > 2 else ""
+    return shape, (
+        f"{first:,} on rank {ranks[0]:,}, {between}{cut.numel - last:,} on rank {ranks[-1]:,}"
+    )
