@@ -5,6 +5,7 @@ grow:  capture fragments to host -> release the old engine -> build the deeper o
 """
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from stacking_ds import checkpoint
 from stacking_ds.boundary import capture_engine, install_state
 from stacking_ds.distributed import World
 from stacking_ds.engine import build_engine, release_engine
+from stacking_ds.errors import CheckpointError
 from stacking_ds.growth.operators import layer_map
+from stacking_ds.growth.state import CapturedState, capture
 from stacking_ds.job import Job
 from stacking_ds.model.bert import BertForPreTraining
 from stacking_ds.model.initialization import first_value
@@ -31,6 +34,8 @@ from stacking_ds.zero import (
 
 __all__ = ["StageManager"]
 
+logger = logging.getLogger("stacking_ds")
+
 
 class StageManager:
     """Owns the engine of the present stage. All methods are collectives."""
@@ -44,6 +49,9 @@ class StageManager:
         self._ds_config = job.ds_config(world.size)
         self.accumulation_steps = int(self._ds_config["gradient_accumulation_steps"])
         self.engine: Any = None
+        self._saving: checkpoint.BackgroundSave | None = None
+        self._captured: CapturedState | None = None
+        """The host copy that the save at a stage's end made, for the boundary that follows."""
 
     def start(self, stage: Stage) -> None:
         """An engine of the stage's depth with freshly initialised weights."""
@@ -76,15 +84,29 @@ class StageManager:
         """
         growth = self._job.config.growth
         layers = layer_map(growth.operator, old.num_hidden_layers, new.num_hidden_layers)
-        state = capture_engine(self.engine)
-        self.close()
+        state = capture_engine(self.engine, self._captured)
+        self._captured = None
+        self._release()
         self._build(new)
         install_state(self.engine, state, layers, growth.moments, self._world)
         self._world.barrier()
 
-    def save(self, run_dir: Path, stage: Stage, train_state: dict[str, Any]) -> None:
-        """Write a checkpoint into the run and delete those the recipe no longer keeps."""
-        config = self._job.config
+    def save(self, run_dir: Path, stage: Stage, train_state: dict[str, Any], *, wait: bool) -> None:
+        """Write a checkpoint into the run and delete those the recipe no longer keeps.
+
+        The state is copied to host memory, which the rest needs not wait for: training may go on
+        and change it. A save that is still under way is finished first.
+
+        Raises:
+            CheckpointError: on every rank, if it had to `wait` and one rank could not write. The
+                previous checkpoint is untouched.
+        """
+        self.finish_save()
+        growing = train_state["step"] == stage.end_step < self._job.schedule.total_steps
+        held = fragments(self.engine)
+        # a checkpoint needs what this rank answers for, a boundary all that it holds
+        captured = capture(held if growing else [f.owned_by(self._world.rank) for f in held])
+        self._captured = captured if growing else None
         contents = checkpoint.Contents(
             step=train_state["step"],
             optimizer_step=optimizer_step(self.engine),
@@ -94,11 +116,31 @@ class StageManager:
             vocabulary_sha256=self._job.shards.manifest.vocabulary_sha256,
             data_sha256=self._job.data_sha256,
             train_state=train_state,
-            config=config.model_dump(mode="json"),
+            config=self._job.config.model_dump(mode="json"),
         )
-        checkpoint.save(run_dir, fragments(self.engine), self._world, contents)
-        if self._world.is_first:
-            self._prune(run_dir)
+        self._saving = checkpoint.BackgroundSave(
+            run_dir, captured.fragments, self._world, contents, lambda: self._prune(run_dir)
+        )
+        if wait:
+            self._saving.finish()
+
+    def poll_save(self) -> None:
+        """Publish the checkpoint under way once all ranks have written it. Where one could not,
+        training goes on, with a warning."""
+        self._look_after(checkpoint.BackgroundSave.poll)
+
+    def finish_save(self) -> None:
+        """Wait for the checkpoint under way; if a rank cannot write it there is a warning."""
+        self._look_after(checkpoint.BackgroundSave.finish)
+
+    def _look_after(self, step: Callable[[checkpoint.BackgroundSave], object]) -> None:
+        if self._saving is None or self._saving.over:
+            return
+        try:
+            step(self._saving)
+        except CheckpointError as error:
+            if self._world.is_first:
+                logger.warning("%s; the next save that is due tries again", error)
 
     def _prune(self, run_dir: Path) -> None:
         keep_last = self._job.config.checkpoint.keep_last
@@ -106,7 +148,7 @@ class StageManager:
             checkpoint.prune(run_dir, keep_last=keep_last, keep_steps=self._job.schedule.boundaries)
         except OSError as error:
             # the new checkpoint is safe, so what is in the way of tidying up must not end the run
-            logging.getLogger("stacking_ds").warning("old checkpoints stay for now: %s", error)
+            logger.warning("old checkpoints stay for now: %s", error)
 
     def restore(self, found: Path, stage: Stage) -> None:
         """An engine of the stage's depth with the state of the checkpoint `found`."""
@@ -120,7 +162,13 @@ class StageManager:
             set_loss_scale(self.engine, manifest.loss_scale)
 
     def close(self) -> None:
-        """Release the engine and its memory."""
+        """Release the engine and its memory, and leave a checkpoint under way to itself. No
+        collective: another rank may be gone."""
+        if self._saving is not None and not self._saving.over:
+            self._saving.abandon()
+        self._release()
+
+    def _release(self) -> None:
         if self.engine is not None:
             engine, self.engine = self.engine, None
             release_engine(engine)

@@ -24,7 +24,7 @@ from stacking_ds.data.batches import RankStep
 from stacking_ds.data.counter_random import derive_key
 from stacking_ds.distributed import StopFlag, World
 from stacking_ds.engine import set_learning_rate, take_step
-from stacking_ds.errors import NonFiniteError
+from stacking_ds.errors import NonFiniteError, StageError
 from stacking_ds.evaluate.heldout import evaluate_heldout
 from stacking_ds.from_checkpoint import export_run
 from stacking_ds.job import Job
@@ -46,7 +46,8 @@ def train(job: Job, world: World, run_dir: Path, *, resume: bool = False) -> Tra
     last one consumed. A run without a checkpoint starts anew.
 
     Raises:
-        CheckpointError: the run directory or its checkpoint belongs to another run.
+        CheckpointError: the run directory or its checkpoint belongs to another run, or the
+            checkpoint of the last step cannot be written.
         NonFiniteError: the loss or the gradient is not finite; the last checkpoint stays.
     """
     started = time.perf_counter()
@@ -60,7 +61,11 @@ def train(job: Job, world: World, run_dir: Path, *, resume: bool = False) -> Tra
         if state.step < job.schedule.total_steps:
             run = _Run(job, world, run_dir, state, monitor, started)
             held.callback(run.stages.close)
-            run.train(found)
+            try:
+                run.train(found)
+            except (NonFiniteError, StageError):
+                run.stages.finish_save()  # it is good, and all ranks raise these together
+                raise
         else:
             monitor.say(f"{run_dir} is complete at step {state.step}; re-using it")
         if state.step == job.schedule.total_steps:
@@ -140,15 +145,17 @@ class _Run:
         """Evaluate, write metrics and save where they are due; False if asked to stop."""
         config, step = self.job.config, self.state.step
         at_end, stopping = step == stage.end_step, stop.agreed()
+        self.stages.poll_save()
         if stopping:
-            self.save(stage)  # first of all: a launcher gives little time
+            self.save(stage, wait=True)  # first of all: a launcher gives little time
         evaluating = at_end or (not stopping and _due(step, config.evaluation.every_steps))
         saving = at_end or _due(step, config.checkpoint.every_steps)
         if evaluating or saving or stopping or _due(step, config.logging.every_steps):
             self.record(stage, self.evaluate() if evaluating else {})
+        finished = step == self.job.schedule.total_steps
         if saving and not stopping:
-            self.save(stage)
-        return not stopping or step == self.job.schedule.total_steps
+            self.save(stage, wait=finished)
+        return not stopping or finished
 
     def train_step(self, rank_step: RankStep) -> StepResult:
         """One optimizer step on one global batch.
@@ -269,9 +276,9 @@ class _Run:
     def unigram_loss(self) -> float:
         return float(self.world.on_first(lambda: self.job.unigram_loss))
 
-    def save(self, stage: Stage) -> None:
+    def save(self, stage: Stage, *, wait: bool) -> None:
         self.state.wall_seconds = time.perf_counter() - self.clock_start
-        self.stages.save(self.run_dir, stage, asdict(self.state))
+        self.stages.save(self.run_dir, stage, asdict(self.state), wait=wait)
 
 
 def _due(step: int, every_steps: int) -> bool:
