@@ -43,7 +43,7 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
         ("data.sequence_length=64", "max_position_embeddings"),
         ("batch.global_batch_size=1000000", "fewer than one global batch"),
         ("schedule.warmup_steps=11", "warmup_steps=11"),
-        ("engine.deepspeed=zero9", "zero0, zero1, zero2, zero3"),
+        ("engine.deepspeed=zero9", "zero0, zero1, zero2"),
         ("model.num_attention_heads=5", "not divisible"),
     ],
 )
@@ -155,6 +155,23 @@ def test_prepare_train_evaluate_export_report(
     assert "step_00000007" in _refused(capsys, "export", run_dir, "--checkpoint", "step_5")
 
 
+def test_a_damaged_checkpoint_is_not_exported(
+    tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir, target = tmp_path / "run", tmp_path / "out"
+    one_stage = ["--set", "stages=[{num_hidden_layers: 1, steps: 2}]"]
+    assert main(["train", "--recipe", str(recipe), "--run-dir", str(run_dir), *one_stage]) == 0
+    capsys.readouterr()
+    path = run_dir / "checkpoints" / "step_00000002" / "rank_00000.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+    said = _refused(capsys, "export", run_dir, "--out", target)
+    assert "rank_00000.safetensors is damaged" in said
+    assert not target.exists()
+    assert list(tmp_path.glob(".out*")) == []
+
+
 def test_another_vocabulary_is_not_the_runs(
     tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -179,7 +196,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert ended.value.code == 0
     text = capsys.readouterr().out
-    for command in ("prepare", "train", "evaluate", "export", "report"):
+    for command in ("prepare", "train", "checkpoint", "evaluate", "export", "report"):
         assert command in text
 
 
