@@ -181,11 +181,13 @@ def _verify(folder: Path, say: Say) -> bool:
         say(f"damaged: {problem.removesuffix(f'; {checkpoint.fall_back(folder)}')}")
     if not problems:
         manifest = checkpoint.read_manifest(folder)
-        say(
-            f"whole: {folder}: {manifest.world_size:,} files, "
-            f"{_size(sum(file.size_bytes for file in manifest.files))}, {_count(manifest)}"
-        )
+        say(f"whole: {folder}: {_files(manifest)}, {_count(manifest)}")
     return not problems
+
+
+def _files(manifest: Manifest) -> str:
+    files = "1 file" if manifest.world_size == 1 else f"{manifest.world_size:,} files"
+    return f"{files}, {_size(sum(file.size_bytes for file in manifest.files))}"
 
 
 def _count(manifest: Manifest) -> str:
@@ -244,7 +246,7 @@ def contents(folder: Path) -> str:
         "precision": "-",
         "ZeRO stage": f"{manifest.zero_stage}",
         "world size": f"{manifest.world_size:,}",
-        "files": _size(sum(file.size_bytes for file in manifest.files)),
+        "on disk": _files(manifest),
         "data": f"shards {manifest.data_sha256[:16]}, vocabulary {manifest.vocabulary_sha256[:16]}",
         "written with": ", ".join(" ".join(each) for each in manifest.package_versions.items()),
     }

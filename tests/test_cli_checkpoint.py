@@ -206,7 +206,7 @@ def test_verify_names_damage_and_the_newest_whole_checkpoint(
     assert found.startswith(f"damaged: {_folder(run_dir, 3)}/{what}")
     assert tried.startswith(f"damaged: {_folder(run_dir, 2)}/{what}")
     assert "resume from" not in found  # that is what the last line is for
-    assert whole.startswith(f"whole: {_folder(run_dir, 1)}: 1 files, ")
+    assert whole.startswith(f"whole: {_folder(run_dir, 1)}: 1 file, ")
     pointer = run_dir / "checkpoints" / "latest"
     assert remedy.startswith(f"write step_00000001 into {pointer} and use --resume")
     # what is said to help helps
