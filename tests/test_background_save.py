@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from stacking_ds import background_save, checkpoint, trainer
+from stacking_ds import background_save, boundary, checkpoint, trainer
 from stacking_ds.background_save import BackgroundSave
 from stacking_ds.config import RunConfig
 from stacking_ds.distributed import World
@@ -522,3 +522,17 @@ def test_an_interrupted_process_ends_though_a_save_is_under_way(
     assert done.returncode == 130, done.stderr
     assert time.monotonic() - started < 90
     assert checkpoint.saved_steps(tmp_path / "run") == []
+
+
+def _train_with_one_copy(world: World, config: RunConfig, run_dir: Path) -> None:
+    def refuse(fragments: Any) -> None:
+        raise AssertionError("the save has copied this already")
+
+    boundary.capture = refuse  # type: ignore[assignment]
+    train_small(world, config, run_dir)
+
+
+def test_a_boundary_uses_the_copy_that_its_save_made(shards: Path, tmp_path: Path) -> None:
+    config = small_recipe(tmp_path, shards, "engine.deepspeed=zero0")
+    run_ranks(_train_with_one_copy, 1, config, tmp_path / "run")
+    assert checkpoint.saved_steps(tmp_path / "run") == [4, 7, 9, 10]
