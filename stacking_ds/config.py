@@ -124,7 +124,8 @@ class EngineSection(_Section):
 
 class CheckpointSection(_Section):
     every_steps: Positive = 1000
-    """A checkpoint is also written at each boundary, at the end and when asked to stop."""
+    """A checkpoint is also written at each boundary, at the end and when asked to stop. Training
+    goes on meanwhile, except at the end and at a stop."""
     keep_last: Positive = 2
     """Older checkpoints are deleted, those at boundaries excepted."""
     export_at_end: bool = True
