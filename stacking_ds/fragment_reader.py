@@ -9,7 +9,6 @@ each; damage elsewhere in a file is for `FragmentReader.problems` to find.
 """
 
 import json
-import mmap
 import os
 from collections.abc import Iterator
 from functools import cached_property
@@ -85,19 +84,24 @@ class _MappedFile:
         try:
             with self._path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
-                if size != record.size_bytes:
-                    raise self._damaged(f"it has {size} bytes instead of {record.size_bytes}")
-                # a private map, because torch views only what could be written to
-                self._bytes = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+            if size != record.size_bytes:
+                raise self._damaged(f"it has {size} bytes instead of {record.size_bytes}")
+            # torch's map keeps no file open, of which a process may have no more than a thousand
+            self._mapped = torch.from_file(
+                str(self._path), shared=False, size=size, dtype=torch.uint8
+            )
         except OSError as error:
             raise _DamageError(f"{self._path} cannot be read ({error.strerror})") from None
+        except RuntimeError as error:
+            raise _DamageError(f"{self._path} cannot be read ({error})") from None
+        self._bytes = self._mapped.numpy().data
 
     def read(self, tensor: str, numel: int, start: int, stop: int) -> torch.Tensor:
         """The elements [start, stop), at least one, of a 1-D fp32 tensor: a view of the file."""
         place = self.find(tensor, numel)
         first, last = place + _ELEMENT_BYTES * start, place + _ELEMENT_BYTES * stop
         self._verify(first, last)
-        return torch.frombuffer(self._bytes[first:last], dtype=torch.float32)
+        return self._mapped[first:last].view(torch.float32)
 
     def find(self, tensor: str, numel: int) -> int:
         """The first byte of a tensor of `numel` elements."""

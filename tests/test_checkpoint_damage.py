@@ -1,6 +1,7 @@
 """Damage of every kind: found where it is read, named in one sentence, with a way out."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -296,3 +297,14 @@ def test_moments_are_verified_too(tmp_path: Path) -> None:
         del target.views[MOMENTS[1]]  # type: ignore[attr-defined]
     checkpoint.load(folder, targets)
     assert FILE in _error_of(folder, plain_fragments(numel=100))
+
+
+def test_a_reader_keeps_no_file_open(tmp_path: Path) -> None:
+    # a process may open a thousand files, and a run may have more ranks
+    folder = save_state(tmp_path, 1, plain_fragments())
+    reader = fragment_reader.FragmentReader(folder, checkpoint.read_manifest(folder))
+    before = len(os.listdir("/proc/self/fd"))
+    view = torch.empty(6)
+    reader.fill(view, MASTER, "a", 0, 6)
+    assert view.tolist() == list(range(6))
+    assert len(os.listdir("/proc/self/fd")) == before
