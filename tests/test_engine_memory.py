@@ -1,19 +1,26 @@
 """A released engine gives its memory back, at every ZeRO stage."""
 
 import gc
+import math
 import resource
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from stacking_ds import zero
+from stacking_ds.boundary import capture_engine, install_state
 from stacking_ds.distributed import World
 from stacking_ds.engine import build_engine, release_engine
+from stacking_ds.growth.operators import layer_map
 from stacking_ds.model.bert import BertForPreTraining
 from stacking_ds.model.config import BertConfig
 from tests.ranks import run_ranks
 from tests.sharded import start_engine, train_engine
-from tests.tiny import tiny_batch, tiny_loss, tiny_model, tiny_optimizer, tiny_settings
+from tests.tiny import tiny_config, tiny_model, tiny_optimizer, tiny_settings
+
+GROWTHS = 10
 
 
 def _rebuild(world: World, zero_stage: int, cycles: int) -> list[int]:
@@ -49,26 +56,64 @@ def test_released_engines_leave_no_tensors(zero_stage: int) -> None:
         assert tensor_bytes[-1] < tensor_bytes[0] + model_bytes / 20
 
 
-def _rebuild_large(world: World, zero_stage: int, precision: str) -> tuple[list[float], float]:
-    config = BertConfig(
+def _grow_tiny(world: World, zero_stage: int, precision: str) -> list[int]:
+    tensor_bytes = []
+    for _ in range(GROWTHS):
+        engine = start_engine(world, zero_stage, precision, depth=2)
+        train_engine(world, engine, range(1))
+        engine = _grow(world, engine, tiny_config(4), zero_stage, precision)
+        train_engine(world, engine, range(1, 2))
+        release_engine(engine)
+        tensor_bytes.append(_live_tensor_bytes())
+    return tensor_bytes
+
+
+def _grow(world: World, engine: Any, config: BertConfig, zero_stage: int, precision: str) -> Any:
+    """The boundary of a run: the new model has no values before they are installed."""
+    old_depth = engine.module.config.num_hidden_layers
+    state = capture_engine(engine)
+    release_engine(engine)
+    model = BertForPreTraining(config, seed=None)
+    settings = tiny_settings(zero_stage, precision, world.size)
+    engine = build_engine(model, tiny_optimizer(model), settings)
+    layers = layer_map("stack", old_depth, config.num_hidden_layers)
+    install_state(engine, state, layers, "carry", world)
+    return engine
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "precision"), [(0, "fp32"), (0, "bf16"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
+)
+def test_ten_growths_leave_no_tensors(zero_stage: int, precision: str) -> None:
+    model_bytes = 4 * sum(p.numel() for p in tiny_model(4).parameters())
+    for tensor_bytes in run_ranks(_grow_tiny, 2, zero_stage, precision):
+        assert max(tensor_bytes) < model_bytes / 10
+        assert tensor_bytes[-1] < tensor_bytes[1] + model_bytes / 20
+
+
+def _large_config(depth: int) -> BertConfig:
+    return BertConfig(
         vocab_size=1000,
         hidden_size=256,
-        num_hidden_layers=3,
+        num_hidden_layers=depth,
         num_attention_heads=4,
         intermediate_size=1024,
         max_position_embeddings=64,
     )
+
+
+def _grow_large(world: World, zero_stage: int, precision: str) -> tuple[list[float], float]:
+    """The resident MiB after each cycle, and the MiB of the grown model's masters and moments."""
     settings = tiny_settings(zero_stage, precision, world.size)
     resident_mib = []
-    for _ in range(10):
-        model = BertForPreTraining(config, seed=0)
-        state_mib = 12 * sum(p.numel() for p in model.parameters()) / 2**20
+    for _ in range(GROWTHS):
+        model = BertForPreTraining(_large_config(2), seed=0)
         engine = build_engine(model, tiny_optimizer(model), settings)
-        for step in range(2):
-            batch = tiny_batch(step)
-            engine.backward(tiny_loss(engine, batch, slice(None)))
-            engine.step()
         del model
+        train_engine(world, engine, range(2))
+        engine = _grow(world, engine, _large_config(4), zero_stage, precision)
+        state_mib = 12 * sum(math.prod(f.shape) for f in zero.fragments(engine)) / 2**20
+        train_engine(world, engine, range(2, 4))
         release_engine(engine)
         resident_mib.append(_resident_mib())
     return resident_mib, state_mib
@@ -77,7 +122,7 @@ def _rebuild_large(world: World, zero_stage: int, precision: str) -> tuple[list[
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("zero_stage", range(4))
-def test_resident_memory_is_flat_over_ten_engines(zero_stage: int, precision: str) -> None:
-    for resident_mib, state_mib in run_ranks(_rebuild_large, 2, zero_stage, precision):
+def test_resident_memory_is_flat_over_ten_growths(zero_stage: int, precision: str) -> None:
+    for resident_mib, state_mib in run_ranks(_grow_large, 2, zero_stage, precision):
         # one leaked engine would add its share of the state at every cycle
         assert resident_mib[-1] - resident_mib[1] < 0.5 * state_mib
