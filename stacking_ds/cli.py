@@ -1,4 +1,4 @@
-"""`stacking-ds prepare · train · checkpoint · evaluate · export · report`."""
+"""`stacking-ds prepare · train · checkpoint · evaluate · export · report · bench`."""
 
 import argparse
 import dataclasses
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stacking_ds import __version__
+from stacking_ds.bench.commands import add_bench
 from stacking_ds.cli_checkpoint import add_checkpoint
 from stacking_ds.errors import NonFiniteError, UserError
 
@@ -95,6 +96,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("run_dir", type=Path)
     report.set_defaults(command=_report)
+    add_bench(
+        commands.add_parser(
+            allow_abbrev=False, name="bench", help="what a boundary costs, measured or predicted"
+        )
+    )
     return parser
 
 

@@ -1,0 +1,162 @@
+"""What a boundary is measured on: a BERT of two depths, its engines, and random token batches."""
+
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+
+from stacking_ds.data.batch_split import split_batch
+from stacking_ds.distributed import World
+from stacking_ds.engine import (
+    Precision,
+    build_engine,
+    load_ds_config,
+    resolve_ds_config,
+    take_step,
+)
+from stacking_ds.growth.operators import layer_map
+from stacking_ds.model.bert import BertForPreTraining
+from stacking_ds.model.config import BertConfig
+from stacking_ds.model.initialization import first_value
+from stacking_ds.model.loss import pretraining_loss
+from stacking_ds.optim.build import build_optimizer
+from stacking_ds.optim.groups import parameter_groups
+from stacking_ds.zero import seed_moments
+
+__all__ = ["Workload"]
+
+_SEED = 0
+_MASKED_SHARE = 0.15
+_HEAD_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One boundary: a BERT of `layers` layers that is stacked to `new_layers`."""
+
+    hidden_size: int
+    layers: int
+    new_layers: int
+    vocab_size: int
+    sequence_length: int
+    global_batch_size: int
+    micro_batch_size: int
+    precision: Precision
+    zero_stage: int
+
+    def config(self, depth: int) -> BertConfig:
+        """Raises:
+        ConfigError: sizes of which no BERT can be made.
+        """
+        heads, rest = divmod(self.hidden_size, _HEAD_SIZE)
+        return BertConfig(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            num_hidden_layers=depth,
+            num_attention_heads=1 if rest else heads,
+            intermediate_size=4 * self.hidden_size,
+            max_position_embeddings=self.sequence_length,
+        )
+
+    def require_possible(self) -> None:
+        """Raises:
+        ConfigError: no such ZeRO stage, or sizes of which no BERT can be made.
+        StageError: the depth does not grow.
+        """
+        load_ds_config(f"zero{self.zero_stage}")
+        for depth in (self.layers, self.new_layers):
+            self.config(depth)
+        _ = self.layer_map
+
+    @property
+    def layer_map(self) -> tuple[int, ...]:
+        """Raises:
+        StageError: the depth does not grow.
+        """
+        return layer_map("stack", self.layers, self.new_layers)
+
+    def old_engine(self, world: World) -> Any:
+        """The shallow model, trained for one micro-batch, so that its moments are not zero."""
+        config = self.config(self.layers)
+        model = BertForPreTraining(config, seed=None)
+        engine = build_engine(
+            model,
+            _optimizer(model),
+            self._settings(world, accumulation_steps=1),
+            lambda name, shape: first_value(name, shape, _SEED, config.initializer_range),
+        )
+        # before the first step: DeepSpeed links the moments of one parameter group alone in it
+        seed_moments(engine, 0)
+        self._train(engine, world, micro_steps=1)
+        return engine
+
+    def new_engine(self, world: World) -> Any:
+        """The deep model without values, as a boundary builds it."""
+        model = BertForPreTraining(self.config(self.new_layers), seed=None)
+        return build_engine(model, _optimizer(model), self._settings(world))
+
+    def stock_model(self) -> BertForPreTraining:
+        """The deep model, whole and with first values, as stock DeepSpeed wants it."""
+        return BertForPreTraining(self.config(self.new_layers), seed=_SEED)
+
+    def stock_engine(self, model: BertForPreTraining, world: World) -> Any:
+        """What `deepspeed.initialize` alone makes of `model`."""
+        return deepspeed.initialize(
+            model=model, optimizer=_optimizer(model), config=deepcopy(self._settings(world))
+        )[0]
+
+    def train_step(self, engine: Any, world: World) -> None:
+        """One optimizer step of the deep model on a whole global batch."""
+        self._train(engine, world, self._split(world)[1])
+
+    def _split(self, world: World) -> tuple[int, int]:
+        return split_batch(self.global_batch_size, world.size, self.micro_batch_size)
+
+    def _settings(self, world: World, accumulation_steps: int | None = None) -> dict[str, Any]:
+        micro_batch_size, steps = self._split(world)
+        return resolve_ds_config(
+            load_ds_config(f"zero{self.zero_stage}"),
+            micro_batch_size=micro_batch_size,
+            gradient_accumulation_steps=accumulation_steps or steps,
+            world_size=world.size,
+            gradient_clipping=1.0,
+            precision=self.precision,
+        )
+
+    def _train(self, engine: Any, world: World, micro_steps: int) -> None:
+        for micro_step in range(micro_steps):
+            # the dropout of torch's own generator too, so that every old engine is the same
+            torch.manual_seed(_SEED + micro_step * world.size + world.rank)
+            batch = self._batch(self._split(world)[0], world.device)
+            mlm_logits, nsp_logits = engine(*(batch[name] for name in _INPUTS))
+            sums = pretraining_loss(
+                mlm_logits, batch["mlm_labels"], nsp_logits, batch["next_sentence_label"]
+            )
+            targets = batch["mlm_labels"].numel()
+            engine.backward(sums.mlm_sum / targets + sums.nsp_sum / len(nsp_logits))
+            take_step(engine)
+
+    def _batch(self, rows: int, device: torch.device) -> Mapping[str, torch.Tensor]:
+        shape = (rows, self.sequence_length)
+        masked = max(1, round(_MASKED_SHARE * rows * self.sequence_length))
+        positions = torch.randperm(rows * self.sequence_length)[:masked].sort().values
+        batch = {
+            "input_ids": torch.randint(0, self.vocab_size, shape),
+            "token_type_ids": torch.randint(0, 2, shape),
+            "attention_mask": torch.ones(shape, dtype=torch.bool),
+            "mlm_positions": positions,
+            "mlm_labels": torch.randint(0, self.vocab_size, (masked,)),
+            "next_sentence_label": torch.randint(0, 2, (rows,)),
+        }
+        return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+_INPUTS: Iterable[str] = ("input_ids", "token_type_ids", "attention_mask", "mlm_positions")
+
+
+def _optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
+    groups = parameter_groups(model.named_parameters(), weight_decay=0.01)
+    return build_optimizer("adamw", groups, learning_rate=1e-4, betas=(0.9, 0.999), eps=1e-6)
