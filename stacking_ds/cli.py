@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from stacking_ds import __version__
 from stacking_ds.bench.commands import add_bench
-from stacking_ds.cli_checkpoint import add_checkpoint
+from stacking_ds.checkpoint.commands import add_checkpoint
 from stacking_ds.errors import NonFiniteError, UserError
 
 if TYPE_CHECKING:
@@ -230,7 +230,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 def _evaluate(options: argparse.Namespace) -> int:
     from stacking_ds import distributed
-    from stacking_ds.checkpoint_choice import choose
+    from stacking_ds.checkpoint.choice import choose
     from stacking_ds.from_checkpoint import run_heldout
 
     job = _job_of(options.run_dir, options.data)

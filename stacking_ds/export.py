@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from stacking_ds.checkpoint_folders import sync
+from stacking_ds.checkpoint.folders import sync
 from stacking_ds.errors import CheckpointError, ConfigError, DataError
 from stacking_ds.model.bert import parameter_shapes
 from stacking_ds.model.config import BertConfig

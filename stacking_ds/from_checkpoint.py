@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from stacking_ds import checkpoint
-from stacking_ds.checkpoint_choice import choose
+from stacking_ds.checkpoint.choice import choose
 from stacking_ds.distributed import World
 from stacking_ds.evaluate.heldout import HeldOut, evaluate_heldout
 from stacking_ds.export import export_to_hugging_face

@@ -18,8 +18,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from stacking_ds import background_save, boundary, checkpoint, trainer
-from stacking_ds.background_save import BackgroundSave
+from stacking_ds import boundary, checkpoint, trainer
+from stacking_ds.checkpoint import background
+from stacking_ds.checkpoint.background import BackgroundSave
 from stacking_ds.config import RunConfig
 from stacking_ds.distributed import World
 from stacking_ds.errors import CheckpointError, NonFiniteError, UserError
@@ -42,7 +43,7 @@ class _Gate:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.open = threading.Event()
-        monkeypatch.setattr(background_save, "save_file", self._write)
+        monkeypatch.setattr(background, "save_file", self._write)
 
     def _write(self, tensors: Any, path: Path) -> None:
         assert self.open.wait(60)
@@ -129,7 +130,7 @@ def test_an_abandoned_save_stays_hidden(
     gate.open.set()
     _start(tmp_path, 1).finish()
     gate.open.clear()
-    monkeypatch.setattr(background_save, "_PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(background, "_PATIENCE_SECONDS", 0.05)
     saving = _start(tmp_path, 2)
     started = time.monotonic()
     saving.abandon()
@@ -266,7 +267,7 @@ def _write_slowly(seconds: float) -> list[int]:
         with lock:
             now -= 1
 
-    background_save.save_file = write
+    background.save_file = write
     return writing
 
 
@@ -333,7 +334,7 @@ def _train_while_writing(world: World, config: RunConfig, run_dir: Path) -> list
         events.append(f"written {path.parent.name}")
 
     trainer._Run.train_step = step  # type: ignore[method-assign]
-    background_save.save_file = write
+    background.save_file = write
     train_small(world, config, run_dir)
     return events
 
@@ -361,7 +362,7 @@ def _full_at(steps: tuple[int, ...]) -> None:
             raise OSError(28, "No space left on device")
         save_file(tensors, path)
 
-    background_save.save_file = write
+    background.save_file = write
 
 
 def _train_with_a_full_disk(
@@ -480,7 +481,8 @@ def test_a_rank_that_dies_while_saving_costs_only_that_checkpoint(
 _INTERRUPTED = """
 import os, signal, sys, time
 from pathlib import Path
-from stacking_ds import background_save, trainer
+from stacking_ds import trainer
+from stacking_ds.checkpoint import background
 from stacking_ds.cli import main
 
 take_step = trainer._Run.train_step
@@ -497,9 +499,9 @@ def write(tensors, path):
         time.sleep(100)
     save_file(tensors, path)
 
-save_file, background_save.save_file = background_save.save_file, write
+save_file, background.save_file = background.save_file, write
 trainer._Run.train_step = step
-background_save._PATIENCE_SECONDS = 0.5
+background._PATIENCE_SECONDS = 0.5
 sys.exit(main(sys.argv[1:]))
 """
 

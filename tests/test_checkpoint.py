@@ -13,13 +13,14 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from stacking_ds import background_save, checkpoint, zero
+from stacking_ds import checkpoint, zero
+from stacking_ds.checkpoint import background
+from stacking_ds.checkpoint.manifest import Parameter, RankFile
 from stacking_ds.distributed import World
 from stacking_ds.engine import release_engine
 from stacking_ds.errors import CheckpointError
 from stacking_ds.fragments import MASTER, MOMENTS
 from stacking_ds.growth.operators import layer_map, source_name
-from stacking_ds.manifest import Parameter, RankFile
 from tests.checkpoints import contents, plain_fragments, rank_fragments, save_state
 from tests.ranks import run_ranks
 from tests.sharded import start_engine, train_engine, whole_state
@@ -234,7 +235,7 @@ def _one_rank_cannot_write(world: World, run_dir: Path) -> str:
         raise OSError(28, "No space left on device")
 
     if world.rank == 1:
-        background_save.save_file = full
+        background.save_file = full
     try:
         save_state(run_dir, 2, rank_fragments(world, 2.0), world)
     except CheckpointError as error:

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from stacking_ds import background_save, checkpoint, fragment_reader
+from stacking_ds import checkpoint
+from stacking_ds.checkpoint import background
+from stacking_ds.checkpoint import reader as reading
 from stacking_ds.distributed import World
 from stacking_ds.errors import CheckpointError
 from stacking_ds.fragments import MASTER, MOMENTS, Cut, Fragment
@@ -22,7 +24,7 @@ CHUNK_BYTES = 64
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(background_save, "CHUNK_BYTES", CHUNK_BYTES)
+    monkeypatch.setattr(background, "CHUNK_BYTES", CHUNK_BYTES)
 
 
 def _flip(path: Path, place: int) -> None:
@@ -228,10 +230,10 @@ def test_the_chunks_of_an_interval_are_verified_once_each(
 
     def checksum(data: memoryview) -> str:
         hashed.append(bytes(data))
-        return background_save.checksum(data)
+        return background.checksum(data)
 
-    monkeypatch.setattr(fragment_reader, "checksum", checksum)
-    reader = fragment_reader.FragmentReader(folder, checkpoint.read_manifest(folder))
+    monkeypatch.setattr(reading, "checksum", checksum)
+    reader = reading.FragmentReader(folder, checkpoint.read_manifest(folder))
     view = torch.zeros(100)
     for _ in range(2):
         reader.fill(view, MASTER, "w", 200, 300)
@@ -302,7 +304,7 @@ def test_moments_are_verified_too(tmp_path: Path) -> None:
 def test_a_reader_keeps_no_file_open(tmp_path: Path) -> None:
     # a process may open a thousand files, and a run may have more ranks
     folder = save_state(tmp_path, 1, plain_fragments())
-    reader = fragment_reader.FragmentReader(folder, checkpoint.read_manifest(folder))
+    reader = reading.FragmentReader(folder, checkpoint.read_manifest(folder))
     before = len(os.listdir("/proc/self/fd"))
     view = torch.empty(6)
     reader.fill(view, MASTER, "a", 0, 6)

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from stacking_ds import checkpoint
+from stacking_ds.checkpoint.manifest import CHUNK_BYTES
 from stacking_ds.cli import main
 from stacking_ds.distributed import World
 from stacking_ds.fragments import MASTER, Cut, Fragment
-from stacking_ds.manifest import CHUNK_BYTES
 from tests.checkpoints import plain_fragments, save_state
 from tests.prose import tiny_shards
 from tests.ranks import run_ranks

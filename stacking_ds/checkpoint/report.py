@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from stacking_ds import checkpoint
-from stacking_ds.checkpoint_choice import is_checkpoint, require_run
-from stacking_ds.checkpoint_folders import folder_name
+from stacking_ds.checkpoint.choice import is_checkpoint, require_run
+from stacking_ds.checkpoint.folders import fall_back, folder_name, latest, saved_steps
+from stacking_ds.checkpoint.manifest import Manifest, Parameter, read_manifest
+from stacking_ds.checkpoint.state import problems as problems_of
+from stacking_ds.checkpoint.state import read_parameters
 from stacking_ds.config import RunConfig
 from stacking_ds.errors import CheckpointError
-from stacking_ds.manifest import Manifest, Parameter
 from stacking_ds.optim.schedule import LearningRateSchedule
 
 __all__ = ["contents", "listed", "listing", "parameter_lines", "verify"]
@@ -38,11 +39,11 @@ def listed(run_dir: Path) -> list[dict[str, Any]]:
         raise CheckpointError(f"{run_dir} is one checkpoint; give the directory of its run")
     require_run(run_dir)
     try:
-        newest = checkpoint.latest(run_dir)
+        newest = latest(run_dir)
     except CheckpointError:
         newest = None  # `latest` names what is not there, so none of these
     root = run_dir / "checkpoints"
-    folders = [root / folder_name(step) for step in checkpoint.saved_steps(run_dir)]
+    folders = [root / folder_name(step) for step in saved_steps(run_dir)]
     records = []
     for folder in [*folders, *sorted(root.glob(".step_*"))]:
         try:
@@ -73,7 +74,7 @@ def _says(folder: Path) -> dict[str, Any]:
     if folder.name.startswith("."):
         return known
     try:
-        manifest = checkpoint.read_manifest(folder)
+        manifest = read_manifest(folder)
     except CheckpointError as error:
         return {**known, "problem": str(error)}
     known |= {
@@ -109,7 +110,7 @@ def listing(run_dir: Path) -> str:
     records = listed(run_dir)
     remarks = [record["problem"] for record in records if record["problem"]]
     try:
-        if checkpoint.latest(run_dir) is None:
+        if latest(run_dir) is None:
             remarks.append(f"{run_dir} has no checkpoint yet")
     except CheckpointError as error:
         remarks.append(str(error))
@@ -176,11 +177,11 @@ def verify(folders: Sequence[Path], say: Say) -> bool:
 
 
 def _verify(folder: Path, say: Say) -> bool:
-    problems = checkpoint.problems(folder)
+    problems = problems_of(folder)
     for problem in problems:
-        say(f"damaged: {problem.removesuffix(f'; {checkpoint.fall_back(folder)}')}")
+        say(f"damaged: {problem.removesuffix(f'; {fall_back(folder)}')}")
     if not problems:
-        manifest = checkpoint.read_manifest(folder)
+        manifest = read_manifest(folder)
         say(f"whole: {folder}: {_files(manifest)}, {_count(manifest)}")
     return not problems
 
@@ -201,10 +202,10 @@ def _way_out(damaged: Sequence[Path], whole: dict[Path, bool], say: Say) -> str:
     if root.name != "checkpoints":
         return "bring it back from a copy, or use another checkpoint of its run"
     try:
-        newest = checkpoint.latest(root.parent)
+        newest = latest(root.parent)
     except CheckpointError:
         newest = None
-    steps = reversed(checkpoint.saved_steps(root.parent))
+    steps = reversed(saved_steps(root.parent))
     folders = [root / folder_name(step) for step in steps]
     if newest in folders:
         folders = folders[folders.index(newest) :]  # later ones have been given up
@@ -230,7 +231,7 @@ def contents(folder: Path) -> str:
     Raises:
         CheckpointError: the manifest is missing, damaged or of another format.
     """
-    manifest = checkpoint.read_manifest(folder)
+    manifest = read_manifest(folder)
     state, config = manifest.train_state, _config(manifest)
     facts = {
         "checkpoint": str(folder),
@@ -287,14 +288,14 @@ def parameter_lines(folder: Path) -> Iterator[str]:
     Raises:
         CheckpointError: the manifest, or a file where it is read, is missing or damaged.
     """
-    manifest = checkpoint.read_manifest(folder)
+    manifest = read_manifest(folder)
     cells = {name: [name, *_shape_and_cut(each)] for name, each in manifest.parameters.items()}
     head = ["parameter", "shape", "cut"]
     *lines, title = _aligned([*cells.values(), head], left=(0, 1, 2))
     padded = dict(zip(cells, lines, strict=True))
     width = max(map(len, [*lines, title]))
     yield f"{title:<{width}}  {'mean':>12}  {'std':>12}  {'norm':>12}"
-    for name, master in checkpoint.read_parameters(folder):
+    for name, master in read_parameters(folder):
         mean = float(master.mean(dtype=torch.float64))
         norm = float(torch.linalg.vector_norm(master, dtype=torch.float64))
         std = math.sqrt(max(norm**2 / master.numel() - mean**2, 0.0))  # rounding may undercut 0

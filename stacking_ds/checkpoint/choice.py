@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from stacking_ds.checkpoint_folders import folder_name, latest, saved_steps
+from stacking_ds.checkpoint.folders import folder_name, latest, saved_steps
 from stacking_ds.errors import CheckpointError
 
 __all__ = ["choose", "choose_all", "is_checkpoint", "require_run"]

@@ -42,7 +42,7 @@ def _which(action: argparse.ArgumentParser) -> "argparse._MutuallyExclusiveGroup
 
 
 def _list(options: argparse.Namespace) -> int:
-    from stacking_ds.checkpoint_report import listed, listing
+    from stacking_ds.checkpoint.report import listed, listing
 
     as_json = options.json
     _say(json.dumps(listed(options.run_dir), indent=1) if as_json else listing(options.run_dir))
@@ -50,8 +50,8 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from stacking_ds.checkpoint_choice import choose, choose_all
-    from stacking_ds.checkpoint_report import verify
+    from stacking_ds.checkpoint.choice import choose, choose_all
+    from stacking_ds.checkpoint.report import verify
 
     if options.all:
         folders = choose_all(options.run_dir)
@@ -61,8 +61,8 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from stacking_ds.checkpoint_choice import choose
-    from stacking_ds.checkpoint_report import contents, parameter_lines
+    from stacking_ds.checkpoint.choice import choose
+    from stacking_ds.checkpoint.report import contents, parameter_lines
 
     found = choose(options.run_dir, options.checkpoint)
     _say(contents(found))

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from stacking_ds.checkpoint_folders import fall_back
+from stacking_ds.checkpoint.folders import fall_back
+from stacking_ds.checkpoint.manifest import Manifest, RankFile, checksum
 from stacking_ds.errors import CheckpointError
-from stacking_ds.manifest import Manifest, RankFile, checksum
 
 __all__ = ["FragmentReader"]
 

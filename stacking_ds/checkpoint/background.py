@@ -17,7 +17,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from stacking_ds.checkpoint_folders import (
+from stacking_ds.checkpoint.folders import (
     begin,
     folder_name,
     named_by_latest,
@@ -25,11 +25,7 @@ from stacking_ds.checkpoint_folders import (
     publish,
     sync,
 )
-from stacking_ds.distributed import World
-from stacking_ds.errors import CheckpointError
-from stacking_ds.fragments import Fragment
-from stacking_ds.growth.state import capture
-from stacking_ds.manifest import (
+from stacking_ds.checkpoint.manifest import (
     CHUNK_BYTES,
     Contents,
     Manifest,
@@ -38,6 +34,10 @@ from stacking_ds.manifest import (
     checksum,
     package_versions,
 )
+from stacking_ds.distributed import World
+from stacking_ds.errors import CheckpointError
+from stacking_ds.fragments import Fragment
+from stacking_ds.growth.state import capture
 
 __all__ = ["BackgroundSave", "save"]
 

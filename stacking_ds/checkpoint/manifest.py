@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from stacking_ds.checkpoint_folders import fall_back
+from stacking_ds.checkpoint.folders import fall_back
 from stacking_ds.errors import CheckpointError
 from stacking_ds.fragments import Cut
 
