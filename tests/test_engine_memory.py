@@ -3,6 +3,7 @@
 import gc
 import math
 import resource
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from stacking_ds.model.bert import BertForPreTraining
 from stacking_ds.model.config import BertConfig
 from tests.ranks import run_ranks
 from tests.sharded import start_engine, train_engine
-from tests.tiny import tiny_config, tiny_model, tiny_optimizer, tiny_settings
+from tests.tiny import tiny_config, tiny_optimizer, tiny_settings
 
 GROWTHS = 10
+SMALL_BYTES = 100  # a few scalars; the models below have 9 to 16 kB of parameters
 
 
 def _rebuild(world: World, zero_stage: int, cycles: int) -> list[int]:
@@ -29,8 +31,17 @@ def _rebuild(world: World, zero_stage: int, cycles: int) -> list[int]:
         engine = start_engine(world, zero_stage, "bf16", depth=4)
         train_engine(world, engine, range(1))
         release_engine(engine)  # the name `engine` still holds what is left of it
-        tensor_bytes.append(_live_tensor_bytes())
+        tensor_bytes.append(_settled_tensor_bytes())
     return tensor_bytes
+
+
+def _settled_tensor_bytes() -> int:
+    """Live bytes when the threads of gloo have let go of the last tensors they sent, which they do
+    when they run next."""
+    deadline = time.monotonic() + 5
+    while (found := _live_tensor_bytes()) >= SMALL_BYTES and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return found
 
 
 def _live_tensor_bytes() -> int:
@@ -49,11 +60,8 @@ def _resident_mib() -> float:
 
 @pytest.mark.parametrize("zero_stage", range(4))
 def test_released_engines_leave_no_tensors(zero_stage: int) -> None:
-    model_bytes = 4 * sum(p.numel() for p in tiny_model(4).parameters())
     for tensor_bytes in run_ranks(_rebuild, 2, zero_stage, 3):
-        assert max(tensor_bytes) < model_bytes / 10
-        # an autograd thread may hold the last small tensor it met a moment longer
-        assert tensor_bytes[-1] < tensor_bytes[0] + model_bytes / 20
+        assert max(tensor_bytes) < SMALL_BYTES
 
 
 def _grow_tiny(world: World, zero_stage: int, precision: str) -> list[int]:
@@ -64,7 +72,7 @@ def _grow_tiny(world: World, zero_stage: int, precision: str) -> list[int]:
         engine = _grow(world, engine, tiny_config(4), zero_stage, precision)
         train_engine(world, engine, range(1, 2))
         release_engine(engine)
-        tensor_bytes.append(_live_tensor_bytes())
+        tensor_bytes.append(_settled_tensor_bytes())
     return tensor_bytes
 
 
@@ -85,10 +93,8 @@ def _grow(world: World, engine: Any, config: BertConfig, zero_stage: int, precis
     ("zero_stage", "precision"), [(0, "fp32"), (0, "bf16"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
 )
 def test_ten_growths_leave_no_tensors(zero_stage: int, precision: str) -> None:
-    model_bytes = 4 * sum(p.numel() for p in tiny_model(4).parameters())
     for tensor_bytes in run_ranks(_grow_tiny, 2, zero_stage, precision):
-        assert max(tensor_bytes) < model_bytes / 10
-        assert tensor_bytes[-1] < tensor_bytes[1] + model_bytes / 20
+        assert max(tensor_bytes) < SMALL_BYTES
 
 
 def _large_config(depth: int) -> BertConfig:
