@@ -26,7 +26,7 @@ _SIZES: dict[str, dict[str, Any]] = {
         "layers": 4,
         "new_layers": 8,
         "vocab_size": 8192,
-        "sequence_length": 128,
+        "sequence_length": 32,
         "rounds": 3,
     },
     "quick": {
@@ -40,7 +40,7 @@ _SIZES: dict[str, dict[str, Any]] = {
         "rounds": 1,
     },
 }
-_GLOBAL_BATCH_SIZE, _MICRO_BATCH_SIZE = 256, 8
+_GLOBAL_BATCH_SIZE, _MICRO_BATCH_SIZE = 256, 32
 
 
 def add_bench(parser: argparse.ArgumentParser) -> None:

@@ -48,6 +48,6 @@ def save_stock(engine: Any, folder: Path) -> None:
 
 
 def load_stock(engine: Any, folder: Path) -> None:
-    """Back into an engine of the depth that saved: DeepSpeed cannot load another depth."""
+    """Into an engine of the depth that saved: DeepSpeed cannot load another depth."""
     path, _ = engine.load_checkpoint(str(folder), tag=_TAG)
     assert path is not None, f"DeepSpeed did not find its own checkpoint in {folder}"
