@@ -13,7 +13,8 @@ REQUIREMENTS = [
     "transformers>=5,<6",  # config and tokenizer files of the exported folder
     "sentencex>=1.0.32,<2",  # sentence boundaries, which the NSP pairs are cut at
     "pyarrow>=15",  # token shards are memory-mapped Arrow files; reads Parquet
-    "safetensors>=0.5",  # checkpoints and the exported weights
+    # checkpoints; before 0.8 writing one copied it and stopped every other thread meanwhile
+    "safetensors>=0.8",
     "xxhash>=3.4",  # checksums of a checkpoint's chunks, as fast as memory; datasets brings it too
     "pydantic>=2.10,<3",  # recipes and manifests are strict models; DeepSpeed brings it too
     "PyYAML>=6",  # recipes are YAML

@@ -74,6 +74,12 @@ class World:
         dist.all_gather_object(values, value, group=self.host_group)
         return values
 
+    def gather_on_first(self, value: Any) -> list[Any]:
+        """The picklable `value` of every rank, in rank order, on rank 0; nothing elsewhere."""
+        values: list[Any] = [None] * self.size if self.is_first else []
+        dist.gather_object(value, values if self.is_first else None, dst=0, group=self.host_group)
+        return values
+
     def broadcast(self, value: Any) -> Any:
         """The picklable `value` of rank 0, on every rank."""
         values = [value]

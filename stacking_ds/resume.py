@@ -5,6 +5,7 @@ from pathlib import Path
 
 from stacking_ds import checkpoint, run_directory
 from stacking_ds.data.shards import TokenShards
+from stacking_ds.distributed import World
 from stacking_ds.errors import CheckpointError
 from stacking_ds.job import Job
 from stacking_ds.meter import TrainState
@@ -12,18 +13,30 @@ from stacking_ds.meter import TrainState
 __all__ = ["enter"]
 
 
-def enter(job: Job, run_dir: Path, resume: bool, held: ExitStack) -> tuple[Path | None, TrainState]:
+def enter(
+    job: Job, world: World, run_dir: Path, resume: bool, held: ExitStack
+) -> tuple[Path | None, TrainState]:
     """Claim the run directory for this job; the newest checkpoint in it and its state.
 
-    For one rank. Nothing is written before everything fits; the directory stays locked until
+    A collective. Nothing is written before everything fits; the directory stays locked until
     `held` is closed.
 
     Raises:
         CheckpointError: the directory or its checkpoint belongs to another run, or a job is at
             work in it.
         DataError: the token shards are not those that were written (checked for a new run).
-        ConfigError: the directory cannot be written.
+        ConfigError: the directory cannot be written, or is not the same on all nodes.
     """
+    found: tuple[Path | None, TrainState] = world.on_first(
+        lambda: _enter_on_first(job, run_dir, resume, held)
+    )
+    run_directory.require_shared(run_dir, world)
+    return found
+
+
+def _enter_on_first(
+    job: Job, run_dir: Path, resume: bool, held: ExitStack
+) -> tuple[Path | None, TrainState]:
     run_directory.check(run_dir, job.config, resume=resume)
     held.enter_context(run_directory.lock(run_dir))
     found = checkpoint.latest(run_dir)

@@ -10,14 +10,19 @@ RUN_DIR/config.yaml      the resolved recipe
 
 import fcntl
 import os
+import socket
+import time
 from pathlib import Path
 from typing import IO
 
 from stacking_ds.config import RunConfig, changed_keys
+from stacking_ds.distributed import World
 from stacking_ds.errors import CheckpointError, ConfigError
 from stacking_ds.recipe import load_run_config
 
-__all__ = ["check", "lock", "read_config", "write_config"]
+__all__ = ["check", "lock", "read_config", "require_shared", "write_config"]
+
+_PATIENCE_SECONDS = 10.0
 
 _CONFIG, _UNFINISHED, _LOCK = "config.yaml", "config.tmp", ".lock"
 
@@ -87,6 +92,32 @@ def write_config(run_dir: Path, config: RunConfig) -> None:
         os.replace(unfinished, run_dir / _CONFIG)
     except OSError as error:
         raise _not_writable(run_dir, error) from None
+
+
+def require_shared(run_dir: Path, world: World) -> None:
+    """Make sure that every rank sees the run that rank 0 has entered. A collective.
+
+    Raises:
+        ConfigError: on every rank, if one does not: it would train for hours and save nothing.
+    """
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while not (run_dir / _CONFIG).is_file() and time.monotonic() < deadline:
+        time.sleep(0.1)  # network file systems show a new file a little later
+    blind = [
+        f"rank {rank} on {host}"
+        for rank, (host, sees) in enumerate(
+            world.gather((socket.gethostname(), (run_dir / _CONFIG).is_file()))
+        )
+        if not sees
+    ]
+    if blind:
+        error = ConfigError(
+            f"{len(blind)} of {world.size} ranks (first: {blind[0]}) do not see the run directory "
+            f"{run_dir} that rank 0 has written to; give a --run-dir on a file system that all "
+            f"nodes share"
+        )
+        error.on_all_ranks = True
+        raise error
 
 
 def _not_writable(run_dir: Path, error: OSError) -> ConfigError:

@@ -34,11 +34,13 @@ from stacking_ds.zero import (
 
 __all__ = ["StageManager"]
 
+_MOST_FAILED_SAVES = 2
+
 logger = logging.getLogger("stacking_ds")
 
 
 class StageManager:
-    """Owns the engine of the present stage. All methods are collectives."""
+    """Owns the engine of the present stage. All methods but `close` are collectives."""
 
     def __init__(self, job: Job, world: World) -> None:
         """Raises:
@@ -50,6 +52,7 @@ class StageManager:
         self.accumulation_steps = int(self._ds_config["gradient_accumulation_steps"])
         self.engine: Any = None
         self._saving: checkpoint.BackgroundSave | None = None
+        self._failed_saves = 0  # in a row
         self._captured: CapturedState | None = None
         """The host copy that the save at a stage's end made, for the boundary that follows."""
 
@@ -89,7 +92,10 @@ class StageManager:
         self._release()
         self._build(new)
         install_state(self.engine, state, layers, growth.moments, self._world)
-        self._world.barrier()
+        # the step that comes is the likeliest to fail, for want of memory, and what it would fork,
+        # the loader's workers, would keep the captured state for the length of the stage
+        del state
+        self.finish_save()
 
     def save(self, run_dir: Path, stage: Stage, train_state: dict[str, Any], *, wait: bool) -> None:
         """Write a checkpoint into the run and delete those the recipe no longer keeps.
@@ -125,12 +131,17 @@ class StageManager:
             self._saving.finish()
 
     def poll_save(self) -> None:
-        """Publish the checkpoint under way once all ranks have written it. Where one could not,
-        training goes on, with a warning."""
+        """Publish the checkpoint under way once all ranks have written it.
+
+        Where one could not, training goes on, with a warning.
+
+        Raises:
+            CheckpointError: on every rank, if that has happened twice in a row.
+        """
         self._look_after(checkpoint.BackgroundSave.poll)
 
     def finish_save(self) -> None:
-        """Wait for the checkpoint under way; if a rank cannot write it there is a warning."""
+        """Wait for the checkpoint under way; if a rank cannot write it, as `poll_save`."""
         self._look_after(checkpoint.BackgroundSave.finish)
 
     def _look_after(self, step: Callable[[checkpoint.BackgroundSave], object]) -> None:
@@ -139,8 +150,14 @@ class StageManager:
         try:
             step(self._saving)
         except CheckpointError as error:
+            self._failed_saves += 1
+            if self._failed_saves == _MOST_FAILED_SAVES:
+                raise  # hours of training that nothing keeps
             if self._world.is_first:
-                logger.warning("%s; the next save that is due tries again", error)
+                logger.warning("%s; training goes on until the next one is due", error)
+        else:
+            if self._saving.over:
+                self._failed_saves = 0
 
     def _prune(self, run_dir: Path) -> None:
         keep_last = self._job.config.checkpoint.keep_last
@@ -153,7 +170,7 @@ class StageManager:
     def restore(self, found: Path, stage: Stage) -> None:
         """An engine of the stage's depth with the state of the checkpoint `found`."""
         self._build(stage)
-        manifest = checkpoint.read_manifest(found)
+        manifest = self._world.on_first(lambda: checkpoint.read_manifest(found))
         if manifest.optimizer_step:
             seed_moments(self.engine, manifest.optimizer_step)
         checkpoint.load(found, fragments(self.engine), world=self._world)

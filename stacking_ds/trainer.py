@@ -11,7 +11,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ from stacking_ds.data.batches import RankStep
 from stacking_ds.data.counter_random import derive_key
 from stacking_ds.distributed import StopFlag, World
 from stacking_ds.engine import set_learning_rate, take_step
-from stacking_ds.errors import NonFiniteError, StageError
+from stacking_ds.errors import CheckpointError, NonFiniteError, StageError
 from stacking_ds.evaluate.heldout import evaluate_heldout
 from stacking_ds.from_checkpoint import export_run
 from stacking_ds.job import Job
@@ -47,14 +47,12 @@ def train(job: Job, world: World, run_dir: Path, *, resume: bool = False) -> Tra
 
     Raises:
         CheckpointError: the run directory or its checkpoint belongs to another run, or the
-            checkpoint of the last step cannot be written.
+            checkpoint of the last step, or two in a row, cannot be written.
         NonFiniteError: the loss or the gradient is not finite; the last checkpoint stays.
     """
     started = time.perf_counter()
     with ExitStack() as held:
-        found: Path | None
-        state: TrainState
-        found, state = world.on_first(lambda: enter(job, run_dir, resume, held))
+        found, state = enter(job, world, run_dir, resume, held)
         monitor = held.enter_context(
             Monitor(run_dir, job.schedule, completed_steps=state.step, enabled=world.is_first)
         )
@@ -64,7 +62,8 @@ def train(job: Job, world: World, run_dir: Path, *, resume: bool = False) -> Tra
             try:
                 run.train(found)
             except (NonFiniteError, StageError):
-                run.stages.finish_save()  # it is good, and all ranks raise these together
+                with suppress(CheckpointError):
+                    run.stages.finish_save()  # it is good, and all ranks raise these together
                 raise
         else:
             monitor.say(f"{run_dir} is complete at step {state.step}; re-using it")

@@ -23,6 +23,9 @@ class Alone(World):
     def gather(self, value: Any) -> list[Any]:
         return [value]
 
+    def gather_on_first(self, value: Any) -> list[Any]:
+        return [value]
+
     def broadcast(self, value: Any) -> Any:
         return value
 

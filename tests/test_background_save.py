@@ -1,5 +1,6 @@
 """Checkpoints written while training goes on: of the right moment, one at a time, never half."""
 
+import dataclasses
 import gc
 import os
 import resource
@@ -11,11 +12,13 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 
 from stacking_ds import boundary, checkpoint, trainer
@@ -389,19 +392,92 @@ def test_a_checkpoint_that_fails_costs_only_itself(shards: Path, tmp_path: Path)
     config = small_recipe(tmp_path, shards, "checkpoint.keep_last=9")
     whole, run = tmp_path / "whole", tmp_path / "run"
     run_ranks(train_small, 2, config, whole)
-    # one in a stage, one at a boundary
-    assert run_ranks(_train_with_a_full_disk, 2, config, run, (6, 7)) == [("done", "")] * 2
-    assert checkpoint.saved_steps(run) == [3, 4, 9, 10]
+    # one at a boundary, one in a stage
+    assert run_ranks(_train_with_a_full_disk, 2, config, run, (4, 9)) == [("done", "")] * 2
+    assert checkpoint.saved_steps(run) == [3, 6, 7, 10]
     assert not list((run / "checkpoints").glob(".step_*"))
     warnings = [
         line for line in (run / "train.log").read_text().splitlines() if "was not saved" in line
     ]
-    for line, step in zip(warnings, (6, 7), strict=True):
+    for line, step, previous in zip(warnings, (4, 9), (3, 7), strict=True):
         assert f"step_0000000{step} was not saved (rank 1: [Errno 28] No space left" in line
-        assert "step_00000004 is untouched" in line
-        assert "the next save that is due tries again" in line
+        assert f"step_0000000{previous} is untouched" in line
+        assert "training goes on until the next one is due" in line
     ours, theirs = parameters(run), parameters(whole)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_run_that_can_save_nothing_ends(shards: Path, tmp_path: Path) -> None:
+    config = small_recipe(tmp_path, shards)
+    run = tmp_path / "run"
+    for kind, message in run_ranks(_train_with_a_full_disk, 2, config, run, (6, 7)):
+        assert kind == "CheckpointError"
+        assert "step_00000007 was not saved (rank 1: [Errno 28] No space left" in message
+        assert "step_00000004 is untouched" in message
+    assert run_ranks(train_small, 2, config, run, True) == [10, 10]
+
+
+def _run_out_of_memory(world: World, config: RunConfig, run_dir: Path, at_step: int) -> str:
+    take_step = trainer._Run.train_step
+
+    def step(run: Any, rank_step: Any) -> Any:
+        if run.state.step + 1 == at_step:
+            raise torch.OutOfMemoryError("the deeper model does not fit")
+        return take_step(run, rank_step)
+
+    trainer._Run.train_step = step  # type: ignore[method-assign]
+    _write_slowly(1.0)
+    with pytest.raises(torch.OutOfMemoryError):
+        train_small(world, config, run_dir)
+    return (run_dir / "checkpoints" / "latest").read_text().strip()
+
+
+def test_a_crash_in_the_first_step_of_a_stage_keeps_the_boundary(
+    shards: Path, tmp_path: Path
+) -> None:
+    config = small_recipe(tmp_path, shards)
+    assert run_ranks(_run_out_of_memory, 2, config, tmp_path / "run", 5) == ["step_00000004"] * 2
+
+
+def _save_beside_a_slow_rank(world: World, run_dir: Path) -> str:
+    impatient = dist.new_group(backend="gloo", timeout=timedelta(seconds=3))
+    if world.rank == 1:
+        _write_slowly(6.0)
+    world = dataclasses.replace(world, host_group=impatient)
+    return save_state(run_dir, 1, rank_fragments(world, 1.0), world).name
+
+
+def test_a_slow_rank_is_waited_for_longer_than_a_collective_may_last(tmp_path: Path) -> None:
+    assert run_ranks(_save_beside_a_slow_rank, 2, tmp_path) == ["step_00000001"] * 2
+
+
+def test_what_fails_after_publication_is_not_called_a_lost_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(folder: Path, manifest: str) -> None:
+        publish(folder, manifest)
+        raise OSError(5, "Input/output error")
+
+    publish = background.publish
+    monkeypatch.setattr(background, "publish", late)
+    with pytest.raises(CheckpointError, match="was saved, but may not outlast a power failure"):
+        save_state(tmp_path, 1, plain_fragments())
+    assert checkpoint.problems(tmp_path / "checkpoints" / "step_00000001") == []
+
+
+def test_a_failure_where_latest_cannot_be_read_is_still_one_of_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stale(root: Path) -> str:
+        raise OSError(116, "Stale file handle")
+
+    def full(tensors: Any, path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(background, "named_by_latest", stale)
+    monkeypatch.setattr(background, "save_file", full)
+    with pytest.raises(CheckpointError, match=r"No space left.*latest cannot be read \(Stale"):
+        save_state(tmp_path, 1, plain_fragments())
 
 
 @pytest.mark.parametrize(

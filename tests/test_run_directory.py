@@ -6,7 +6,9 @@ import pytest
 
 from stacking_ds import run_directory
 from stacking_ds.config import RunConfig
+from stacking_ds.distributed import World
 from stacking_ds.errors import CheckpointError, ConfigError
+from tests.ranks import run_ranks
 from tests.runs import small_recipe
 
 
@@ -74,3 +76,22 @@ def test_paths_in_the_config_do_not_depend_on_where_one_stands(
     assert absolute.engine.deepspeed == str(tmp_path / "mine.json")
     bundled = small_recipe(tmp_path, Path("shards")).with_absolute_paths()
     assert bundled.engine.deepspeed == "zero1"
+
+
+def _look_for_the_run(world: World, folder: Path) -> str:
+    run_dir = folder / str(world.rank)  # as on nodes that do not share a file system
+    run_dir.mkdir(parents=True)
+    if world.is_first:
+        (run_dir / "config.yaml").write_text("name: x")
+    run_directory._PATIENCE_SECONDS = 0.3
+    with pytest.raises(ConfigError) as caught:
+        run_directory.require_shared(run_dir, world)
+    return str(caught.value)
+
+
+def test_nodes_that_do_not_share_the_run_directory_are_told_before_training(
+    tmp_path: Path,
+) -> None:
+    for message in run_ranks(_look_for_the_run, 3, tmp_path):
+        assert "2 of 3 ranks (first: rank 1 on " in message
+        assert "give a --run-dir on a file system that all nodes share" in message

@@ -42,6 +42,7 @@ from stacking_ds.growth.state import capture
 __all__ = ["BackgroundSave", "save"]
 
 _PATIENCE_SECONDS = 10.0
+_MEET_SECONDS = 1.0
 
 
 def save(run_dir: Path, fragments: Sequence[Fragment], world: World, contents: Contents) -> Path:
@@ -102,7 +103,8 @@ class BackgroundSave:
             self._failure = refusal
 
     def poll(self) -> bool:
-        """Is the checkpoint published? Asks the ranks in one small all-reduce, and waits for none.
+        """Is the checkpoint published? Asks the ranks in one small all-reduce, and waits for no
+        thread.
 
         Raises:
             CheckpointError: on every rank, if one could not write; the save is over, nothing of it
@@ -114,7 +116,7 @@ class BackgroundSave:
         if self._publishing:
             self.over = True
             return True
-        files = self._world.gather(self._written)
+        files = self._world.gather_on_first(self._written)
         self._publishing = True
         if self._world.is_first:
             self._go(self._publish, files)
@@ -128,7 +130,8 @@ class BackgroundSave:
         """
         while not self.poll():
             if self._thread is not None:
-                self._thread.join()
+                # not to its end: ranks that are done earlier wait in a collective, which times out
+                self._thread.join(_MEET_SECONDS)
 
     def abandon(self) -> None:
         """Give up without asking the other ranks, of which one may be gone; what is written stays
@@ -145,12 +148,15 @@ class BackgroundSave:
         def act(*arguments: Any) -> None:
             try:
                 action(*arguments)
-            except Exception as error:  # noqa: BLE001 - the main thread raises it on all ranks
+            except BaseException as error:  # noqa: BLE001 - the main thread raises it on all ranks
                 self._failure = str(error) or type(error).__name__
 
         # the thread lets go of its arguments, the captured state, when it ends
         self._thread = Thread(target=act, args=arguments, name="checkpoint", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:  # no more threads: the other ranks must learn of it
+            self._thread, self._failure = None, str(error)
 
     def _write(self, owned: Sequence[Fragment]) -> None:
         path = partial_of(self.folder) / f"rank_{self._world.rank:05d}.safetensors"
@@ -189,25 +195,29 @@ class BackgroundSave:
         return None
 
     def _raise_failures(self) -> None:
+        if not self._world.any(self._failure is not None):
+            return
+        self.over = True
         reasons = [
             f"rank {rank}: {reason}"
             for rank, reason in enumerate(self._world.gather(self._failure))
             if reason is not None
         ]
-        if reasons:
-            self.over = True
-            failure = CheckpointError(self._world.on_first(lambda: self._clean_up(reasons)))
-            failure.on_all_ranks = True
-            raise failure
+        failure = CheckpointError(self._world.on_first(lambda: self._clean_up(reasons)))
+        failure.on_all_ranks = True
+        raise failure
 
     def _clean_up(self, reasons: Sequence[str]) -> str:
         shutil.rmtree(partial_of(self.folder), ignore_errors=True)
-        previous = named_by_latest(self.folder.parent)
-        return (
-            f"{self.folder} was not saved ({'; '.join(reasons)}); "
-            f"{f'{previous} is untouched' if previous else 'there is no earlier checkpoint'}: make "
-            f"room or mend the file system"
-        )
+        why = "; ".join(reasons)
+        try:
+            newest = named_by_latest(self.folder.parent)
+            before = f"{newest} is untouched" if newest else "there is no earlier checkpoint"
+        except OSError as error:  # the file system that has just failed
+            newest, before = None, f"which one is the latest cannot be read ({error.strerror})"
+        if newest == self.folder.name:
+            return f"{self.folder} was saved, but may not outlast a power failure ({why})"
+        return f"{self.folder} was not saved ({why}); {before}: make room or mend the file system"
 
 
 def _checksums(path: Path) -> Iterator[str]:

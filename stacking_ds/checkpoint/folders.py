@@ -6,6 +6,7 @@ RUN_DIR/checkpoints/latest                     the name of the newest folder, ch
                     .step_00000500.removed/    on its way out
 """
 
+import errno
 import os
 import re
 import shutil
@@ -143,6 +144,10 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # some network file systems cannot sync a folder, and need not
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 

@@ -137,9 +137,13 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / "manifest.json"
     try:
         record = json.loads(path.read_bytes())
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise CheckpointError(
             f"{path} cannot be read ({error.strerror}); {fall_back(folder)}"
+        ) from None
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror}); mend access to it and try again"
         ) from None
     except ValueError as error:
         raise _damaged(folder, str(error)) from None

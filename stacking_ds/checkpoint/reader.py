@@ -4,8 +4,8 @@
     checksums of chunks    |     0     |     1     |     2     |     3     | …
     wanted                                            xxxxx
 
-What is read is the header and the wanted elements. The chunks that they touch are verified, once
-each; damage elsewhere in a file is for `FragmentReader.problems` to find.
+What is read is the header and the wanted elements, in whole chunks, each verified as it comes.
+Damage elsewhere in a file is for `FragmentReader.problems` to find.
 """
 
 import json
@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -27,18 +28,18 @@ _ELEMENT_BYTES = 4
 
 
 class FragmentReader:
-    """Maps a rank's file when an interval first needs it."""
+    """Looks into a rank's file when an interval first needs it."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self._folder = folder
         self._manifest = manifest
-        self._files: dict[int, _MappedFile] = {}
+        self._files: dict[int, _VerifiedFile] = {}
 
     def fill(self, view: torch.Tensor, key: str, name: str, start: int, stop: int) -> None:
         """Copy the elements [start, stop) of `name` into `view`, a 1-D tensor of as many.
 
         Raises:
-            CheckpointError: a file is missing, or damaged where it is read.
+            CheckpointError: a file is missing, damaged where it is read, or cannot be read.
         """
         cut = self._manifest.parameters[name].cut
         try:
@@ -46,17 +47,22 @@ class FragmentReader:
                 low, high = cut.interval(rank)
                 first, last = max(start, low), min(stop, high)
                 if rank not in self._files:
-                    self._files[rank] = self._map(rank)
+                    self._files[rank] = self._open(rank)
                 saved = self._files[rank].read(f"{key}/{name}", high - low, first - low, last - low)
                 view[first - start : last - start].copy_(saved)
         except _DamageError as damage:
             raise CheckpointError(f"{damage}; {fall_back(self._folder)}") from None
+        except OSError as error:
+            raise CheckpointError(
+                f"{error.filename} cannot be read ({error.strerror}); mend access to it and try "
+                f"again"
+            ) from None
 
     def problems(self) -> Iterator[str]:
         """Read every byte of every file; a sentence for each file that is not as it was written."""
         for rank in range(self._manifest.world_size):
             try:
-                file = self._map(rank)
+                file = self._open(rank)
                 file.verify_all()
                 for name, parameter in self._manifest.parameters.items():
                     low, high = parameter.cut.interval(rank)
@@ -64,44 +70,42 @@ class FragmentReader:
                         file.find(f"{key}/{name}", high - low)
             except _DamageError as damage:
                 yield str(damage)
+            except OSError as error:
+                yield f"{error.filename} cannot be read ({error.strerror})"
 
-    def _map(self, rank: int) -> "_MappedFile":
-        return _MappedFile(self._folder, self._manifest.files[rank], self._manifest.chunk_bytes)
+    def _open(self, rank: int) -> "_VerifiedFile":
+        return _VerifiedFile(self._folder, self._manifest.files[rank], self._manifest.chunk_bytes)
 
 
 class _DamageError(Exception):
     """What is wrong with a file, without the remedy."""
 
 
-class _MappedFile:
-    """One rank's safetensors file: https://huggingface.co/docs/safetensors has the format."""
+class _VerifiedFile:
+    """One rank's safetensors file: https://huggingface.co/docs/safetensors has the format.
+
+    It is not mapped: an error of the file system would end the process without a word. It is not
+    kept open: there may be more ranks than a process may open files.
+    """
 
     def __init__(self, folder: Path, record: RankFile, chunk_bytes: int) -> None:
         self._path = folder / record.name
-        self._checksums = record.checksums
-        self._verified = [False] * len(record.checksums)
+        self._record = record
         self._chunk_bytes = chunk_bytes
+        self._last_chunk: tuple[int, bytes] = (-1, b"")
         try:
             with self._path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
-            if size != record.size_bytes:
-                raise self._damaged(f"it has {size} bytes instead of {record.size_bytes}")
-            # torch's map keeps no file open, of which a process may have no more than a thousand
-            self._mapped = torch.from_file(
-                str(self._path), shared=False, size=size, dtype=torch.uint8
-            )
-        except OSError as error:
+        except (FileNotFoundError, IsADirectoryError) as error:
             raise _DamageError(f"{self._path} cannot be read ({error.strerror})") from None
-        except RuntimeError as error:
-            raise _DamageError(f"{self._path} cannot be read ({error})") from None
-        self._bytes = self._mapped.numpy().data
+        if size != record.size_bytes:
+            raise self._damaged(f"it has {size} bytes instead of {record.size_bytes}")
 
     def read(self, tensor: str, numel: int, start: int, stop: int) -> torch.Tensor:
-        """The elements [start, stop), at least one, of a 1-D fp32 tensor: a view of the file."""
+        """The elements [start, stop), at least one, of a 1-D fp32 tensor of `numel`."""
         place = self.find(tensor, numel)
-        first, last = place + _ELEMENT_BYTES * start, place + _ELEMENT_BYTES * stop
-        self._verify(first, last)
-        return self._mapped[first:last].view(torch.float32)
+        found = self._bytes(place + _ELEMENT_BYTES * start, place + _ELEMENT_BYTES * stop)
+        return torch.frombuffer(found, dtype=torch.float32)
 
     def find(self, tensor: str, numel: int) -> int:
         """The first byte of a tensor of `numel` elements."""
@@ -111,38 +115,50 @@ class _MappedFile:
         return place
 
     def verify_all(self) -> None:
-        damaged = [index for index in range(len(self._checksums)) if not self._is_whole(index)]
+        count = len(self._record.checksums)
+        with self._path.open("rb") as file:
+            damaged = [i for i in range(count) if not self._is_whole(i, self._chunk(file, i))]
         if damaged:
             raise self._damaged(
-                f"{len(damaged)} of {len(self._checksums)} chunks are not those that were written, "
-                f"the first at byte {damaged[0] * self._chunk_bytes}"
+                f"{len(damaged)} of {count} chunks are not those that were written, the first at "
+                f"byte {damaged[0] * self._chunk_bytes}"
             )
 
     @cached_property
     def _tensors(self) -> dict[str, tuple[int, int]]:
         """Name to first byte and number of elements."""
-        self._verify(0, _LENGTH_BYTES)
-        end = _LENGTH_BYTES + int.from_bytes(self._bytes[:_LENGTH_BYTES], "little")
-        self._verify(0, end)
-        header = json.loads(bytes(self._bytes[_LENGTH_BYTES:end]))
+        length = int.from_bytes(self._bytes(0, _LENGTH_BYTES), "little")
+        end = _LENGTH_BYTES + length
+        header = json.loads(self._bytes(_LENGTH_BYTES, end))
         return {
             name: (end + entry["data_offsets"][0], entry["shape"][0])
             for name, entry in header.items()
         }
 
-    def _verify(self, start: int, stop: int) -> None:
-        for index in range(start // self._chunk_bytes, -(-stop // self._chunk_bytes)):
-            if not self._is_whole(index):
-                raise self._damaged(
-                    f"the bytes from {index * self._chunk_bytes} on are not those that were written"
-                )
+    def _bytes(self, start: int, stop: int) -> bytearray:
+        """The bytes [start, stop), whose chunks are verified."""
+        found = bytearray(stop - start)
+        with self._path.open("rb") as file:
+            for index in range(start // self._chunk_bytes, -(-stop // self._chunk_bytes)):
+                low = index * self._chunk_bytes
+                if self._last_chunk[0] != index:  # small tensors share one
+                    chunk = self._chunk(file, index)
+                    if not self._is_whole(index, chunk):
+                        raise self._damaged(
+                            f"the bytes from {low} on are not those that were written"
+                        )
+                    self._last_chunk = (index, chunk)
+                part = memoryview(self._last_chunk[1])[max(start - low, 0) : max(stop - low, 0)]
+                first = max(low - start, 0)
+                found[first : first + len(part)] = part
+        return found
 
-    def _is_whole(self, index: int) -> bool:
-        if not self._verified[index]:
-            start = index * self._chunk_bytes
-            found = checksum(self._bytes[start : start + self._chunk_bytes])
-            self._verified[index] = found == self._checksums[index]
-        return self._verified[index]
+    def _chunk(self, file: BinaryIO, index: int) -> bytes:
+        file.seek(index * self._chunk_bytes)
+        return file.read(self._chunk_bytes)
+
+    def _is_whole(self, index: int, chunk: bytes) -> bool:
+        return checksum(chunk) == self._record.checksums[index]
 
     def _damaged(self, reason: str) -> _DamageError:
         return _DamageError(f"{self._path} is damaged: {reason}")

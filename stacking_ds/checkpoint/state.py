@@ -43,7 +43,7 @@ def load(
     except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must learn of it
         failure = error
     if world is not None:
-        failures = [reason for reason in world.gather(failure and str(failure)) if reason]
+        failures = [reason for reason in world.gather(failure and _text_of(failure)) if reason]
         if failures:
             damage = CheckpointError(failures[0])
             damage.on_all_ranks = True
@@ -52,6 +52,10 @@ def load(
         raise failure
     assert manifest is not None
     return manifest
+
+
+def _text_of(error: Exception) -> str:
+    return str(error) or type(error).__name__
 
 
 @torch.no_grad()
