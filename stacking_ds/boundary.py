@@ -1,6 +1,6 @@
 """The sharded state across a boundary: off one engine, into the next.
 
-old engine ── capture_engine ──> HostState ── release, build ──> install_state ──> new engine
+old engine ── capture_engine ──> CarriedState ── release, build ──> install_state ──> new engine
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,16 +10,18 @@ from typing import Any
 import torch
 
 from stacking_ds import zero
+from stacking_ds.errors import StageError
+from stacking_ds.fragments import MASTER
 from stacking_ds.growth.exchange import Ranks
 from stacking_ds.growth.operators import source_name
 from stacking_ds.growth.state import CapturedState, Moments, capture, install
 
-__all__ = ["HostState", "capture_engine", "install_state"]
+__all__ = ["CarriedState", "capture_engine", "install_state"]
 
 
 @dataclass(frozen=True)
-class HostState:
-    """What a boundary carries, independent of any engine."""
+class CarriedState:
+    """What a boundary carries while there is no engine."""
 
     captured: CapturedState
     """Host copies of this rank's masters and moments."""
@@ -28,16 +30,17 @@ class HostState:
     loss_scale: float
     """The factor fp16 has settled on; a new engine would skip its first steps to find it again."""
     weights: Mapping[str, torch.Tensor]
-    """At ZeRO 1 and 2 the low-precision weights, whole on every rank: the old engine's own tensors,
-    not copies. Without them every rank would have to send its share of them to all others."""
+    """At ZeRO 1 and 2 the low-precision weights, whole on every rank: the old engine's own tensors
+    on its device, which stay for as long as this does. Without them every rank would have to send
+    its share of them to all others."""
 
 
-def capture_engine(engine: Any, captured: CapturedState | None = None) -> HostState:
+def capture_engine(engine: Any, captured: CapturedState | None = None) -> CarriedState:
     """Take from `engine` what the next one needs, so that it can be released. No communication.
 
     `captured` is the host copy of the fragments where the caller has just made one.
     """
-    return HostState(
+    return CarriedState(
         captured=captured or capture(zero.fragments(engine)),
         optimizer_step=zero.optimizer_step(engine),
         loss_scale=zero.loss_scale(engine),
@@ -47,28 +50,46 @@ def capture_engine(engine: Any, captured: CapturedState | None = None) -> HostSt
 
 def install_state(
     engine: Any,
-    state: HostState,
+    state: CarriedState,
     layers: Sequence[int] | None,
     moments: Moments,
-    ranks: Ranks,
+    world: Ranks,
 ) -> None:
     """Make `engine`, new and of another depth or ZeRO stage, go on from `state`. A collective.
 
     Raises:
-        StageError: the state that arrived is not the one the growth operator predicts.
+        StageError: on every rank, if the state that arrived anywhere is not the one the growth
+            operator predicts.
     """
     if moments == "carry" and state.optimizer_step:
         zero.seed_moments(engine, state.optimizer_step)
-    install(zero.fragments(engine), state.captured, layers, moments, ranks)
+    install(zero.fragments(engine), state.captured, layers, moments, world)
     weights = zero.whole_weights(engine)
     if _same_dtype(weights, state.weights):
         names = {name: source_name(name, layers) for name in weights}
         zero.write_whole_weights(
             engine, {name: state.weights[source] for name, source in names.items()}
         )
+        _check_weights(engine, world)
     else:
         zero.refresh(engine)
     zero.set_loss_scale(engine, state.loss_scale)
+
+
+def _check_weights(engine: Any, world: Ranks) -> None:
+    """The checksums are of the masters: that these weights are their rounding shows only here."""
+    weights = zero.whole_weights(engine)
+    wrong = []
+    for fragment in zero.fragments(engine):
+        weight = weights[fragment.name].reshape(-1)[fragment.start : fragment.stop]
+        if not torch.equal(weight, fragment.views[MASTER].to(weight.dtype)):
+            wrong.append(fragment.name)
+    if world.sum([len(wrong)])[0]:
+        raise StageError(
+            f"the weights of the forward pass are not the rounding of the masters"
+            f"{f' (first: {wrong[0]})' if wrong else ', on another rank'}; do not train on from "
+            f"this state, resume from the last checkpoint"
+        )
 
 
 def _same_dtype(new: Mapping[str, torch.Tensor], old: Mapping[str, torch.Tensor]) -> bool:

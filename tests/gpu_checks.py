@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from stacking_ds import checkpoint, zero
-from stacking_ds.boundary import HostState, capture_engine, install_state
+from stacking_ds.boundary import CarriedState, capture_engine, install_state
 from stacking_ds.distributed import World
 from stacking_ds.engine import release_engine, take_step
 from stacking_ds.evaluate.heldout import evaluate_heldout
@@ -194,7 +194,7 @@ def _held_bytes(world: World) -> int:
     return sum(storages.values())
 
 
-def _state_bytes(world: World, state: HostState) -> int:
+def _state_bytes(world: World, state: CarriedState) -> int:
     """What of the state between two engines counts on this world's device."""
     kept = {weight.untyped_storage().data_ptr(): weight.untyped_storage().nbytes()
             for weight in state.weights.values()}  # fmt: skip

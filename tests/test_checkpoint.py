@@ -20,7 +20,6 @@ from stacking_ds.distributed import World
 from stacking_ds.engine import release_engine
 from stacking_ds.errors import CheckpointError
 from stacking_ds.fragments import MASTER, MOMENTS
-from stacking_ds.growth.operators import layer_map, source_name
 from tests.checkpoints import contents, plain_fragments, rank_fragments, save_state
 from tests.ranks import run_ranks
 from tests.sharded import start_engine, train_engine, whole_state
@@ -187,41 +186,6 @@ def _check_like_uninterrupted(states: Any, places: list[Place]) -> None:
         for name, parameter in model.named_parameters():
             tolerance = 2e-6 if precision == "fp32" else 2e-2
             torch.testing.assert_close(later[name][MASTER], parameter, rtol=0, atol=tolerance)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("zero_stage", range(4))
-@pytest.mark.parametrize("saved_by", [1, 2, 3, 4])
-def test_every_layout_loads_what_every_other_saved(
-    tmp_path: Path, saved_by: int, zero_stage: int
-) -> None:
-    saved = run_ranks(_save_trained, saved_by, tmp_path, (zero_stage, "fp32"))[0]
-    places: list[Place] = [(stage, "fp32") for stage in range(4)]
-    for ranks in (1, 2, 3, 4):
-        states = run_ranks(_load_at, ranks, tmp_path, places)[0]
-        _check_loaded(saved, states, went_on=SAMPLES % ranks == 0)
-
-
-def _grow_from_disk(world: World, run_dir: Path) -> Any:
-    engine = start_engine(world, 3, depth=4, seed=99)
-    zero.seed_moments(engine, 3)
-    layers = layer_map("stack", 2, 4)
-    folder = checkpoint.latest(run_dir)
-    assert folder is not None
-    checkpoint.load(
-        folder, zero.fragments(engine), lambda name: source_name(name, layers), world=world
-    )
-    return whole_state(world, engine)
-
-
-def test_a_name_map_grows_from_disk(tmp_path: Path) -> None:
-    saved = run_ranks(_save_trained, 2, tmp_path, (1, "fp32"))[0]
-    grown = run_ranks(_grow_from_disk, 3, tmp_path)[0]
-    assert grown.keys() == dict(tiny_model(4).named_parameters()).keys()
-    for name, views in grown.items():
-        source = name.replace("layer.2.", "layer.0.").replace("layer.3.", "layer.1.")
-        for key, value in views.items():
-            assert torch.equal(value, saved[source][key])
 
 
 # ------------------------------------------------------------------ saving that fails

@@ -12,7 +12,7 @@ from stacking_ds.distributed import World
 from stacking_ds.engine import release_engine
 from stacking_ds.errors import StageError
 from stacking_ds.fragments import MASTER, MOMENTS, Cut, Fragment
-from stacking_ds.growth.exchange import exchange
+from stacking_ds.growth import exchange
 from stacking_ds.growth.operators import layer_map
 from stacking_ds.growth.state import Moments, capture, install
 from tests.ranks import run_ranks
@@ -205,7 +205,7 @@ def test_growth_is_exact_everywhere(ranks: int, cases: Cases) -> None:
 
 def _move(world: World, old: tuple[int, str], new: tuple[int, str], bucket_elements: int) -> Any:
     """From one ZeRO stage to another at a boundary; what the ranks sent, and what arrived."""
-    exchange.__defaults__ = (bucket_elements,)
+    exchange._BUCKET_ELEMENTS = bucket_elements
     engine = start_engine(world, *old, depth=2)
     train_engine(world, engine, range(1))
     before = whole_state(world, engine)

@@ -1,6 +1,6 @@
 """Fill an engine, or a reader's hands, from a checkpoint: only the intervals that are needed."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +17,6 @@ __all__ = ["load", "problems", "read_parameters"]
 def load(
     folder: Path,
     targets: Sequence[Fragment],
-    name_map: Callable[[str], str] | None = None,
     world: World | None = None,
 ) -> Manifest:
     """Fill the live fragments `targets` with the elements saved in `folder`.
@@ -28,8 +27,7 @@ def load(
     afterwards.
 
     Args:
-        name_map: from a target's name to the saved one (growth from disk); None for the same, and
-            then the checkpoint must have no parameter that the targets lack.
+        targets: every parameter of the model; the checkpoint must have these and no others.
         world: given, it is a collective, and an error on one rank is raised on all.
 
     Raises:
@@ -39,7 +37,7 @@ def load(
     manifest = None
     try:
         manifest = read_manifest(folder)
-        _fill(folder, manifest, targets, name_map)
+        _fill(folder, manifest, targets)
     except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must learn of it
         failure = error
     if world is not None:
@@ -63,15 +61,13 @@ def _fill(
     folder: Path,
     manifest: Manifest,
     targets: Sequence[Fragment],
-    name_map: Callable[[str], str] | None,
 ) -> None:
-    if name_map is None:
-        more = manifest.parameters.keys() - {target.name for target in targets}
-        if more:
-            raise _of_another_model(folder, f"has {min(more)}, which this model lacks")
+    more = manifest.parameters.keys() - {target.name for target in targets}
+    if more:
+        raise _of_another_model(folder, f"has {min(more)}, which this model lacks")
     reader = FragmentReader(folder, manifest)
     for target in targets:
-        name = name_map(target.name) if name_map else target.name
+        name = target.name
         saved = manifest.parameters.get(name)
         if saved is None or saved.shape != target.shape:
             found = f"has {name} with shape {saved.shape}" if saved else f"has no {name}"

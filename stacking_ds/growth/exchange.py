@@ -22,10 +22,10 @@ from stacking_ds.fragments import (
     windows,
 )
 
-__all__ = ["BUCKET_ELEMENTS", "Ranks", "copy_own", "exchange"]
+__all__ = ["Ranks", "copy_own", "exchange"]
 
-BUCKET_ELEMENTS = 1 << 24
-"""Elements, of all keys together, that move in one round; 64 MiB of fp32."""
+# of all keys together, moved in one round: 64 MiB of fp32
+_BUCKET_ELEMENTS = 1 << 24
 
 
 class Ranks(Protocol):
@@ -55,8 +55,7 @@ def exchange(
     targets: Sequence[Fragment],
     sources: Mapping[str, Fragment],
     keys: Sequence[str],
-    ranks: Ranks,
-    bucket_elements: int = BUCKET_ELEMENTS,
+    world: Ranks,
 ) -> None:
     """Fill in what `copy_own` could not. A collective, unless nothing has to move at all.
 
@@ -64,27 +63,27 @@ def exchange(
         targets: the fragments to fill, of every parameter.
         sources: for each target's name, this rank's fragment of the parameter that it copies.
     """
-    old = Layout.of(list(sources.values()), ranks.size)
-    new = Layout.of(targets, ranks.size)
+    old = Layout.of(list(sources.values()), world.size)
+    new = Layout.of(targets, world.size)
     if not traffic(old, new, lambda name: sources[name].name).sent.any():
         return
     live = {target.name: target for target in targets}
     numels = {name: cut.numel for name, cut in new.cuts.items()}
     planned: dict[str, Moves] = {}
-    for bucket in windows(numels, max(1, bucket_elements // len(keys))):
-        outgoing: list[list[torch.Tensor]] = [[] for _ in range(ranks.size)]
-        incoming: list[list[torch.Tensor]] = [[] for _ in range(ranks.size)]
+    for bucket in windows(numels, max(1, _BUCKET_ELEMENTS // len(keys))):
+        outgoing: list[list[torch.Tensor]] = [[] for _ in range(world.size)]
+        incoming: list[list[torch.Tensor]] = [[] for _ in range(world.size)]
         for window in bucket:
             if window.name not in planned:
                 # windows come in order: an earlier parameter's plan is not needed again
                 source_name = sources[window.name].name
                 planned = {window.name: plan_moves(old, source_name, new, window.name)}
             moves = _foreign(planned[window.name], window)
-            _collect(moves.target, moves.source == ranks.rank, moves,
+            _collect(moves.target, moves.source == world.rank, moves,
                      sources[window.name], keys, outgoing)  # fmt: skip
-            _collect(moves.source, moves.target == ranks.rank, moves,
+            _collect(moves.source, moves.target == world.rank, moves,
                      live[window.name], keys, incoming)  # fmt: skip
-        _send_and_receive(outgoing, incoming, ranks)
+        _send_and_receive(outgoing, incoming, world)
 
 
 def _foreign(moves: Moves, window: Window) -> Moves:
@@ -103,17 +102,16 @@ def _collect(
     views: list[list[torch.Tensor]],
 ) -> None:
     """Append, for each row that is mine, the views of its elements to the list of its peer."""
-    for peer, is_mine, start, stop in zip(peers, mine, moves.start, moves.stop, strict=True):
-        if is_mine:
-            low, high = int(start) - fragment.start, int(stop) - fragment.start
-            views[peer] += [fragment.views[key][low:high] for key in keys]
+    for row in np.flatnonzero(mine):
+        low, high = int(moves.start[row]) - fragment.start, int(moves.stop[row]) - fragment.start
+        views[peers[row]] += [fragment.views[key][low:high] for key in keys]
 
 
 def _send_and_receive(
-    outgoing: list[list[torch.Tensor]], incoming: list[list[torch.Tensor]], ranks: Ranks
+    outgoing: list[list[torch.Tensor]], incoming: list[list[torch.Tensor]], world: Ranks
 ) -> None:
     nothing = torch.empty(0)
-    received = ranks.all_to_all(
+    received = world.all_to_all(
         [torch.cat(parts) if parts else nothing for parts in outgoing],
         [sum(view.numel() for view in views) for views in incoming],
     )

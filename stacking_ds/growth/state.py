@@ -63,7 +63,7 @@ def install(
     captured: CapturedState,
     layers: Sequence[int] | None,
     moments: Moments,
-    ranks: Ranks,
+    world: Ranks,
 ) -> None:
     """Write the captured values into the live fragments `targets` of the new engine.
 
@@ -91,9 +91,9 @@ def install(
         for key in keys:
             if key not in filled:
                 target.views[key].zero_()
-    exchange(targets, sources, filled, ranks)
-    totals = ranks.sum(
-        [*_statistics(targets, filled, ranks), *_statistics(captured.fragments, filled, ranks)]
+    exchange(targets, sources, filled, world)
+    totals = world.sum(
+        [*_statistics(targets, filled, world), *_statistics(captured.fragments, filled, world)]
     )
     _compare(targets, captured, layers, filled, totals)
 
@@ -116,11 +116,11 @@ def _sources(
     return found
 
 
-def _statistics(fragments: Iterable[Fragment], keys: Sequence[str], ranks: Ranks) -> list[float]:
+def _statistics(fragments: Iterable[Fragment], keys: Sequence[str], world: Ranks) -> list[float]:
     """For each fragment and key, in order: count, sum and sum of squares of the owned elements."""
     counts, sums = [], []
     for fragment in fragments:
-        owned = fragment.owned_by(ranks.rank)
+        owned = fragment.owned_by(world.rank)
         for key in keys:
             counts.append(float(owned.numel))
             sums.append(_sums(owned.views[key]))

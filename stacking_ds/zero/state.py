@@ -89,17 +89,17 @@ def _relink(engine: Any) -> None:
 def refresh(engine: Any) -> None:
     """Make the weights of the forward pass the masters' rounding (a collective at ZeRO 1, 2, 3)."""
     wrapper = engine.optimizer
-    layout = masters_of(engine)
-    if layout is Masters.UNFUSED:
+    masters = masters_of(engine)
+    if masters is Masters.UNFUSED:
         for group, masters in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
             for p, master in zip(group, masters, strict=True):
                 p.data.copy_(master)
-    elif layout is Masters.FUSED:
+    elif masters is Masters.FUSED:
         for flat, master in zip(wrapper.fp16_groups_flat, wrapper.fp32_groups_flat, strict=True):
             flat.copy_(master)  # the module's parameters are views of it
-    elif layout is Masters.GROUPS:
+    elif masters is Masters.GROUPS:
         wrapper.update_lp_params()
-    elif layout is Masters.PARAMETERS:
+    elif masters is Masters.PARAMETERS:
         # gathered parameters hold old values: let go of them first, as DeepSpeed's step does
         wrapper._partition_all_parameters()
         for sub_group in range(len(wrapper.fp16_groups)):
