@@ -8,6 +8,7 @@ where the JSON says it all the same, the two must agree.
 import json
 import logging
 import math
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
@@ -238,9 +239,10 @@ def release_engine(engine: Any) -> None:
 
     The caller drops its references to the model first.
     """
-    if left := zero.release(engine):
+    left = zero.release(engine)
+    if left and sys.exc_info()[0] is None:  # an error's traceback holds on to its frames
         logging.getLogger("stacking_ds").warning(
-            "%.0f MiB of the released engine's masters are still held; something keeps its model "
+            "%.1f MiB of the released engine's masters are still held; something keeps its model "
             "or its optimizer alive",
             left / 2**20,
         )

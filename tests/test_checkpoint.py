@@ -1,11 +1,6 @@
 """Checkpoints: the state itself, at any world size and ZeRO stage; whole or not there."""
 
 import importlib.metadata
-import itertools
-import os
-import shutil
-import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -213,49 +208,6 @@ def test_one_ranks_failure_is_every_ranks_error_and_leaves_nothing(tmp_path: Pat
         assert "step_00000001 is untouched" in message
     names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
     assert names == {"latest", "step_00000001"}
-
-
-def _save_and_die(run_dir: Path, step: int, moment: int) -> bool:
-    """Save in a process that is killed when it touches the run's files for the `moment`th time."""
-    child = os.fork()
-    if child == 0:
-        touches = itertools.count()
-
-        def hook(event: str, arguments: tuple[Any, ...]) -> None:
-            touching = event == "open" or event.startswith("os.")
-            if touching and str(run_dir) in str(arguments) and next(touches) == moment:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(hook)
-        save_state(run_dir, step, plain_fragments(value=step + 0.5))
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert status in (0, signal.SIGKILL)
-    return status == signal.SIGKILL
-
-
-@pytest.mark.parametrize("step", [2, 1])  # the next one; and that which `latest` names once more
-def test_a_save_that_is_killed_at_any_moment_loses_nothing(tmp_path: Path, step: int) -> None:
-    save_state(tmp_path / "before", 1, plain_fragments())
-    found = set()
-    for moment in itertools.count():
-        run_dir = tmp_path / str(moment)
-        shutil.copytree(tmp_path / "before", run_dir)
-        if not _save_and_die(run_dir, step, moment):
-            break
-        folder = checkpoint.latest(run_dir)
-        assert folder is not None
-        assert checkpoint.problems(folder) == []
-        first = float(next(checkpoint.read_parameters(folder))[1][0, 0])
-        assert first in (0.0, step + 0.5)
-        found.add(first)
-        last = save_state(run_dir, 2, plain_fragments())  # over what the crash left behind
-        checkpoint.prune(run_dir, keep_last=1, keep_steps={1})
-        assert checkpoint.latest(run_dir) == last
-        left = {path.name for path in last.parent.iterdir()}
-        assert left - {"step_00000001"} == {"latest", "step_00000002"}
-    assert moment > 10
-    assert found == {0.0, step + 0.5}
 
 
 def _save_after_a_crash(world: World, run_dir: Path) -> None:
