@@ -10,12 +10,13 @@ import statistics
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from stacking_ds import distributed, stage_manager
 from stacking_ds.config import RunConfig
 from stacking_ds.distributed import World
 from stacking_ds.job import Job
-from stacking_ds.model.bert import BertForPreTraining
-from stacking_ds.model.config import BertConfig
+from stacking_ds.model.initialization import first_value
 from stacking_ds.monitor import read_metrics
 from stacking_ds.recipe import load_run_config
 from stacking_ds.stage_manager import StageManager
@@ -40,17 +41,18 @@ def train_arm(world: World, config: RunConfig, run_dir: Path, arm: str) -> dict[
 
 
 def _initialise_anew(manager: StageManager, old: Stage, new: Stage) -> None:
+    manager.finish_save()
     manager.close()
     # another seed: first values depend on seed and name alone, and would be the old ones again
-    stage_manager.BertForPreTraining = partial(_reseeded, 1000 * new.index)  # type: ignore[misc]
+    stage_manager.first_value = partial(_reseeded, 1000 * new.index)
     try:
         manager.start(new)
     finally:
-        stage_manager.BertForPreTraining = BertForPreTraining  # type: ignore[misc]
+        stage_manager.first_value = first_value
 
 
-def _reseeded(offset: int, config: BertConfig, seed: int) -> BertForPreTraining:
-    return BertForPreTraining(config, seed + offset)
+def _reseeded(offset: int, name: str, shape: torch.Size, seed: int, std: float) -> torch.Tensor:
+    return first_value(name, shape, seed + offset, std)
 
 
 def heldout_losses(run_dir: Path) -> dict[int, float]:
