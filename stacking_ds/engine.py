@@ -226,6 +226,7 @@ def build_engine(
                 )[0]
         except ValueError as error:
             raise ConfigError(f"DeepSpeed cannot build this engine: {error}") from error
+    zero.return_free_pages()  # what the parameters had before DeepSpeed flattened them
     zero.reset_moments(engine)
     zero.mend_loss_scaling(engine)
     if low_precision and value_of is not None:

@@ -63,6 +63,8 @@ def exchange(
         targets: the fragments to fill, of every parameter.
         sources: for each target's name, this rank's fragment of the parameter that it copies.
     """
+    if _same_cuts(sources, targets):
+        return  # as between the stages of a run
     old = Layout.of(list(sources.values()), world.size)
     new = Layout.of(targets, world.size)
     if not traffic(old, new, lambda name: sources[name].name).sent.any():
@@ -84,6 +86,14 @@ def exchange(
             _collect(moves.source, moves.target == world.rank, moves,
                      live[window.name], keys, incoming)  # fmt: skip
         _send_and_receive(outgoing, incoming, world)
+
+
+def _same_cuts(sources: Mapping[str, Fragment], targets: Sequence[Fragment]) -> bool:
+    return all(
+        sources[target.name].cut == target.cut
+        and sources[target.name].replicated == target.replicated
+        for target in targets
+    )
 
 
 def _foreign(moves: Moves, window: Window) -> Moves:

@@ -119,23 +119,27 @@ def _sources(
 def _statistics(fragments: Iterable[Fragment], keys: Sequence[str], world: Ranks) -> list[float]:
     """For each fragment and key, in order: count, sum and sum of squares of the owned elements."""
     counts, sums = [], []
+    wide = torch.empty(0)
     for fragment in fragments:
         owned = fragment.owned_by(world.rank)
         for key in keys:
+            view = owned.views[key]
+            if wide.device != view.device or not wide.numel():
+                wide = torch.empty(_PIECE_ELEMENTS, dtype=torch.float64, device=view.device)
             counts.append(float(owned.numel))
-            sums.append(_sums(owned.views[key]))
+            sums.append(_sums(view, wide))
     # together: reading them one by one would wait for the device each time
     pairs = torch.stack(sums).tolist()
     return [value for count, pair in zip(counts, pairs, strict=True) for value in (count, *pair)]
 
 
-def _sums(view: torch.Tensor) -> torch.Tensor:
-    """Sum and sum of squares in fp64, a piece at a time that stays in the cache."""
-    total = torch.zeros(2, dtype=torch.float64, device=view.device)
-    for piece in torch.split(view, _PIECE_ELEMENTS):
-        wide = piece.double()
-        total += torch.stack([wide.sum(), wide.dot(wide)])
-    return total
+def _sums(view: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
+    """Sum and sum of squares in fp64, through `wide`, a piece at a time that stays in the cache."""
+    parts = []
+    for piece in torch.split(view, len(wide)):
+        widened = wide[: len(piece)].copy_(piece)
+        parts.append(torch.stack([widened.sum(), widened.dot(widened)]))
+    return torch.stack(parts).sum(0)
 
 
 def _compare(

@@ -9,7 +9,7 @@ require_pinned_deepspeed()
 from stacking_ds.zero.gradients import gradient_norm, norm_before_step
 from stacking_ds.zero.loss_scale import loss_scale, mend_loss_scaling, set_loss_scale
 from stacking_ds.zero.process_group import follow_process_group
-from stacking_ds.zero.release import release
+from stacking_ds.zero.release import release, return_free_pages
 from stacking_ds.zero.start import ValueOf, give_storage, without_traffic
 from stacking_ds.zero.state import (
     fragments,
@@ -37,6 +37,7 @@ __all__ = [
     "release",
     "require_pinned_deepspeed",
     "reset_moments",
+    "return_free_pages",
     "seed_moments",
     "set_loss_scale",
     "whole_weights",

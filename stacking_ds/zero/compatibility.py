@@ -46,7 +46,6 @@ _REQUIRED = {
         "fp32_partitioned_groups_flat",
         "grad_position",
         "get_param_id",
-        "persistent_parameters",
         "_get_param_partition_rank",
         "_partition_all_parameters",
         "_reassign_or_swap_out_partitioned_parameters",

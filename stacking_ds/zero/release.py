@@ -18,7 +18,7 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 
 from stacking_ds.zero.layout import flat_tensors
 
-__all__ = ["release"]
+__all__ = ["release", "return_free_pages"]
 
 
 def release(engine: Any) -> int:
@@ -36,7 +36,7 @@ def release(engine: Any) -> int:
     _clear_coordinator_cache()
     _empty(engine)
     gc.collect()
-    _return_free_pages()
+    return_free_pages()
     return sum(size for master, size in masters if master() is not None)
 
 
@@ -84,7 +84,8 @@ def _find_cache(function: Any) -> Callable[[], None] | None:
     return None
 
 
-def _return_free_pages() -> None:
+def return_free_pages() -> None:
+    """Give memory that is free, but kept by an allocator, back to the machine."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     # glibc keeps freed blocks in its arenas; elsewhere there is no such function

@@ -87,7 +87,7 @@ def _relink(engine: Any) -> None:
 
 @torch.no_grad()
 def refresh(engine: Any) -> None:
-    """Make the weights of the forward pass the masters' rounding (a collective at ZeRO 1, 2, 3)."""
+    """Make the weights of the forward pass the masters' rounding (a collective at ZeRO 1 and 2)."""
     wrapper = engine.optimizer
     masters = masters_of(engine)
     if masters is Masters.UNFUSED:
@@ -100,12 +100,10 @@ def refresh(engine: Any) -> None:
     elif masters is Masters.GROUPS:
         wrapper.update_lp_params()
     elif masters is Masters.PARAMETERS:
-        # gathered parameters hold old values: let go of them first, as DeepSpeed's step does
+        # gathered parameters hold old values: let go of them, the next forward gathers its own
         wrapper._partition_all_parameters()
         for sub_group in range(len(wrapper.fp16_groups)):
             wrapper._reassign_or_swap_out_partitioned_parameters(sub_group)
-        if wrapper.persistent_parameters:
-            wrapper.persistent_parameters[0].all_gather(wrapper.persistent_parameters)
 
 
 @torch.no_grad()
