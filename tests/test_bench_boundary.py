@@ -1,7 +1,6 @@
 """`stacking-ds bench boundary`: what it measures is there, and is what it says."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,9 @@ import pytest
 from stacking_ds.bench import boundary as bench_boundary
 from stacking_ds.bench.boundary import measure_boundary
 from stacking_ds.bench.boundary_table import boundary_table, boundary_targets
-from stacking_ds.bench.planner import Growth, refreshed_bytes
 from stacking_ds.bench.workload import Workload
 from stacking_ds.cli import main
 from stacking_ds.distributed import World
-from stacking_ds.model.bert import parameter_shapes
 from tests.ranks import RankError, run_ranks
 
 TINY = {
@@ -48,21 +45,11 @@ def test_our_boundary_moves_no_state(cases: list[dict[str, Any]]) -> None:
     for case in cases:
         sent = case["ours"]["sent_bytes"]
         assert sent.get("state moved", 0) == 0
-        assert sent[""] == sent.get("build", 0) == sent.get("capture", 0) == 0
-        assert sent["checksums"] > 0
+        # nothing but the checksums: no gathering of weights, nothing while an engine is built
+        assert [label for label, size in sent.items() if size] == ["checksums"]
         # no hidden way around the counter: the kernel saw the same, and headers
         written = case["ours"]["written_bytes"]
         assert sum(sent.values()) <= written < 1.2 * sum(sent.values()) + 30_000
-
-
-def test_only_zero_3_refreshes_and_as_much_as_the_planner_says(
-    cases: list[dict[str, Any]],
-) -> None:
-    growth = Growth("bert-base", 1, 2, ranks=2, new_ranks=2, zero_stage=3, new_zero_stage=3)
-    shapes = parameter_shapes(_workload(3).config(2))
-    numels = [(name, math.prod(shape)) for name, shape in shapes.items()]
-    refreshed = [case["ours"]["sent_bytes"].get("install", 0) for case in cases]
-    assert refreshed == [0, 0, refreshed_bytes(growth, [numels])]
 
 
 def test_the_rivals_send_what_they_must(cases: list[dict[str, Any]]) -> None:

@@ -6,9 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from stacking_ds.bench.planner import Growth, PerRank, price
+from stacking_ds.bench.bytes_sent import BytesSent
+from stacking_ds.bench.crossing import LabelledWorld
+from stacking_ds.bench.planner import MODELS, Growth, PerRank, price
+from stacking_ds.bench.workload import Workload
+from stacking_ds.boundary import capture_engine, install_state
 from stacking_ds.cli import main
+from stacking_ds.distributed import World
+from stacking_ds.engine import release_engine
 from stacking_ds.model.config import BertConfig
+from tests.ranks import run_ranks
 
 LAYER = 7_087_872  # BERT-base: 12 * 768^2 weights and 13 * 768 biases and LayerNorms
 SMALL = Growth("bert-base", 1, 2, ranks=2, new_ranks=2, zero_stage=3, new_zero_stage=3)
@@ -67,6 +74,52 @@ def test_the_time_is_bytes_over_bandwidth() -> None:
     busiest = found.captured.most + 12 * _parameters(2) + found.received.least
     assert found.host_seconds == pytest.approx(busiest / 2**31, rel=1e-4)
     assert found.link_seconds == found.received.most / 2**29
+
+
+TINY = {
+    "vocab_size": 50,
+    "hidden_size": 20,
+    "num_attention_heads": 1,
+    "intermediate_size": 80,
+    "max_position_embeddings": 8,
+}
+_WORKLOAD = Workload(
+    hidden_size=20,
+    layers=1,
+    new_layers=3,
+    vocab_size=50,
+    sequence_length=8,
+    global_batch_size=6,
+    micro_batch_size=2,
+    precision="bf16",
+    zero_stage=3,
+)
+
+
+def _change_zero_stage(world: World) -> dict[str, int]:
+    """Grow from ZeRO 3 to ZeRO 1; what this rank sent."""
+    old, new = _WORKLOAD, replace(_WORKLOAD, zero_stage=1)
+    engine = old.old_engine(world)
+    state = capture_engine(engine)
+    release_engine(engine)
+    engine = new.new_engine(world)
+    with BytesSent() as sent:
+        ranks = LabelledWorld(world, sent)
+        install_state(engine, state, old.layer_map, "carry", ranks)
+    return dict(sent.by_label)
+
+
+def test_live_engines_send_what_was_priced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MODELS, "tiny", TINY)  # type: ignore[arg-type]
+    growth = Growth("tiny", 1, 3, ranks=3, new_ranks=3, zero_stage=3, new_zero_stage=1)
+    priced = price(growth, 1.0, 1.0)
+    by_rank = run_ranks(_change_zero_stage, 3)
+    moved = [sent["state moved"] for sent in by_rank]
+    assert PerRank(min(moved), sum(moved) / 3, max(moved)) == priced.sent
+    assert priced.sent.least > 0
+    # each of the 8 parameter groups is padded to a multiple of the ranks
+    padding = 8 * 2 * 2 * 3
+    assert all(0 <= sent[""] - priced.refreshed <= padding for sent in by_rank)
 
 
 def test_bert_large_on_4096_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

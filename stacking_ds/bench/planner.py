@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from stacking_ds.engine import Precision, load_ds_config
+from stacking_ds.engine import Precision
 from stacking_ds.errors import ConfigError
 from stacking_ds.fragments import MOMENTS, Integers, Layout, traffic
 from stacking_ds.growth.operators import layer_map, source_name
@@ -17,14 +17,23 @@ from stacking_ds.model.config import BertConfig
 from stacking_ds.optim.groups import parameter_groups
 from stacking_ds.zero.layout import predicted_layout
 
-__all__ = ["MODELS", "Growth", "PerRank", "Price", "price", "price_table", "refreshed_bytes"]
+__all__ = ["MODELS", "Growth", "PerRank", "Price", "price", "price_table"]
 
 MODELS: Mapping[str, Mapping[str, Any]] = {
     # Devlin et al. 2019 §3
-    "bert-base": {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},
-    "bert-large": {"hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096},
+    "bert-base": {
+        "vocab_size": 30522,
+        "hidden_size": 768,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+    },
+    "bert-large": {
+        "vocab_size": 30522,
+        "hidden_size": 1024,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+    },
 }
-_VOCAB_SIZE = 30522
 
 _MASTER_BYTES = 4
 _STATE_BYTES = _MASTER_BYTES * (1 + len(MOMENTS))
@@ -52,7 +61,7 @@ class Growth:
 
     def groups(self, depth: int) -> Groups:
         """Of the model at a depth, in the optimizer's order."""
-        config = BertConfig(vocab_size=_VOCAB_SIZE, num_hidden_layers=depth, **MODELS[self.model])
+        config = BertConfig(num_hidden_layers=depth, **MODELS[self.model])
         model = BertForPreTraining(config, seed=None)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         return [
@@ -116,7 +125,7 @@ def price(growth: Growth, host_gib_per_second: float, link_gib_per_second: float
     )
     captured = np.zeros_like(kept)
     captured[: growth.ranks] = _STATE_BYTES * _held(old)
-    refreshed = refreshed_bytes(growth, new_groups)
+    refreshed = _refreshed_bytes(growth, new_groups)
     host, link = captured + kept + 2 * received, np.maximum(sent, received) + refreshed
     return Price(
         parameters=(_elements(old_groups), _elements(new_groups)),
@@ -153,23 +162,17 @@ def _held(layout: Layout) -> Integers:
     return total
 
 
-def refreshed_bytes(growth: Growth, groups: Groups) -> int:
+def _refreshed_bytes(growth: Growth, groups: Groups) -> int:
     """What a rank sends of the weights of the forward pass once its masters are there.
 
-    ZeRO 1 and 2 keep them whole on every rank, and a boundary carries them; coming from elsewhere
-    they have to be gathered. ZeRO 3 gathers its small parameters alone.
+    ZeRO 1 and 2 keep them whole on every rank: a boundary between these carries them, and coming
+    from elsewhere they have to be gathered.
     """
-    others = growth.new_ranks - 1
-    numels = [numel for group in groups for _, numel in group]
-    if growth.new_zero_stage == 3:
-        section = load_ds_config("zero3")["zero_optimization"]
-        limit = int(section["stage3_param_persistence_threshold"])
-        shares = [-(-numel // growth.new_ranks) for numel in numels if numel <= limit]
-        return _WEIGHT_BYTES[growth.precision] * others * sum(shares)
     stays_whole = growth.zero_stage in (1, 2) and growth.ranks == growth.new_ranks
-    if growth.new_zero_stage == 0 or stays_whole:
+    if growth.new_zero_stage in (0, 3) or stays_whole:
         return 0
-    return _WEIGHT_BYTES[growth.precision] * others * sum(numels) // growth.new_ranks
+    weights = _WEIGHT_BYTES[growth.precision] * _elements(groups)
+    return weights * (growth.new_ranks - 1) // growth.new_ranks
 
 
 def price_table(growth: Growth, found: Price, speeds: str) -> str:
