@@ -105,6 +105,8 @@ def _boundary(options: argparse.Namespace) -> int:
             cases += _measure_there(workload, ranks, options.rounds)
             _say(f"ZeRO {workload.zero_stage}, {ranks} ranks: {time.monotonic() - started:.0f} s")
     _report(cases, options)
+    if options.quick:
+        _say("--quick: fixed costs decide at this size; judge memory and times without it")
     return 0
 
 
