@@ -1,5 +1,6 @@
 """`RunConfig`: everything a run is; strict and frozen."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +16,7 @@ __all__ = [
     "EngineSection",
     "EvaluationSection",
     "GrowthSection",
+    "LambSection",
     "ModelSection",
     "OptimizerSection",
     "RunConfig",
@@ -85,15 +87,65 @@ class GrowthSection(_Section):
     """`reset` starts Adam anew, as in the paper; `carry` copies the moments with the layers."""
 
 
+class LambSection(_Section):
+    """What LAMB has and AdamW has not."""
+
+    always_adapt: bool = False
+    """Take trust ratios for biases and LayerNorm too, instead of 1."""
+    min_coeff: Annotated[float, Field(ge=0.0)] = 0.0
+    """Smallest trust ratio; 0 is no bound, as in You et al. 2020."""
+    max_coeff: Annotated[float, Field(gt=0.0)] | None = None
+    """Largest trust ratio; none by default, as in You et al. 2020."""
+    grad_pre_normalization: bool = False
+    """Divide the gradient by its global norm first (NVLAMB); clipping has to be off then."""
+    kernel: Literal["auto", "reference", "blocked", "triton", "apex"] = "auto"
+    """Which form of the step runs: on a GPU triton, on the CPU blocked, unless another is named."""
+
+    @model_validator(mode="after")
+    def _bounds_and_kernel(self) -> "LambSection":
+        if self.max_coeff is not None and self.max_coeff < self.min_coeff:
+            raise ValueError(f"min_coeff={self.min_coeff} is above max_coeff={self.max_coeff}")
+        if self.kernel == "apex" and (self.min_coeff > 0 or self.max_coeff is not None):
+            raise ValueError(
+                "apex's LAMB does not bound the trust ratio: remove min_coeff and max_coeff, or "
+                "leave the kernel to auto"
+            )
+        return self
+
+
 class OptimizerSection(_Section):
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "lamb"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0.0, le=100.0)]
     """Peak of the learning-rate schedule."""
+    learning_rate_batch_size: Positive | None = None
+    """The batch that learning_rate is for. At another batch.global_batch_size the peak is scaled
+    by the square root of their ratio (You et al. 2020, section 4)."""
     betas: tuple[Probability, Probability] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0.0)] = 1e-6
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
     max_grad_norm: Annotated[float, Field(ge=0.0)] = 1.0
     """Gradients are scaled down to this global norm; 0 turns clipping off."""
+    lamb: LambSection | None = Field(
+        default_factory=lambda given: LambSection() if given.get("name") == "lamb" else None
+    )
+    """The options of name=lamb, each with a default; null for another optimizer."""
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> "OptimizerSection":
+        if (self.lamb is not None) != (self.name == "lamb"):
+            given = "options" if self.lamb is not None else "null"
+            raise ValueError(f"lamb: {given} does not go with name={self.name}; delete it")
+        if self.lamb is not None and self.lamb.grad_pre_normalization and self.max_grad_norm > 0:
+            raise ValueError(
+                f"max_grad_norm={self.max_grad_norm:g} cannot clip what grad_pre_normalization "
+                f"scales to norm 1: set max_grad_norm=0, or turn the latter off"
+            )
+        return self
+
+    def peak_learning_rate(self, global_batch_size: int) -> float:
+        """Of a run with so many rows a step."""
+        base = self.learning_rate_batch_size or global_batch_size
+        return self.learning_rate * math.sqrt(global_batch_size / base)
 
 
 class ScheduleSection(_Section):
@@ -218,6 +270,7 @@ class RunConfig(_Section):
 _MAY_CHANGE = (
     "data.path",
     "data.loader_workers",
+    "optimizer.lamb.kernel",
     "batch.micro_batch_size",
     "engine.",
     "checkpoint.",

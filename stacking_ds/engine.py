@@ -22,6 +22,7 @@ import torch.distributed as dist
 from stacking_ds import zero
 from stacking_ds.bundled import ds_config_path
 from stacking_ds.errors import ConfigError
+from stacking_ds.optim.lamb import Lamb
 from stacking_ds.zero.settings import asks_for_log, section_problems, top_level_problems
 
 __all__ = [
@@ -212,6 +213,7 @@ def build_engine(
         value_of = lambda name, shape: held[name]  # noqa: E731 - a method would need a class
     _prepare_process(show_log=asks_for_log(ds_config))
     zero.follow_process_group()
+    zero.accept_under_zero(Lamb)
     checked = _Checksum(value_of) if value_of is not None else None
     dtype = _LOW_PRECISION.get(low_precision or "", torch.float32)
     with zero.without_stepping(optimizer):
@@ -229,6 +231,12 @@ def build_engine(
     zero.return_free_pages()  # what the parameters had before DeepSpeed flattened them
     zero.reset_moments(engine)
     zero.mend_loss_scaling(engine)
+    if isinstance(optimizer, Lamb):
+        optimizer.bind(
+            zero.shards(engine),
+            zero.adder_over_ranks(engine),
+            zero.gradient_norm_at_step(engine),
+        )
     if low_precision and value_of is not None:
         # DeepSpeed took the masters from the rounded weights; those are right already
         zero.write_masters(engine, value_of)
@@ -240,6 +248,8 @@ def release_engine(engine: Any) -> None:
 
     The caller drops its references to the model first.
     """
+    if isinstance(engine.basic_optimizer, Lamb):
+        engine.basic_optimizer.unbind()
     left = zero.release(engine)
     if left and sys.exc_info()[0] is None:  # an error's traceback holds on to its frames
         logging.getLogger("stacking_ds").warning(

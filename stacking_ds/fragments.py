@@ -23,6 +23,8 @@ __all__ = [
     "Integers",
     "Layout",
     "Moves",
+    "Shard",
+    "Span",
     "Traffic",
     "Window",
     "plan_moves",
@@ -104,6 +106,32 @@ class Fragment:
             key: view[low - self.start : high - self.start] for key, view in self.views.items()
         }
         return Fragment(self.name, self.shape, low, high, views, self.cut)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Elements [offset, offset + numel) of a flat tensor are elements of the parameter `name`.
+
+    `index` is the parameter's place among all parameters, the same on every rank.
+    """
+
+    name: str
+    index: int
+    offset: int
+    numel: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One fp32 tensor that the optimizer steps on, and whose elements lie in it.
+
+    What no span covers is padding, which may be uninitialised memory. `low` has as many elements
+    as `flat` and is to follow it, rounded to its dtype; None where nothing has to.
+    """
+
+    flat: torch.Tensor
+    spans: tuple[Span, ...]
+    low: torch.Tensor | None = None
 
 
 # --------------------------------------------------------------------------- planning

@@ -7,7 +7,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,10 +67,13 @@ class Monitor:
         if self._enabled:
             self._bars.step(completed_steps, loss)
 
-    def record(self, metrics: Mapping[str, Any]) -> None:
+    def record(
+        self, metrics: Mapping[str, Any], histograms: Mapping[str, Sequence[float]] | None = None
+    ) -> None:
         """One line of `metrics.jsonl`, the same numbers to TensorBoard, a short line to the log.
 
-        A number that is not finite (the gradient norm of a step that fp16 skipped) is null.
+        A number that is not finite (the gradient norm of a step that fp16 skipped) is null. What
+        `histograms` has goes to TensorBoard alone.
         """
         if not self._enabled:
             return
@@ -82,6 +85,8 @@ class Monitor:
             if isinstance(value, int | float):
                 tag = key if "/" in key else f"progress/{key}"
                 self._tensorboard.add_scalar(tag, value, step)
+        for tag, values in (histograms or {}).items():
+            self._tensorboard.add_histogram(tag, torch.tensor(values), step)
         self._tensorboard.flush()
         self._bars.remaining(metrics["speed/remaining_seconds"])
         logger.info(_line(metrics, self._schedule.total_steps))

@@ -20,7 +20,8 @@ from stacking_ds.job import Job
 from stacking_ds.model.bert import BertForPreTraining
 from stacking_ds.model.initialization import first_value
 from stacking_ds.optim.build import build_optimizer
-from stacking_ds.optim.groups import parameter_groups
+from stacking_ds.optim.lamb import Lamb
+from stacking_ds.optim.lamb_metrics import TRUST_RATIOS, adapted_ratios, lamb_metrics
 from stacking_ds.stages import Stage
 from stacking_ds.zero import (
     ValueOf,
@@ -70,13 +71,7 @@ class StageManager:
         """An engine of the stage's depth; without `value_of` its values are yet to come."""
         config = self._job.config
         model = BertForPreTraining(self._job.model_config(stage.num_hidden_layers), seed=None)
-        optimizer = build_optimizer(
-            config.optimizer.name,
-            parameter_groups(model.named_parameters(), config.optimizer.weight_decay),
-            learning_rate=config.optimizer.learning_rate,
-            betas=config.optimizer.betas,
-            eps=config.optimizer.eps,
-        )
+        optimizer = build_optimizer(config.optimizer, model.named_parameters())
         self.engine = build_engine(model, optimizer, self._ds_config, value_of)
 
     def grow(self, old: Stage, new: Stage) -> None:
@@ -177,6 +172,14 @@ class StageManager:
         refresh(self.engine)
         if manifest.config["engine"]["precision"] == "fp16":
             set_loss_scale(self.engine, manifest.loss_scale)
+
+    def optimizer_metrics(self) -> tuple[dict[str, float], dict[str, list[float]]]:
+        """Metrics and histograms of the last step that the optimizer itself knows: LAMB's."""
+        optimizer = self.engine.basic_optimizer
+        found = optimizer.statistics() if isinstance(optimizer, Lamb) else None
+        if found is None:
+            return {}, {}
+        return lamb_metrics(found), {TRUST_RATIOS: adapted_ratios(found)}
 
     def close(self) -> None:
         """Release the engine and its memory, and leave a checkpoint under way to itself. No

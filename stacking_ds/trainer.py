@@ -234,26 +234,28 @@ class _Run:
 
     def record(self, stage: Stage, evaluation: Mapping[str, float]) -> None:
         self.state.wall_seconds = time.perf_counter() - self.clock_start
-        sequence_length = self.job.config.data.sequence_length
-        remaining = self.job.schedule.remaining(self.state.step)
+        optimizer, histograms = self.stages.optimizer_metrics()
         self.monitor.record(
             metrics_line(
                 self.state,
                 self.interval,
                 num_hidden_layers=stage.num_hidden_layers,
                 flops_per_token=self.job.model_config(stage.num_hidden_layers).flops_per_token(
-                    sequence_length, self.interval.mlm_targets / self.interval.tokens
+                    self.job.config.data.sequence_length,
+                    self.interval.mlm_targets / self.interval.tokens,
                 ),
                 peak_flops_per_second=self.peak_flops_per_second,
                 remaining_layer_steps=sum(
                     (rest.end_step - max(rest.start_step, self.state.step)) * rest.num_hidden_layers
-                    for rest in remaining
+                    for rest in self.job.schedule.remaining(self.state.step)
                 ),
                 extra={
                     "memory/peak_gib": peak_memory_gib(self.world.device),
+                    **optimizer,
                     **evaluation,
                 },
-            )
+            ),
+            histograms,
         )
         self.interval = Interval()
 

@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
+from stacking_ds.config import LambSection, OptimizerSection
 from stacking_ds.engine import load_ds_config, resolve_ds_config
 from stacking_ds.model.bert import BertForPreTraining
 from stacking_ds.model.config import BertConfig
 from stacking_ds.model.loss import pretraining_loss
 from stacking_ds.optim.build import build_optimizer
-from stacking_ds.optim.groups import parameter_groups
 
 __all__ = [
     "SAMPLES",
@@ -46,12 +46,25 @@ def tiny_model(depth: int, seed: int = 0) -> BertForPreTraining:
     return BertForPreTraining(tiny_config(depth), seed)
 
 
-def tiny_optimizer(model: torch.nn.Module, learning_rate: float = 1e-2) -> torch.optim.Optimizer:
-    groups = parameter_groups(model.named_parameters(), weight_decay=0.1)
+def tiny_optimizer(
+    model: torch.nn.Module,
+    learning_rate: float = 1e-2,
+    name: Any = "adamw",
     # the true gradient of key biases is zero: a large eps keeps Adam from blowing up its noise
-    return build_optimizer(
-        "adamw", groups, learning_rate=learning_rate, betas=(0.9, 0.99), eps=1e-3
+    eps: float = 1e-3,
+    **lamb: Any,
+) -> torch.optim.Optimizer:
+    """`lamb`: the recipe's options of LAMB."""
+    config = OptimizerSection(
+        name=name,
+        learning_rate=learning_rate,
+        betas=(0.9, 0.99),
+        eps=eps,
+        weight_decay=0.1,
+        max_grad_norm=0.0,
+        lamb=LambSection(**lamb) if name == "lamb" else None,
     )
+    return build_optimizer(config, model.named_parameters())
 
 
 def tiny_settings(

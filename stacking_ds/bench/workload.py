@@ -8,6 +8,7 @@ from typing import Any
 import deepspeed
 import torch
 
+from stacking_ds.config import OptimizerSection
 from stacking_ds.data.batch_split import split_batch
 from stacking_ds.distributed import World
 from stacking_ds.engine import (
@@ -23,7 +24,6 @@ from stacking_ds.model.config import BertConfig
 from stacking_ds.model.initialization import first_value
 from stacking_ds.model.loss import pretraining_loss
 from stacking_ds.optim.build import build_optimizer
-from stacking_ds.optim.groups import parameter_groups
 from stacking_ds.zero import seed_moments
 
 __all__ = ["Workload"]
@@ -158,5 +158,4 @@ _INPUTS: Iterable[str] = ("input_ids", "token_type_ids", "attention_mask", "mlm_
 
 
 def _optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
-    groups = parameter_groups(model.named_parameters(), weight_decay=0.01)
-    return build_optimizer("adamw", groups, learning_rate=1e-4, betas=(0.9, 0.999), eps=1e-6)
+    return build_optimizer(OptimizerSection(learning_rate=1e-4), model.named_parameters())

@@ -1,31 +1,44 @@
-"""Optimizers by name."""
+"""Optimizers by name, over the one grouping of parameters."""
 
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Iterable
 
 import torch
+from torch import nn
 
-from stacking_ds.errors import ConfigError
+from stacking_ds.config import OptimizerSection
+from stacking_ds.optim.groups import parameter_groups
+from stacking_ds.optim.lamb import Lamb
 
-__all__ = ["OPTIMIZERS", "build_optimizer"]
-
-# DeepSpeed compares the exact type with those it knows to be safe under ZeRO: no subclasses.
-OPTIMIZERS: dict[str, type[torch.optim.AdamW]] = {"adamw": torch.optim.AdamW}
+__all__ = ["build_optimizer"]
 
 
 def build_optimizer(
-    name: str,
-    groups: Sequence[dict[str, Any]],
-    *,
-    learning_rate: float,
-    betas: tuple[float, float],
-    eps: float,
+    config: OptimizerSection, named_parameters: Iterable[tuple[str, nn.Parameter]]
 ) -> torch.optim.Optimizer:
-    """The optimizer `name` over `groups`, each of which brings its own weight_decay.
+    """The recipe's optimizer over all parameters, grouped by `parameter_groups`.
 
     Raises:
-        ConfigError: no such optimizer.
+        ConfigError: a LAMB kernel that cannot run here.
     """
-    if name not in OPTIMIZERS:
-        raise ConfigError(f"optimizer {name!r} does not exist; there is: {', '.join(OPTIMIZERS)}")
-    return OPTIMIZERS[name](list(groups), lr=learning_rate, betas=betas, eps=eps)
+    lamb = config.lamb
+    groups = parameter_groups(
+        named_parameters,
+        config.weight_decay,
+        always_adapt=lamb is not None and lamb.always_adapt,
+    )
+    # weight decay is each group's own
+    if lamb is None:
+        return torch.optim.AdamW(
+            groups, lr=config.learning_rate, betas=config.betas, eps=config.eps
+        )
+    return Lamb(
+        groups,
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.eps,
+        min_coeff=lamb.min_coeff,
+        max_coeff=math.inf if lamb.max_coeff is None else lamb.max_coeff,
+        grad_pre_normalization=lamb.grad_pre_normalization,
+        kernel=lamb.kernel,
+    )

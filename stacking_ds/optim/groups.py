@@ -11,24 +11,30 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["OUTSIDE", "parameter_groups"]
+__all__ = ["OUTSIDE", "parameter_groups", "place_of"]
 
 OUTSIDE = "outside"
+_LAYER_PLACE = "layer."
 
 _LAYER = re.compile(r"(?:^|\.)encoder\.layer\.(\d+)\.")
 
 
 def parameter_groups(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    weight_decay: float,
+    *,
+    always_adapt: bool = False,
 ) -> list[dict[str, Any]]:
     """One {decay, no decay} pair of groups for what is outside the layers, then one per layer.
 
-    Biases and LayerNorm weights do not decay (Devlin et al. 2019, A.2, as their code has it). A
-    parameter that appears under several names belongs to the first. Empty groups are left out.
+    Biases and LayerNorm weights do not decay (Devlin et al. 2019, A.2, as their code has it), and
+    LAMB does not adapt their learning rate (You et al. 2020, as their code has it) unless it is to
+    `always_adapt`. A parameter that appears under several names belongs to the first. Empty groups
+    are left out.
 
     Returns:
-        For `torch.optim`: dicts of "params", "weight_decay" and "name", the last being
-        "outside/decay", "outside/no_decay", "layer.0/decay" and so on, in this order.
+        For `torch.optim`: dicts of "params", "weight_decay", "layer_adaptation" and "name", the
+        last being "outside/decay", "outside/no_decay", "layer.0/decay" and so on, in this order.
     """
     groups: dict[str, dict[str, Any]] = {}
     layers: dict[str, int] = {}
@@ -37,13 +43,16 @@ def parameter_groups(
         if id(parameter) in seen:
             continue
         seen.add(id(parameter))
-        found = _LAYER.search(name)
-        place = f"layer.{found[1]}" if found else OUTSIDE
-        layers[place] = int(found[1]) if found else -1
+        place = place_of(name)
+        layers[place] = -1 if place == OUTSIDE else int(place.removeprefix(_LAYER_PLACE))
         decays = _decays(name)
         group = groups.setdefault(
             f"{place}/{'decay' if decays else 'no_decay'}",
-            {"params": [], "weight_decay": weight_decay if decays else 0.0},
+            {
+                "params": [],
+                "weight_decay": weight_decay if decays else 0.0,
+                "layer_adaptation": decays or always_adapt,
+            },
         )
         group["params"].append(parameter)
     order = [
@@ -52,6 +61,12 @@ def parameter_groups(
         for kind in ("decay", "no_decay")
     ]
     return [{**groups[name], "name": name} for name in order if name in groups]
+
+
+def place_of(name: str) -> str:
+    """Where a parameter is: "layer.3", or OUTSIDE of the layers."""
+    found = _LAYER.search(name)
+    return f"{_LAYER_PLACE}{found[1]}" if found else OUTSIDE
 
 
 def _decays(name: str) -> bool:

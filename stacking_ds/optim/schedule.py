@@ -119,7 +119,7 @@ class LearningRateSchedule:
     def of(cls, config: RunConfig, stages: StageSchedule) -> "LearningRateSchedule":
         """The schedule of a run with these stages."""
         return cls(
-            peak=config.optimizer.learning_rate,
+            peak=config.optimizer.peak_learning_rate(config.batch.global_batch_size),
             total_steps=stages.total_steps,
             boundaries=stages.boundaries,
             **config.schedule.model_dump(),

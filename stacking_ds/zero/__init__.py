@@ -10,6 +10,12 @@ from stacking_ds.zero.gradients import gradient_norm, norm_before_step
 from stacking_ds.zero.loss_scale import loss_scale, mend_loss_scaling, set_loss_scale
 from stacking_ds.zero.process_group import follow_process_group
 from stacking_ds.zero.release import release, return_free_pages
+from stacking_ds.zero.shards import (
+    accept_under_zero,
+    adder_over_ranks,
+    gradient_norm_at_step,
+    shards,
+)
 from stacking_ds.zero.start import ValueOf, give_storage, without_traffic
 from stacking_ds.zero.state import (
     fragments,
@@ -25,10 +31,13 @@ from stacking_ds.zero.state import (
 
 __all__ = [
     "ValueOf",
+    "accept_under_zero",
+    "adder_over_ranks",
     "follow_process_group",
     "fragments",
     "give_storage",
     "gradient_norm",
+    "gradient_norm_at_step",
     "loss_scale",
     "mend_loss_scaling",
     "norm_before_step",
@@ -40,6 +49,7 @@ __all__ = [
     "return_free_pages",
     "seed_moments",
     "set_loss_scale",
+    "shards",
     "whole_weights",
     "without_stepping",
     "without_traffic",

@@ -35,15 +35,19 @@ _REQUIRED = {
         "round_robin_bit16_groups",
         "round_robin_bit16_offsets",
         "single_partition_of_fp32_groups",
+        "parallel_partitioned_bit16_groups",
         "partition_size",
         "real_dp_process_group",
         "update_lp_params",
+        "_global_grad_norm",
         "_hp_optimizer_states_linked",
         "_lazy_init_hp_params_optimizer_state",
     ),
     Masters.PARAMETERS: (
         "fp16_groups",
         "fp32_partitioned_groups_flat",
+        "fp16_partitioned_groups_flat",
+        "_global_grad_norm",
         "grad_position",
         "get_param_id",
         "_get_param_partition_rank",
@@ -61,6 +65,7 @@ _PRIVATE_NAMES = (
     "deepspeed.runtime.zero.parameter_offload:FWD_MODULE_STACK",
     "deepspeed.runtime.zero.partition_parameters:Init._convert_to_deepspeed_param",
     "deepspeed.runtime.zero.partitioned_param_coordinator:PartitionedParameterCoordinator",
+    "deepspeed.runtime.zero.utils:ZERO_SUPPORTED_OPTIMIZERS",
     "deepspeed.utils.groups:_release_process_group_references",
 )
 

@@ -1,0 +1,459 @@
+"""LAMB under ZeRO is LAMB: at every stage and number of ranks, as if nothing were sharded."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from stacking_ds import checkpoint, zero
+from stacking_ds.boundary import capture_engine, install_state
+from stacking_ds.distributed import World
+from stacking_ds.engine import (
+    build_engine,
+    load_ds_config,
+    release_engine,
+    resolve_ds_config,
+)
+from stacking_ds.fragments import MASTER, MOMENTS
+from stacking_ds.growth.operators import layer_map, source_name
+from tests.checkpoints import contents
+from tests.ranks import RankError, run_ranks
+from tests.sharded import State, train_engine, whole_state
+from tests.tiny import tiny_model, tiny_optimizer, tiny_settings, train_tiny
+
+STEPS = 20
+AFTER = 5  # steps after the growth that follows
+LAMB: dict[str, Any] = {"name": "lamb"}
+Cases = list[tuple[int, str, str]]
+
+
+def _engine(world: World, zero_stage: int, precision: str = "fp32", *, depth: int = 2,
+            seed: int = 0, gas: int = 1, clipping: float = 0.0, **lamb: Any) -> Any:  # fmt: skip
+    model = tiny_model(depth, seed)
+    settings = tiny_settings(zero_stage, precision, world.size, gas, clipping)
+    return build_engine(model, tiny_optimizer(model, **{**LAMB, **lamb}), settings)
+
+
+def _unsharded(depth: int, **lamb: Any) -> tuple[Any, torch.optim.Optimizer]:
+    model = tiny_model(depth)
+    return model, tiny_optimizer(model, **{**LAMB, "kernel": "reference", **lamb})
+
+
+def _grown(model: Any, optimizer: torch.optim.Optimizer, depth: int, **lamb: Any) -> Any:
+    """The unsharded pair, stacked by hand to twice its depth with its moments."""
+    grown, theirs = _unsharded(2 * depth, **lamb)
+    before = dict(model.named_parameters())
+    layers = layer_map("stack", depth, 2 * depth)
+    for name, parameter in grown.named_parameters():
+        source = before[source_name(name, layers)]
+        parameter.data.copy_(source.data)
+        theirs.state[parameter] = {k: v.clone() for k, v in optimizer.state[source].items()}
+    return grown, theirs
+
+
+# ------------------------------------------------------------------ given the same gradients
+
+
+@contextmanager
+def _gradients_seen(world: World, engine: Any) -> Iterator[dict[str, torch.Tensor]]:
+    """While this lasts: the whole gradients that the optimizer is given, on every rank."""
+    optimizer = engine.basic_optimizer
+    shards = {id(shard.flat): shard for shard in zero.shards(engine)}
+    fragments = {fragment.name: fragment for fragment in zero.fragments(engine)}
+    parts: list[tuple[str, int, torch.Tensor]] = []
+    whole: dict[str, torch.Tensor] = {}
+    step = optimizer.step
+
+    def watched() -> None:
+        for group in optimizer.param_groups:
+            for flat in group["params"]:
+                for span in shards[id(flat)].spans:
+                    values = flat.grad.view(-1)[span.offset : span.offset + span.numel]
+                    parts.append((span.name, fragments[span.name].start, values.clone()))
+        step()
+
+    optimizer.step = watched
+    yield whole
+    del optimizer.step
+    for part in world.gather(parts):
+        for name, start, values in part:
+            shape = fragments[name].shape
+            target = whole.setdefault(name, torch.full(shape, torch.nan))
+            target.view(-1)[start : start + values.numel()] = values
+    assert not any(gradient.isnan().any() for gradient in whole.values())
+
+
+def _follow(world: World, engine: Any, model: Any, optimizer: Any, steps: range) -> None:
+    """Train the engine, and give the unsharded optimizer the very gradients it reduced."""
+    parameters = dict(model.named_parameters())
+    for step in steps:
+        with _gradients_seen(world, engine) as gradients:
+            train_engine(world, engine, range(step, step + 1))
+        for name, parameter in parameters.items():
+            parameter.grad = gradients[name]
+        optimizer.step()
+
+
+def _worst(state: State, model: Any) -> tuple[float, float, float]:
+    """Largest difference: of a tensor relative to its largest weight, of key biases, of all.
+
+    The true gradient of a key bias is 0: what comes is noise, and there is no scale to it.
+    """
+    relative, key_bias, absolute = 0.0, 0.0, 0.0
+    for name, parameter in model.named_parameters():
+        assert state[name][MASTER].shape == parameter.shape
+        far = float((state[name][MASTER] - parameter.detach()).abs().max())
+        absolute = max(absolute, far)
+        if name.endswith("key.bias"):
+            key_bias = max(key_bias, far)
+        else:
+            relative = max(relative, far / float(parameter.detach().abs().max()))
+    return relative, key_bias, absolute
+
+
+def _same_gradients(world: World, cases: Cases) -> list[Any]:
+    """20 steps, and a few more after a growth with carried moments."""
+    found = []
+    # eps as in the field: the gradients are the same, noise included
+    eps = {"eps": 1e-6}
+    for zero_stage, precision, kernel in cases:
+        options: dict[str, Any] = {**eps, "kernel": kernel}
+        engine = _engine(world, zero_stage, precision, **options)
+        model, optimizer = _unsharded(2, **eps)
+        _follow(world, engine, model, optimizer, range(STEPS))
+        before = _worst(whole_state(world, engine), model)
+        state = capture_engine(engine)
+        release_engine(engine)
+        engine = _engine(world, zero_stage, precision, depth=4, seed=99, **options)
+        install_state(engine, state, layer_map("stack", 2, 4), "carry", world)
+        model, optimizer = _grown(model, optimizer, 2, **eps)
+        _follow(world, engine, model, optimizer, range(STEPS, STEPS + AFTER))
+        statistics = engine.basic_optimizer.statistics()
+        expected = optimizer.statistics()
+        after = _worst(whole_state(world, engine), model)
+        release_engine(engine)
+        names = [name for name, _ in model.named_parameters()]
+        order = [p for group in optimizer.param_groups for p in group["params"]]
+        by_id = {id(p): name for name, p in model.named_parameters()}
+        ratios = dict(zip([by_id[id(p)] for p in order], expected.trust_ratios, strict=True))
+        assert sorted(statistics.names) == sorted(names)
+        for name, ratio in zip(statistics.names, statistics.trust_ratios, strict=True):
+            assert ratio == pytest.approx(ratios[name], rel=1e-4), name
+        found.append((before, after))
+    return found
+
+
+COVERING: list[tuple[int, Cases]] = [
+    (1, [(0, "fp32", "blocked"), (2, "bf16", "reference")]),
+    (2, [(0, "bf16", "reference"), (1, "fp32", "blocked"), (3, "bf16", "blocked")]),
+    (3, [(2, "fp32", "blocked"), (3, "fp32", "reference")]),
+    (4, [(1, "bf16", "blocked"), (2, "fp32", "reference")]),
+]
+
+
+@pytest.mark.parametrize(("ranks", "cases"), COVERING)
+def test_given_the_same_gradients_the_weights_are_the_same(ranks: int, cases: Cases) -> None:
+    for rank in run_ranks(_same_gradients, ranks, cases):
+        for (_, _, kernel), stages in zip(cases, rank, strict=True):
+            for relative, key_bias, absolute in stages:
+                assert relative <= 1e-6
+                assert key_bias <= 1e-6
+                assert absolute <= 1e-5
+                # sharding alone costs no bit: the sums over ranks are fp64, the ratio is one number
+                assert kernel != "reference" or absolute == 0.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_they_are_at_every_zero_stage(ranks: int) -> None:
+    cases: Cases = [
+        (stage, precision, kernel)
+        for stage in range(4)
+        for precision in ("fp32", "bf16")
+        for kernel in ("blocked", "reference")
+    ]
+    test_given_the_same_gradients_the_weights_are_the_same(ranks, cases)
+
+
+# ------------------------------------------------------------------ end to end
+
+
+def _end_to_end(world: World, zero_stage: int, options: dict[str, Any]) -> Any:
+    engine = _engine(world, zero_stage, **options)
+    gas = options.get("gas", 1)
+    norms = train_engine(world, engine, range(STEPS), gas)
+    state = capture_engine(engine)
+    before = whole_state(world, engine)
+    release_engine(engine)
+    engine = _engine(world, zero_stage, **options, depth=4, seed=99)
+    install_state(engine, state, layer_map("stack", 2, 4), "carry", world)
+    train_engine(world, engine, range(STEPS, STEPS + AFTER), gas)
+    after = whole_state(world, engine)
+    release_engine(engine)
+    return norms, before, after
+
+
+def _expect_end_to_end(ranks: int, zero_stage: int, options: dict[str, Any]) -> None:
+    norms, before, after = run_ranks(_end_to_end, ranks, zero_stage, options)[0]
+    lamb = {key: value for key, value in options.items() if key not in ("gas", "clipping")}
+    clipping = options.get("clipping", 0.0)
+    model, optimizer = _unsharded(2, **lamb)
+    expected = train_tiny(model, optimizer, range(STEPS), clipping)
+    assert norms == pytest.approx(expected, rel=1e-4)
+    assert _worst(before, model)[2] <= 1e-6
+    model, optimizer = _grown(model, optimizer, 2, **lamb)
+    train_tiny(model, optimizer, range(STEPS, STEPS + AFTER), clipping)
+    assert _worst(after, model)[2] <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("ranks", "zero_stage", "options"),
+    [
+        (2, 0, {"gas": 2}),
+        (2, 1, {"clipping": 0.5}),
+        (3, 2, {"clipping": 0.5, "gas": 2}),
+        (4, 3, {}),
+        (2, 3, {"grad_pre_normalization": True}),
+        (3, 1, {"grad_pre_normalization": True}),
+        (2, 0, {"grad_pre_normalization": True, "gas": 3}),
+        (2, 2, {"min_coeff": 0.9, "max_coeff": 1.1}),
+        (3, 3, {"always_adapt": True}),
+    ],
+)
+def test_training_is_that_of_plain_torch(ranks: int, zero_stage: int, options: Any) -> None:
+    _expect_end_to_end(ranks, zero_stage, options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_training_is_at_every_zero_stage(ranks: int, zero_stage: int) -> None:
+    _expect_end_to_end(ranks, zero_stage, {})
+
+
+def test_the_options_tell_on_the_weights() -> None:
+    """Or the comparisons above would not see whether an engine passes them on."""
+    results = []
+    options: list[dict[str, Any]] = [
+        {},
+        {"grad_pre_normalization": True},
+        {"min_coeff": 0.9, "max_coeff": 1.1},
+        {"always_adapt": True},
+        {"name": "adamw"},
+    ]
+    for choice in options:
+        model = tiny_model(2)
+        train_tiny(model, tiny_optimizer(model, **{**LAMB, **choice}), range(5))
+        results.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
+    for place, one in enumerate(results):
+        for other in results[:place]:
+            assert float((one - other).abs().max()) > 1e-4
+
+
+# ------------------------------------------------------------------ what it sends
+
+
+def _all_reduces(world: World, zero_stage: int, precision: str) -> list[int]:
+    """Bytes of each all-reduce that the optimizer makes in one step."""
+    engine = _engine(world, zero_stage, precision)
+    train_engine(world, engine, range(1))
+    sent: list[int] = []
+    all_reduce, step = dist.all_reduce, engine.basic_optimizer.step
+
+    def counted(tensor: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        sent.append(tensor.nbytes)
+        return all_reduce(tensor, *arguments, **options)
+
+    def watched() -> None:
+        dist.all_reduce = counted
+        try:
+            step()
+        finally:
+            dist.all_reduce = all_reduce
+
+    engine.basic_optimizer.step = watched
+    train_engine(world, engine, range(1, 2))
+    del engine.basic_optimizer.step
+    groups = len(engine.basic_optimizer.param_groups)
+    release_engine(engine)
+    assert groups == 6
+    return sent
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_one_all_reduce_a_step_however_many_groups(zero_stage: int) -> None:
+    parameters = len(list(tiny_model(2).parameters()))
+    expected = [] if zero_stage == 0 else [2 * parameters * 8]
+    assert run_ranks(_all_reduces, 2, zero_stage, "bf16") == [expected] * 2
+
+
+# ------------------------------------------------------------------ in a run
+
+
+def _weights_are_rounded_masters(world: World, zero_stage: int, precision: str) -> None:
+    engine = _engine(world, zero_stage, precision)
+    for step in range(3):
+        train_engine(world, engine, range(step, step + 1))
+        masters = whole_state(world, engine)
+        for name, weight in _forward_weights(engine).items():
+            assert torch.equal(weight, masters[name][MASTER].to(weight.dtype)), (step, name)
+    release_engine(engine)
+
+
+def _forward_weights(engine: Any) -> dict[str, torch.Tensor]:
+    import deepspeed
+
+    weights = {}
+    for name, parameter in engine.module.named_parameters():
+        gather = [parameter] if hasattr(parameter, "ds_id") else []
+        with deepspeed.zero.GatheredParameters(gather):
+            weights[name] = parameter.detach().clone()
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "precision"), [(1, "bf16"), (2, "fp32"), (3, "bf16"), (3, "fp32"), (0, "bf16")]
+)
+def test_every_group_trains_on_with_its_new_weights(zero_stage: int, precision: str) -> None:
+    """DeepSpeed copies each group right after its call, when only the last one has moved."""
+    run_ranks(_weights_are_rounded_masters, 3, zero_stage, precision)
+
+
+def _offloaded(world: World, zero_stage: int, precision: Any) -> Any:
+    ds_json = load_ds_config(f"zero{zero_stage}_offload")
+    settings = resolve_ds_config(
+        ds_json,
+        micro_batch_size=1,
+        gradient_accumulation_steps=1,
+        world_size=world.size,
+        gradient_clipping=0.0,
+        precision=precision,
+    )
+    model = tiny_model(2)
+    engine = build_engine(model, tiny_optimizer(model, **LAMB), settings)
+    train_engine(world, engine, range(STEPS))
+    state = whole_state(world, engine)
+    for name, weight in _forward_weights(engine).items():
+        assert torch.equal(weight, state[name][MASTER].to(weight.dtype)), name
+    release_engine(engine)
+    return state
+
+
+@pytest.mark.parametrize(("ranks", "zero_stage"), [(2, 2), (3, 3)])
+def test_offloaded_to_the_host_it_is_the_same(ranks: int, zero_stage: int) -> None:
+    model, optimizer = _unsharded(2)
+    train_tiny(model, optimizer, range(STEPS))
+    state = run_ranks(_offloaded, ranks, zero_stage, "fp32")[0]
+    assert _worst(state, model)[2] <= 1e-6
+    run_ranks(_offloaded, ranks, zero_stage, "bf16")
+
+
+def _untouched_by_initialize(world: World, zero_stage: int) -> None:
+    engine = _engine(world, zero_stage, "bf16")
+    state = whole_state(world, engine)
+    for name, parameter in tiny_model(2).named_parameters():
+        assert torch.equal(state[name][MASTER], parameter.detach()), name
+    assert zero.optimizer_step(engine) == 0
+    train_engine(world, engine, range(1))
+    assert zero.optimizer_step(engine) == 1
+    release_engine(engine)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_initialize_takes_no_step(zero_stage: int) -> None:
+    run_ranks(_untouched_by_initialize, 2, zero_stage)
+
+
+def _fp16(world: World, zero_stage: int) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True  # a CPU can, slowly
+    engine = _engine(world, zero_stage, "fp16")
+    zero.set_loss_scale(engine, 256.0)
+    train_engine(world, engine, range(2))
+    before = whole_state(world, engine)
+    zero.set_loss_scale(engine, 2.0**40)  # too large for fp16: the step is skipped
+    assert train_engine(world, engine, range(2, 3)) == [float("inf")]
+    assert zero.optimizer_step(engine) == 2
+    assert _same(whole_state(world, engine), before)
+    zero.set_loss_scale(engine, 256.0)
+    train_engine(world, engine, range(3, 5))
+    assert (engine.skipped_steps, zero.optimizer_step(engine)) == (1, 4)
+    after = whole_state(world, engine)
+    assert not _same(after, before)
+    assert all(views[MASTER].isfinite().all() for views in after.values())
+    release_engine(engine)
+
+
+def _same(one: State, other: State) -> bool:
+    return all(
+        torch.equal(views[key], other[name][key])
+        for name, views in one.items()
+        for key in (MASTER, *MOMENTS)
+    )
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_a_step_that_loss_scaling_skips_leaves_no_trace(zero_stage: int) -> None:
+    run_ranks(_fp16, 2, zero_stage)
+
+
+def _resume(world: World, folder: Path, saved_at: int, loaded_at: int) -> Any:
+    engine = _engine(world, saved_at)
+    train_engine(world, engine, range(3))
+    found = checkpoint.save(folder, zero.fragments(engine), world, contents(3))
+    train_engine(world, engine, range(3, 6))
+    uninterrupted = whole_state(world, engine)
+    release_engine(engine)
+    engine = _engine(world, loaded_at, seed=99)
+    zero.seed_moments(engine, checkpoint.read_manifest(found).optimizer_step)
+    checkpoint.load(found, zero.fragments(engine), world=world)
+    zero.refresh(engine)
+    train_engine(world, engine, range(3, 6))
+    resumed = whole_state(world, engine)
+    release_engine(engine)
+    return uninterrupted, resumed
+
+
+@pytest.mark.parametrize(("saved_at", "loaded_at"), [(2, 2), (3, 3), (1, 3), (3, 0)])
+def test_its_state_goes_through_a_checkpoint(tmp_path: Path, saved_at: int, loaded_at: int) -> None:
+    uninterrupted, resumed = run_ranks(_resume, 2, tmp_path, saved_at, loaded_at)[0]
+    if saved_at == loaded_at:
+        assert _same(uninterrupted, resumed)
+    for name, views in uninterrupted.items():
+        torch.testing.assert_close(resumed[name][MASTER], views[MASTER], rtol=0, atol=1e-6)
+
+
+# ------------------------------------------------------------------ what DeepSpeed says of it
+
+
+def _warnings(world: World, zero_stage: int) -> list[str]:
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("DeepSpeed").addHandler(handler)
+    engine = _engine(world, zero_stage, "bf16")
+    train_engine(world, engine, range(2))
+    release_engine(engine)
+    return said
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_deepspeed_has_nothing_to_warn_of(zero_stage: int) -> None:
+    assert run_ranks(_warnings, 2, zero_stage) == [[], []]
+
+
+def _apex_at(world: World, zero_stage: int) -> None:
+    _engine(world, zero_stage, kernel="apex")
+
+
+def test_apex_is_for_zero_0_alone() -> None:
+    with pytest.raises(RankError, match=r"right at ZeRO 0 alone; use engine\.deepspeed=zero0"):
+        run_ranks(_apex_at, 2, 1)
+    with pytest.raises(RankError, match="the masters are on cpu"):
+        run_ranks(_apex_at, 1, 0)
