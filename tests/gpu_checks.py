@@ -21,8 +21,10 @@ from stacking_ds.fragments import MASTER, MOMENTS
 from stacking_ds.from_checkpoint import load_model
 from stacking_ds.growth.operators import layer_map
 from stacking_ds.job import Job
+from stacking_ds.kernels.lamb.choice import choose_kernel
 from stacking_ds.model.config import BertConfig
 from tests.bert_samples import Batch, telling_model
+from tests.lamb_following import follow_unsharded
 from tests.runs import losses, metrics, small_recipe, train_small
 from tests.sharded import start_engine, whole_state
 from tests.tiny import tiny_batch, tiny_loss, tiny_model, tiny_optimizer
@@ -154,6 +156,21 @@ def check_overflow(world: World, zero_stage: int) -> None:
     assert all(views[MASTER].isfinite().all() for views in moved.values())
     assert not torch.equal(moved[name][MASTER], after[name][MASTER])
     release_engine(engine)
+
+
+# ------------------------------------------------------------------ LAMB
+
+
+def check_lamb(world: World, zero_stage: int, precision: str) -> None:
+    """By the kernel that is chosen here: 20 steps, a growth and 5 more have the weights of the
+    reference on the CPU, given the same gradients."""
+    chosen = type(choose_kernel("auto", world.device)).__name__
+    assert chosen == ("TritonLamb" if world.device.type == "cuda" else "BlockedLamb")
+    for case in follow_unsharded(world, [(zero_stage, precision, "auto")]):
+        for relative, key_bias, absolute in case:
+            assert relative <= 1e-6
+            assert key_bias <= 1e-6
+            assert absolute <= 1e-5
 
 
 # ------------------------------------------------------------------ memory

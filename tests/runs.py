@@ -1,19 +1,21 @@
 """Whole runs small enough for a test: a recipe, its shards, and what came of it."""
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from stacking_ds import checkpoint
+from stacking_ds import checkpoint, trainer
 from stacking_ds.config import RunConfig
 from stacking_ds.distributed import World
 from stacking_ds.job import Job
 from stacking_ds.recipe import load_run_config
 from stacking_ds.trainer import train
 
-__all__ = ["losses", "metrics", "parameters", "small_recipe", "train_small"]
+__all__ = ["losses", "metrics", "parameters", "small_recipe", "train_small", "train_until"]
 
 _RECIPE: dict[str, Any] = {
     "name": "small",
@@ -55,6 +57,21 @@ def small_recipe(folder: Path, shards: Path, *overrides: str, name: str = "small
 def train_small(world: World, config: RunConfig, run_dir: Path, resume: bool = False) -> int:
     """Train on these ranks; the steps that are then completed."""
     return train(Job.check(config), world, run_dir, resume=resume).step
+
+
+def train_until(world: World, config: RunConfig, run_dir: Path, stop: str, at_step: int) -> int:
+    """Train, and at `at_step` be asked to stop ("term") or die ("kill")."""
+    original = trainer._Run.train_step
+
+    def step(run: Any, rank_step: Any) -> Any:
+        if run.state.step == at_step and world.rank == world.size - 1:
+            if stop == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(run, rank_step)
+
+    trainer._Run.train_step = step  # type: ignore[method-assign]
+    return train_small(world, config, run_dir)
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:

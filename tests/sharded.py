@@ -46,7 +46,8 @@ def _train_step(world: World, engine: Any, step: int, gas: int) -> tuple[float, 
     loss = 0.0
     for micro_step in range(gas):
         first = (micro_step * world.size + world.rank) * share
-        part = tiny_loss(engine, tiny_batch(step), slice(first, first + share))
+        batch = {key: tensor.to(world.device) for key, tensor in tiny_batch(step).items()}
+        part = tiny_loss(engine, batch, slice(first, first + share))
         engine.backward(part * world.size * gas)
         norm = take_step(engine)
         assert (norm is None) == (micro_step < gas - 1)

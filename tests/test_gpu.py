@@ -23,6 +23,7 @@ from stacking_ds.distributed import World
 from tests.gpu_checks import (
     check_checkpoint,
     check_growth,
+    check_lamb,
     check_losses,
     check_memory,
     check_overflow,
@@ -67,6 +68,13 @@ def test_losses_are_those_of_the_cpu(world: World, zero_stage: int, precision: s
 @precisions
 def test_growth_is_exact(world: World, zero_stage: int, precision: str) -> None:
     check_growth(world, zero_stage, precision)
+
+
+@gpu
+@zero_stages
+@precisions
+def test_lamb_is_that_of_the_cpu(world: World, zero_stage: int, precision: str) -> None:
+    check_lamb(world, zero_stage, precision)
 
 
 @gpu
@@ -117,6 +125,7 @@ def _call(world: World, check: Callable[..., None], *arguments: Any) -> None:
         (check_losses, [(0, "fp16"), (2, "fp16")]),
         (check_growth, [(1, "fp16"), (3, "fp16")]),
         (check_overflow, [(0,), (1,), (2,), (3,)]),
+        (check_lamb, [(0, "fp16"), (3, "fp16")]),
         (check_memory, [(0,), (3,)]),
         (check_padding, [("fp32",), ("bf16",), ("fp16",)]),
     ],

@@ -1,8 +1,6 @@
 """LAMB under ZeRO is LAMB: at every stage and number of ranks, as if nothing were sharded."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,140 +11,23 @@ import torch.distributed as dist
 from stacking_ds import checkpoint, zero
 from stacking_ds.boundary import capture_engine, install_state
 from stacking_ds.distributed import World
-from stacking_ds.engine import (
-    build_engine,
-    load_ds_config,
-    release_engine,
-    resolve_ds_config,
-)
+from stacking_ds.engine import build_engine, load_ds_config, release_engine, resolve_ds_config
 from stacking_ds.fragments import MASTER, MOMENTS
-from stacking_ds.growth.operators import layer_map, source_name
+from stacking_ds.growth.operators import layer_map
 from tests.checkpoints import contents
+from tests.lamb_following import (
+    AFTER,
+    STEPS,
+    Cases,
+    follow_unsharded,
+    grown_by_hand,
+    lamb_engine,
+    largest_differences,
+    unsharded_lamb,
+)
 from tests.ranks import RankError, run_ranks
 from tests.sharded import State, train_engine, whole_state
-from tests.tiny import tiny_model, tiny_optimizer, tiny_settings, train_tiny
-
-STEPS = 20
-AFTER = 5  # steps after the growth that follows
-LAMB: dict[str, Any] = {"name": "lamb"}
-Cases = list[tuple[int, str, str]]
-
-
-def _engine(world: World, zero_stage: int, precision: str = "fp32", *, depth: int = 2,
-            seed: int = 0, gas: int = 1, clipping: float = 0.0, **lamb: Any) -> Any:  # fmt: skip
-    model = tiny_model(depth, seed)
-    settings = tiny_settings(zero_stage, precision, world.size, gas, clipping)
-    return build_engine(model, tiny_optimizer(model, **{**LAMB, **lamb}), settings)
-
-
-def _unsharded(depth: int, **lamb: Any) -> tuple[Any, torch.optim.Optimizer]:
-    model = tiny_model(depth)
-    return model, tiny_optimizer(model, **{**LAMB, "kernel": "reference", **lamb})
-
-
-def _grown(model: Any, optimizer: torch.optim.Optimizer, depth: int, **lamb: Any) -> Any:
-    """The unsharded pair, stacked by hand to twice its depth with its moments."""
-    grown, theirs = _unsharded(2 * depth, **lamb)
-    before = dict(model.named_parameters())
-    layers = layer_map("stack", depth, 2 * depth)
-    for name, parameter in grown.named_parameters():
-        source = before[source_name(name, layers)]
-        parameter.data.copy_(source.data)
-        theirs.state[parameter] = {k: v.clone() for k, v in optimizer.state[source].items()}
-    return grown, theirs
-
-
-# ------------------------------------------------------------------ given the same gradients
-
-
-@contextmanager
-def _gradients_seen(world: World, engine: Any) -> Iterator[dict[str, torch.Tensor]]:
-    """While this lasts: the whole gradients that the optimizer is given, on every rank."""
-    optimizer = engine.basic_optimizer
-    shards = {id(shard.flat): shard for shard in zero.shards(engine)}
-    fragments = {fragment.name: fragment for fragment in zero.fragments(engine)}
-    parts: list[tuple[str, int, torch.Tensor]] = []
-    whole: dict[str, torch.Tensor] = {}
-    step = optimizer.step
-
-    def watched() -> None:
-        for group in optimizer.param_groups:
-            for flat in group["params"]:
-                for span in shards[id(flat)].spans:
-                    values = flat.grad.view(-1)[span.offset : span.offset + span.numel]
-                    parts.append((span.name, fragments[span.name].start, values.clone()))
-        step()
-
-    optimizer.step = watched
-    yield whole
-    del optimizer.step
-    for part in world.gather(parts):
-        for name, start, values in part:
-            shape = fragments[name].shape
-            target = whole.setdefault(name, torch.full(shape, torch.nan))
-            target.view(-1)[start : start + values.numel()] = values
-    assert not any(gradient.isnan().any() for gradient in whole.values())
-
-
-def _follow(world: World, engine: Any, model: Any, optimizer: Any, steps: range) -> None:
-    """Train the engine, and give the unsharded optimizer the very gradients it reduced."""
-    parameters = dict(model.named_parameters())
-    for step in steps:
-        with _gradients_seen(world, engine) as gradients:
-            train_engine(world, engine, range(step, step + 1))
-        for name, parameter in parameters.items():
-            parameter.grad = gradients[name]
-        optimizer.step()
-
-
-def _worst(state: State, model: Any) -> tuple[float, float, float]:
-    """Largest difference: of a tensor relative to its largest weight, of key biases, of all.
-
-    The true gradient of a key bias is 0: what comes is noise, and there is no scale to it.
-    """
-    relative, key_bias, absolute = 0.0, 0.0, 0.0
-    for name, parameter in model.named_parameters():
-        assert state[name][MASTER].shape == parameter.shape
-        far = float((state[name][MASTER] - parameter.detach()).abs().max())
-        absolute = max(absolute, far)
-        if name.endswith("key.bias"):
-            key_bias = max(key_bias, far)
-        else:
-            relative = max(relative, far / float(parameter.detach().abs().max()))
-    return relative, key_bias, absolute
-
-
-def _same_gradients(world: World, cases: Cases) -> list[Any]:
-    """20 steps, and a few more after a growth with carried moments."""
-    found = []
-    # eps as in the field: the gradients are the same, noise included
-    eps = {"eps": 1e-6}
-    for zero_stage, precision, kernel in cases:
-        options: dict[str, Any] = {**eps, "kernel": kernel}
-        engine = _engine(world, zero_stage, precision, **options)
-        model, optimizer = _unsharded(2, **eps)
-        _follow(world, engine, model, optimizer, range(STEPS))
-        before = _worst(whole_state(world, engine), model)
-        state = capture_engine(engine)
-        release_engine(engine)
-        engine = _engine(world, zero_stage, precision, depth=4, seed=99, **options)
-        install_state(engine, state, layer_map("stack", 2, 4), "carry", world)
-        model, optimizer = _grown(model, optimizer, 2, **eps)
-        _follow(world, engine, model, optimizer, range(STEPS, STEPS + AFTER))
-        statistics = engine.basic_optimizer.statistics()
-        expected = optimizer.statistics()
-        after = _worst(whole_state(world, engine), model)
-        release_engine(engine)
-        names = [name for name, _ in model.named_parameters()]
-        order = [p for group in optimizer.param_groups for p in group["params"]]
-        by_id = {id(p): name for name, p in model.named_parameters()}
-        ratios = dict(zip([by_id[id(p)] for p in order], expected.trust_ratios, strict=True))
-        assert sorted(statistics.names) == sorted(names)
-        for name, ratio in zip(statistics.names, statistics.trust_ratios, strict=True):
-            assert ratio == pytest.approx(ratios[name], rel=1e-4), name
-        found.append((before, after))
-    return found
-
+from tests.tiny import tiny_model, tiny_optimizer, train_tiny
 
 COVERING: list[tuple[int, Cases]] = [
     (1, [(0, "fp32", "blocked"), (2, "bf16", "reference")]),
@@ -158,7 +39,7 @@ COVERING: list[tuple[int, Cases]] = [
 
 @pytest.mark.parametrize(("ranks", "cases"), COVERING)
 def test_given_the_same_gradients_the_weights_are_the_same(ranks: int, cases: Cases) -> None:
-    for rank in run_ranks(_same_gradients, ranks, cases):
+    for rank in run_ranks(follow_unsharded, ranks, cases):
         for (_, _, kernel), stages in zip(cases, rank, strict=True):
             for relative, key_bias, absolute in stages:
                 assert relative <= 1e-6
@@ -184,13 +65,13 @@ def test_they_are_at_every_zero_stage(ranks: int) -> None:
 
 
 def _end_to_end(world: World, zero_stage: int, options: dict[str, Any]) -> Any:
-    engine = _engine(world, zero_stage, **options)
+    engine = lamb_engine(world, zero_stage, **options)
     gas = options.get("gas", 1)
     norms = train_engine(world, engine, range(STEPS), gas)
     state = capture_engine(engine)
     before = whole_state(world, engine)
     release_engine(engine)
-    engine = _engine(world, zero_stage, **options, depth=4, seed=99)
+    engine = lamb_engine(world, zero_stage, **options, depth=4, seed=99)
     install_state(engine, state, layer_map("stack", 2, 4), "carry", world)
     train_engine(world, engine, range(STEPS, STEPS + AFTER), gas)
     after = whole_state(world, engine)
@@ -202,13 +83,13 @@ def _expect_end_to_end(ranks: int, zero_stage: int, options: dict[str, Any]) -> 
     norms, before, after = run_ranks(_end_to_end, ranks, zero_stage, options)[0]
     lamb = {key: value for key, value in options.items() if key not in ("gas", "clipping")}
     clipping = options.get("clipping", 0.0)
-    model, optimizer = _unsharded(2, **lamb)
+    model, optimizer = unsharded_lamb(2, **lamb)
     expected = train_tiny(model, optimizer, range(STEPS), clipping)
     assert norms == pytest.approx(expected, rel=1e-4)
-    assert _worst(before, model)[2] <= 1e-6
-    model, optimizer = _grown(model, optimizer, 2, **lamb)
+    assert largest_differences(before, model)[2] <= 1e-6
+    model, optimizer = grown_by_hand(model, optimizer, 2, **lamb)
     train_tiny(model, optimizer, range(STEPS, STEPS + AFTER), clipping)
-    assert _worst(after, model)[2] <= 1e-6
+    assert largest_differences(after, model)[2] <= 1e-6
 
 
 @pytest.mark.parametrize(
@@ -248,7 +129,7 @@ def test_the_options_tell_on_the_weights() -> None:
     ]
     for choice in options:
         model = tiny_model(2)
-        train_tiny(model, tiny_optimizer(model, **{**LAMB, **choice}), range(5))
+        train_tiny(model, tiny_optimizer(model, **{"name": "lamb", **choice}), range(5))
         results.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
     for place, one in enumerate(results):
         for other in results[:place]:
@@ -260,7 +141,7 @@ def test_the_options_tell_on_the_weights() -> None:
 
 def _all_reduces(world: World, zero_stage: int, precision: str) -> list[int]:
     """Bytes of each all-reduce that the optimizer makes in one step."""
-    engine = _engine(world, zero_stage, precision)
+    engine = lamb_engine(world, zero_stage, precision)
     train_engine(world, engine, range(1))
     sent: list[int] = []
     all_reduce, step = dist.all_reduce, engine.basic_optimizer.step
@@ -296,7 +177,7 @@ def test_one_all_reduce_a_step_however_many_groups(zero_stage: int) -> None:
 
 
 def _weights_are_rounded_masters(world: World, zero_stage: int, precision: str) -> None:
-    engine = _engine(world, zero_stage, precision)
+    engine = lamb_engine(world, zero_stage, precision)
     for step in range(3):
         train_engine(world, engine, range(step, step + 1))
         masters = whole_state(world, engine)
@@ -335,7 +216,7 @@ def _offloaded(world: World, zero_stage: int, precision: Any) -> Any:
         precision=precision,
     )
     model = tiny_model(2)
-    engine = build_engine(model, tiny_optimizer(model, **LAMB), settings)
+    engine = build_engine(model, tiny_optimizer(model, name="lamb"), settings)
     train_engine(world, engine, range(STEPS))
     state = whole_state(world, engine)
     for name, weight in _forward_weights(engine).items():
@@ -346,15 +227,15 @@ def _offloaded(world: World, zero_stage: int, precision: Any) -> Any:
 
 @pytest.mark.parametrize(("ranks", "zero_stage"), [(2, 2), (3, 3)])
 def test_offloaded_to_the_host_it_is_the_same(ranks: int, zero_stage: int) -> None:
-    model, optimizer = _unsharded(2)
+    model, optimizer = unsharded_lamb(2)
     train_tiny(model, optimizer, range(STEPS))
     state = run_ranks(_offloaded, ranks, zero_stage, "fp32")[0]
-    assert _worst(state, model)[2] <= 1e-6
+    assert largest_differences(state, model)[2] <= 1e-6
     run_ranks(_offloaded, ranks, zero_stage, "bf16")
 
 
 def _untouched_by_initialize(world: World, zero_stage: int) -> None:
-    engine = _engine(world, zero_stage, "bf16")
+    engine = lamb_engine(world, zero_stage, "bf16")
     state = whole_state(world, engine)
     for name, parameter in tiny_model(2).named_parameters():
         assert torch.equal(state[name][MASTER], parameter.detach()), name
@@ -373,8 +254,7 @@ def _fp16(world: World, zero_stage: int) -> None:
     from deepspeed.accelerator import get_accelerator
 
     get_accelerator().is_fp16_supported = lambda: True  # a CPU can, slowly
-    engine = _engine(world, zero_stage, "fp16")
-    zero.set_loss_scale(engine, 256.0)
+    engine = lamb_engine(world, zero_stage, "fp16")
     train_engine(world, engine, range(2))
     before = whole_state(world, engine)
     zero.set_loss_scale(engine, 2.0**40)  # too large for fp16: the step is skipped
@@ -404,13 +284,13 @@ def test_a_step_that_loss_scaling_skips_leaves_no_trace(zero_stage: int) -> None
 
 
 def _resume(world: World, folder: Path, saved_at: int, loaded_at: int) -> Any:
-    engine = _engine(world, saved_at)
+    engine = lamb_engine(world, saved_at)
     train_engine(world, engine, range(3))
     found = checkpoint.save(folder, zero.fragments(engine), world, contents(3))
     train_engine(world, engine, range(3, 6))
     uninterrupted = whole_state(world, engine)
     release_engine(engine)
-    engine = _engine(world, loaded_at, seed=99)
+    engine = lamb_engine(world, loaded_at, seed=99)
     zero.seed_moments(engine, checkpoint.read_manifest(found).optimizer_step)
     checkpoint.load(found, zero.fragments(engine), world=world)
     zero.refresh(engine)
@@ -437,7 +317,7 @@ def _warnings(world: World, zero_stage: int) -> list[str]:
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("DeepSpeed").addHandler(handler)
-    engine = _engine(world, zero_stage, "bf16")
+    engine = lamb_engine(world, zero_stage, "bf16")
     train_engine(world, engine, range(2))
     release_engine(engine)
     return said
@@ -449,7 +329,7 @@ def test_deepspeed_has_nothing_to_warn_of(zero_stage: int) -> None:
 
 
 def _apex_at(world: World, zero_stage: int) -> None:
-    _engine(world, zero_stage, kernel="apex")
+    lamb_engine(world, zero_stage, kernel="apex")
 
 
 def test_apex_is_for_zero_0_alone() -> None:

@@ -1,8 +1,6 @@
 """Whole runs on real ranks: stages, resumption, other rank counts, and the ways a run can end."""
 
-import os
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,14 @@ from stacking_ds.errors import NonFiniteError, UserError
 from stacking_ds.job import Job
 from tests.prose import tiny_shards, write_text
 from tests.ranks import RankError, run_ranks
-from tests.runs import losses, metrics, parameters, small_recipe, train_small
+from tests.runs import (
+    losses,
+    metrics,
+    parameters,
+    small_recipe,
+    train_small,
+    train_until,
+)
 
 STAGES = [(1, 4), (2, 3), (4, 3)]
 DROPOUT = ("model.hidden_dropout_prob=0.1", "model.attention_probs_dropout_prob=0.1")
@@ -121,21 +126,6 @@ def test_the_exported_model_has_the_trainers_heldout_loss(shards: Path, referenc
     assert total / targets == pytest.approx(metrics(reference)[-1]["eval/mlm_loss"], abs=1e-5)
 
 
-def _train_until(world: World, config: RunConfig, run_dir: Path, stop: str, at_step: int) -> int:
-    """Train, and at `at_step` be asked to stop ("term") or die ("kill")."""
-    original = trainer._Run.train_step
-
-    def step(run: Any, rank_step: Any) -> Any:
-        if run.state.step == at_step and world.rank == world.size - 1:
-            if stop == "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(run, rank_step)
-
-    trainer._Run.train_step = step  # type: ignore[method-assign]
-    return train_small(world, config, run_dir)
-
-
 @pytest.mark.parametrize(
     ("stop", "at_step", "zero_stage"),
     [
@@ -154,9 +144,9 @@ def test_interrupted_equals_uninterrupted(
     run_ranks(train_small, 2, config, whole)
     if stop == "kill":
         with pytest.raises(RankError, match="exit code -9"):
-            run_ranks(_train_until, 2, config, broken, stop, at_step)
+            run_ranks(train_until, 2, config, broken, stop, at_step)
     else:
-        assert run_ranks(_train_until, 2, config, broken, stop, at_step) == [at_step + 1] * 2
+        assert run_ranks(train_until, 2, config, broken, stop, at_step) == [at_step + 1] * 2
     assert run_ranks(train_small, 2, config, broken, True) == [10, 10]
     assert losses(broken) == losses(whole)
     ours, theirs = parameters(broken), parameters(whole)
@@ -168,7 +158,7 @@ def test_resumed_at_another_rank_count_and_zero_stage(
 ) -> None:
     run_dir = tmp_path / "run"
     start = small_recipe(tmp_path, shards, "engine.deepspeed=zero3")
-    assert run_ranks(_train_until, 3, start, run_dir, "term", 5) == [6] * 3
+    assert run_ranks(train_until, 3, start, run_dir, "term", 5) == [6] * 3
     go_on = small_recipe(tmp_path, shards, "engine.deepspeed=zero1")
     run_ranks(train_small, 2, go_on, run_dir, True)
     assert losses(run_dir) == pytest.approx(losses(reference), rel=2e-5)
@@ -202,7 +192,7 @@ def test_a_run_directory_belongs_to_one_run(shards: Path, reference: Path, tmp_p
 def test_other_shards_do_not_continue_a_run(shards: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     config = small_recipe(tmp_path, shards)
-    run_ranks(_train_until, 1, config, run_dir, "term", 1)
+    run_ranks(train_until, 1, config, run_dir, "term", 1)
     given = shards / "vocab.txt"
     text = write_text(tmp_path / "other.txt", 150, seed=9)
     prepare(str(text), tmp_path / "other", vocabulary=given, heldout_fraction=0.1)
@@ -270,7 +260,7 @@ def test_lines_of_metrics_have_no_holes_after_a_crash(shards: Path, tmp_path: Pa
     means = [sum(each[a:b]) / (b - a) for a, b in zip(starts, steps, strict=False)]
     assert losses(whole) == pytest.approx(means, rel=1e-12)
     with pytest.raises(RankError):
-        run_ranks(_train_until, 2, config, broken, "kill", 8)
+        run_ranks(train_until, 2, config, broken, "kill", 8)
     run_ranks(train_small, 2, config, broken, True)
     assert [line["step"] for line in metrics(broken)] == steps
     assert losses(broken) == losses(whole)
@@ -314,7 +304,7 @@ def test_damaged_shards_are_found_before_the_first_step(shards: Path, tmp_path: 
 
 def test_a_refused_resume_changes_nothing(shards: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    run_ranks(_train_until, 1, small_recipe(tmp_path, shards), run_dir, "term", 1)
+    run_ranks(train_until, 1, small_recipe(tmp_path, shards), run_dir, "term", 1)
     before = (run_dir / "config.yaml").read_bytes()
     text = write_text(tmp_path / "other.txt", 150, seed=9)
     prepare(str(text), tmp_path / "other", vocab_size=300, heldout_fraction=0.1)
