@@ -69,6 +69,11 @@ def test_every_line_has_norms_and_the_ratios_of_every_layer(reference: Path) -> 
         assert line["optim/update_norm"] < line["optim/weight_norm"]
 
 
+def test_the_log_says_which_kernel_runs_and_why(reference: Path) -> None:
+    said = (reference / "train.log").read_text()
+    assert said.count("LAMB kernel: blocked (the masters are on cpu)") == 3, "once for each engine"
+
+
 def test_tensorboard_has_them_too_with_a_histogram(reference: Path) -> None:
     events = EventAccumulator(str(reference / "tensorboard"), size_guidance={"histograms": 0})
     events.Reload()

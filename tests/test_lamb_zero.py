@@ -1,6 +1,7 @@
 """LAMB under ZeRO is LAMB: at every stage and number of ranks, as if nothing were sharded."""
 
 import logging
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -307,6 +308,26 @@ def test_its_state_goes_through_a_checkpoint(tmp_path: Path, saved_at: int, load
         assert _same(uninterrupted, resumed)
     for name, views in uninterrupted.items():
         torch.testing.assert_close(resumed[name][MASTER], views[MASTER], rtol=0, atol=1e-6)
+
+
+def _left_after_release(world: World, zero_stage: int) -> int:
+    engine = lamb_engine(world, zero_stage, "bf16")
+    train_engine(world, engine, range(2))
+    optimizer = engine.basic_optimizer  # which a caller may still hold
+    state = [value for entry in optimizer.state.values() for value in entry.values()]
+    flats = [shard.flat for shard in zero.shards(engine)]
+    alive = [weakref.ref(tensor) for tensor in (*flats, *state)]
+    assert len(alive) == 4 * len(flats)
+    del state, flats
+    release_engine(engine)
+    left = sum(reference() is not None for reference in alive)
+    assert optimizer.statistics() is None
+    return left
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_a_released_engine_leaves_nothing_in_its_optimizer(zero_stage: int) -> None:
+    assert run_ranks(_left_after_release, 2, zero_stage) == [0, 0]
 
 
 # ------------------------------------------------------------------ what DeepSpeed says of it

@@ -54,7 +54,7 @@ class BlockedLamb:
                 for copy in copies:
                     copy.copy_(weight)
             if low is not None and not beside:
-                low.copy_(item.shard.flat.detach().view_as(low))  # to another device: one transfer
+                low.copy_(item.shard.flat.detach().view_as(low))  # elsewhere: one transfer
 
     def _blocks(
         self, item: Item, tensors: Sequence[torch.Tensor]
