@@ -2,10 +2,11 @@
 
     python -m tests.lamb_against_adamw train ARM LEARNING_RATE --data SHARDS --work FOLDER
     python -m tests.lamb_against_adamw table --work FOLDER
+    python -m tests.lamb_against_adamw draw --work FOLDER --svg FILE
 
-`train` is one run (under `torchrun --nproc-per-node 2 -m …` where its name says so), `table` what
-docs/results/lamb_against_adamw.md shows of all that are in the folder. The test of the same name
-runs a small version of it.
+`train` is one run (under `torchrun --nproc-per-node 2 -m …` where its name says zero2), `table` and
+`draw` what docs/results/lamb_against_adamw.md shows of all that are in the folder. The test of the
+same name runs a small version of it.
 """
 
 import argparse
@@ -167,6 +168,30 @@ def table(runs: Sequence[Run]) -> str:
     return "\n".join(lines)
 
 
+def draw(runs: Sequence[Run], path: Path) -> None:
+    """The training losses of every run, as an SVG; needs matplotlib, as nothing else here."""
+    import matplotlib
+    from matplotlib import pyplot
+
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "lamb", "font.size": 9})
+    colors = dict(zip(ARMS, ("tab:blue", "tab:orange", "tab:green", "tab:red"), strict=True))
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for run in runs:
+        best = min((r for r in runs if r.arm == run.arm), key=lambda r: r.final) is run
+        axes.plot(
+            range(1, len(run.losses) + 1),
+            run.losses,
+            color=colors[run.arm],
+            linewidth=1.5 if best else 0.7,
+            alpha=1.0 if best else 0.45,
+            linestyle="--" if run.arm == "lamb-zero2" else "-",  # it lies on another curve
+            label=f"{run.arm}, {run.learning_rate:g}",
+        )
+    axes.set(xlabel="step", ylabel="training loss (MLM + NSP), nats", ylim=(6.6, 8.5))
+    axes.legend(ncols=2)
+    figure.savefig(path, metadata={"Date": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -176,11 +201,15 @@ def main() -> None:
     one.add_argument("--data", type=Path, required=True, help="what `stacking-ds prepare` wrote")
     one.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     commands.add_parser("table")
+    commands.add_parser("draw").add_argument("--svg", type=Path, required=True)
     for command in commands.choices.values():
         command.add_argument("--work", type=Path, required=True, help="where the runs are")
     options = parser.parse_args()
     if options.command == "table":
         print(table(runs_in(options.work)))
+        return
+    if options.command == "draw":
+        draw(runs_in(options.work), options.svg)
         return
     options.work.mkdir(parents=True, exist_ok=True)
     world = distributed.start()
