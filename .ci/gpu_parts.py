@@ -12,9 +12,10 @@ from xml.etree import ElementTree
 
 from gpu_ground import BUNDLE, ROOT, Ground, PartError, tail
 
-__all__ = ["PARTS", "Figures", "Part", "count_tests", "run_figures"]
+__all__ = ["PARTS", "Figures", "Part", "count_tests", "lamb_figures", "run_figures"]
 
 STAGE_STEPS = (300, 100, 100)  # the demo's with a shorter last stage: four runs have to fit
+MOST_KERNELS = 12  # of a LAMB step, however many tensors
 MARGIN = 0.1  # in nats below the unigram model's loss; on the CPU these steps reach 0.4
 
 Figures = dict[str, Any]
@@ -148,6 +149,66 @@ def _stage_row(lines: Sequence[dict[str, Any]], steps: int) -> Figures:
     }
 
 
+def bench_lamb(ground: Ground) -> Figures:
+    path = ground.work / "bench-lamb.json"
+    ground.python(
+        *("-m", "stacking_ds", "bench", "lamb", "--only", "communication,gpu", "--json", path),
+        limit_seconds=90,
+    )
+    return lamb_figures(json.loads(path.read_text(encoding="utf-8")))
+
+
+def lamb_figures(found: Figures) -> Figures:
+    """A row for each form of the step and for each target, from the bench's JSON.
+
+    Raises:
+        PartError: our form launches too many kernels, makes the host wait, or was not measured.
+    """
+    gpu = found["gpu"]
+    if "not_measured" in gpu:
+        raise PartError(f"the step on the GPU was not measured: {gpu['not_measured']}")
+    for name in ("triton", "triton_by_group"):
+        kernels = gpu["steps"][name]["kernels"]
+        if kernels is None:
+            raise PartError("the kernels of a step were not counted: torch.profiler saw none")
+        if kernels > MOST_KERNELS:
+            raise PartError(f"{name} launches {kernels} kernels, {MOST_KERNELS} are allowed")
+    if gpu["synchronisation"] is not None:
+        raise PartError(f"a step makes the host wait for the device: {gpu['synchronisation']}")
+    return {
+        "copy_gb_per_second": gpu["copy_gb_per_second"],
+        "floor_ms": 1e3 * gpu["floor_seconds"],
+        "steps": [
+            _step_row(name, step, gpu["floor_seconds"]) for name, step in gpu["steps"].items()
+        ],
+        "targets": [
+            {
+                "target": target["name"],
+                "should_be": f"{target['relation']} {target['limit']:g}",
+                "is": "-" if target["value"] is None else target["value"],
+                "verdict": f"{target['verdict']} {target['note']}".strip(),
+            }
+            for target in found["targets"]
+        ],
+    }
+
+
+def _step_row(name: str, step: Figures, floor_seconds: float) -> Figures:
+    if "not_measured" in step:
+        columns = ("host_ms", "times_the_floor", "kernels", "copies")
+        reason = f"not measured: {step['not_measured']}"
+        return {"step": name, "device_ms": reason, **dict.fromkeys(columns, "-")}
+    device_seconds = step["device_seconds"]["median"]
+    return {
+        "step": name,
+        "device_ms": 1e3 * device_seconds,
+        "host_ms": 1e3 * step["host_seconds"]["median"],
+        "times_the_floor": device_seconds / floor_seconds,
+        "kernels": "-" if step["kernels"] is None else step["kernels"],
+        "copies": "-" if step["copies"] is None else step["copies"],
+    }
+
+
 PARTS = (
     Part("install the bundle", install, 10),
     Part("tests marked gpu", gpu_tests, 60),
@@ -156,4 +217,5 @@ PARTS = (
         Part(f"demo at ZeRO {stage}, bf16", functools.partial(demo, zero_stage=stage), 45)
         for stage in (0, 1, 2, 3)
     ),
+    Part("bench lamb", bench_lamb, 60),
 )

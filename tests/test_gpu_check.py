@@ -246,6 +246,50 @@ def test_a_run_that_did_not_learn_fails(lines: list[dict[str, Any]], what: str) 
         gpu_parts.run_figures(lines, (6, 2))
 
 
+def _lamb_found(kernels: int | None = 4, synchronisation: str | None = None) -> dict[str, Any]:
+    times = {"minimum": 0.001, "median": 0.0012}
+    step = {"device_seconds": times, "host_seconds": times, "kernels": kernels, "copies": 2}
+    apex = {"not_measured": "apex is not installed"}
+    return {
+        "gpu": {
+            "steps": {"triton": {**step, "kernels": 4}, "triton_by_group": step, "apex": apex},
+            "synchronisation": synchronisation,
+            "copy_gb_per_second": 4300.0,
+            "floor_seconds": 0.001,
+        },
+        "targets": [
+            {"name": "ours / floor", "relation": "<=", "limit": 1.5, "value": 1.6, "note": "",
+             "verdict": "MISSED"},
+            {"name": "apex / ours", "relation": ">=", "limit": 1.3, "value": None, "note": "why",
+             "verdict": "not measured"},
+        ],
+    }  # fmt: skip
+
+
+def test_a_slow_lamb_step_is_reported_and_does_not_fail() -> None:
+    figures = gpu_parts.lamb_figures(_lamb_found())
+    ours, _, apex = figures["steps"]
+    assert (ours["device_ms"], ours["times_the_floor"], ours["kernels"]) == (1.2, 1.2, 4)
+    assert apex["device_ms"] == "not measured: apex is not installed"
+    assert [row["verdict"] for row in figures["targets"]] == ["MISSED", "not measured why"]
+    for rows in (figures["steps"], figures["targets"]):  # tables of the report
+        assert len({tuple(row) for row in rows}) == 1
+
+
+@pytest.mark.parametrize(
+    ("found", "what"),
+    [
+        (_lamb_found(kernels=13), "triton_by_group launches 13 kernels, 12 are"),
+        (_lamb_found(kernels=None), "not counted"),
+        (_lamb_found(synchronisation="RuntimeError: called"), "host wait .* RuntimeError: called"),
+        ({"gpu": {"not_measured": "no GPU"}}, "not measured: no GPU"),
+    ],
+)
+def test_a_lamb_step_of_many_launches_or_that_waits_fails(found: dict[str, Any], what: str) -> None:
+    with pytest.raises(PartError, match=what):
+        gpu_parts.lamb_figures(found)
+
+
 def test_skipped_tests_are_counted_with_their_reason(tmp_path: Path) -> None:
     junit = tmp_path / "tests.xml"
     junit.write_text(

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stacking_ds.bench.lamb_commands import add_lamb
 from stacking_ds.errors import ConfigError
 from stacking_ds.growth.operators import OPERATORS
 
@@ -57,6 +58,13 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
             allow_abbrev=False,
             name="planner",
             help="what a growth would move at any number of ranks, and how long that takes",
+        )
+    )
+    add_lamb(
+        benches.add_parser(
+            allow_abbrev=False,
+            name="lamb",
+            help="what a LAMB step sends, and its time beside a plain loop, apex and DeepSpeed",
         )
     )
 

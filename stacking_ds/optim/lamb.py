@@ -4,10 +4,10 @@ Without an engine it is a plain torch optimizer. Bound to one, it steps on the f
 DeepSpeed gave it in place of the parameters:
 
     DeepSpeed          step(group 0)   step(group 1)  …  step(last group)
-    this optimizer     pass 1          pass 1            pass 1, one all-reduce, pass 2 of all
-    the gradients      may be freed after each step(…)
+    this optimizer     waits           waits             pass 1, one all-reduce, pass 2, of all
 
-The only communication is that of 2 sums for each parameter.
+The only communication is that of 2 sums for each parameter. Until the last call the gradients that
+came earlier stay allocated: 4 bytes for each element of this rank's.
 """
 
 import math
@@ -98,7 +98,7 @@ class Lamb(torch.optim.Optimizer):
         own = [p for group in self.param_groups for p in group["params"]]
         self._kernel: LambKernel | None = None
         whole = [Shard(p, (Span(str(index), index, 0, p.numel()),)) for index, p in enumerate(own)]
-        self._take(whole, None, None)
+        self._know(whole, None, None)
 
     def bind(
         self,
@@ -125,10 +125,10 @@ class Lamb(torch.optim.Optimizer):
                 "tensor, so it is right at ZeRO 0 alone; use engine.deepspeed=zero0, or leave the "
                 "kernel to auto"
             )
-        self._take(shards, add_over_ranks, gradient_norm)
+        self._know(shards, add_over_ranks, gradient_norm)
         self._kernel = choose_kernel(self._kernel_name, shards[0].flat.device)
 
-    def _take(
+    def _know(
         self,
         shards: Sequence[Shard],
         add_over_ranks: Callable[[torch.Tensor], None] | None,
@@ -141,54 +141,50 @@ class Lamb(torch.optim.Optimizer):
         self._add_over_ranks = add_over_ranks
         self._gradient_norm = gradient_norm
         self._kernel = None  # before the first step parameters may yet move
-        self._squares_2P = torch.empty(0)
         self._offered: set[int] = set()
-        self._items: list[Item] = []
+        self._waiting: list[tuple[Shard, dict[str, Any], torch.Tensor]] = []
+        self._last: tuple[list[Item], torch.Tensor] | None = None
 
     def unbind(self) -> None:
         """Let go of every tensor, so that a released engine's memory comes back."""
-        self._shards, self._items = {}, []
-        self._squares_2P, self._kernel = torch.empty(0), None
+        self._shards, self._waiting = {}, []
+        self._last = self._kernel = None
         self._add_over_ranks = self._gradient_norm = None
 
     # ------------------------------------------------------------------ the step
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Take in the gradients of the groups at hand; once every shard has been, step.
+        """Keep the gradients of the groups at hand; once every shard has been, step.
 
         Raises:
             RuntimeError: a tensor that is not the optimizer's own and was never bound, or one that
                 comes twice before the others have come.
         """
         assert closure is None, "LAMB takes no closure: an engine has computed the gradients"
-        if not self._offered:
-            self._begin()
-        items: list[Item] = []
-        gradients: list[torch.Tensor] = []
         for group in self.param_groups:
             for flat in group["params"]:
                 shard = self._offer(flat)
                 if flat.grad is not None:
-                    items.append(self._item(shard, group))
-                    gradients.append(flat.grad)
-        assert self._kernel is not None
-        if items:
-            scale = self._gradient_scale(gradients)
-            self._kernel.accumulate(items, gradients, self._squares_2P, scale)
-            self._items += items
+                    self._waiting.append((shard, group, flat.grad))
         if len(self._offered) == len(self._shards):
+            waiting, self._waiting = self._waiting, []
             self._offered.clear()
-            if self._add_over_ranks is not None:
-                self._add_over_ranks(self._squares_2P)
-            self._kernel.apply(self._items, self._squares_2P)
+            items = [self._item(shard, group) for shard, group, _ in waiting]
+            self._take(items, [gradient for _, _, gradient in waiting])
 
-    def _begin(self) -> None:
+    def _take(self, items: list[Item], gradients: list[torch.Tensor]) -> None:
         device = next(iter(self._shards.values())).flat.device
         if self._kernel is None:
             self._kernel = choose_kernel(self._kernel_name, device)
-        self._squares_2P = torch.zeros(2, len(self._names), dtype=torch.float64, device=device)
-        self._items = []
+        squares_2P = torch.zeros(2, len(self._names), dtype=torch.float64, device=device)
+        if items:
+            scale = self._gradient_scale(gradients)
+            self._kernel.accumulate(items, gradients, squares_2P, scale)
+        if self._add_over_ranks is not None:
+            self._add_over_ranks(squares_2P)
+        self._kernel.apply(items, squares_2P)
+        self._last = (items, squares_2P)
 
     def _offer(self, flat: torch.Tensor) -> Shard:
         shard = self._shards.get(id(flat))
@@ -201,8 +197,9 @@ class Lamb(torch.optim.Optimizer):
         if id(flat) in self._offered:
             raise RuntimeError(
                 f"LAMB was given a flat tensor of {flat.numel()} elements twice, and "
-                f"{len(self._shards) - len(self._offered)} others not yet: a step was broken off, "
-                f"and the state is no longer that of any step; resume from the last checkpoint"
+                f"{len(self._shards) - len(self._offered)} others not yet: a step was broken off "
+                f"before this rank's weights moved, but others' may have; resume from the last "
+                f"checkpoint"
             )
         self._offered.add(id(flat))
         return shard
@@ -241,12 +238,13 @@ class Lamb(torch.optim.Optimizer):
     # ------------------------------------------------------------------ what is told of it
 
     def statistics(self) -> LambStatistics | None:
-        """Norms and ratios of the last step; None before the first, or while one is under way."""
-        if not self._items or self._offered:
+        """Norms and ratios of the last completed step; None before the first."""
+        if self._last is None:
             return None
-        hypers = {span.index: item.hyper for item in self._items for span in item.shard.spans}
+        items, squares_2P = self._last
+        hypers = {span.index: item.hyper for item in items for span in item.shard.spans}
         weights, updates, ratios, names = [], [], [], []
-        for index, (weight, update) in enumerate(zip(*self._squares_2P.tolist(), strict=True)):
+        for index, (weight, update) in enumerate(zip(*squares_2P.tolist(), strict=True)):
             if index in hypers:
                 ratio = trust_ratio(weight, update, hypers[index])
                 names.append(self._names[index])

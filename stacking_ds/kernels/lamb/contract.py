@@ -9,7 +9,7 @@ You et al. 2020, algorithm 2, for one parameter w with gradient g at step t, in 
     pass 2   ratio = |w| / |u|              u is computed again from m, v and w
              w = w - learning_rate ratio u  low = w, rounded
 
-Nothing of pass 1 but the sums has to survive until pass 2, so that gradients may be freed between.
+Nothing of pass 1 but the sums and the moments has to survive until pass 2.
 """
 
 import math
