@@ -98,7 +98,9 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(command=_report)
     add_bench(
         commands.add_parser(
-            allow_abbrev=False, name="bench", help="what a boundary costs, measured or predicted"
+            allow_abbrev=False,
+            name="bench",
+            help="what a boundary or a LAMB step costs, measured here",
         )
     )
     return parser

@@ -1,0 +1,351 @@
+"""The Triton form of the LAMB step is the reference, and compiles for every GPU we know.
+
+Whether Triton interprets is settled when it is imported. So where there is no GPU one half of this
+module runs here, and the other in a process of its own.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from stacking_ds.fragments import Shard, Span
+from stacking_ds.kernels.lamb.contract import Hyper, Item, LambKernel
+from stacking_ds.kernels.lamb.reference import ReferenceLamb
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from stacking_ds.kernels.lamb import fused  # noqa: E402
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []  # then `make gpu-check` runs them
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HYPER = Hyper(1e-2, 0.9, 0.999, 1e-6, 0.01, True, 0.0, float("inf"), step=1)
+TOLERANCE = 1e-6
+
+
+# --------------------------------------------------------------------------- steps to compare
+
+
+@dataclass(frozen=True)
+class Flat:
+    """A flat tensor: places (parameter, offset, numel) between padding that is not a number."""
+
+    places: tuple[tuple[int, int, int], ...]
+    hyper: Hyper = HYPER
+    low: torch.dtype | None = torch.float32
+    misaligned: int = 0  # elements after an address that a vector could start at
+    low_misaligned: int = 0
+    weights: float = 1.0
+    gradients: float = 1.0
+
+    def item(self, seed: int) -> tuple[Item, torch.Tensor]:
+        """The item, filled by the seed, and its gradients."""
+        generator = torch.Generator().manual_seed(seed)
+        size = max((offset + numel for _, offset, numel in self.places), default=0) + 7
+
+        def filled(factor: float, misaligned: int, dtype: torch.dtype | None) -> torch.Tensor:
+            flat = torch.full((size + misaligned,), float("nan"), dtype=dtype, device=DEVICE)
+            for _, offset, numel in self.places:
+                # all far from 0, so that no sum loses the digits that are compared
+                values = (torch.rand(numel, generator=generator) + 0.5) * factor
+                flat[misaligned + offset :][:numel] = values.to(DEVICE, dtype)
+            return flat[misaligned:]
+
+        spans = tuple(Span(f"p{i}", i, offset, numel) for i, offset, numel in self.places)
+        low = filled(1.0, self.low_misaligned, self.low) if self.low else None
+        weights, exp_avg, exp_avg_sq, gradient = (
+            filled(factor, self.misaligned, torch.float32)
+            for factor in (self.weights, self.gradients, self.gradients, self.gradients)
+        )
+        return Item(Shard(weights, spans, low), exp_avg, exp_avg_sq.square_(), self.hyper), gradient
+
+
+def step(
+    kernel: LambKernel,
+    flats: Sequence[Flat],
+    *,
+    steps: int = 1,
+    scale: float | None = None,
+    calls: Sequence[Sequence[int]] | None = None,
+) -> tuple[list[Item], torch.Tensor]:
+    """Take steps; `calls` says which flat tensors each call of `accumulate` gets."""
+    pairs = [flat.item(seed) for seed, flat in enumerate(flats)]
+    before = [padding_and_gradient(*pair) for pair in pairs]
+    parameters = 1 + max((i for flat in flats for i, _, _ in flat.places), default=0)
+    factor = None if scale is None else torch.tensor([scale], device=DEVICE)
+    for number in range(1, steps + 1):
+        pairs = [(replace(i, hyper=replace(i.hyper, step=number)), g) for i, g in pairs]
+        squares_2P = torch.zeros(2, parameters, dtype=torch.float64, device=DEVICE)
+        for call in calls or [range(len(pairs))]:
+            items, gradients = [pairs[i][0] for i in call], [pairs[i][1] for i in call]
+            kernel.accumulate(items, gradients, squares_2P, factor)
+        kernel.apply([item for item, _ in pairs], squares_2P)
+    for pair, old in zip(pairs, before, strict=True):
+        assert all(same_bits(a, b) for a, b in zip(padding_and_gradient(*pair), old, strict=True))
+    return [item for item, _ in pairs], squares_2P
+
+
+def padding_and_gradient(item: Item, gradient: torch.Tensor) -> list[torch.Tensor]:
+    """What no step may change."""
+    padding = torch.ones(gradient.numel(), dtype=torch.bool, device=DEVICE)
+    for span in item.shard.spans:
+        padding[span.offset : span.offset + span.numel] = False
+    tensors = (item.shard.flat, item.exp_avg, item.exp_avg_sq, item.shard.low)
+    return [gradient.clone(), *(tensor[padding] for tensor in tensors if tensor is not None)]
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    apart = float((found.double() - expected.double()).norm())
+    return apart and apart / float(expected.double().norm())
+
+
+def compare(flats: Sequence[Flat], *, calls: Any = None, **how: Any) -> None:
+    """Every parameter's state after the Triton form's steps is that of the reference."""
+    expected, expected_2P = step(ReferenceLamb(), flats, **how)
+    found, found_2P = step(fused.TritonLamb(), flats, calls=calls, **how)
+    for item, wanted in zip(found, expected, strict=True):
+        for span in item.shard.spans:
+            part = slice(span.offset, span.offset + span.numel)
+            weights, low = item.shard.flat[part], item.shard.low
+            assert distance(weights, wanted.shard.flat[part]) <= TOLERANCE
+            assert distance(item.exp_avg[part], wanted.exp_avg[part]) <= TOLERANCE
+            assert distance(item.exp_avg_sq[part], wanted.exp_avg_sq[part]) <= TOLERANCE
+            if low is not None:
+                # the interpreter truncates to bfloat16
+                rounding = 5e-3 if INTERPRETED and low.dtype is torch.bfloat16 else 0.0
+                assert distance(low[part], weights.to(low.dtype)) <= rounding
+    for one, other in zip(found_2P.flatten(), expected_2P.flatten(), strict=True):
+        assert distance(one, other) <= 2 * TOLERANCE  # being squares
+
+
+class TestAgainstTheReference:
+    __test__ = INTERPRETED or DEVICE.type == "cuda"
+
+    @pytest.mark.parametrize("numel", [1, 2, 3, 31, 1023, 1025])
+    @pytest.mark.parametrize("offset", [0, 5, 32])
+    def test_odd_sizes(self, numel: int, offset: int) -> None:
+        compare([Flat(((0, offset, numel),))])
+
+    @pytest.mark.parametrize("offset", [0, 37, 2048])
+    def test_several_chunks(self, offset: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(fused, "CHUNK_ELEMENTS", 2048)
+        compare([Flat(((0, offset, 5000),))])
+
+    def test_chunks_as_on_a_gpu(self) -> None:
+        compare([Flat(((0, 3, fused.CHUNK_ELEMENTS + 1000), (1, 18000, 5)))])
+
+    def test_several_spans_between_padding(self) -> None:
+        compare([Flat(((2, 3, 1030), (0, 1040, 2100), (1, 3140, 1), (3, 3150, 900)))])
+
+    @pytest.mark.parametrize(("flat", "low"), [(1, 0), (2, 0), (3, 1), (4, 4), (0, 1)])
+    def test_addresses_that_no_vector_starts_at(self, flat: int, low: int) -> None:
+        compare([Flat(((0, 0, 2080),), low=torch.float16, misaligned=flat, low_misaligned=low)])
+
+    @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16, None])
+    def test_dtypes_of_the_copy(self, low: torch.dtype | None) -> None:
+        compare([Flat(((0, 0, 1024), (1, 1030, 50)), low=low)])
+
+    def test_each_item_has_its_own_numbers_and_perhaps_a_copy(self) -> None:
+        first = replace(HYPER, learning_rate=0.5, beta1=0.5, beta2=0.9, eps=1e-3, weight_decay=0.0)
+        second = replace(HYPER, weight_decay=0.3, layer_adaptation=False)
+        one = Flat(((0, 0, 1500), (4, 1600, 70)), first, low=None, gradients=-1.0)
+        two = Flat(((1, 9, 70),), second, torch.float16, weights=-1.0)
+        three = Flat(((2, 0, 300), (3, 300, 40)), replace(HYPER, max_coeff=0.5), torch.float16)
+        compare([one, two, three], steps=3)
+
+    def test_gradients_are_scaled_and_left_as_they_are(self) -> None:
+        compare([Flat(((0, 1, 1100),))], scale=0.37, steps=2)
+
+    @pytest.mark.parametrize(
+        "flat",
+        [
+            Flat(((0, 0, 40),), replace(HYPER, layer_adaptation=False, max_coeff=0.1)),
+            Flat(((0, 0, 40),), replace(HYPER, min_coeff=9.0)),
+            Flat(((0, 0, 40),), replace(HYPER, max_coeff=0.01)),
+            Flat(((0, 0, 40),), weights=0.0),
+            Flat(((0, 0, 40),), replace(HYPER, weight_decay=0.0), gradients=0.0),
+            Flat(((0, 0, 40),), weights=1e-25),
+            Flat(((0, 0, 40),), gradients=1e-25),
+            Flat(((0, 0, 40),), replace(HYPER, weight_decay=0.0), gradients=1e-30),
+            Flat(((0, 0, 40),), replace(HYPER, eps=0.0, weight_decay=0.0), weights=1e15),
+        ],
+        ids=["adamw", "min", "max", "w=0", "u=0", "w tiny", "g tiny", "u tiny", "w huge"],
+    )
+    def test_extremes(self, flat: Flat) -> None:
+        compare([flat], steps=2)
+
+    @pytest.mark.parametrize("square", [0.0, 1e-60, 4.0, 1e60, float("inf"), float("nan")])
+    def test_the_ratio_is_the_contract_s(self, square: float) -> None:
+        sums = torch.tensor([[square, 4.0], [4.0, square]], dtype=torch.float64, device=DEVICE)
+        weights = []
+        for kernel in (fused.TritonLamb(), ReferenceLamb()):
+            item, _ = Flat(((0, 0, 9), (1, 9, 9)), replace(HYPER, min_coeff=0.1)).item(0)
+            kernel.apply([item], sums)
+            weights.append(item.shard.flat)
+        torch.testing.assert_close(*weights, rtol=1e-5, atol=0, equal_nan=True)
+
+    def test_sums_meet_from_calls_and_flat_tensors(self) -> None:
+        # parameter 1 lies in two flat tensors, and the calls are those of a ZeRO engine
+        flats = [Flat(((0, 0, 50), (1, 50, 1200))), Flat(((1, 4, 33),)), Flat(((2, 0, 7),))]
+        compare(flats, calls=[[0], [1], [2]], steps=3)
+        compare(flats, calls=[[2, 0], [1]])
+        compare(flats)
+
+    def test_one_kernel_may_step_on_other_tensors(self) -> None:
+        kernel = fused.TritonLamb()
+        for place in ((0, 0, 40), (0, 2, 40), (0, 0, 41), (0, 0, 40)):
+            _, found_2P = step(kernel, [Flat((place,))])
+            _, expected_2P = step(ReferenceLamb(), [Flat((place,))])
+            assert distance(found_2P, expected_2P) <= TOLERANCE
+
+    def test_a_rank_may_hold_nothing(self) -> None:
+        compare([Flat(((0, 0, 0),))])
+        compare([Flat(((0, 5, 0), (1, 5, 9), (2, 14, 0)))])
+        compare([])
+
+    def test_the_same_bits_every_time(self) -> None:
+        flats = [Flat(((0, 3, 2500), (1, 2503, 40)))]
+        (one, sums), (other, other_sums) = (step(fused.TritonLamb(), flats) for _ in range(2))
+        assert same_bits(sums, other_sums)
+        assert same_bits(one[0].shard.flat, other[0].shard.flat)
+
+    @given(data=st.data())
+    @settings(max_examples=30, deadline=None, phases=[Phase.generate])
+    def test_any_layout(self, data: st.DataObject) -> None:
+        numbers = st.integers(0, 60) | st.sampled_from([0, 1, 1023, 1024, 1025, 1500])
+        flats, index = [], 0
+        low = data.draw(st.sampled_from([None, torch.float16, torch.float32]))
+        for _ in range(data.draw(st.integers(1, 3))):
+            places, end = [], 0
+            for gap, numel in data.draw(st.lists(st.tuples(numbers, numbers), max_size=3)):
+                places.append((index, end + gap, numel))
+                index, end = index + 1, end + gap + numel
+            hyper = replace(HYPER, layer_adaptation=data.draw(st.booleans()))
+            own_low = low if data.draw(st.booleans()) else None
+            flats.append(Flat(tuple(places), hyper, own_low, data.draw(st.integers(0, 3))))
+        compare(flats, steps=data.draw(st.integers(1, 2)))
+
+
+# --------------------------------------------------------------------------- without a device
+
+
+def compiled(form: tuple[Any, dict[str, Any]], capability: int, **options: Any) -> Any:
+    kernel, constants = form[0], {"BLOCK": fused.OPTIONS["BLOCK"], **form[1]}
+    types = ["constexpr" if n in constants else fused.TYPES[n] for n in kernel.arg_names]
+    # addresses are multiples of 16, as of all that torch allocates
+    aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types) if t.startswith("*")}
+    source = ASTSource(kernel, dict(zip(kernel.arg_names, types, strict=True)), constants, aligned)
+    options |= {key: fused.OPTIONS[key] for key in ("num_warps", "enable_fp_fusion")}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def spills(cubin: bytes, folder: Path) -> tuple[int, int]:
+    """Bytes of stack, and how many instructions go to memory because registers ran out."""
+    (folder / "kernel.cubin").write_bytes(cubin)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    command = [tool, "-res-usage", "-sass", folder / "kernel.cubin"]
+    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "EXIT" in told
+    [stack] = re.findall(r"STACK:(\d+)", told)
+    return int(stack), len(re.findall(r"\b(?:LDL|STL)\b", told))
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails where a number would have to come from the device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def name_of(form: tuple[Any, dict[str, Any]]) -> str:
+    return "-".join([form[0].__name__, *map(str, form[1].values())])
+
+
+class TestCompiled:
+    __test__ = not INTERPRETED
+
+    @pytest.mark.parametrize("capability", [80, 90, 100])
+    @pytest.mark.parametrize("form", fused.FORMS, ids=name_of)
+    def test_nothing_spills(self, form: Any, capability: int, tmp_path: Path) -> None:
+        assert spills(compiled(form, capability).asm["cubin"], tmp_path) == (0, 0)
+
+    def test_a_spill_would_be_seen(self, tmp_path: Path) -> None:
+        stack, instructions = spills(
+            compiled(fused.FORMS[0], 90, maxnreg=24).asm["cubin"], tmp_path
+        )
+        assert stack > 0
+        assert instructions > 0
+
+    @pytest.mark.parametrize(("form", "loads", "stores"), [(0, 4, 2), (3, 3, 1)])
+    def test_only_whole_blocks_move_as_vectors(self, form: int, loads: int, stores: int) -> None:
+        ptx = compiled(fused.FORMS[form], 90).asm["ptx"]
+        assert len(re.findall(r"^\s*ld\.global\.v4\.b32", ptx, re.M)) == loads
+        assert len(re.findall(r"^\s*st\.global\.v4\.b32", ptx, re.M)) == stores
+        assert not re.findall(r"@%p\d+ (?:ld|st)\.global\.v", ptx)
+        assert len(re.findall(r"@%p\d+ ld\.global\.b32", ptx)) == 4 * loads
+
+    def test_launches_do_not_grow_with_tensors_and_are_of_the_forms_told(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A device is only made believe: what would be launched is compiled."""
+        launched: list[bytes] = []
+
+        def launcher(kernel: Any, grid: tuple[int]) -> Any:
+            return lambda *args, **kwargs: launched.append(
+                kernel.run(*args, grid=grid, warmup=True, **kwargs).asm["cubin"]
+            )
+
+        device = SimpleNamespace(
+            get_current_device=lambda: 77,
+            get_current_stream=lambda device: 0,
+            get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        )
+        monkeypatch.setattr(triton.runtime.driver, "_active", device)
+        monkeypatch.setattr(triton.JITFunction, "__getitem__", launcher)
+        expected = [compiled(fused.FORMS[form], 90).asm["cubin"] for form in (1, 2, 4)]
+        kernel = fused.TritonLamb()
+        for count in (1, 3, 16, 40):  # Triton would make special cases of 1 and of multiples of 16
+            pairs = [Flat(((i, 0, 9),), low=torch.bfloat16).item(i) for i in range(count)]
+            items, gradients = [item for item, _ in pairs], [gradient for _, gradient in pairs]
+            squares_2P = torch.zeros(2, count, dtype=torch.float64)
+            launched.clear()
+            with NoWaiting():
+                kernel.accumulate(items, gradients, squares_2P, None)
+                kernel.apply(items, squares_2P)
+            assert launched == expected
+
+
+class TestTheOtherHalf:
+    __test__ = DEVICE.type == "cpu" and "STACKING_DS_OTHER_HALF" not in os.environ
+
+    def test_in_a_process_of_its_own(self) -> None:
+        other = {"STACKING_DS_OTHER_HALF": "1", "TRITON_INTERPRET": str(int(not INTERPRETED))}
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+            check=False,
+            cwd=Path(__file__).parents[1],
+            env=os.environ | other,
+            capture_output=True,
+            text=True,
+            timeout=280,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
