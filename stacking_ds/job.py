@@ -20,6 +20,7 @@ from stacking_ds.engine import load_ds_config, resolve_ds_config
 from stacking_ds.errors import CheckpointError
 from stacking_ds.growth.operators import layer_map
 from stacking_ds.model.config import BertConfig
+from stacking_ds.optim.lamb import require_whole_tensors
 from stacking_ds.optim.schedule import LearningRateSchedule
 from stacking_ds.stages import StageSchedule
 
@@ -82,13 +83,14 @@ class Job:
         """The DeepSpeed configuration for this many ranks.
 
         Raises:
-            ConfigError: recipe and DeepSpeed JSON disagree; all disagreements in one message.
+            ConfigError: recipe and DeepSpeed JSON disagree; all disagreements in one message. Or a
+            LAMB kernel that the ZeRO stage rules out.
         """
         config = self.config
         micro_batch_size, accumulation_steps = split_batch(
             config.batch.global_batch_size, world_size, config.batch.micro_batch_size
         )
-        return resolve_ds_config(
+        resolved = resolve_ds_config(
             self.ds_json,
             source=config.engine.deepspeed,
             micro_batch_size=micro_batch_size,
@@ -97,6 +99,10 @@ class Job:
             gradient_clipping=config.optimizer.max_grad_norm,
             precision=config.engine.precision,
         )
+        if config.optimizer.lamb is not None:
+            zero_stage = resolved["zero_optimization"].get("stage", 0)
+            require_whole_tensors(config.optimizer.lamb.kernel, sharded=zero_stage > 0)
+        return resolved
 
     @cached_property
     def data_sha256(self) -> str:

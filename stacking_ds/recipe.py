@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
@@ -103,7 +103,10 @@ def _sentence(problem: Mapping[str, Any]) -> str:
 def _fields_at(location: Sequence[str]) -> list[str]:
     section: Any = RunConfig
     for part in location:
-        section = StageSection if part.isdigit() else section.model_fields[part].annotation
+        annotation = StageSection if part.isdigit() else section.model_fields[part].annotation
+        # a section that may be null has a union of itself and None
+        kinds = get_args(annotation) or (annotation,)
+        section = next(kind for kind in kinds if hasattr(kind, "model_fields"))
     return list(section.model_fields)
 
 

@@ -45,6 +45,9 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
         ("schedule.warmup_steps=11", "warmup_steps=11"),
         ("engine.deepspeed=zero9", "zero0, zero1, zero2"),
         ("model.num_attention_heads=5", "not divisible"),
+        ("optimizer={name: lamb, learning_rate: 1e-3, lamb: {max_coef: 1}}", "mean max_coeff?"),
+        ("optimizer={name: lamb, learning_rate: 1e-3, lamb: {kernel: apex}}", "ZeRO 0 alone"),
+        ("optimizer={name: adamw, learning_rate: 1e-3, lamb: {}}", "does not go with name=adamw"),
     ],
 )
 def test_a_recipe_that_cannot_be_trained(

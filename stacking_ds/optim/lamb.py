@@ -22,7 +22,7 @@ from stacking_ds.fragments import Shard, Span
 from stacking_ds.kernels.lamb.choice import LambKernelName, choose_kernel
 from stacking_ds.kernels.lamb.contract import Hyper, Item, LambKernel, trust_ratio
 
-__all__ = ["Lamb", "LambStatistics"]
+__all__ = ["Lamb", "LambStatistics", "require_whole_tensors"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,17 @@ class LambStatistics:
     trust_ratios: tuple[float, ...]
     adapted: tuple[bool, ...]
     """Where False the ratio is 1 by decree."""
+
+
+def require_whole_tensors(kernel: str, *, sharded: bool) -> None:
+    """Raises:
+    ConfigError: the kernel steps on whole tensors only, and ranks have parts of them.
+    """
+    if kernel == "apex" and sharded:
+        raise ConfigError(
+            "optimizer.lamb.kernel=apex: apex's LAMB takes what it is given for a whole tensor, so "
+            "it is right at ZeRO 0 alone; use engine.deepspeed=zero0, or leave the kernel to auto"
+        )
 
 
 class Lamb(torch.optim.Optimizer):
@@ -119,12 +130,7 @@ class Lamb(torch.optim.Optimizer):
         Raises:
             ConfigError: the kernel asked for cannot run on these shards.
         """
-        if self._kernel_name == "apex" and add_over_ranks is not None:
-            raise ConfigError(
-                "optimizer.lamb.kernel=apex: apex's LAMB takes what it is given for a whole "
-                "tensor, so it is right at ZeRO 0 alone; use engine.deepspeed=zero0, or leave the "
-                "kernel to auto"
-            )
+        require_whole_tensors(self._kernel_name, sharded=add_over_ranks is not None)
         self._know(shards, add_over_ranks, gradient_norm)
         self._kernel = choose_kernel(self._kernel_name, shards[0].flat.device)
 
