@@ -150,11 +150,18 @@ def _stage_row(lines: Sequence[dict[str, Any]], steps: int) -> Figures:
 
 
 def bench_lamb(ground: Ground) -> Figures:
+    return _bench_lamb(ground, "--only=communication,gpu", limit_seconds=90)
+
+
+def bench_fused_lamb(ground: Ground) -> Figures:
+    """Beside DeepSpeed's FusedLamb, which it has to compile first."""
+    options = ("--only=gpu", "--deepspeed-fused-lamb")
+    return _bench_lamb(ground, *options, limit_seconds=160, may_build=True)
+
+
+def _bench_lamb(ground: Ground, *options: str, **limits: Any) -> Figures:
     path = ground.work / "bench-lamb.json"
-    ground.python(
-        *("-m", "stacking_ds", "bench", "lamb", "--only", "communication,gpu", "--json", path),
-        limit_seconds=90,
-    )
+    ground.python("-m", "stacking_ds", "bench", "lamb", *options, "--json", path, **limits)
     return lamb_figures(json.loads(path.read_text(encoding="utf-8")))
 
 
@@ -195,7 +202,7 @@ def lamb_figures(found: Figures) -> Figures:
 
 def _step_row(name: str, step: Figures, floor_seconds: float) -> Figures:
     if "not_measured" in step:
-        columns = ("host_ms", "times_the_floor", "kernels", "copies")
+        columns = ("host_ms", "wall_ms", "times_the_floor", "kernels", "copies")
         reason = f"not measured: {step['not_measured']}"
         return {"step": name, "device_ms": reason, **dict.fromkeys(columns, "-")}
     device_seconds = step["device_seconds"]["median"]
@@ -203,6 +210,7 @@ def _step_row(name: str, step: Figures, floor_seconds: float) -> Figures:
         "step": name,
         "device_ms": 1e3 * device_seconds,
         "host_ms": 1e3 * step["host_seconds"]["median"],
+        "wall_ms": 1e3 * step["wall_seconds"]["median"],
         "times_the_floor": device_seconds / floor_seconds,
         "kernels": "-" if step["kernels"] is None else step["kernels"],
         "copies": "-" if step["copies"] is None else step["copies"],
@@ -218,4 +226,5 @@ PARTS = (
         for stage in (0, 1, 2, 3)
     ),
     Part("bench lamb", bench_lamb, 60),
+    Part("bench lamb beside DeepSpeed's FusedLamb", bench_fused_lamb, 110),
 )

@@ -16,6 +16,7 @@ __all__ = [
     "EngineSection",
     "EvaluationSection",
     "GrowthSection",
+    "LambKernelName",
     "LambSection",
     "ModelSection",
     "OptimizerSection",
@@ -24,6 +25,8 @@ __all__ = [
     "StageSection",
     "changed_keys",
 ]
+
+_LARGEST_LEARNING_RATE = 100.0
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -87,6 +90,9 @@ class GrowthSection(_Section):
     """`reset` starts Adam anew, as in the paper; `carry` copies the moments with the layers."""
 
 
+LambKernelName = Literal["auto", "reference", "blocked", "triton", "apex"]
+
+
 class LambSection(_Section):
     """What LAMB has and AdamW has not."""
 
@@ -98,7 +104,7 @@ class LambSection(_Section):
     """Largest trust ratio; none by default, as in You et al. 2020."""
     grad_pre_normalization: bool = False
     """Divide the gradient by its global norm first (NVLAMB); clipping has to be off then."""
-    kernel: Literal["auto", "reference", "blocked", "triton", "apex"] = "auto"
+    kernel: LambKernelName = "auto"
     """Which form of the step runs: on a GPU triton, on the CPU blocked, unless another is named."""
 
     @model_validator(mode="after")
@@ -115,7 +121,7 @@ class LambSection(_Section):
 
 class OptimizerSection(_Section):
     name: Literal["adamw", "lamb"] = "adamw"
-    learning_rate: Annotated[float, Field(gt=0.0, le=100.0)]
+    learning_rate: Annotated[float, Field(gt=0.0, le=_LARGEST_LEARNING_RATE)]
     """Peak of the learning-rate schedule."""
     learning_rate_batch_size: Positive | None = None
     """The batch that learning_rate is for. At another batch.global_batch_size the peak is scaled
@@ -133,8 +139,11 @@ class OptimizerSection(_Section):
     @model_validator(mode="after")
     def _options_fit(self) -> "OptimizerSection":
         if (self.lamb is not None) != (self.name == "lamb"):
-            given = "options" if self.lamb is not None else "null"
-            raise ValueError(f"lamb: {given} does not go with name={self.name}; delete it")
+            remedy = "set lamb to {} for its defaults" if self.lamb is None else "delete lamb"
+            raise ValueError(
+                f"lamb={'null' if self.lamb is None else '...'} does not go with "
+                f"name={self.name}: {remedy}, or change the name"
+            )
         if self.lamb is not None and self.lamb.grad_pre_normalization and self.max_grad_norm > 0:
             raise ValueError(
                 f"max_grad_norm={self.max_grad_norm:g} cannot clip what grad_pre_normalization "
@@ -220,6 +229,18 @@ class RunConfig(_Section):
             raise ValueError(
                 f"data.sequence_length={self.data.sequence_length} does not fit "
                 f"model.max_position_embeddings={longest}: shorten the rows or raise the latter"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _peak_is_a_learning_rate(self) -> "RunConfig":
+        peak = self.optimizer.peak_learning_rate(self.batch.global_batch_size)
+        if peak > _LARGEST_LEARNING_RATE:
+            raise ValueError(
+                f"optimizer.learning_rate={self.optimizer.learning_rate:g} for "
+                f"{self.optimizer.learning_rate_batch_size} rows is {peak:g} for "
+                f"{self.batch.global_batch_size}, above {_LARGEST_LEARNING_RATE:g}: lower the one "
+                f"or raise optimizer.learning_rate_batch_size"
             )
         return self
 

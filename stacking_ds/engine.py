@@ -10,6 +10,7 @@ import logging
 import math
 import sys
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -204,7 +205,7 @@ def build_engine(
 
     Raises:
         ConfigError: another DeepSpeed than the pinned one, a precision this device lacks, or
-            values that differ between ranks.
+            values or a LAMB kernel that differ between ranks.
     """
     zero.require_pinned_deepspeed()
     low_precision = next((k for k in _LOW_PRECISION if ds_config.get(k, {}).get("enabled")), None)
@@ -237,6 +238,12 @@ def build_engine(
             zero.adder_over_ranks(engine),
             zero.gradient_norm_at_step(engine),
         )
+        if not _same_on_all_ranks(zlib.crc32(optimizer.kernel.encode())):
+            raise ConfigError(
+                f"the ranks would take LAMB's step by different kernels (this one by "
+                f"{optimizer.kernel}) and drift apart: install the same torch and Triton on all "
+                f"nodes, or name one that all have as optimizer.lamb.kernel"
+            )
     if low_precision and value_of is not None:
         # DeepSpeed took the masters from the rounded weights; those are right already
         zero.write_masters(engine, value_of)
@@ -296,6 +303,13 @@ def _device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
 
 
+def _same_on_all_ranks(value: float) -> bool:
+    """Every rank calls it, and gets the same answer."""
+    ends = torch.tensor([value, -value], dtype=torch.float64, device=_device())
+    dist.all_reduce(ends, op=dist.ReduceOp.MAX)
+    return bool(ends[0] == -ends[1])
+
+
 class _Checksum:
     """Hands values on, and adds them up so that ranks can compare."""
 
@@ -311,9 +325,7 @@ class _Checksum:
         return value
 
     def require_same_on_all_ranks(self) -> None:
-        ends = torch.tensor([self._total, -self._total], dtype=torch.float64, device=_device())
-        dist.all_reduce(ends, op=dist.ReduceOp.MAX)
-        if ends[0] != -ends[1]:
+        if not _same_on_all_ranks(self._total):
             raise ConfigError(
                 "the ranks built models with different weights; build the model with the same "
                 "seed on every rank"

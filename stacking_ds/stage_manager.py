@@ -174,9 +174,11 @@ class StageManager:
             set_loss_scale(self.engine, manifest.loss_scale)
 
     def optimizer_metrics(self) -> tuple[dict[str, float], dict[str, list[float]]]:
-        """Metrics and histograms of the last step that the optimizer itself knows: LAMB's."""
+        """Metrics and histograms of the last step that the optimizer itself knows: LAMB's, unless
+        loss scaling skipped that step."""
         optimizer = self.engine.basic_optimizer
-        found = optimizer.statistics() if isinstance(optimizer, Lamb) else None
+        stepped = isinstance(optimizer, Lamb) and self.engine.was_step_applied()
+        found = optimizer.statistics() if stepped else None
         if found is None:
             return {}, {}
         return lamb_metrics(found), {TRUST_RATIOS: adapted_ratios(found)}

@@ -235,6 +235,7 @@ class _Run:
     def record(self, stage: Stage, evaluation: Mapping[str, float]) -> None:
         self.state.wall_seconds = time.perf_counter() - self.clock_start
         optimizer, histograms = self.stages.optimizer_metrics()
+        memory = {"memory/peak_gib": peak_memory_gib(self.world.device)}
         self.monitor.record(
             metrics_line(
                 self.state,
@@ -249,11 +250,7 @@ class _Run:
                     (rest.end_step - max(rest.start_step, self.state.step)) * rest.num_hidden_layers
                     for rest in self.job.schedule.remaining(self.state.step)
                 ),
-                extra={
-                    "memory/peak_gib": peak_memory_gib(self.world.device),
-                    **optimizer,
-                    **evaluation,
-                },
+                extra={**memory, **optimizer, **evaluation},
             ),
             histograms,
         )

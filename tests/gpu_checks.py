@@ -161,7 +161,7 @@ def check_overflow(world: World, zero_stage: int) -> None:
 # ------------------------------------------------------------------ LAMB
 
 
-def check_lamb(world: World, zero_stage: int, precision: str) -> None:
+def check_lamb(world: World, zero_stage: int | str, precision: str) -> None:
     """By the kernel that is chosen here: 20 steps, a growth and 5 more have the weights of the
     reference on the CPU, given the same gradients."""
     chosen = type(choose_kernel("auto", world.device)).__name__
@@ -287,11 +287,12 @@ def check_checkpoint(world: World, folder: Path, zero_stage: int, precision: str
         assert all(torch.equal(loaded[name][key], value) for key, value in views.items()), name
 
 
-def check_run(world: World, folder: Path, shards: Path, zero_stage: int, precision: str) -> None:
+def check_run(
+    world: World, folder: Path, shards: Path, zero_stage: int, precision: str, *overrides: str
+) -> None:
     """The trainer's whole path: its held-out loss is that of its checkpoint on the CPU."""
-    config = small_recipe(
-        folder, shards, f"engine.deepspeed=zero{zero_stage}", f"engine.precision={precision}"
-    )
+    engine = (f"engine.deepspeed=zero{zero_stage}", f"engine.precision={precision}")
+    config = small_recipe(folder, shards, *engine, *overrides)
     assert train_small(world, config, folder / "run") == 10
     assert torch.tensor(losses(folder / "run")).isfinite().all()
     assert [line["num_hidden_layers"] for line in metrics(folder / "run")] == [1] * 4 + [2] * 3 + [

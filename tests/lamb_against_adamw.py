@@ -56,7 +56,8 @@ RECIPE: dict[str, Any] = {
 
 
 class FlatPartitionLamb(Lamb):
-    """LAMB as a DeepSpeed user gets it: each flat partition of a rank taken for one tensor."""
+    """Our LAMB with one ratio for each flat partition of a rank, which is the tensor that ZeRO
+    hands an optimizer."""
 
     def bind(
         self,
@@ -176,15 +177,17 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "lamb", "font.size": 9})
     colors = dict(zip(ARMS, ("tab:blue", "tab:orange", "tab:green", "tab:red"), strict=True))
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    rates = sorted({run.learning_rate for run in runs})
     for run in runs:
         best = min((r for r in runs if r.arm == run.arm), key=lambda r: r.final) is run
+        style = (":", "-", "-.")[rates.index(run.learning_rate) % 3]
         axes.plot(
             range(1, len(run.losses) + 1),
             run.losses,
             color=colors[run.arm],
             linewidth=1.5 if best else 0.7,
             alpha=1.0 if best else 0.45,
-            linestyle="--" if run.arm == "lamb-zero2" else "-",  # it lies on another curve
+            linestyle="--" if run.arm == "lamb-zero2" else style,  # it lies on another curve
             label=f"{run.arm}, {run.learning_rate:g}",
         )
     axes.set(xlabel="step", ylabel="training loss (MLM + NSP), nats", ylim=(6.6, 8.5))

@@ -29,13 +29,13 @@ __all__ = [
 
 STEPS = 20
 AFTER = 5  # steps after the growth that follows
-Cases = list[tuple[int, str, str]]
-"""ZeRO stage, precision, kernel."""
+Cases = list[tuple[int | str, str, str]]
+"""ZeRO stage (or the rest of a bundled JSON's name after "zero"), precision, kernel."""
 
 
 def lamb_engine(
     world: World,
-    zero_stage: int,
+    zero_stage: int | str,
     precision: str = "fp32",
     *,
     depth: int = 2,
@@ -128,12 +128,12 @@ def largest_differences(state: State, model: Any) -> tuple[float, float, float]:
     return relative, key_bias, absolute
 
 
-def follow_unsharded(world: World, cases: Cases) -> list[Any]:
+def follow_unsharded(world: World, cases: Cases, **lamb: Any) -> list[Any]:
     """20 steps, and a few more after a growth with carried moments: the largest differences after
     both, for each case."""
     found = []
     # eps as in the field: the gradients are the same, noise included
-    eps = {"eps": 1e-6}
+    eps = {"eps": 1e-6, **lamb}
     for zero_stage, precision, kernel in cases:
         options: dict[str, Any] = {**eps, "kernel": kernel}
         engine = lamb_engine(world, zero_stage, precision, **options)

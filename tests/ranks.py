@@ -25,6 +25,7 @@ from typing import Any
 __all__ = ["RankError", "RankTimeoutError", "run_ranks"]
 
 _GRACE_SECONDS = 2.0
+_DIED = "died with exit code"
 _REPOSITORY = Path(__file__).parents[1]
 _PRELOAD = [
     # a name that cannot be imported is skipped
@@ -101,7 +102,7 @@ class _Rank:
             failed, payload = pickle.loads(self.connection.recv_bytes())
         except EOFError:
             self.process.join()
-            return f"rank {self.rank} died with exit code {self.process.exitcode}"
+            return f"rank {self.rank} {_DIED} {self.process.exitcode}"
         if failed:
             return f"rank {self.rank} raised:\n{payload}"
         self.result = payload
@@ -127,9 +128,13 @@ def _collect(ranks: list[_Rank], deadline: float) -> None:
         for rank in open_ranks:
             if rank.connection in ready:
                 text = rank.read()
-                if text is not None and failure is None:
-                    failure = text
+                if text is None:
+                    continue
+                if failure is None:
                     deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
+                # what others raise when one dies may be heard of first
+                if failure is None or (_DIED in text and _DIED not in failure):
+                    failure = text
     if failure is not None:
         raise RankError(failure)
     if open_ranks:

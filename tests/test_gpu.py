@@ -33,6 +33,7 @@ from tests.gpu_checks import (
 from tests.prose import tiny_shards
 from tests.ranks import run_ranks
 
+LAMB = ("optimizer.name=lamb", "optimizer.learning_rate=1e-2")
 gpu = pytest.mark.gpu
 zero_stages = pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 precisions = pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -78,6 +79,12 @@ def test_lamb_is_that_of_the_cpu(world: World, zero_stage: int, precision: str) 
 
 
 @gpu
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_lamb_offloaded_to_the_host_is_that_of_the_cpu(world: World, zero_stage: int) -> None:
+    check_lamb(world, f"{zero_stage}_offload", "bf16")
+
+
+@gpu
 @zero_stages
 def test_fp16_skips_a_step_that_overflows(world: World, zero_stage: int) -> None:
     check_overflow(world, zero_stage)
@@ -102,11 +109,27 @@ def test_a_checkpoint_moves_between_devices(world: World, tmp_path: Path, zero_s
 
 
 @gpu
-@pytest.mark.parametrize(("zero_stage", "precision"), [(1, "fp32"), (0, "fp16"), (3, "bf16")])
+@pytest.mark.parametrize(
+    ("zero_stage", "precision", "overrides"),
+    [
+        (1, "fp32", ()),
+        (0, "fp16", ()),
+        (3, "bf16", ()),
+        (0, "fp16", LAMB),
+        (1, "bf16", LAMB),
+        (2, "bf16", LAMB),
+        (3, "bf16", LAMB),
+    ],
+)
 def test_a_whole_run(
-    world: World, tmp_path: Path, shards: Path, zero_stage: int, precision: str
+    world: World,
+    tmp_path: Path,
+    shards: Path,
+    zero_stage: int,
+    precision: str,
+    overrides: tuple[str, ...],
 ) -> None:
-    check_run(world, tmp_path, shards, zero_stage, precision)
+    check_run(world, tmp_path, shards, zero_stage, precision, *overrides)
 
 
 # ------------------------------------------------------------------ on any machine
@@ -125,7 +148,7 @@ def _call(world: World, check: Callable[..., None], *arguments: Any) -> None:
         (check_losses, [(0, "fp16"), (2, "fp16")]),
         (check_growth, [(1, "fp16"), (3, "fp16")]),
         (check_overflow, [(0,), (1,), (2,), (3,)]),
-        (check_lamb, [(0, "fp16"), (3, "fp16")]),
+        (check_lamb, [(0, "fp16"), (3, "fp16"), ("2_offload", "bf16")]),
         (check_memory, [(0,), (3,)]),
         (check_padding, [("fp32",), ("bf16",), ("fp16",)]),
     ],
@@ -137,5 +160,6 @@ def test_the_checks_hold_on_the_cpu(check: Callable[..., None], cases: list[Any]
 
 def test_the_checks_of_runs_hold_on_the_cpu(tmp_path: Path, shards: Path) -> None:
     run_ranks(_call, 1, check_checkpoint, tmp_path / "state", 2, "bf16")
-    (tmp_path / "fp16").mkdir()
-    run_ranks(_call, 1, check_run, tmp_path / "fp16", shards, 0, "fp16")
+    for name, overrides in (("adamw", ()), ("lamb", LAMB)):
+        (tmp_path / name).mkdir()
+        run_ranks(_call, 1, check_run, tmp_path / name, shards, 0, "fp16", *overrides)

@@ -189,6 +189,8 @@ def test_an_op_that_was_built_fails_its_part_only(ground: Ground) -> None:
     with pytest.raises(PartError, match="compiled utils"):
         ground.python("-c", code, limit_seconds=30)
     ground.python("-c", "pass", limit_seconds=30)
+    ground.python("-c", code, limit_seconds=30, may_build=True)
+    ground.python("-c", "pass", limit_seconds=30)
 
 
 def test_commands_see_the_bundle_first_and_no_launcher(
@@ -248,7 +250,13 @@ def test_a_run_that_did_not_learn_fails(lines: list[dict[str, Any]], what: str) 
 
 def _lamb_found(kernels: int | None = 4, synchronisation: str | None = None) -> dict[str, Any]:
     times = {"minimum": 0.001, "median": 0.0012}
-    step = {"device_seconds": times, "host_seconds": times, "kernels": kernels, "copies": 2}
+    step = {
+        "device_seconds": times,
+        "host_seconds": times,
+        "wall_seconds": times,
+        "kernels": kernels,
+        "copies": 2,
+    }
     apex = {"not_measured": "apex is not installed"}
     return {
         "gpu": {

@@ -145,3 +145,10 @@ def test_weights_moments_and_sums_are_those_of_the_reference() -> None:
         torch.testing.assert_close(*sums, rtol=1e-5, atol=0)
     for name in ("weights", "exp_avg", "exp_avg_sq"):
         torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.usefixtures("amp_C")
+def test_a_step_without_items_does_nothing() -> None:
+    sums_2P = torch.zeros(2, 3, dtype=torch.float64)
+    ApexLamb(CPU).apply([], sums_2P)
+    assert not sums_2P.any()

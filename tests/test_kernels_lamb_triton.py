@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stacking_ds.fragments import Shard, Span
-from stacking_ds.kernels.lamb.contract import Hyper, Item, LambKernel
+from stacking_ds.kernels.lamb.contract import Hyper, Item, LambKernel, trust_ratio
 from stacking_ds.kernels.lamb.reference import ReferenceLamb
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
@@ -80,23 +81,30 @@ def step(
     *,
     steps: int = 1,
     scale: float | None = None,
-    calls: Sequence[Sequence[int]] | None = None,
 ) -> tuple[list[Item], torch.Tensor]:
-    """Take steps; `calls` says which flat tensors each call of `accumulate` gets."""
+    """Take steps; flat tensors with the same numbers share one `Hyper`."""
     pairs = [flat.item(seed) for seed, flat in enumerate(flats)]
     before = [padding_and_gradient(*pair) for pair in pairs]
     parameters = 1 + max((i for flat in flats for i, _, _ in flat.places), default=0)
     factor = None if scale is None else torch.tensor([scale], device=DEVICE)
     for number in range(1, steps + 1):
-        pairs = [(replace(i, hyper=replace(i.hyper, step=number)), g) for i, g in pairs]
+        hypers = {item.hyper: replace(item.hyper, step=number) for item, _ in pairs}
+        pairs = [(item._replace(hyper=hypers[item.hyper]), g) for item, g in pairs]
+        items = [item for item, _ in pairs]
         squares_2P = torch.zeros(2, parameters, dtype=torch.float64, device=DEVICE)
-        for call in calls or [range(len(pairs))]:
-            items, gradients = [pairs[i][0] for i in call], [pairs[i][1] for i in call]
-            kernel.accumulate(items, gradients, squares_2P, factor)
-        kernel.apply([item for item, _ in pairs], squares_2P)
+        if items:
+            kernel.accumulate(items, [gradient for _, gradient in pairs], squares_2P, factor)
+        kernel.apply(items, squares_2P)
     for pair, old in zip(pairs, before, strict=True):
         assert all(same_bits(a, b) for a, b in zip(padding_and_gradient(*pair), old, strict=True))
     return [item for item, _ in pairs], squares_2P
+
+
+def stepped(
+    kernel: LambKernel, items: list[Item], gradients: list[torch.Tensor], squares_2P: torch.Tensor
+) -> None:
+    kernel.accumulate(items, gradients, squares_2P.zero_(), None)
+    kernel.apply(items, squares_2P)
 
 
 def padding_and_gradient(item: Item, gradient: torch.Tensor) -> list[torch.Tensor]:
@@ -117,10 +125,10 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
     return apart and apart / float(expected.double().norm())
 
 
-def compare(flats: Sequence[Flat], *, calls: Any = None, **how: Any) -> None:
+def compare(flats: Sequence[Flat], **how: Any) -> None:
     """Every parameter's state after the Triton form's steps is that of the reference."""
     expected, expected_2P = step(ReferenceLamb(), flats, **how)
-    found, found_2P = step(fused.TritonLamb(), flats, calls=calls, **how)
+    found, found_2P = step(fused.TritonLamb(), flats, **how)
     for item, wanted in zip(found, expected, strict=True):
         for span in item.shard.spans:
             part = slice(span.offset, span.offset + span.numel)
@@ -134,6 +142,14 @@ def compare(flats: Sequence[Flat], *, calls: Any = None, **how: Any) -> None:
                 assert distance(low[part], weights.to(low.dtype)) <= rounding
     for one, other in zip(found_2P.flatten(), expected_2P.flatten(), strict=True):
         assert distance(one, other) <= 2 * TOLERANCE  # being squares
+
+
+@pytest.mark.parametrize(
+    ("squares", "ratio"),
+    [((4.0, 1.0), 1.5), ((1.0, 4.0), 1.2), ((0.0, 4.0), 1.0), ((4.0, 0.0), 1.0), ((0.0, 0.0), 1.0)],
+)
+def test_bounds_are_for_a_ratio_of_two_norms(squares: tuple[float, float], ratio: float) -> None:
+    assert trust_ratio(*squares, replace(HYPER, min_coeff=1.2, max_coeff=1.5)) == ratio
 
 
 class TestAgainstTheReference:
@@ -180,8 +196,8 @@ class TestAgainstTheReference:
             Flat(((0, 0, 40),), replace(HYPER, layer_adaptation=False, max_coeff=0.1)),
             Flat(((0, 0, 40),), replace(HYPER, min_coeff=9.0)),
             Flat(((0, 0, 40),), replace(HYPER, max_coeff=0.01)),
-            Flat(((0, 0, 40),), weights=0.0),
-            Flat(((0, 0, 40),), replace(HYPER, weight_decay=0.0), gradients=0.0),
+            Flat(((0, 0, 40),), replace(HYPER, min_coeff=9.0), weights=0.0),
+            Flat(((0, 0, 40),), replace(HYPER, max_coeff=0.1, weight_decay=0.0), gradients=0.0),
             Flat(((0, 0, 40),), weights=1e-25),
             Flat(((0, 0, 40),), gradients=1e-25),
             Flat(((0, 0, 40),), replace(HYPER, weight_decay=0.0), gradients=1e-30),
@@ -197,17 +213,17 @@ class TestAgainstTheReference:
         sums = torch.tensor([[square, 4.0], [4.0, square]], dtype=torch.float64, device=DEVICE)
         weights = []
         for kernel in (fused.TritonLamb(), ReferenceLamb()):
-            item, _ = Flat(((0, 0, 9), (1, 9, 9)), replace(HYPER, min_coeff=0.1)).item(0)
-            kernel.apply([item], sums)
+            item, gradient = Flat(((0, 0, 9), (1, 9, 9)), replace(HYPER, min_coeff=1.5)).item(0)
+            items = [item]
+            kernel.accumulate(items, [gradient], torch.zeros_like(sums), None)
+            kernel.apply(items, sums)
             weights.append(item.shard.flat)
         torch.testing.assert_close(*weights, rtol=1e-5, atol=0, equal_nan=True)
 
-    def test_sums_meet_from_calls_and_flat_tensors(self) -> None:
-        # parameter 1 lies in two flat tensors, and the calls are those of a ZeRO engine
+    def test_sums_meet_from_flat_tensors(self) -> None:
+        # parameter 1 lies in two of them
         flats = [Flat(((0, 0, 50), (1, 50, 1200))), Flat(((1, 4, 33),)), Flat(((2, 0, 7),))]
-        compare(flats, calls=[[0], [1], [2]], steps=3)
-        compare(flats, calls=[[2, 0], [1]])
-        compare(flats)
+        compare(flats, steps=3)
 
     def test_one_kernel_may_step_on_other_tensors(self) -> None:
         kernel = fused.TritonLamb()
@@ -215,6 +231,50 @@ class TestAgainstTheReference:
             _, found_2P = step(kernel, [Flat((place,))])
             _, expected_2P = step(ReferenceLamb(), [Flat((place,))])
             assert distance(found_2P, expected_2P) <= TOLERANCE
+
+    @pytest.mark.parametrize("what", ["shard", "exp_avg", "exp_avg_sq", "address", "order", "all"])
+    def test_what_changes_between_steps_is_followed(self, what: str) -> None:
+        kernels, results = (fused.TritonLamb(), ReferenceLamb()), []
+        for kernel in kernels:
+            old = [Flat(((i, 0, 40),)).item(i) for i in range(2)]
+            new = [Flat(((i, 0, 40),)).item(i + 2) for i in range(2)]
+            sums_2P = torch.zeros(2, 2, dtype=torch.float64, device=DEVICE)
+            stepped(kernel, [item for item, _ in old], [g for _, g in old], sums_2P)
+            changed = {
+                "order": old[::-1],
+                "all": new,
+                "address": old,
+            }.get(what) or [
+                (o._replace(**{what: getattr(n, what)}), g)
+                for (o, g), (n, _) in zip(old, new, strict=True)
+            ]
+            if what == "address":
+                for item, _ in old:
+                    item.shard.flat.data = item.shard.flat.clone()
+            stepped(kernel, [item for item, _ in changed], [g + 0.5 for _, g in changed], sums_2P)
+            results.append([*old, *new])
+        for (one, _), (other, _) in zip(*results, strict=True):
+            for name in ("exp_avg", "exp_avg_sq"):
+                assert distance(getattr(one, name)[:40], getattr(other, name)[:40]) <= TOLERANCE
+            assert distance(one.shard.flat[:40], other.shard.flat[:40]) <= TOLERANCE
+
+    def test_pass_2_is_of_the_items_of_pass_1_and_lets_go_of_the_gradients(self) -> None:
+        kernel, (item, gradient) = fused.TritonLamb(), Flat(((0, 0, 40),)).item(0)
+        items, sums_2P = [item], torch.zeros(2, 1, dtype=torch.float64, device=DEVICE)
+        kernel.accumulate(items, [gradient], sums_2P, None)
+        with pytest.raises(AssertionError):
+            kernel.apply([item], sums_2P)
+        stepped(kernel, items, [gradient], sums_2P)
+        gone = weakref.ref(gradient)
+        del gradient
+        assert gone() is None
+
+    def test_a_gradient_that_does_not_fit_is_refused(self) -> None:
+        kernel, (item, gradient) = fused.TritonLamb(), Flat(((0, 0, 40),)).item(0)
+        sums_2P = torch.zeros(2, 1, dtype=torch.float64, device=DEVICE)
+        for wrong in (gradient[1:], gradient.half(), gradient.repeat_interleave(2)[::2]):
+            with pytest.raises(AssertionError):
+                stepped(kernel, [item], [wrong], sums_2P)
 
     def test_a_rank_may_hold_nothing(self) -> None:
         compare([Flat(((0, 0, 0),))])

@@ -1,14 +1,16 @@
 """Whole runs with LAMB: through growth, interrupted, at any ZeRO stage, and what they record."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from stacking_ds.optim.lamb import LambStatistics
+from stacking_ds.optim.lamb import Lamb, LambStatistics
 from stacking_ds.optim.lamb_metrics import lamb_metrics
+from stacking_ds.stage_manager import StageManager
 from tests.prose import tiny_shards
 from tests.ranks import RankError, run_ranks
 from tests.runs import losses, metrics, parameters, small_recipe, train_small, train_until
@@ -90,6 +92,21 @@ def test_tensorboard_has_them_too_with_a_histogram(reference: Path) -> None:
     assert [event.value for event in scalars] == pytest.approx(
         [line["optim/trust_ratio/layer.0/mean"] for line in lines]
     )
+
+
+def test_a_step_that_was_skipped_has_none_of_them() -> None:
+    """The optimizer still knows of the step before."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    optimizer = Lamb([weight])
+    optimizer.step()
+    manager = object.__new__(StageManager)
+    for applied in (True, False):
+        manager.engine = SimpleNamespace(
+            basic_optimizer=optimizer, was_step_applied=lambda applied=applied: applied
+        )
+        metrics, histograms = manager.optimizer_metrics()
+        assert ("optim/update_norm" in metrics) == bool(histograms) == applied
 
 
 def test_adamw_has_no_such_metrics(shards: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """LAMB under ZeRO is LAMB: at every stage and number of ranks, as if nothing were sharded."""
 
 import logging
+import warnings
 import weakref
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import torch.distributed as dist
 from stacking_ds import checkpoint, zero
 from stacking_ds.boundary import capture_engine, install_state
 from stacking_ds.distributed import World
-from stacking_ds.engine import build_engine, load_ds_config, release_engine, resolve_ds_config
+from stacking_ds.engine import build_engine, release_engine
 from stacking_ds.fragments import MASTER, MOMENTS
 from stacking_ds.growth.operators import layer_map
+from stacking_ds.zero import binding
+from stacking_ds.zero.compatibility import Masters
 from tests.checkpoints import contents
 from tests.lamb_following import (
     AFTER,
@@ -28,7 +31,7 @@ from tests.lamb_following import (
 )
 from tests.ranks import RankError, run_ranks
 from tests.sharded import State, train_engine, whole_state
-from tests.tiny import tiny_model, tiny_optimizer, train_tiny
+from tests.tiny import tiny_model, tiny_optimizer, tiny_settings, train_tiny
 
 COVERING: list[tuple[int, Cases]] = [
     (1, [(0, "fp32", "blocked"), (2, "bf16", "reference")]),
@@ -40,7 +43,11 @@ COVERING: list[tuple[int, Cases]] = [
 
 @pytest.mark.parametrize(("ranks", "cases"), COVERING)
 def test_given_the_same_gradients_the_weights_are_the_same(ranks: int, cases: Cases) -> None:
-    for rank in run_ranks(follow_unsharded, ranks, cases):
+    _expect_same(run_ranks(follow_unsharded, ranks, cases), cases)
+
+
+def _expect_same(by_rank: list[Any], cases: Cases) -> None:
+    for rank in by_rank:
         for (_, _, kernel), stages in zip(cases, rank, strict=True):
             for relative, key_bias, absolute in stages:
                 assert relative <= 1e-6
@@ -60,6 +67,51 @@ def test_they_are_at_every_zero_stage(ranks: int) -> None:
         for kernel in ("blocked", "reference")
     ]
     test_given_the_same_gradients_the_weights_are_the_same(ranks, cases)
+
+
+def _normalized(world: World, cases: Cases) -> list[Any]:
+    return follow_unsharded(world, cases, grad_pre_normalization=True)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "cases"),
+    [
+        (2, [(1, "bf16", "blocked"), (3, "bf16", "blocked")]),
+        (3, [("2_offload", "bf16", "blocked")]),
+    ],
+)
+def test_the_norm_they_are_divided_by_is_theirs(ranks: int, cases: Cases) -> None:
+    _expect_same(run_ranks(_normalized, ranks, cases), cases)
+
+
+def _norms_in_fp16(world: World, zero_stage: int) -> list[float]:
+    """Of the gradients after normalisation, while the loss scale doubles every other step."""
+    _allow_fp16()
+    model = tiny_model(2)
+    settings = tiny_settings(zero_stage, "fp16", world.size)
+    settings["fp16"] |= {"loss_scale_window": 2, "initial_scale_power": 4}
+    optimizer = tiny_optimizer(model, name="lamb", grad_pre_normalization=True)
+    engine = build_engine(model, optimizer, settings)
+    squares: list[float] = []
+    accumulate = optimizer._kernel.accumulate
+
+    def watched(items: Any, gradients: Any, squares_2P: Any, scale: Any) -> None:
+        squares.append(sum(float((scale * gradient).square().sum()) for gradient in gradients))
+        accumulate(items, gradients, squares_2P, scale)
+
+    optimizer._kernel.accumulate = watched
+    train_engine(world, engine, range(6))
+    assert engine.skipped_steps == 0
+    assert zero.loss_scale(engine) > 2**4
+    release_engine(engine)
+    if zero_stage > 0:
+        squares = world.sum(squares)
+    return [square**0.5 for square in squares]
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_the_norm_is_theirs_also_when_the_loss_scale_grows(zero_stage: int) -> None:
+    assert run_ranks(_norms_in_fp16, 2, zero_stage)[0] == pytest.approx([1.0] * 6, rel=1e-5)
 
 
 # ------------------------------------------------------------------ end to end
@@ -96,10 +148,10 @@ def _expect_end_to_end(ranks: int, zero_stage: int, options: dict[str, Any]) -> 
 @pytest.mark.parametrize(
     ("ranks", "zero_stage", "options"),
     [
-        (2, 0, {"gas": 2}),
+        (2, 0, {"clipping": 0.5, "gas": 2}),
         (2, 1, {"clipping": 0.5}),
         (3, 2, {"clipping": 0.5, "gas": 2}),
-        (4, 3, {}),
+        (4, 3, {"clipping": 0.5}),
         (2, 3, {"grad_pre_normalization": True}),
         (3, 1, {"grad_pre_normalization": True}),
         (2, 0, {"grad_pre_normalization": True, "gas": 3}),
@@ -116,6 +168,25 @@ def test_training_is_that_of_plain_torch(ranks: int, zero_stage: int, options: A
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_training_is_at_every_zero_stage(ranks: int, zero_stage: int) -> None:
     _expect_end_to_end(ranks, zero_stage, {})
+
+
+def _in_bf16(world: World) -> list[State]:
+    states = []
+    for zero_stage in (0, 1, 2):
+        engine = lamb_engine(world, zero_stage, "bf16")
+        train_engine(world, engine, range(STEPS))
+        states.append(whole_state(world, engine))
+        release_engine(engine)
+    return states
+
+
+def test_training_in_bf16_is_the_same_where_gradients_are() -> None:
+    """On one rank. On others, and at ZeRO 3, bf16 rounds other sums, and gradients differ by more
+    than any optimizer makes of them."""
+    unsharded, *sharded = run_ranks(_in_bf16, 1)[0]
+    for state in sharded:
+        for name, views in unsharded.items():
+            torch.testing.assert_close(state[name][MASTER], views[MASTER], rtol=0, atol=1e-5)
 
 
 def test_the_options_tell_on_the_weights() -> None:
@@ -174,10 +245,39 @@ def test_one_all_reduce_a_step_however_many_groups(zero_stage: int) -> None:
     assert run_ranks(_all_reduces, 2, zero_stage, "bf16") == [expected] * 2
 
 
+def test_sums_on_the_host_are_added_by_nccl_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offloaded state: nccl does not reach the host's memory."""
+    reduced: list[torch.Tensor] = []
+
+    def all_reduce(tensor: torch.Tensor) -> None:
+        reduced.append(tensor)
+        tensor.mul_(2)
+
+    monkeypatch.setattr(binding, "masters_of", lambda engine: Masters.GROUPS)
+    monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor.clone())
+    sums = torch.ones(2, 3, dtype=torch.float64)
+    add = zero.adder_over_ranks(None)
+    assert add is not None
+    add(sums)
+    assert reduced[0] is not sums
+    assert torch.equal(sums, torch.full((2, 3), 2.0, dtype=torch.float64))
+
+
+def _kernels_differ(world: World) -> None:
+    lamb_engine(world, 0, kernel="reference" if world.rank else "blocked")
+
+
+def test_ranks_that_would_step_by_different_kernels_are_told() -> None:
+    with pytest.raises(RankError, match=r"different kernels .* and drift apart"):
+        run_ranks(_kernels_differ, 2)
+
+
 # ------------------------------------------------------------------ in a run
 
 
-def _weights_are_rounded_masters(world: World, zero_stage: int, precision: str) -> None:
+def _weights_are_rounded_masters(world: World, zero_stage: int | str, precision: str) -> None:
     engine = lamb_engine(world, zero_stage, precision)
     for step in range(3):
         train_engine(world, engine, range(step, step + 1))
@@ -206,33 +306,11 @@ def test_every_group_trains_on_with_its_new_weights(zero_stage: int, precision: 
     run_ranks(_weights_are_rounded_masters, 3, zero_stage, precision)
 
 
-def _offloaded(world: World, zero_stage: int, precision: Any) -> Any:
-    ds_json = load_ds_config(f"zero{zero_stage}_offload")
-    settings = resolve_ds_config(
-        ds_json,
-        micro_batch_size=1,
-        gradient_accumulation_steps=1,
-        world_size=world.size,
-        gradient_clipping=0.0,
-        precision=precision,
-    )
-    model = tiny_model(2)
-    engine = build_engine(model, tiny_optimizer(model, name="lamb"), settings)
-    train_engine(world, engine, range(STEPS))
-    state = whole_state(world, engine)
-    for name, weight in _forward_weights(engine).items():
-        assert torch.equal(weight, state[name][MASTER].to(weight.dtype)), name
-    release_engine(engine)
-    return state
-
-
 @pytest.mark.parametrize(("ranks", "zero_stage"), [(2, 2), (3, 3)])
 def test_offloaded_to_the_host_it_is_the_same(ranks: int, zero_stage: int) -> None:
-    model, optimizer = unsharded_lamb(2)
-    train_tiny(model, optimizer, range(STEPS))
-    state = run_ranks(_offloaded, ranks, zero_stage, "fp32")[0]
-    assert largest_differences(state, model)[2] <= 1e-6
-    run_ranks(_offloaded, ranks, zero_stage, "bf16")
+    cases: Cases = [(f"{zero_stage}_offload", "bf16", "auto")]
+    _expect_same(run_ranks(follow_unsharded, ranks, cases), cases)
+    run_ranks(_weights_are_rounded_masters, ranks, f"{zero_stage}_offload", "bf16")
 
 
 def _untouched_by_initialize(world: World, zero_stage: int) -> None:
@@ -251,10 +329,14 @@ def test_initialize_takes_no_step(zero_stage: int) -> None:
     run_ranks(_untouched_by_initialize, 2, zero_stage)
 
 
-def _fp16(world: World, zero_stage: int) -> None:
+def _allow_fp16() -> None:
     from deepspeed.accelerator import get_accelerator
 
     get_accelerator().is_fp16_supported = lambda: True  # a CPU can, slowly
+
+
+def _fp16(world: World, zero_stage: int) -> None:
+    _allow_fp16()
     engine = lamb_engine(world, zero_stage, "fp16")
     train_engine(world, engine, range(2))
     before = whole_state(world, engine)
@@ -338,10 +420,12 @@ def _warnings(world: World, zero_stage: int) -> list[str]:
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("DeepSpeed").addHandler(handler)
-    engine = lamb_engine(world, zero_stage, "bf16")
-    train_engine(world, engine, range(2))
-    release_engine(engine)
-    return said
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        engine = lamb_engine(world, zero_stage, "bf16")
+        train_engine(world, engine, range(2))
+        release_engine(engine)
+    return said + [str(warning.message) for warning in warned]
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])

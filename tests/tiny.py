@@ -68,7 +68,7 @@ def tiny_optimizer(
 
 
 def tiny_settings(
-    zero_stage: int, precision: Any, world_size: int, gas: int = 1, clipping: float = 0.0
+    zero_stage: int | str, precision: Any, world_size: int, gas: int = 1, clipping: float = 0.0
 ) -> dict[str, Any]:
     return resolve_ds_config(
         load_ds_config(f"zero{zero_stage}"),

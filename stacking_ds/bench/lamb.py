@@ -1,5 +1,13 @@
 """Measure the time of the LAMB step on a CPU and on a GPU, beside its rivals.
 
+Three times on a GPU, since a step is the work of two:
+
+    device   what the GPU needs, by its own events; the host has gone through the step before
+    host     what the host needs to go through the step, while the GPU is busy with something else
+    wall     from an idle GPU to the end of its work, which is what a training step waits for: the
+             trainer and DeepSpeed synchronise right before. It has of the host's what comes
+             before the first kernel, and of the device's all
+
 A step cannot be faster than its memory traffic. With fp32 gradients, masters and moments it is
 
     pass 1   reads g, w, m, v   writes m, v         24 bytes a parameter
@@ -209,8 +217,7 @@ def _timed(
 
 
 class _Clock:
-    """Times a step on the device, while the host is ahead of it as it is in training, and on the
-    host."""
+    """Takes a step's device, host and wall time."""
 
     def __init__(self, step: Step) -> None:
         self.step = step
@@ -222,10 +229,12 @@ class _Clock:
         self._cycles = round(3e9 * seconds)  # no GPU's clock reaches 3 GHz
         self._device_seconds: list[float] = []
         self._host_seconds: list[float] = []
+        self._wall_seconds: list[float] = []
         self._host_is_ahead = True
 
     def measure(self) -> None:
-        """Once, while the device is kept busy until the host has gone through the step."""
+        """Once while the device is kept busy until the host has gone through the step, and once
+        from an idle device."""
         device, host, ahead = self._once()
         while not ahead and self._host_is_ahead:
             self._cycles *= 2
@@ -234,6 +243,7 @@ class _Clock:
             device, host, ahead = self._once()
         self._device_seconds.append(device)
         self._host_seconds.append(host)
+        self._wall_seconds.append(self._from_idle())
 
     def _once(self) -> tuple[float, float, bool]:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
@@ -248,10 +258,18 @@ class _Clock:
         end.synchronize()
         return begin.elapsed_time(end) / 1e3, host, ahead
 
+    def _from_idle(self) -> float:
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        self.step()
+        torch.cuda.synchronize()
+        return time.perf_counter() - started
+
     def figures(self) -> dict[str, Any]:
         return {
             "device_seconds": _spread(self._device_seconds),
             "host_seconds": _spread(self._host_seconds),
+            "wall_seconds": _spread(self._wall_seconds),
             "host_is_ahead": self._host_is_ahead,
         }
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from stacking_ds.config import LambKernelName
 from stacking_ds.fragments import Shard, Span
 from stacking_ds.kernels.lamb.apex import ApexLamb
-from stacking_ds.kernels.lamb.choice import LambKernelName
 from stacking_ds.kernels.lamb.contract import Hyper, Item
 from stacking_ds.model.bert import BertForPreTraining
 from stacking_ds.model.config import BertConfig

@@ -27,7 +27,7 @@ def build_optimizer(
         config.weight_decay,
         always_adapt=lamb is not None and lamb.always_adapt,
     )
-    # weight decay is each group's own
+    # weight decay is each group's own, and the learning rate is set before every step
     if lamb is None:
         return torch.optim.AdamW(
             groups, lr=config.learning_rate, betas=config.betas, eps=config.eps

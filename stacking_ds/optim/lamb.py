@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
+from stacking_ds.config import LambKernelName
 from stacking_ds.errors import ConfigError
 from stacking_ds.fragments import Shard, Span
-from stacking_ds.kernels.lamb.choice import LambKernelName, choose_kernel
+from stacking_ds.kernels.lamb.choice import choose_kernel
 from stacking_ds.kernels.lamb.contract import Hyper, Item, LambKernel, trust_ratio
 
 __all__ = ["Lamb", "LambStatistics", "require_whole_tensors"]
@@ -151,6 +152,11 @@ class Lamb(torch.optim.Optimizer):
         self._waiting: list[tuple[Shard, dict[str, Any], torch.Tensor]] = []
         self._last: tuple[list[Item], torch.Tensor] | None = None
 
+    @property
+    def kernel(self) -> str:
+        """The form of the step that runs; "" before one is chosen."""
+        return type(self._kernel).__name__ if self._kernel is not None else ""
+
     def unbind(self) -> None:
         """Let go of every tensor, so that a released engine's memory comes back."""
         self._shards, self._waiting = {}, []
@@ -176,8 +182,7 @@ class Lamb(torch.optim.Optimizer):
         if len(self._offered) == len(self._shards):
             waiting, self._waiting = self._waiting, []
             self._offered.clear()
-            items = [self._item(shard, group) for shard, group, _ in waiting]
-            self._take(items, [gradient for _, _, gradient in waiting])
+            self._take(self._items(waiting), [gradient for _, _, gradient in waiting])
 
     def _take(self, items: list[Item], gradients: list[torch.Tensor]) -> None:
         device = next(iter(self._shards.values())).flat.device
@@ -210,25 +215,35 @@ class Lamb(torch.optim.Optimizer):
         self._offered.add(id(flat))
         return shard
 
-    def _item(self, shard: Shard, group: dict[str, Any]) -> Item:
-        state = self.state[shard.flat]
-        if not state:
-            state["step"] = torch.tensor(0.0)  # on the host, where the corrections are computed
-            state["exp_avg"] = torch.zeros_like(shard.flat, memory_format=torch.contiguous_format)
-            state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
-        state["step"] += 1
-        hyper = Hyper(
-            learning_rate=group["lr"],
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            layer_adaptation=group["layer_adaptation"],
-            min_coeff=group["min_coeff"],
-            max_coeff=group["max_coeff"],
-            step=int(state["step"]),
-        )
-        return Item(shard, state["exp_avg"], state["exp_avg_sq"], hyper)
+    def _items(self, waiting: Sequence[tuple[Shard, dict[str, Any], torch.Tensor]]) -> list[Item]:
+        """Those of one group at the same step share their numbers."""
+        states = [self.state[shard.flat] for shard, _, _ in waiting]
+        for (shard, _, _), state in zip(waiting, states, strict=True):
+            if not state:
+                state["step"] = torch.tensor(0.0)  # on the host, where corrections are computed
+                flat = shard.flat
+                state["exp_avg"] = torch.zeros_like(flat, memory_format=torch.contiguous_format)
+                state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
+        one = torch.tensor(1.0)  # of a plain number torch would make a tensor for each count
+        if states:
+            torch._foreach_add_([state["step"] for state in states], [one] * len(states))
+        items, hypers = [], dict[tuple[int, int], Hyper]()
+        for (shard, group, _), state in zip(waiting, states, strict=True):
+            key = id(group), int(state["step"].item())
+            if key not in hypers:
+                hypers[key] = Hyper(
+                    learning_rate=group["lr"],
+                    beta1=group["betas"][0],
+                    beta2=group["betas"][1],
+                    eps=group["eps"],
+                    weight_decay=group["weight_decay"],
+                    layer_adaptation=group["layer_adaptation"],
+                    min_coeff=group["min_coeff"],
+                    max_coeff=group["max_coeff"],
+                    step=key[1],
+                )
+            items.append(Item(shard, state["exp_avg"], state["exp_avg_sq"], hypers[key]))
+        return items
 
     def _gradient_scale(self, gradients: list[torch.Tensor]) -> torch.Tensor | None:
         if not self._normalize:

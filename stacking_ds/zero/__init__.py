@@ -6,16 +6,16 @@ from stacking_ds.zero.compatibility import require_pinned_deepspeed
 
 require_pinned_deepspeed()
 
-from stacking_ds.zero.gradients import gradient_norm, norm_before_step
-from stacking_ds.zero.loss_scale import loss_scale, mend_loss_scaling, set_loss_scale
-from stacking_ds.zero.process_group import follow_process_group
-from stacking_ds.zero.release import release, return_free_pages
-from stacking_ds.zero.shards import (
+from stacking_ds.zero.binding import (
     accept_under_zero,
     adder_over_ranks,
     gradient_norm_at_step,
     shards,
 )
+from stacking_ds.zero.gradients import gradient_norm, norm_before_step
+from stacking_ds.zero.loss_scale import loss_scale, mend_loss_scaling, set_loss_scale
+from stacking_ds.zero.process_group import follow_process_group
+from stacking_ds.zero.release import release, return_free_pages
 from stacking_ds.zero.start import ValueOf, give_storage, without_traffic
 from stacking_ds.zero.state import (
     fragments,

@@ -39,7 +39,7 @@ _REQUIRED = {
         "partition_size",
         "real_dp_process_group",
         "update_lp_params",
-        "_global_grad_norm",
+        "scaled_global_norm",
         "_hp_optimizer_states_linked",
         "_lazy_init_hp_params_optimizer_state",
     ),

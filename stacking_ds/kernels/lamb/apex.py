@@ -86,10 +86,12 @@ class ApexLamb:
         """Keep the gradients: apex takes both passes at once."""
         if gradient_scale is not None:
             torch._foreach_mul_(list(gradients), gradient_scale)
-        self._gradients += gradients
+        self._gradients = list(gradients)
         self._add_squares(items, [item.shard.flat for item in items], squares_2P[0])
 
     def apply(self, items: Sequence[Item], squares_2P: torch.Tensor) -> None:
+        if not items:
+            return
         gradients, self._gradients = self._gradients, []
         by_hyper: dict[object, list[tuple[Item, torch.Tensor]]] = {}
         for item, gradient in zip(items, gradients, strict=True):

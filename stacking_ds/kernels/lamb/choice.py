@@ -2,21 +2,22 @@
 
 import importlib.util
 import logging
+import math
 import os
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 
+from stacking_ds.config import LambKernelName
 from stacking_ds.errors import ConfigError
+from stacking_ds.fragments import Shard, Span
 from stacking_ds.kernels.lamb.apex import ApexLamb
 from stacking_ds.kernels.lamb.blocked import BlockedLamb
-from stacking_ds.kernels.lamb.contract import LambKernel
+from stacking_ds.kernels.lamb.contract import Hyper, Item, LambKernel
 from stacking_ds.kernels.lamb.reference import ReferenceLamb
 
-__all__ = ["LambKernelName", "choose_kernel"]
-
-LambKernelName = Literal["auto", "reference", "blocked", "triton", "apex"]
+__all__ = ["choose_kernel"]
 
 logger = logging.getLogger("stacking_ds")
 
@@ -55,9 +56,29 @@ def _triton(device: torch.device) -> LambKernel:
             f"optimizer.lamb.kernel=triton, but the masters are on {device.type}: Triton needs an "
             f"NVIDIA GPU (with offload to the host the step runs there); leave the kernel to auto"
         )
-    from stacking_ds.kernels.lamb.fused import TritonLamb
+    try:
+        from stacking_ds.kernels.lamb.fused import TritonLamb
 
+        _try_out(TritonLamb(), device)
+    except Exception as error:
+        raise ConfigError(
+            f"Triton cannot run LAMB here ({type(error).__name__}: {error}); mend that (it needs a "
+            f"C compiler and Triton 3.6 or later), or set optimizer.lamb.kernel=blocked, which is "
+            f"slow on a GPU"
+        ) from error
     return TritonLamb()
+
+
+def _try_out(kernel: LambKernel, device: torch.device) -> None:
+    """One step on one number: what cannot run says so before training has begun."""
+    hyper = Hyper(1e-3, 0.9, 0.999, 1e-6, 0.01, True, 0.0, math.inf, step=1)
+    weight, gradient, exp_avg, exp_avg_sq = (torch.ones(1, device=device) for _ in range(4))
+    items = [Item(Shard(weight, (Span("", 0, 0, 1),)), exp_avg, exp_avg_sq, hyper)]
+    squares_2P = torch.zeros(2, 1, dtype=torch.float64, device=device)
+    kernel.accumulate(items, [gradient], squares_2P, None)
+    kernel.apply(items, squares_2P)
+    if not 0.9 < float(weight) < 1.0:
+        raise ArithmeticError(f"a weight of 1 became {float(weight)}")
 
 
 def _apex(device: torch.device) -> LambKernel:

@@ -15,7 +15,7 @@ Nothing of pass 1 but the sums and the moments has to survive until pass 2.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -51,9 +51,11 @@ class Hyper:
         return 1.0 - math.pow(self.beta2, self.step)
 
 
-@dataclass(frozen=True)
-class Item:
-    """A shard in one step; the moments have its flat tensor's shape and are fp32 too."""
+class Item(NamedTuple):
+    """A shard in one step; the moments have its flat tensor's shape and are fp32 too.
+
+    Items with the same numbers should share one `Hyper`.
+    """
 
     shard: Shard
     exp_avg: torch.Tensor
@@ -63,6 +65,9 @@ class Item:
 
 class LambKernel(Protocol):
     """One form of the two passes.
+
+    A step is one call of `accumulate` with all items, then one of `apply` with the very same list;
+    where there are no items, of `apply` alone, which then does nothing.
 
     `squares_2P` (fp64, on the shards' device) has for each parameter the sums of squares of its
     weights, in row 0, and of its update u, in row 1. Only what spans cover is read and written.
@@ -75,10 +80,11 @@ class LambKernel(Protocol):
         squares_2P: torch.Tensor,
         gradient_scale: torch.Tensor | None,
     ) -> None:
-        """Pass 1: update the moments, and add this rank's sums to `squares_2P`.
+        """Pass 1: update the moments, and write this rank's sums to `squares_2P`, which is zero.
 
         `gradients` (fp32, shaped as the items' flat tensors) are multiplied by `gradient_scale`
-        (fp32, one element) where there is one; they themselves stay as they are.
+        (fp32, one element) where there is one. They themselves stay as they are, but for apex,
+        which overwrites them.
         """
 
     def apply(self, items: Sequence[Item], squares_2P: torch.Tensor) -> None:
@@ -88,12 +94,11 @@ class LambKernel(Protocol):
 def trust_ratio(weight_square: float, update_square: float, hyper: Hyper) -> float:
     """The factor of the learning rate, from the sums of squares of weights and update.
 
-    |w| / |u|, and 1 where either is 0 (You et al. 2020, algorithm 2, as their code has it), held
-    within [min_coeff, max_coeff]; 1 for a group without `layer_adaptation`.
+    |w| / |u| held within [min_coeff, max_coeff], and 1 where either norm is 0, whatever the bounds
+    (You et al. 2020, algorithm 2, as their code has it; the bounds as in DeepSpeed's FusedLamb);
+    1 for a group without `layer_adaptation`.
     """
-    if not hyper.layer_adaptation:
+    if not (hyper.layer_adaptation and weight_square > 0.0 and update_square > 0.0):
         return 1.0
-    ratio = 1.0
-    if weight_square > 0.0 and update_square > 0.0:
-        ratio = math.sqrt(weight_square) / math.sqrt(update_square)
+    ratio = math.sqrt(weight_square) / math.sqrt(update_square)
     return min(max(ratio, hyper.min_coeff), hyper.max_coeff)

@@ -1,7 +1,7 @@
 """The LAMB step in Triton: as many launches for a thousand tensors as for one.
 
-Every program does one chunk of one span. Where that lies stands in a table made once; whose it is
-and with which numbers, in a small one that each call sends ahead:
+Every program does one chunk of one span. Where that lies stands in a table made once; at which
+addresses and with which numbers, in a small one that each step sends ahead:
 
     accumulate   24 bytes a parameter                  moments, and each chunk's sums of squares
     reduce       a program for each parameter          adds its chunks' sums in order, no atomics
@@ -9,7 +9,7 @@ and with which numbers, in a small one that each call sends ahead:
 
 Nothing waits for the device: tables are sent from pinned memory, and sums do not come back.
 
-Shapes: I items, K columns of an item's row, C chunks, S parameters of a call, P all parameters.
+Shapes: I items, K columns of an item's row, C chunks, S parameters of a step, P all parameters.
 """
 
 import math
@@ -23,7 +23,6 @@ import triton
 import triton.language as tl
 from triton.language import constexpr, tensor
 
-from stacking_ds.fragments import Span
 from stacking_ds.kernels.lamb.contract import Hyper, Item
 
 __all__ = ["CHUNK_ELEMENTS", "FORMS", "OPTIONS", "TYPES", "TritonLamb"]
@@ -99,12 +98,9 @@ def _update(w: tensor, m: tensor, v: tensor, slope: tensor, floor: tensor, decay
 
 @_jit
 def accumulate_kernel(
-    table_IK: tensor,
-    chunks_4C: tensor,
-    gradient_scale: tensor,
-    partial_2C: tensor,
+    table_IK: tensor, chunks_4C: tensor, gradient_scale: tensor, partial_2C: tensor,
     BLOCK: constexpr,
-) -> None:
+) -> None:  # fmt: skip
     """Pass 1 of one chunk."""
     chunk = tl.program_id(0)
     row, _, line, first, stop = _chunk(table_IK, chunks_4C, chunk)
@@ -152,13 +148,9 @@ def accumulate_kernel(
 
 @_jit
 def reduce_kernel(
-    segments_3S: tensor,
-    partial_2C: tensor,
-    chunks: tensor,
-    squares_2P: tensor,
-    parameters: tensor,
-    BLOCK: constexpr,
-) -> None:
+    segments_3S: tensor, partial_2C: tensor, chunks: tensor, squares_2P: tensor,
+    parameters: tensor, BLOCK: constexpr,
+) -> None:  # fmt: skip
     """Add the sums of one parameter's chunks, which lie side by side, always in the same order."""
     segment = tl.program_id(0)
     parameter = tl.load(segments_3S + segment)
@@ -170,32 +162,26 @@ def reduce_kernel(
         at = start + tl.arange(0, BLOCK)
         weight_squares += tl.load(partial_2C + at, mask=at < stop, other=0.0)
         update_squares += tl.load(partial_2C + chunks + at, mask=at < stop, other=0.0)
-    weight_sum = squares_2P + parameter
-    update_sum = weight_sum + parameters
-    tl.store(weight_sum, tl.load(weight_sum) + tl.sum(weight_squares))
-    tl.store(update_sum, tl.load(update_sum) + tl.sum(update_squares))
+    tl.store(squares_2P + parameter, tl.sum(weight_squares))
+    tl.store(squares_2P + parameters + parameter, tl.sum(update_squares))
 
 
 @_jit
 def _trust_ratio(weight_square: tensor, update_square: tensor, row: tensor) -> tensor:
     """`contract.trust_ratio`, in comparisons that leave alone what is not a number."""
-    quotient = tl.sqrt(weight_square) / tl.sqrt(update_square)
-    ratio = tl.where((weight_square > 0.0) & (update_square > 0.0), quotient, 1.0)
+    ratio = tl.sqrt(weight_square) / tl.sqrt(update_square)
     lowest, highest = _number(row, MIN_COEFF, tl.float64), _number(row, MAX_COEFF, tl.float64)
     ratio = tl.where(ratio < lowest, lowest, ratio)
     ratio = tl.where(ratio > highest, highest, ratio)
-    return tl.where(_number(row, ADAPTS) > 0.0, ratio, 1.0)
+    adapts = (weight_square > 0.0) & (update_square > 0.0) & (_number(row, ADAPTS) > 0.0)
+    return tl.where(adapts, ratio, 1.0)
 
 
 @_jit
 def apply_kernel(
-    table_IK: tensor,
-    chunks_4C: tensor,
-    squares_2P: tensor,
-    parameters: tensor,
-    LOW_DTYPE: constexpr,
-    BLOCK: constexpr,
-) -> None:
+    table_IK: tensor, chunks_4C: tensor, squares_2P: tensor, parameters: tensor,
+    LOW_DTYPE: constexpr, BLOCK: constexpr,
+) -> None:  # fmt: skip
     """Pass 2 of one chunk: the last ones first, which pass 1 has left in cache."""
     chunk = tl.num_programs(0) - 1 - tl.program_id(0)
     row, parameter, line, first, stop = _chunk(table_IK, chunks_4C, chunk)
@@ -245,36 +231,69 @@ FORMS: list[tuple[Any, dict[str, Any]]] = [
 
 
 class _Plan(NamedTuple):
-    """The chunks of some spans, those of one parameter side by side, and room for their sums."""
+    """What stays as it is from step to step, while the tensors are the same."""
 
+    like_I: list[tuple[int, int, bool, torch.dtype]]  # what each tensor but a copy must be
+    rows_IK: npt.NDArray[np.int64]
+    low_dtype: Any
     chunks_4C: torch.Tensor
     segments_3S: torch.Tensor
     partial_2C: torch.Tensor
 
     @classmethod
-    def of(cls, spans_I: Sequence[Sequence[Span]], device: torch.device) -> "_Plan":
-        of_parameter: dict[int, list[tuple[int, int, int, int]]] = {}
-        for item, span in ((i, s) for i, spans in enumerate(spans_I) for s in spans if s.numel):
-            end = span.offset + span.numel
-            # cut at multiples, so that no blocks but a span's first and last are partly covered
-            cuts = range(span.offset // CHUNK_ELEMENTS * CHUNK_ELEMENTS, end, CHUNK_ELEMENTS)
-            of_parameter.setdefault(span.index, []).extend(
-                (item, span.index, max(cut, span.offset), min(cut + CHUNK_ELEMENTS, end))
-                for cut in cuts
-            )
-        chunks = np.array([c for chunks in of_parameter.values() for c in chunks], np.int64)
-        stops = np.cumsum([len(chunks) for chunks in of_parameter.values()], dtype=np.int64)
-        starts = np.concatenate([np.zeros(1, np.int64), stops])[:-1]
-        segments = np.stack([np.array(list(of_parameter), np.int64), starts, stops])
-        partial = torch.empty(2, len(chunks), dtype=torch.float64, device=device)
-        return cls(_sent(chunks.reshape(-1, 4).T, device), _sent(segments, device), partial)
+    def of(cls, items: Sequence[Item]) -> "_Plan":
+        device, index = items[0].shard.flat.device, items[0].shard.flat.get_device()
+        like_I = [(index, item.shard.flat.numel(), True, torch.float32) for item in items]
+        rows_IK = np.zeros((len(items), COLUMNS.value), np.int64)
+        for row, like, (shard, exp_avg, exp_avg_sq, _) in zip(rows_IK, like_I, items, strict=True):
+            tensors = (shard.flat, exp_avg, exp_avg_sq, shard.low)
+            assert _like(shard.flat) == _like(exp_avg) == _like(exp_avg_sq) == like
+            assert shard.low is None or _like(shard.low)[:3] == like[:3]
+            row[WEIGHT.value : BETA1.value] = [0 if t is None else t.data_ptr() for t in tensors]
+        dtypes = {item.shard.low.dtype for item in items if item.shard.low is not None}
+        assert len(dtypes) <= 1, f"one step cannot write copies of {dtypes}"
+        low_dtype = getattr(tl, str(dtypes.pop()).removeprefix("torch.")) if dtypes else None
+        chunks_4C, segments_3S = (_sent(table, device) for table in _cut(items))
+        partial_2C = torch.empty(2, chunks_4C.shape[1], dtype=torch.float64, device=device)
+        return cls(like_I, rows_IK, low_dtype, chunks_4C, segments_3S, partial_2C)
+
+    def table(self, items: Sequence[Item], gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+        """A step's rows, on the device."""
+        assert [_like(gradient) for gradient in gradients] == self.like_I
+        self.rows_IK[:, GRADIENT.value] = [gradient.data_ptr() for gradient in gradients]
+        hypers = {id(item.hyper): item.hyper for item in items}
+        place = {key: number for number, key in enumerate(hypers)}
+        numbers = np.array([_numbers(hyper) for hyper in hypers.values()]).view(np.int64)
+        self.rows_IK[:, BETA1.value :] = numbers[[place[id(item.hyper)] for item in items]]
+        return _sent(self.rows_IK, self.chunks_4C.device)
+
+
+def _like(one: torch.Tensor) -> tuple[int, int, bool, torch.dtype]:
+    return one.get_device(), one.numel(), one.is_contiguous(), one.dtype
+
+
+def _cut(items: Sequence[Item]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The chunks of all spans, those of a parameter side by side, and where each one's are."""
+    by_parameter: dict[int, list[tuple[int, int, int, int]]] = {}
+    for item, span in ((i, s) for i, one in enumerate(items) for s in one.shard.spans if s.numel):
+        end = span.offset + span.numel
+        # cut at multiples, so that no blocks but a span's first and last are partly covered
+        for cut in range(span.offset // CHUNK_ELEMENTS * CHUNK_ELEMENTS, end, CHUNK_ELEMENTS):
+            chunk = item, span.index, max(cut, span.offset), min(cut + CHUNK_ELEMENTS, end)
+            by_parameter.setdefault(span.index, []).append(chunk)
+    chunks = np.array([c for chunks in by_parameter.values() for c in chunks], np.int64)
+    counts = np.array([len(chunks) for chunks in by_parameter.values()], np.int64)
+    parameters, stops = np.array(list(by_parameter), np.int64), np.cumsum(counts)
+    return chunks.reshape(-1, 4).T, np.stack([parameters, stops - counts, stops])
 
 
 class TritonLamb:
     """`LambKernel` on an NVIDIA GPU; with TRITON_INTERPRET=1, and slowly, on the CPU."""
 
     def __init__(self) -> None:
-        self._plans: dict[object, _Plan] = {}
+        # the items keep what the plan is of alive, so that nothing else can have its identity
+        self._known: tuple[list[tuple[int, int, int, int]], Sequence[Item], _Plan] | None = None
+        self._begun: Any = None  # between the passes: items, plan, table
 
     def accumulate(
         self,
@@ -283,53 +302,32 @@ class TritonLamb:
         squares_2P: torch.Tensor,
         gradient_scale: torch.Tensor | None,
     ) -> None:
-        chunks_4C, segments_3S, partial_2C = self._plan(items, squares_2P)
-        chunks, parameters = chunks_4C.shape[1], squares_2P.shape[1]
-        if not chunks:
-            return
+        assert (squares_2P.dtype, squares_2P.is_contiguous()) == (torch.float64, True)
         assert gradient_scale is None or gradient_scale.dtype is torch.float32
-        with torch.cuda.device(squares_2P.get_device()):
-            table_IK = _table(items, gradients)
-            pass_1 = accumulate_kernel[(chunks,)]
-            pass_1(table_IK, chunks_4C, gradient_scale, partial_2C, **OPTIONS)
-            reduce = reduce_kernel[(segments_3S.shape[1],)]
-            reduce(segments_3S, partial_2C, chunks, squares_2P, parameters, **OPTIONS)
+        # a tensor can be the same and lie elsewhere: a module was moved
+        same = [(id(s), id(m), id(v), s.flat.data_ptr()) for s, m, v, _ in items]
+        if self._known is None or self._known[0] != same:
+            self._known = same, items, _Plan.of(items)
+        plan = self._known[2]
+        table_IK = plan.table(items, gradients)
+        self._begun = items, plan, table_IK
+        (_, chunks), (_, segments) = plan.chunks_4C.shape, plan.segments_3S.shape
+        if chunks:
+            with torch.cuda.device(squares_2P.get_device()):
+                work = plan.chunks_4C, gradient_scale, plan.partial_2C
+                accumulate_kernel[(chunks,)](table_IK, *work, **OPTIONS)
+                sums = plan.partial_2C, chunks, squares_2P, squares_2P.shape[1]
+                reduce_kernel[(segments,)](plan.segments_3S, *sums, **OPTIONS)
 
     def apply(self, items: Sequence[Item], squares_2P: torch.Tensor) -> None:
-        chunks_4C, _, _ = self._plan(items, squares_2P)
-        chunks, parameters = chunks_4C.shape[1], squares_2P.shape[1]
-        if not chunks:
+        if not items:
             return
-        dtypes = {item.shard.low.dtype for item in items if item.shard.low is not None}
-        assert len(dtypes) <= 1, f"one call cannot write copies of {dtypes}"
-        low_dtype = getattr(tl, str(dtypes.pop()).removeprefix("torch.")) if dtypes else None
-        with torch.cuda.device(squares_2P.get_device()):
-            table_IK = _table(items, [None] * len(items))
-            pass_2 = apply_kernel[(chunks,)]
-            pass_2(table_IK, chunks_4C, squares_2P, parameters, LOW_DTYPE=low_dtype, **OPTIONS)
-
-    def _plan(self, items: Sequence[Item], squares_2P: torch.Tensor) -> _Plan:
-        assert squares_2P.dtype is torch.float64
-        assert squares_2P.is_contiguous()
-        spans_I, device = tuple(item.shard.spans for item in items), squares_2P.device
-        if (device, spans_I) not in self._plans:
-            self._plans[device, spans_I] = _Plan.of(spans_I, device)
-        return self._plans[device, spans_I]
-
-
-def _table(items: Sequence[Item], gradients: Sequence[torch.Tensor | None]) -> torch.Tensor:
-    device, index = items[0].shard.flat.device, items[0].shard.flat.get_device()
-    addresses = []
-    for item, gradient in zip(items, gradients, strict=True):
-        flat, low = item.shard.flat, item.shard.low
-        fits = (index, flat.numel(), True)
-        tensors = (gradient, flat, item.exp_avg, item.exp_avg_sq, low)
-        for one in tensors:
-            assert one is None or (one.get_device(), one.numel(), one.is_contiguous()) == fits
-            assert one is None or one is low or one.dtype is torch.float32
-        addresses.append([0 if one is None else one.data_ptr() for one in tensors])
-    numbers = np.array([_numbers(item.hyper) for item in items])
-    return _sent(np.hstack([np.array(addresses, np.int64), numbers.view(np.int64)]), device)
+        (begun, plan, table_IK), self._begun = self._begun, None
+        assert begun is items
+        if chunks := plan.chunks_4C.shape[1]:
+            with torch.cuda.device(squares_2P.get_device()):
+                sums, how = (squares_2P, squares_2P.shape[1]), {"LOW_DTYPE": plan.low_dtype}
+                apply_kernel[(chunks,)](table_IK, plan.chunks_4C, *sums, **how, **OPTIONS)
 
 
 def _numbers(hyper: Hyper) -> list[float]:

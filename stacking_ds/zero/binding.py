@@ -71,6 +71,19 @@ def adder_over_ranks(engine: Any) -> Callable[[torch.Tensor], None] | None:
 def gradient_norm_at_step(engine: Any) -> Callable[[], torch.Tensor] | None:
     """The global 2-norm of the gradients in the engine's present step, where they are not clipped,
     to be asked from within the base optimizer's `step`; None where that gets them all at once."""
-    if masters_of(engine) not in (Masters.GROUPS, Masters.PARAMETERS):
+    wrapper, masters = engine.optimizer, masters_of(engine)
+    if masters is Masters.PARAMETERS:
+        return lambda: torch.as_tensor(wrapper._global_grad_norm)
+    if masters is not Masters.GROUPS:
         return None
-    return lambda: torch.as_tensor(engine.optimizer._global_grad_norm)
+    # In the step in which the dynamic loss scale grows, `_global_grad_norm` is by the old one, and
+    # the gradients are by the new one.
+    measure = wrapper.scaled_global_norm
+    measured: list[Any] = []
+
+    def keep(*arguments: Any, **options: Any) -> Any:
+        measured[:] = [measure(*arguments, **options)]
+        return measured[0]
+
+    wrapper.scaled_global_norm = keep
+    return lambda: torch.as_tensor(measured[0] / wrapper.loss_scale)
