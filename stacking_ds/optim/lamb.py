@@ -167,7 +167,8 @@ class Lamb(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Keep the gradients of the groups at hand; once every shard has been, step.
+        """Keep the gradients of the groups at hand; once every shard has been, step. What is in
+        the gradients afterwards is not said: some kernels work in their place.
 
         Raises:
             RuntimeError: a tensor that is not the optimizer's own and was never bound, or one that

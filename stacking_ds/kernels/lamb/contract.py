@@ -83,8 +83,8 @@ class LambKernel(Protocol):
         """Pass 1: update the moments, and write this rank's sums to `squares_2P`, which is zero.
 
         `gradients` (fp32, shaped as the items' flat tensors) are multiplied by `gradient_scale`
-        (fp32, one element) where there is one. They themselves stay as they are, but for apex,
-        which overwrites them.
+        (fp32, one element) where there is one. They are the kernel's from now on: what is in them
+        afterwards is not said.
         """
 
     def apply(self, items: Sequence[Item], squares_2P: torch.Tensor) -> None:
