@@ -247,9 +247,11 @@ class _Spy(BlockedLamb):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[str] = []
+        self.hypers = 0
 
     def accumulate(self, items: Any, *arguments: Any) -> None:
         self.calls.append(f"accumulate {len(items)}")
+        self.hypers = len({id(item.hyper) for item in items})
         super().accumulate(items, *arguments)
 
     def apply(self, items: Any, squares_2P: torch.Tensor) -> None:
@@ -270,6 +272,7 @@ def test_a_step_is_two_passes_over_all_however_many_calls_it_takes(
     by_group = our_step_by_group(tensors, "triton")
     tensors.require_stepped(by_group if flat_groups else our_step(tensors, "triton")[1])
     assert spy.calls == [f"accumulate {count}", f"apply {count}"]
+    assert spy.hypers == GROUPS, "a group's numbers are to be sent once"
 
 
 @pytest.mark.parametrize(
