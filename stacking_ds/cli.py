@@ -1,18 +1,19 @@
-"""`stacking-ds prepare · train · checkpoint · evaluate · export · report · bench`."""
+"""`stacking-ds prepare · data · train · checkpoint · evaluate · export · report · bench`."""
 
 import argparse
 import dataclasses
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stacking_ds import __version__
 from stacking_ds.bench.commands import add_bench
-from stacking_ds.checkpoint.commands import add_checkpoint
+from stacking_ds.checkpoint_commands import add_checkpoint
+from stacking_ds.data.commands import add_prepare
+from stacking_ds.data.inspect_commands import add_data
 from stacking_ds.errors import NonFiniteError, UserError
 
 if TYPE_CHECKING:
@@ -58,6 +59,11 @@ def _say_once(message: str, *, everywhere: bool) -> None:
         print(prefix + message, file=sys.stderr, flush=True)
 
 
+def _say_on_first_of_node(message: str) -> None:
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(message, file=sys.stderr, flush=True)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="stacking-ds", description="Pre-train BERT-style encoders by progressive stacking."
@@ -66,12 +72,17 @@ def _parser() -> argparse.ArgumentParser:
     # `deepspeed --module` puts it before the command; the environment says the same
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_prepare(
+    add_prepare(
         commands.add_parser(allow_abbrev=False, name="prepare", help="text to token shards")
     )
     _add_train(
         commands.add_parser(
             allow_abbrev=False, name="train", help="train a recipe, growing from stage to stage"
+        )
+    )
+    add_data(
+        commands.add_parser(
+            allow_abbrev=False, name="data", help="inspect prepared shards, or lay out their rows"
         )
     )
     add_checkpoint(
@@ -100,69 +111,10 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser(
             allow_abbrev=False,
             name="bench",
-            help="what a boundary or a LAMB step costs, measured here",
+            help="what data, a boundary or a LAMB step cost, measured here",
         )
     )
     return parser
-
-
-# ------------------------------------------------------------------------- prepare
-
-
-def _add_prepare(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "sources",
-        nargs="+",
-        metavar="SOURCE",
-        help=".txt (blank line = new document), .jsonl[.gz], .parquet or .arrow files, folders or "
-        "globs; hf:NAME[:CONFIG][@SPLIT] for a Hugging Face dataset; `embedded` for the English "
-        "prose that a Python installation carries",
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--vocab", type=Path, help="vocab.txt or tokenizer.json to use")
-    parser.add_argument(
-        "--vocab-size", type=int, default=8192, help="size of the vocabulary to train (%(default)s)"
-    )
-    parser.add_argument(
-        "--heldout", nargs="+", default=[], metavar="SOURCE", help="what to hold out; else a share"
-    )
-    parser.add_argument(
-        "--heldout-fraction", type=float, default=0.02, help="share of documents (%(default)s)"
-    )
-    parser.add_argument("--licence", help="the text's licence, for the manifest")
-    parser.set_defaults(command=_prepare)
-
-
-def _prepare(options: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
-    from stacking_ds.data.prepare import Progress, prepare
-
-    started = time.monotonic()
-    with tqdm(unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
-
-        def progress(now: Progress) -> None:
-            bar.set_description(f"{now.task}: {now.documents:,} documents", refresh=False)
-            bar.update(now.characters - bar.n)
-
-        prepared = prepare(
-            options.sources,
-            options.out,
-            vocabulary=options.vocab,
-            vocab_size=options.vocab_size,
-            heldout_sources=options.heldout,
-            heldout_fraction=options.heldout_fraction,
-            licence=options.licence,
-            progress=progress,
-        )
-    manifest = prepared.manifest
-    verb = "re-using" if prepared.reused else f"prepared in {time.monotonic() - started:.0f} s:"
-    print(
-        f"{verb} {options.out}: vocabulary {manifest.vocab_size:,}; train "
-        f"{manifest.train.documents:,} documents, {manifest.train.tokens:,} tokens; held out "
-        f"{manifest.heldout.documents:,} documents, {manifest.heldout.tokens:,} tokens"
-    )
-    return 0
 
 
 # --------------------------------------------------------------------------- train
@@ -197,7 +149,10 @@ def _train(options: argparse.Namespace) -> int:
     try:
         config = load_run_config(options.recipe, options.set)
         job = Job.check(config)
-        job.ds_config(distributed.world_size_from_environment())
+        for phase in job.phases.phases:
+            job.ds_config(distributed.world_size_from_environment(), phase)
+        # before the ranks meet: who waits for others in a collective is soon taken for dead
+        job.lay_out_rows(_say_on_first_of_node, len(os.sched_getaffinity(0)))
     except UserError as error:
         # no rank has met another yet, and all of them read the same files
         error.on_all_ranks = True
@@ -205,7 +160,7 @@ def _train(options: argparse.Namespace) -> int:
     run_dir = options.run_dir or Path("runs") / config.name
     if options.dry_run:
         if os.environ.get("RANK", "0") == "0":
-            print(f"{config.to_yaml()}\n{job.schedule.draw()}\n{job.learning_rates.draw()}")
+            print(f"{config.to_yaml()}\n{job.draw()}")
         return 0
 
     from stacking_ds.trainer import train

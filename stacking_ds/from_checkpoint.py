@@ -31,7 +31,9 @@ def load_model(job: Job, found: Path) -> BertForPreTraining:
 def run_heldout(job: Job, found: Path, world: World) -> HeldOut:
     """Held-out losses of a checkpoint in fp32, over the same pass as during training."""
     model = load_model(job, found).to(world.device)
-    return evaluate_heldout(model, job.heldout_steps(world.rank, world.size), world)
+    last_step = checkpoint.read_manifest(found).step - 1
+    phase = job.phases.at(max(last_step, 0))
+    return evaluate_heldout(model, job.heldout_steps(world.rank, world.size, phase), world)
 
 
 def export_run(job: Job, run_dir: Path, name: str | None = None, out: Path | None = None) -> Path:

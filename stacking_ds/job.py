@@ -5,23 +5,35 @@ Whatever is wrong with the recipe, the shards or the DeepSpeed JSON shows here, 
 
 import hashlib
 import itertools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from stacking_ds.config import RunConfig
 from stacking_ds.data.batch_split import split_batch
 from stacking_ds.data.batches import RankStep
-from stacking_ds.data.loader import EvaluationSteps, PretrainingData, PretrainingSteps
+from stacking_ds.data.layout import LAYOUT_VERSION
+from stacking_ds.data.layout_store import require_documents
+from stacking_ds.data.loader import (
+    EvaluationSteps,
+    PretrainingData,
+    PretrainingSteps,
+    RowOptions,
+)
 from stacking_ds.data.shards import TokenShards
-from stacking_ds.data.unigram import unigram_mlm_loss
+from stacking_ds.data.unigram import unigram_log_probabilities, unigram_mlm_loss
 from stacking_ds.engine import load_ds_config, resolve_ds_config
 from stacking_ds.errors import CheckpointError
 from stacking_ds.growth.operators import layer_map
 from stacking_ds.model.config import BertConfig
 from stacking_ds.optim.lamb import require_whole_tensors
 from stacking_ds.optim.schedule import LearningRateSchedule
+from stacking_ds.phases import Phase, PhaseSchedule
 from stacking_ds.stages import StageSchedule
 
 __all__ = ["Job"]
@@ -33,9 +45,11 @@ class Job:
 
     config: RunConfig
     schedule: StageSchedule
+    phases: PhaseSchedule
     learning_rates: LearningRateSchedule
     shards: TokenShards
-    train_data: PretrainingData
+    train_data: Mapping[int, PretrainingData]
+    """By sequence length."""
     ds_json: dict[str, Any]
 
     @classmethod
@@ -51,25 +65,44 @@ class Job:
         depths = [stage.num_hidden_layers for stage in schedule.stages]
         for old_depth, new_depth in itertools.pairwise(depths):
             layer_map(config.growth.operator, old_depth, new_depth)
+        phases = config.phase_schedule()
         shards = TokenShards.open(Path(config.data.path))
         job = cls(
             config=config,
             schedule=schedule,
+            phases=phases,
             learning_rates=LearningRateSchedule.of(config, schedule),
             shards=shards,
-            train_data=PretrainingData(
-                shards,
-                "train",
-                sequence_length=config.data.sequence_length,
-                mlm_probability=config.data.mlm_probability,
-                seed=config.seed,
-            ),
+            train_data={
+                length: PretrainingData(
+                    shards, "train", RowOptions.of(config.data, length), seed=config.seed
+                )
+                for length in sorted({phase.sequence_length for phase in phases.phases})
+            },
             ds_json=load_ds_config(config.engine.deepspeed),
         )
-        job.train_data.require_samples(config.batch.global_batch_size)
         job.model_config(depths[-1])
-        job.heldout_steps(0, 1)
+        spec = job.train_data[phases.phases[0].sequence_length].options.layout(0)
+        require_documents(shards.split("train"), spec)
+        require_documents(shards.split("heldout"), spec)
         return job
+
+    def lay_out_rows(self, say: Callable[[str], None], workers: int = 1) -> None:
+        """Make the rows that the run will read, where they are not there; `say` is told first.
+
+        Raises:
+            DataError: fewer rows than one global batch, or nowhere to write them.
+        """
+        for length, data in self.train_data.items():
+            rows = self.phases.rows(self.schedule.total_steps, length)
+            for variant, spec in data.missing_layouts(rows):
+                say(
+                    f"laying out the rows of {self.shards.folder}, {spec}, once for all runs; "
+                    f"`stacking-ds data layout` does so ahead of a run"
+                )
+                data.layout(variant, workers)
+        for phase in self.phases.phases:
+            self.train_data[phase.sequence_length].require_rows(phase.global_batch_size)
 
     def model_config(self, num_hidden_layers: int) -> BertConfig:
         """The model at a depth, with the vocabulary of the shards."""
@@ -79,8 +112,8 @@ class Job:
             **self.config.model.model_dump(),
         )
 
-    def ds_config(self, world_size: int) -> dict[str, Any]:
-        """The DeepSpeed configuration for this many ranks.
+    def ds_config(self, world_size: int, phase: Phase) -> dict[str, Any]:
+        """The DeepSpeed configuration for this many ranks in a phase.
 
         Raises:
             ConfigError: recipe and DeepSpeed JSON disagree; all disagreements in one message. Or a
@@ -88,7 +121,7 @@ class Job:
         """
         config = self.config
         micro_batch_size, accumulation_steps = split_batch(
-            config.batch.global_batch_size, world_size, config.batch.micro_batch_size
+            phase.global_batch_size, world_size, phase.micro_batch_size
         )
         resolved = resolve_ds_config(
             self.ds_json,
@@ -104,11 +137,15 @@ class Job:
             require_whole_tensors(config.optimizer.lamb.kernel, sharded=zero_stage > 0)
         return resolved
 
+    def draw(self) -> str:
+        """Stages, phases and learning rate as text."""
+        return f"{self.schedule.draw()}\n{self.phases.draw()}\n{self.learning_rates.draw()}"
+
     @cached_property
     def data_sha256(self) -> str:
-        """What identifies the training data: a hash over the hashes of its shards."""
-        shards = self.shards.manifest.train.shards
-        return hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()
+        """What identifies the training data: the documents, and the way rows are made of them."""
+        identity = f"{self.shards.split_sha256('train')} layout {LAYOUT_VERSION}"
+        return hashlib.sha256(identity.encode()).hexdigest()
 
     def require_vocabulary(self, vocabulary_sha256: str, checkpoint: Path) -> None:
         """Raises:
@@ -121,33 +158,38 @@ class Job:
                 f"run"
             )
 
-    def training_steps(self, rank: int, world_size: int) -> PretrainingSteps:
-        """This rank's share of each step of the run; step k is item k."""
-        return PretrainingSteps(
-            self.train_data,
-            self.config.batch.global_batch_size,
-            self.config.batch.micro_batch_size,
-            self.schedule.total_steps,
-            rank,
-            world_size,
-        )
+    def training_steps(self, rank: int, world_size: int, phase: Phase) -> PretrainingSteps:
+        """This rank's share of each step of a phase; step k of the run is item k."""
+        return PretrainingSteps(self.train_data[phase.sequence_length], phase, rank, world_size)
 
-    def heldout_steps(self, rank: int, world_size: int) -> list[RankStep]:
-        """This rank's share of the one fixed pass over held-out rows."""
-        config = self.config
+    def heldout_steps(self, rank: int, world_size: int, phase: Phase) -> list[RankStep]:
+        """This rank's share of the one fixed pass over held-out rows of the phase's length."""
         steps = EvaluationSteps(
             self.shards,
-            sequence_length=config.data.sequence_length,
-            mlm_probability=config.data.mlm_probability,
-            max_samples=config.evaluation.max_samples,
-            global_batch_size=config.batch.global_batch_size,
-            micro_batch_size=config.batch.micro_batch_size,
+            RowOptions.of(self.config.data, phase.sequence_length),
+            max_rows=self.config.evaluation.max_samples,
+            micro_batch_size=phase.micro_batch_size,
             rank=rank,
             world_size=world_size,
         )
         return [steps[index] for index in range(len(steps))]
 
-    @cached_property
-    def unigram_loss(self) -> float:
+    def unigram_loss(self, phase: Phase) -> float:
         """Held-out MLM loss of a model that knows word frequencies only, in nats."""
-        return unigram_mlm_loss(self.shards, self.heldout_steps(0, 1))
+        return unigram_mlm_loss(self._unigram, self.heldout_steps(0, 1, phase))
+
+    @cached_property
+    def _unigram(self) -> NDArray[np.float64]:
+        return unigram_log_probabilities(self.shards)
+
+    def work(self, start_step: int) -> int:
+        """Layers times token slots, summed over the steps from `start_step` to the end: what is
+        left to do, as far as time grows with both."""
+        return sum(
+            stage.num_hidden_layers
+            * (
+                self.phases.slots(stage.end_step)
+                - self.phases.slots(max(stage.start_step, start_step))
+            )
+            for stage in self.schedule.remaining(start_step)
+        )

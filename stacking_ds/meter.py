@@ -48,7 +48,8 @@ class StepResult:
     """One step over all ranks; losses are means over the global batch's targets, in nats."""
 
     mlm_loss: float
-    nsp_loss: float
+    nsp_loss: float | None
+    """None where examples are no sentence pairs."""
     mlm_targets: int
     tokens: int
     grad_norm: float
@@ -56,7 +57,7 @@ class StepResult:
 
     @property
     def loss(self) -> float:
-        return self.mlm_loss + self.nsp_loss
+        return self.mlm_loss + (self.nsp_loss or 0.0)
 
 
 @dataclass
@@ -65,10 +66,13 @@ class Interval:
 
     results: list[StepResult] = field(default_factory=list)
     seconds: float = 0.0
+    waited_seconds: float = 0.0
+    """The part of them in which this rank waited for its batch."""
 
-    def count(self, result: StepResult, seconds: float) -> None:
+    def count(self, result: StepResult, seconds: float, waited_seconds: float = 0.0) -> None:
         self.results.append(result)
         self.seconds += seconds
+        self.waited_seconds += waited_seconds
 
     @property
     def steps(self) -> int:
@@ -91,9 +95,12 @@ def metrics_line(
     interval: Interval,
     *,
     num_hidden_layers: int,
+    phase: int,
+    sequence_length: int,
     flops_per_token: float,
     peak_flops_per_second: float,
-    remaining_layer_steps: int,
+    slots_per_step: int,
+    remaining_work: int,
     extra: Mapping[str, float],
 ) -> dict[str, Any]:
     """One line of `metrics.jsonl`.
@@ -101,30 +108,35 @@ def metrics_line(
     Args:
         flops_per_token: model FLOPs (forward and backward) of a real token.
         peak_flops_per_second: measured matmul peak of all ranks together.
-        remaining_layer_steps: layers still to train, summed over the steps; a step's time is
-            taken to grow with depth as its layers do.
+        slots_per_step: token slots of a step, padding included.
+        remaining_work: layers times slots, summed over the steps to come; a step's time is taken
+            to grow with their product.
         extra: further metrics, e.g. of an evaluation.
     """
     tokens_per_second = interval.tokens / interval.seconds
-    seconds_per_layer = interval.seconds / (interval.steps * num_hidden_layers)
+    has_pairs = interval.results[-1].nsp_loss is not None
+    work = interval.steps * num_hidden_layers * slots_per_step
     return {
         "step": state.step,
         "stage": state.stage_index,
         "num_hidden_layers": num_hidden_layers,
+        "phase": phase,
+        "sequence_length": sequence_length,
         "samples_seen": state.samples_seen,
         "tokens_seen": state.tokens_seen,
         "train/loss": interval.mean("loss"),
         "train/mlm_loss": interval.mean("mlm_loss"),
-        "train/nsp_loss": interval.mean("nsp_loss"),
+        **({"train/nsp_loss": interval.mean("nsp_loss")} if has_pairs else {}),
         "optim/learning_rate": interval.results[-1].learning_rate,
         "optim/grad_norm": interval.results[-1].grad_norm,
         "optim/skipped_steps": state.skipped_steps,
         "speed/tokens_per_second": tokens_per_second,
         "speed/step_seconds": interval.seconds / interval.steps,
+        "speed/data_wait_share": interval.waited_seconds / interval.seconds,
         "speed/model_flops_utilization": flops_per_token
         * tokens_per_second
         / peak_flops_per_second,
-        "speed/remaining_seconds": seconds_per_layer * remaining_layer_steps,
+        "speed/remaining_seconds": interval.seconds / work * remaining_work,
         "stage/tokens": state.stage_tokens,
         "stage/train_seconds": state.stage_train_seconds,
         "stage/boundary_seconds": state.boundary_seconds,

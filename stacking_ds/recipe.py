@@ -15,7 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from stacking_ds.bundled import recipe_path
-from stacking_ds.config import RunConfig, StageSection
+from stacking_ds.config import RunConfig
 from stacking_ds.errors import ConfigError
 
 __all__ = ["load_run_config"]
@@ -103,8 +103,10 @@ def _sentence(problem: Mapping[str, Any]) -> str:
 def _fields_at(location: Sequence[str]) -> list[str]:
     section: Any = RunConfig
     for part in location:
-        annotation = StageSection if part.isdigit() else section.model_fields[part].annotation
-        # a section that may be null has a union of itself and None
+        if part.isdigit():
+            continue  # a place in a list, whose field has led to its elements' section
+        annotation = section.model_fields[part].annotation
+        # a section that may be null has a union of itself and None, a list its elements
         kinds = get_args(annotation) or (annotation,)
         section = next(kind for kind in kinds if hasattr(kind, "model_fields"))
     return list(section.model_fields)

@@ -44,6 +44,8 @@ def _enter_on_first(
     if found is None:
         # every byte, once: damaged shards are better known before the first hour than after
         TokenShards.open(job.shards.folder, verify=True)
+        for data in job.train_data.values():
+            data.layout(0).verify()
     run_directory.write_config(run_dir, job.config.with_absolute_paths())
     return found, state
 
@@ -53,8 +55,9 @@ def _state_of(found: Path, job: Job) -> TrainState:
     job.require_vocabulary(manifest.vocabulary_sha256, found)
     if manifest.data_sha256 != job.data_sha256:
         raise CheckpointError(
-            f"{found} was trained on other token shards than those in {job.config.data.path}; set "
-            f"data.path to the run's own, or start another run"
+            f"{found} was trained on other token shards than those in {job.config.data.path}, or "
+            f"by a version of stacking_ds that makes other rows of them; set data.path to the "
+            f"run's own, go back to that version, or start another run"
         )
     try:
         return TrainState(**manifest.train_state)

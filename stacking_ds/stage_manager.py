@@ -5,7 +5,7 @@ grow:  capture fragments to host -> release the old engine -> build the deeper o
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ from stacking_ds.distributed import World
 from stacking_ds.engine import build_engine, release_engine
 from stacking_ds.errors import CheckpointError
 from stacking_ds.growth.operators import layer_map
-from stacking_ds.growth.state import CapturedState, capture
+from stacking_ds.growth.state import CapturedState, Moments, capture
 from stacking_ds.job import Job
 from stacking_ds.model.bert import BertForPreTraining
 from stacking_ds.model.initialization import first_value
 from stacking_ds.optim.build import build_optimizer
 from stacking_ds.optim.lamb import Lamb
 from stacking_ds.optim.lamb_metrics import TRUST_RATIOS, adapted_ratios, lamb_metrics
+from stacking_ds.phases import Phase
 from stacking_ds.stages import Stage
 from stacking_ds.zero import (
     ValueOf,
@@ -49,27 +50,33 @@ class StageManager:
         """
         self._job = job
         self._world = world
-        self._ds_config = job.ds_config(world.size)
-        self.accumulation_steps = int(self._ds_config["gradient_accumulation_steps"])
+        self._ds_config: dict[str, Any] = {}
         self.engine: Any = None
         self._saving: checkpoint.BackgroundSave | None = None
         self._failed_saves = 0  # in a row
         self._captured: CapturedState | None = None
         """The host copy that the save at a stage's end made, for the boundary that follows."""
 
+    @property
+    def accumulation_steps(self) -> int:
+        """The micro-steps of a step in the present phase."""
+        return int(self._ds_config["gradient_accumulation_steps"])
+
     def start(self, stage: Stage) -> None:
         """An engine of the stage's depth with freshly initialised weights."""
         config = self._job.config
         self._build(
             stage,
+            self._job.phases.at(stage.start_step),
             lambda name, shape: first_value(
                 name, shape, config.seed, config.model.initializer_range
             ),
         )
 
-    def _build(self, stage: Stage, value_of: ValueOf | None = None) -> None:
+    def _build(self, stage: Stage, phase: Phase, value_of: ValueOf | None = None) -> None:
         """An engine of the stage's depth; without `value_of` its values are yet to come."""
         config = self._job.config
+        self._ds_config = self._job.ds_config(self._world.size, phase)
         model = BertForPreTraining(self._job.model_config(stage.num_hidden_layers), seed=None)
         optimizer = build_optimizer(config.optimizer, model.named_parameters())
         self.engine = build_engine(model, optimizer, self._ds_config, value_of)
@@ -82,11 +89,23 @@ class StageManager:
         """
         growth = self._job.config.growth
         layers = layer_map(growth.operator, old.num_hidden_layers, new.num_hidden_layers)
+        self._rebuild(new, self._job.phases.at(new.start_step), layers, growth.moments)
+
+    def enter_phase(self, stage: Stage, phase: Phase) -> None:
+        """Replace the engine by one for the phase's batch, unless it is that already. Weights and
+        moments stay as they are."""
+        if self._job.ds_config(self._world.size, phase) != self._ds_config:
+            self._rebuild(stage, phase, None, "carry")
+
+    def _rebuild(
+        self, stage: Stage, phase: Phase, layers: Sequence[int] | None, moments: Moments
+    ) -> None:
+        """Another engine that starts from this one's state by the map of `layers`."""
         state = capture_engine(self.engine, self._captured)
         self._captured = None
         self._release()
-        self._build(new)
-        install_state(self.engine, state, layers, growth.moments, self._world)
+        self._build(stage, phase)
+        install_state(self.engine, state, layers, moments, self._world)
         # the step that comes is the likeliest to fail, for want of memory, and what it would fork,
         # the loader's workers, would keep the captured state for the length of the stage
         del state
@@ -164,8 +183,8 @@ class StageManager:
 
     def restore(self, found: Path, stage: Stage) -> None:
         """An engine of the stage's depth with the state of the checkpoint `found`."""
-        self._build(stage)
         manifest = self._world.on_first(lambda: checkpoint.read_manifest(found))
+        self._build(stage, self._job.phases.at(manifest.step))
         if manifest.optimizer_step:
             seed_moments(self.engine, manifest.optimizer_step)
         checkpoint.load(found, fragments(self.engine), world=self._world)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from stacking_ds.errors import StageError
 
-__all__ = ["Stage", "StageSchedule", "steps_for_tokens"]
+__all__ = ["Stage", "StageSchedule"]
 
 _PICTURE_COLUMNS = 60
 
@@ -147,19 +147,3 @@ class StageSchedule:
         )
         head = f"{'layers':>{margin}}"
         return "\n".join([head, *reversed(rows), f"{'step':>{margin}}  {axis}{self.total_steps}"])
-
-
-def steps_for_tokens(tokens: int, global_batch_size: int, sequence_length: int) -> int:
-    """The fewest steps that train on at least `tokens` token slots.
-
-    A step has global_batch_size * sequence_length slots; padding counts, since it costs as much.
-
-    Raises:
-        StageError: an argument is below 1.
-    """
-    if min(tokens, global_batch_size, sequence_length) < 1:
-        raise StageError(
-            f"tokens={tokens}, global_batch_size={global_batch_size} and "
-            f"sequence_length={sequence_length} must all be at least 1"
-        )
-    return -(-tokens // (global_batch_size * sequence_length))

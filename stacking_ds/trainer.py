@@ -8,7 +8,6 @@ layers  |     3     |     6     |           12            |
 """
 
 import math
-import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -18,19 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
 from stacking_ds.data.batches import RankStep
 from stacking_ds.data.counter_random import derive_key
+from stacking_ds.data.loader import load_steps
 from stacking_ds.distributed import StopFlag, World
 from stacking_ds.engine import set_learning_rate, take_step
 from stacking_ds.errors import CheckpointError, NonFiniteError, StageError
-from stacking_ds.evaluate.heldout import evaluate_heldout
+from stacking_ds.evaluate.heldout import HeldOutPasses
 from stacking_ds.from_checkpoint import export_run
 from stacking_ds.job import Job
 from stacking_ds.meter import Interval, StepResult, TrainState, metrics_line
 from stacking_ds.model.loss import pretraining_loss
 from stacking_ds.monitor import Monitor, measure_matmul_peak, peak_memory_gib
+from stacking_ds.phases import Phase
 from stacking_ds.resume import enter
 from stacking_ds.stage_manager import StageManager
 from stacking_ds.stages import Stage
@@ -96,6 +96,7 @@ class _Run:
         self.state, self.monitor = state, monitor
         self.clock_start = started - state.wall_seconds
         self.stages = StageManager(job, world)
+        self.heldout = HeldOutPasses(job, world)
         self.interval = Interval()
 
     # ---------------------------------------------------------------- the story
@@ -107,7 +108,7 @@ class _Run:
             self.monitor.say(f"resumed from {found}")
         else:
             self.stages.start(present)
-        self.monitor.say(f"{self.job.schedule.draw()}\n{self.job.learning_rates.draw()}")
+        self.monitor.say(self.job.draw())
         with StopFlag(self.world) as stop:
             for stage in self.job.schedule.remaining(self.state.step):
                 if stage.index > present.index:
@@ -131,26 +132,38 @@ class _Run:
     def train_stage(self, stage: Stage, stop: StopFlag) -> bool:
         """Train to the end of `stage`; False if asked to stop before."""
         self.monitor.stage(stage, self.state.step)
-        with self.batches(stage) as batches:
-            while self.state.step < stage.end_step:
-                started = time.perf_counter()
-                result = self.train_step(next(batches))
-                self.count(result, time.perf_counter() - started)
-                if not self.after_step(stage, stop):
-                    return False
+        for phase, end_step in self.job.phases.between(self.state.step, stage.end_step):
+            self.stages.enter_phase(stage, phase)
+            if 0 < phase.start_step == self.state.step:
+                self.monitor.say(f"phase {phase.index} at step {self.state.step}: {phase.shape}")
+            with self.batches(phase, end_step) as batches:
+                while self.state.step < end_step:
+                    started = time.perf_counter()
+                    rank_step = next(batches)
+                    waited = time.perf_counter() - started
+                    result = self.train_step(rank_step)
+                    self.count(result, phase, time.perf_counter() - started, waited)
+                    if not self.after_step(stage, phase, end_step, stop):
+                        return False
         return True
 
-    def after_step(self, stage: Stage, stop: StopFlag) -> bool:
-        """Evaluate, write metrics and save where they are due; False if asked to stop."""
+    def after_step(self, stage: Stage, phase: Phase, end_step: int, stop: StopFlag) -> bool:
+        """Evaluate, write metrics and save where they are due; False if asked to stop.
+
+        A phase ends as a stage does, at `end_step`, but without a checkpoint of its own.
+        """
         config, step = self.job.config, self.state.step
         at_end, stopping = step == stage.end_step, stop.agreed()
         self.stages.poll_save()
         if stopping:
             self.save(stage, wait=True)  # first of all: a launcher gives little time
-        evaluating = at_end or (not stopping and _due(step, config.evaluation.every_steps))
+        evaluating = step == end_step or (
+            not stopping and _due(step, config.evaluation.every_steps)
+        )
         saving = at_end or _due(step, config.checkpoint.every_steps)
         if evaluating or saving or stopping or _due(step, config.logging.every_steps):
-            self.record(stage, self.evaluate() if evaluating else {})
+            found = self.heldout.metrics(self.stages.engine, phase) if evaluating else {}
+            self.record(stage, phase, found)
         finished = step == self.job.schedule.total_steps
         if saving and not stopping:
             self.save(stage, wait=finished)
@@ -176,20 +189,16 @@ class _Run:
             if index > 0:
                 take_step(engine)  # between micro-steps DeepSpeed only counts
             batch = micro_batch.to(self.world.device)
-            mlm_logits_MV, nsp_logits_B2 = engine(
-                batch.input_ids_BS,
-                batch.token_type_ids_BS,
-                batch.attention_mask_BS,
-                batch.mlm_positions_M,
-            )
+            mlm_logits_MV, nsp_logits_E2 = engine(*batch.model_inputs)
             mlm_sum, nsp_sum = pretraining_loss(
-                mlm_logits_MV, batch.mlm_labels_M, nsp_logits_B2, batch.next_sentence_label_B
+                mlm_logits_MV, batch.mlm_labels_M, nsp_logits_E2, batch.next_sentence_label_E
             )
             sums += torch.stack([mlm_sum.detach(), nsp_sum.detach()])
-            engine.backward(scale * (mlm_sum / mlm_targets + nsp_sum / nsp_targets))
+            engine.backward(scale * (mlm_sum / mlm_targets + nsp_sum / max(nsp_targets, 1)))
         mlm_total, nsp_total = self.world.sum(sums.tolist())
-        mlm_loss, nsp_loss = mlm_total / mlm_targets, nsp_total / nsp_targets
-        self.require_finite("loss", mlm_loss + nsp_loss)
+        mlm_loss = mlm_total / mlm_targets
+        nsp_loss = nsp_total / nsp_targets if nsp_targets else None
+        self.require_finite("loss", mlm_loss + (nsp_loss or 0.0))
         grad_norm = take_step(engine)
         assert grad_norm is not None
         if self.job.config.engine.precision != "fp16":  # there loss scaling skips such steps
@@ -211,15 +220,13 @@ class _Run:
             )
 
     @contextmanager
-    def batches(self, stage: Stage) -> Iterator[Iterator[RankStep]]:
+    def batches(self, phase: Phase, end_step: int) -> Iterator[Iterator[RankStep]]:
         batches = iter(
-            DataLoader(
-                self.job.training_steps(self.world.rank, self.world.size),
-                batch_size=None,
-                sampler=range(self.state.step, stage.end_step),
-                num_workers=self.job.config.data.loader_workers,
+            load_steps(
+                self.job.training_steps(self.world.rank, self.world.size, phase),
+                range(self.state.step, end_step),
+                workers=self.job.config.data.loader_workers,
                 pin_memory=self.world.device.type == "cuda",
-                worker_init_fn=_leave_signals_to_the_rank,
             )
         )
         try:
@@ -227,12 +234,12 @@ class _Run:
         finally:
             _end_workers(batches)
 
-    def count(self, result: StepResult, seconds: float) -> None:
-        self.state.count(result, self.job.config.batch.global_batch_size, seconds)
-        self.interval.count(result, seconds)
+    def count(self, result: StepResult, phase: Phase, seconds: float, waited: float) -> None:
+        self.state.count(result, phase.global_batch_size, seconds)
+        self.interval.count(result, seconds, waited)
         self.monitor.step(self.state.step, result.loss)
 
-    def record(self, stage: Stage, evaluation: Mapping[str, float]) -> None:
+    def record(self, stage: Stage, phase: Phase, evaluation: Mapping[str, float]) -> None:
         self.state.wall_seconds = time.perf_counter() - self.clock_start
         optimizer, histograms = self.stages.optimizer_metrics()
         memory = {"memory/peak_gib": peak_memory_gib(self.world.device)}
@@ -241,15 +248,15 @@ class _Run:
                 self.state,
                 self.interval,
                 num_hidden_layers=stage.num_hidden_layers,
+                phase=phase.index,
+                sequence_length=phase.sequence_length,
                 flops_per_token=self.job.model_config(stage.num_hidden_layers).flops_per_token(
-                    self.job.config.data.sequence_length,
+                    self.job.train_data[phase.sequence_length].mean_attended_slots,
                     self.interval.mlm_targets / self.interval.tokens,
                 ),
                 peak_flops_per_second=self.peak_flops_per_second,
-                remaining_layer_steps=sum(
-                    (rest.end_step - max(rest.start_step, self.state.step)) * rest.num_hidden_layers
-                    for rest in self.job.schedule.remaining(self.state.step)
-                ),
+                slots_per_step=phase.slots_per_step,
+                remaining_work=self.job.work(self.state.step),
                 extra={**memory, **optimizer, **evaluation},
             ),
             histograms,
@@ -261,18 +268,6 @@ class _Run:
         dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         dtype = dtypes[self.job.config.engine.precision]
         return self.world.sum([measure_matmul_peak(self.world.device, dtype)])[0]
-
-    @cached_property
-    def heldout(self) -> list[RankStep]:
-        return self.job.heldout_steps(self.world.rank, self.world.size)
-
-    def evaluate(self) -> dict[str, float]:
-        heldout = evaluate_heldout(self.stages.engine, self.heldout, self.world)
-        return {**heldout.metrics(), "eval/unigram_mlm_loss": self.unigram_loss}
-
-    @cached_property
-    def unigram_loss(self) -> float:
-        return float(self.world.on_first(lambda: self.job.unigram_loss))
 
     def save(self, stage: Stage, *, wait: bool) -> None:
         self.state.wall_seconds = time.perf_counter() - self.clock_start
@@ -290,9 +285,3 @@ def _end_workers(batches: Any) -> None:
         batches._shutdown_workers()
         for worker in batches._workers:
             worker.kill()
-
-
-def _leave_signals_to_the_rank(worker: int) -> None:
-    # Ctrl-C and SLURM signal every process; a loader that dies of it would take the rank along
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -303,6 +303,8 @@ def check_run(
     assert found is not None
     job = Job.check(config)
     on_cpu = replace(world, device=torch.device("cpu"))
-    expected = evaluate_heldout(load_model(job, found), job.heldout_steps(0, 1), on_cpu)
+    expected = evaluate_heldout(
+        load_model(job, found), job.heldout_steps(0, 1, job.phases.at(0)), on_cpu
+    )
     last = metrics(folder / "run")[-1]
     assert last["eval/mlm_loss"] == pytest.approx(expected.mlm_loss, rel=_RELATIVE_ERROR[precision])

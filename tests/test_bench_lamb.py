@@ -14,8 +14,9 @@ import torch.distributed as dist
 from stacking_ds.bench import lamb as bench_lamb
 from stacking_ds.bench.lamb import Sizes, count_launches, measure_gpu
 from stacking_ds.bench.lamb_rivals import Tensors, our_step, our_step_by_group
-from stacking_ds.bench.lamb_table import LambTarget, lamb_table, lamb_targets
+from stacking_ds.bench.lamb_table import lamb_table, lamb_targets
 from stacking_ds.bench.lamb_traffic import measure_communication
+from stacking_ds.bench.targets import Target
 from stacking_ds.cli import main
 from stacking_ds.distributed import World
 from stacking_ds.fragments import Shard
@@ -31,7 +32,7 @@ LEFT_OUT = {"not_measured": "left out"}
 ABSENT = {"communication": LEFT_OUT, "cpu": LEFT_OUT, "gpu": LEFT_OUT}
 
 
-def _targets(**parts: Any) -> dict[str, LambTarget]:
+def _targets(**parts: Any) -> dict[str, Target]:
     return {target.name: target for target in lamb_targets({**ABSENT, **parts})}
 
 

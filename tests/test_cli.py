@@ -29,7 +29,8 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     assert main([str(argument) for argument in arguments]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err.startswith("stacking-ds: error: ")
+    # rows that are laid out first are announced
+    assert printed.err.splitlines()[-1].startswith("stacking-ds: error: ")
     assert NO_TRACEBACK not in printed.err
     return printed.err
 

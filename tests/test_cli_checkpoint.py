@@ -290,7 +290,7 @@ def test_inspect_says_what_is_in_a_checkpoint(trained: Path, capsys: Capture) ->
     assert _fact(text, "optimizer") == "7 updates; saved: master, exp_avg, exp_avg_sq"
     assert _fact(text, "loss scale") == "none in fp32"
     assert (_fact(text, "ZeRO stage"), _fact(text, "world size")) == ("1", "2")
-    assert _fact(text, "data position").startswith("samples 70 to 79 come next")
+    assert _fact(text, "data position").startswith("rows 70 to 79 of 32 tokens come next")
     assert "seed 3" in _fact(text, "random state")
     assert manifest.package_versions["deepspeed"] in _fact(text, "written with")
 

@@ -2,17 +2,21 @@
 
 import hashlib
 import json
-import os
-import signal
-import subprocess
-import sys
+import random
+import re
 from pathlib import Path
 
 import pytest
 
-from stacking_ds.data.prepare import prepare
+from stacking_ds.cli import main
+from stacking_ds.data.prepare.finish import finish_splits
+from stacking_ds.data.prepare.plan import make_plan, open_corpus
+from stacking_ds.data.prepare.run import prepare
+from stacking_ds.data.prepare.unit import document_hash, words_of
+from stacking_ds.data.prepare.vocabulary import VocabularySample
 from stacking_ds.data.sentences import split_sentences
 from stacking_ds.data.shards import TokenShards
+from stacking_ds.data.sources.documents import Reading
 from stacking_ds.data.tokenizer import build_tokenizer, train_wordpiece
 from stacking_ds.errors import DataError
 from tests import prose
@@ -27,7 +31,9 @@ def decoded(folder, split):
     tokenizer = build_tokenizer(shards.vocabulary)
     documents = shards.split(split)
     return [
-        tokenizer.decode(documents.tokens_of(k).tolist()) for k in range(documents.num_documents)
+        tokenizer.decode(documents.tokens_of(k).tolist())
+        for k in range(documents.num_documents)
+        if k not in documents.duplicates
     ]
 
 
@@ -40,7 +46,7 @@ def test_two_runs_give_the_same_bytes(tmp_path):
     text = str(prose.write_text(tmp_path / "a.txt", 80))
     folders = [tmp_path / "one", tmp_path / "two"]
     for folder in folders:
-        assert not prepare(text, folder, vocab_size=300, shard_tokens=3000).reused
+        assert not prepare(text, folder, vocab_size=300, shard_characters=3000).reused
     assert content(folders[0]) == content(folders[1])
     assert len([name for name in content(folders[0]) if name.startswith("train-")]) > 3
     assert not list(tmp_path.glob("*.tmp-*"))
@@ -49,7 +55,7 @@ def test_two_runs_give_the_same_bytes(tmp_path):
 def test_shard_size_changes_files_but_not_documents(tmp_path):
     text = str(prose.write_text(tmp_path / "a.txt", 80))
     prepare(text, tmp_path / "one", vocab_size=300)
-    prepare(text, tmp_path / "many", vocab_size=300, shard_tokens=1)
+    prepare(text, tmp_path / "many", vocab_size=300, shard_characters=1)
     many = TokenShards.open(tmp_path / "many")
     assert len(many.manifest.train.shards) == many.manifest.train.documents
     assert decoded(tmp_path / "one", "train") == decoded(tmp_path / "many", "train")
@@ -110,7 +116,10 @@ def test_duplicates_are_dropped_also_between_the_splits(tmp_path):
     assert manifest.train.documents == 26
     assert manifest.heldout.documents == 4
     assert manifest.duplicate_documents == 5
-    assert manifest.empty_documents == 2
+    assert (manifest.train.duplicates.documents, manifest.heldout.duplicates.documents) == (5, 0)
+    assert [(one.reason, one.documents, one.first) for one in manifest.rejected] == [
+        ("empty", 2, ("a.jsonl:31", "a.jsonl:33"))
+    ]
     assert manifest.licence == "CC0-1.0"
     assert not set(decoded(tmp_path / "out", "train")) & set(decoded(tmp_path / "out", "heldout"))
 
@@ -174,7 +183,9 @@ def test_progress_is_reported(tmp_path):
     prepare(text, tmp_path / "out", vocab_size=300, heldout_fraction=0.2, progress=reports.append)
     assert {report.task for report in reports} == {"vocabulary", "shards"}
     assert reports[-1].documents == 40
-    assert reports[-1].characters > 10_000
+    assert (
+        reports[-1].source_bytes == reports[-1].total_bytes == (tmp_path / "a.txt").stat().st_size
+    )
 
 
 def test_unusable_requests_leave_nothing_behind(tmp_path):
@@ -198,12 +209,13 @@ def test_an_empty_folder_is_filled_and_stays_the_same_folder(tmp_path, monkeypat
     options = {"vocab_size": 300, "heldout_fraction": 0.2}
     prepare(text, tmp_path / "new", **options)
     here = tmp_path / "here"
-    (here / ".tmp-of-a-killed-run").mkdir(parents=True)
+    here.mkdir()
+    inode = here.stat().st_ino
     monkeypatch.chdir(here)
     assert not prepare(text, Path(), **options).reused
     assert TokenShards.open(Path(), verify=True).manifest.heldout.documents > 0
     assert prepare(text, Path(), **options).reused
-    (here / ".tmp-of-a-killed-run").rmdir()
+    assert here.stat().st_ino == inode
     assert content(here) == content(tmp_path / "new")
 
 
@@ -218,39 +230,110 @@ def test_two_processes_at_once_agree_on_one_folder(tmp_path):
     out = tmp_path / "out"
     options = {"vocab_size": 300, "heldout_fraction": 0.2}
 
+    prepare(text, tmp_path / "alone", **options)
+    others = []
+
     def be_late(progress):
         # The other process starts after this one and finishes before it.
-        if progress.task == "shards":
-            prepare(text, tmp_path / "other", **options)
-            (tmp_path / "other").rename(out)
+        if not others and progress.task == "shards":
+            others.append(prepare(text, out, **options))
 
     late = prepare(text, out, **options, progress=be_late)
     assert late.reused
+    assert not others[0].reused
+    assert content(out) == content(tmp_path / "alone")
     assert TokenShards.open(out, verify=True).manifest == late.manifest
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "alone", "out"]
 
 
-def test_a_killed_run_leaves_nothing_under_the_final_name(tmp_path):
-    text = prose.write_text(tmp_path / "a.txt", 200)
-    out = tmp_path / "out"
-    # The child stops itself while the first documents are being written, and is killed there.
-    program = f"""
-import signal, os
-from pathlib import Path
-from stacking_ds.data.prepare import prepare
-def stop(progress):
-    if progress.task == "shards":
-        print("writing", flush=True)
-        signal.pause()
-prepare({str(text)!r}, Path({str(out)!r}), vocab_size=300, progress=stop)
-"""
-    root = Path(__file__).parents[1]
-    with subprocess.Popen(
-        [sys.executable, "-c", program], cwd=root, stdout=subprocess.PIPE, text=True
-    ) as child:
-        assert child.stdout.readline() == "writing\n"
-        os.kill(child.pid, signal.SIGKILL)
-    assert not out.exists()
-    assert len(list(tmp_path.glob("out.tmp-*"))) == 1
-    assert not prepare(str(text), out, vocab_size=300).reused
-    assert TokenShards.open(out, verify=True).manifest.train.documents > 150
+def test_duplicates_are_found_in_bounded_memory(tmp_path):
+    texts = list(prose.documents(40))
+    random.Random(2).shuffle(texts)
+    source = write_json_lines(tmp_path / "a.jsonl", [*texts, *texts[:25], texts[3]])
+    heldout = write_json_lines(tmp_path / "b.jsonl", [texts[3], texts[30], texts[3]])
+    options = {"vocab_size": 400, "heldout_sources": [heldout], "unit_bytes": 9000}
+    manifest = prepare(source, tmp_path / "out", **options).manifest
+    assert len(manifest.train.shards) > 3
+    train = TokenShards.open(tmp_path / "out").split("train")
+    expected = [3, 30, *range(40, 66)]
+    assert train.duplicates.tolist() == expected
+    assert TokenShards.open(tmp_path / "out").split("heldout").duplicates.tolist() == [2]
+    counted = [k for k in range(66) if k not in expected]
+    assert manifest.train.documents == len(counted) == 38
+    assert manifest.train.tokens == sum(len(train.tokens_of(k)) for k in counted)
+    assert manifest.train.sentences == sum(len(train.sentence_lengths_of(k)) for k in counted)
+    assert manifest.train.tokens + manifest.train.duplicates.tokens == train.num_tokens
+    shards = {split: manifest.split(split).shards for split in ("train", "heldout")}
+    for hashes_at_once in (1, 7, 68, 69, 1000):
+        found = finish_splits(tmp_path / "out", shards, tmp_path, hashes_at_once)
+        assert found == {"train": manifest.train, "heldout": manifest.heldout}
+
+
+def test_the_vocabulary_is_learned_from_the_start_of_every_unit_and_not_from_what_is_held_out(
+    tmp_path,
+):
+    texts = [f"{number} {text}" for number, text in enumerate(prose.documents(80))]
+    source = write_json_lines(tmp_path / "a.jsonl", [texts[0], *texts])
+    corpus = open_corpus([source], [])
+    plan = make_plan(corpus, "text", 10_000)
+    assert len(plan.units) > 5
+
+    def sample(characters, limit=2**62):
+        options = {"hash_limit": limit, "bad_documents": "refuse", "report": lambda *_: None}
+        return VocabularySample(corpus, plan, Reading(), characters=characters, **options)
+
+    train = [text for text in texts if document_hash(words_of(text)) >= 2**62]
+    assert 40 < len(train) < 75
+    assert list(sample(10**9)) == train
+    some = sample(30_000)
+    assert list(some) == list(some)
+    assert 30_000 <= sum(map(len, some)) < 60_000
+    numbers = [int(text.split()[0]) for text in some]
+    assert max(numbers) > 70
+    assert len(numbers) < len(train)
+    assert list(sample(1)) == [
+        next(text for text in train if text in unit_texts)
+        for unit_texts in (
+            [item.text for item, _ in corpus.read(unit, Reading())] for unit in plan.units
+        )
+        if any(text in unit_texts for text in train)
+    ]
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path):
+    path = prose.write_text(tmp_path / "a.txt", 40)
+
+    def change(progress):
+        if progress.task == "shards":
+            path.write_text(path.read_text().replace("river", "RIVER"))
+
+    options = {"vocab_size": 300, "heldout_fraction": 0.2, "shard_characters": 10_000}
+    with pytest.raises(DataError, match=r"a\.txt changed while it was read; delete .*out"):
+        prepare(str(path), tmp_path / "out", **options, progress=change)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_plans_share_small_files_and_cut_large_ones(tmp_path):
+    for number in range(9):
+        prose.write_text(tmp_path / f"small-{number}.txt", 2)
+    prose.write_text(tmp_path / "zlarge.txt", 60)
+    prose.write_text(tmp_path / "heldout.txt", 3)
+    names = [str(tmp_path / "small-*.txt"), str(tmp_path / "zlarge.txt")]
+    plan = make_plan(open_corpus(names, [str(tmp_path / "heldout.txt")]), "text", 20_000)
+    assert [unit.heldout for unit in plan.units] == [True] + [False] * (len(plan.units) - 1)
+    assert len(plan.units[1].segments) > 2
+    assert len([1 for unit in plan.units if unit.segments[0].source == 2]) >= 3
+    assert plan.source_bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert make_plan(open_corpus(names, []), "text").units[0].source_bytes == (
+        plan.source_bytes - (tmp_path / "heldout.txt").stat().st_size
+    )
+
+
+def test_batch_jobs_get_lines_instead_of_a_bar(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("stacking_ds.data.commands._SECONDS_BETWEEN_LINES", -1)
+    text = str(prose.write_text(tmp_path / "a.txt", 40))
+    command = ["prepare", text, "--out", str(tmp_path / "out"), "--vocab-size", "300"]
+    assert main([*command, "--heldout-fraction", "0.2"]) == 0
+    said = capsys.readouterr()
+    assert re.search(r"^shards: 40 documents, 0 MB at [\d.]+ MB/s, 100%, 0 s left$", said.err, re.M)
+    assert re.search(r"^prepared in \d+ s \([\d.]+ MB/s of text\): .* 0 duplicates", said.out)

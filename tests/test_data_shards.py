@@ -6,16 +6,17 @@ import pickle
 import numpy as np
 import pytest
 
-from stacking_ds.data.prepare import prepare
+from stacking_ds.data.prepare.run import prepare
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.errors import DataError
 from tests import prose
+from tests.token_shards import make_shards
 
 
 @pytest.fixture
 def folder(tmp_path):
     text = str(prose.write_text(tmp_path / "a.txt", 40))
-    prepare(text, tmp_path / "out", vocab_size=300, heldout_fraction=0.2, shard_tokens=3000)
+    prepare(text, tmp_path / "out", vocab_size=300, heldout_fraction=0.2, shard_characters=3000)
     return tmp_path / "out"
 
 
@@ -28,8 +29,16 @@ def test_documents_and_positions_agree_over_the_files(folder):
     )
     whole = np.concatenate(documents)
     assert len(whole) == train.num_tokens
-    places = np.random.default_rng(0).integers(0, train.num_tokens, (20, 30))
-    assert (train.tokens_at(places) == whole[places]).all()
+    ends = np.cumsum([len(tokens) for tokens in documents])
+    for order in (range(len(documents)), [3, 0, len(documents) - 1, 3]):
+        lengths = np.array([len(documents[k]) for k in order])
+        read = train.read(ends[order] - lengths, lengths)
+        assert (read == np.concatenate([documents[k] for k in order])).all()
+    assert (
+        train.read(np.array([ends[4] - 3]), np.array([2])).tolist()
+        == whole[ends[4] - 3 : ends[4] - 1].tolist()
+    )
+    assert len(train.read(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))) == 0
     assert (train.unigram_counts() == np.bincount(whole, minlength=300)).all()
     with pytest.raises(IndexError):
         train.tokens_of(train.num_documents)
@@ -55,22 +64,22 @@ def test_a_missing_folder_says_how_to_make_it(tmp_path):
 
 
 def test_missing_truncated_and_altered_files_are_named(folder):
-    path = folder / "train-00001.arrow"
+    path = folder / "train-00000-001.arrow"
     good = path.read_bytes()
     path.write_bytes(good[:-100])
-    with pytest.raises(DataError, match=r"train-00001\.arrow has \d+ bytes, its manifest says"):
+    with pytest.raises(DataError, match=r"train-00000-001\.arrow has \d+ bytes, its manifest says"):
         TokenShards.open(folder)
     altered = bytearray(good)
     altered[len(good) // 2] ^= 1
     path.write_bytes(altered)
     TokenShards.open(folder)
-    with pytest.raises(DataError, match=r"train-00001\.arrow is not the file its manifest"):
+    with pytest.raises(DataError, match=r"train-00000-001\.arrow is not the file its manifest"):
         TokenShards.open(folder, verify=True)
     path.write_bytes(b"x" * len(good))
-    with pytest.raises(DataError, match=r"train-00001\.arrow is not a readable token shard"):
+    with pytest.raises(DataError, match=r"train-00000-001\.arrow is not a readable token shard"):
         TokenShards.open(folder).split("train")
     path.unlink()
-    with pytest.raises(DataError, match=r"train-00001\.arrow cannot be read: No such file"):
+    with pytest.raises(DataError, match=r"train-00000-001\.arrow cannot be read: No such file"):
         TokenShards.open(folder)
 
 
@@ -78,14 +87,14 @@ def test_another_file_in_a_shards_place_is_noticed(folder):
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["train"]["shards"][0]["documents"] += 1
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(DataError, match=r"train-00000\.arrow holds .* not what its manifest says"):
+    with pytest.raises(DataError, match=r"train-00000-000\.arrow holds .* not what its manifest"):
         TokenShards.open(folder).split("train")
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda m: m.update(format_version=2), "manifest.json is damaged or of another version"),
+        (lambda m: m.update(format_version=1), "in another version of the format; delete it"),
         (lambda m: m.pop("train"), "train: Field required"),
         (lambda m: m.update(surprise=1), "surprise: Extra inputs"),
     ],
@@ -99,3 +108,30 @@ def test_damaged_manifests_are_refused(folder, change, sentence):
     (folder / "manifest.json").write_text("{")
     with pytest.raises(DataError, match=r"manifest\.json is damaged"):
         TokenShards.open(folder)
+
+
+def test_documents_that_do_not_count_are_known_by_file(tmp_path):
+    documents = [[3], [4, 1], [3], [5], [4, 1], [2]]
+    train = make_shards(tmp_path, documents, documents_per_shard=2, duplicates=[2, 4]).split(
+        "train"
+    )
+    counted = [train.counted(shard).tolist() for shard in range(3)]
+    assert counted == [[True, True], [False, True], [False, True]]
+    assert train.unigram_counts().sum() == 3 + 5 + 5 + 2
+    assert train.num_tokens == 3 + 5 + 3 + 5 + 5 + 2
+    path = tmp_path / "train-duplicates.arrow"
+    path.write_bytes(b"x" * path.stat().st_size)
+    with pytest.raises(DataError, match=r"train-duplicates\.arrow is not a readable list"):
+        TokenShards.open(tmp_path).split("train")
+    path.unlink()
+    with pytest.raises(DataError, match=r"train-duplicates\.arrow cannot be read: No such file"):
+        TokenShards.open(tmp_path)
+
+
+def test_an_index_out_of_range_is_no_duplicate(tmp_path):
+    train = make_shards(tmp_path, [[3], [4]], duplicates=[1])
+    make_shards(tmp_path / "longer", [[3], [4], [5], [6]], duplicates=[3])
+    other = (tmp_path / "longer" / "train-duplicates.arrow").read_bytes()
+    (train.folder / "train-duplicates.arrow").write_bytes(other)
+    with pytest.raises(DataError, match="names documents that the train split does not have"):
+        TokenShards.open(train.folder).split("train")

@@ -2,19 +2,34 @@
 
 import gzip
 import json
+import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from stacking_ds.data.sources import open_source
+from stacking_ds.data.sources.documents import Document, Fault, Reading
+from stacking_ds.data.sources.names import open_source
 from stacking_ds.errors import DataError
 
 TEXTS = ["The first document.\nIt has two paragraphs.", "The second döcument."]
 
 
-def texts_of(name):
-    return [document.text for document in open_source(str(name)).documents()]
+def items_of(name, piece_bytes=2**40, text_key="text", **options):
+    """What a source yields, piece by piece, with the places."""
+    source, found = open_source(str(name), **options), []
+    for piece in source.pieces(piece_bytes, text_key):
+        reader = source.open(piece, Reading(text_key, max_bytes=1000))
+        found.extend((item, reader.place(item.number)) for item in reader.items())
+    return found
+
+
+def texts_of(name, *arguments, **options):
+    items = [item for item, _ in items_of(name, *arguments, **options)]
+    assert all(isinstance(item, Document) for item in items), items
+    return [item.text for item in items]
 
 
 def json_lines(texts):
@@ -51,12 +66,69 @@ def test_folders_and_globs_are_read_in_the_order_of_names(tmp_path):
     assert texts_of(tmp_path / "[bc].txt") == ["document b.txt", "document c.txt"]
 
 
-def test_identity_follows_the_content(tmp_path):
+TEXT = st.text(st.sampled_from("ab é\r\n\t\x85"), max_size=60)
+
+
+@given(TEXT, st.integers(1, 40))
+@settings(max_examples=300, deadline=None)
+def test_a_text_file_cut_anywhere_has_the_same_documents_and_places(tmp_path_factory, text, size):
+    path = tmp_path_factory.getbasetemp() / "cut.txt"
+    path.write_bytes(text.encode())
+    whole, cut = items_of(path), items_of(path, size)
+    assert [(item.text, place) for item, place in cut] == [
+        (item.text, place) for item, place in whole
+    ]
+    words = [" ".join(part.split()) for part in text.split()]
+    assert " ".join(item.text for item, _ in whole).split() == words
+
+
+@given(st.lists(st.text("ab\n é", max_size=12), max_size=12), st.integers(1, 60))
+@settings(max_examples=200, deadline=None)
+def test_json_lines_cut_anywhere_have_the_same_documents(tmp_path_factory, texts, size):
+    path = tmp_path_factory.getbasetemp() / "cut.jsonl"
+    path.write_bytes(json_lines(texts).replace(b"}\n", b"}\n \n"))
+    assert texts_of(path, size) == texts
+    assert [place for _, (place, _) in items_of(path, size)] == [
+        f"cut.jsonl:{2 * number + 1}" for number in range(len(texts))
+    ]
+
+
+def test_large_files_are_cut_into_pieces_of_the_size_asked_for(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(json_lines([f"document {number}" for number in range(1000)]))
+    size = path.stat().st_size
+    pieces = open_source(str(path)).pieces(size // 10, "text")
+    assert len(pieces) == 10
+    assert (pieces[0].start, pieces[-1].stop) == (0, size)
+    assert all(abs(piece.stop - piece.start - size // 10) < 100 for piece in pieces)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
+    assert len(open_source(str(tmp_path / "a.jsonl.gz")).pieces(10, "text")) == 1
+
+
+def test_tables_are_cut_between_row_groups_and_batches(tmp_path):
+    texts = [f"document {number}" for number in range(100)]
+    table = pa.table({"text": pa.array(texts, pa.large_string())})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=10)
+    with (
+        pa.OSFile(str(tmp_path / "b.arrow"), "wb") as file,
+        pa.ipc.new_file(file, table.schema) as writer,
+    ):
+        writer.write_table(table, max_chunksize=7)
+    for name in ("a.parquet", "b.arrow"):
+        assert len(open_source(str(tmp_path / name)).pieces(500, "text")) > 3
+        items = items_of(tmp_path / name, 500)
+        assert [item.text for item, _ in items] == texts
+        assert [place for _, (place, _) in items] == [f"{name}:{row}" for row in range(1, 101)]
+    sizes = [item.source_bytes for item, _ in items_of(tmp_path / "a.parquet", 500)]
+    assert abs(sum(sizes) - (tmp_path / "a.parquet").stat().st_size) < 200
+
+
+def test_identity_needs_no_reading_and_follows_name_and_size(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("one")
-    before = open_source(str(path)).identity()
-    path.write_text("two")
-    assert open_source(str(path)).identity() != before
+    assert open_source(str(path)).identity() == ["a.txt, 3 bytes"]
+    path.write_text("three")
+    assert open_source(str(path)).identity() == ["a.txt, 5 bytes"]
 
 
 @pytest.mark.parametrize(
@@ -67,24 +139,39 @@ def test_identity_follows_the_content(tmp_path):
         ("a.jsonl", b"[1]\n", "line 1 has no string under the key 'text' .it has list"),
         ("a.jsonl", b'{"text": "a \\ud800 b"}\n', "a.jsonl, line 1 holds half a character"),
         ("a.jsonl", b'{"text": "x"}\n{"text"\n', "a.jsonl, line 2 is not JSON"),
+        ("a.jsonl", b"[" * 900 + b"\n", "a.jsonl, line 1 is not JSON"),
         ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl, line 1 is not UTF-8"),
+        (
+            "a.jsonl",
+            b'{"text": "' + b"x" * 999 + b'"}',
+            "a.jsonl, line 1 starts a line .* 1,000 by",
+        ),
         ("a.txt", b"fine\nnot \xff fine\n", r"a.txt, line 2 is not UTF-8 \(byte 4 of the line\)"),
-        ("a.jsonl.gz", b"no gzip at all", "a.jsonl.gz is a broken gzip file"),
-        ("a.jsonl.gz", gzip.compress(json_lines(TEXTS * 99))[:60], "is a broken gzip file"),
-        ("a.parquet", b"PAR1 nonsense", "a.parquet cannot be read"),
-        ("a.arrow", b"ARROW1 nonsense", "a.arrow cannot be read"),
+        ("a.txt", b"fine\n\n" + b"not fine\n" * 120, "a.txt, line 3 starts a line or document of"),
+        ("a.txt.gz", b"no gzip at all", "a.txt.gz, line 1 is in a broken gzip file"),
+        ("a.jsonl.gz", gzip.compress(json_lines(TEXTS * 99))[:60], "is in a broken gzip file"),
     ],
 )
-def test_damaged_files_are_named_with_the_line(tmp_path, name, content, sentence):
+def test_faults_are_named_with_the_line(tmp_path, name, content, sentence):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=sentence):
-        texts_of(tmp_path / name)
+    faults = [
+        f"{place} {item.sentence}"
+        for item, (_, place) in items_of(tmp_path / name)
+        if isinstance(item, Fault)
+    ]
+    assert len(faults) == 1
+    assert re.search(sentence, faults[0]), faults
 
 
-def test_tables_without_text_are_refused(tmp_path):
+def test_damaged_tables_and_tables_without_text_are_refused_before_they_are_read(tmp_path):
+    for name in ("a.parquet", "a.arrow"):
+        (tmp_path / name).write_bytes(b"ARROW1 nonsense")
+        with pytest.raises(DataError, match=f"{name} cannot be read"):
+            open_source(str(tmp_path / name)).pieces(1000, "text")
     pq.write_table(pa.table({"body": ["x"]}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match=r"a.parquet has no column 'text', only \['body'\]"):
         texts_of(tmp_path / "a.parquet")
+    assert texts_of(tmp_path / "a.parquet", text_key="body") == ["x"]
     pq.write_table(pa.table({"text": [1]}), tmp_path / "b.parquet")
     with pytest.raises(DataError, match="the column 'text' holds int64, not strings"):
         texts_of(tmp_path / "b.parquet")
@@ -96,26 +183,73 @@ def test_sources_that_do_not_exist_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"holds no \.txt"):
         open_source(str(tmp_path))
     (tmp_path / "a.csv").write_text("x")
-    with pytest.raises(DataError, match=r"a.csv is none of the known kinds: .txt, .jsonl"):
+    with pytest.raises(DataError, match=r"a.csv is none of the known kinds: .txt, .txt.gz, .jsonl"):
         open_source(str(tmp_path / "a.csv"))
     with pytest.raises(DataError, match="names no dataset"):
         open_source("hf:")
 
 
-def test_hugging_face_names_are_taken_apart_and_streamed(monkeypatch):
+@pytest.fixture
+def dataset(tmp_path, monkeypatch):
+    """A dataset of three files in a folder, which `datasets` reads without a network."""
+    pytest.importorskip("datasets")
+    folder = tmp_path / "books"
+    folder.mkdir()
+    for shard in range(3):
+        table = pa.table({"text": [f"document {shard} {row}" for row in range(4)]})
+        pq.write_table(table, folder / f"train-{shard}.parquet")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return f"hf:{folder}"
+
+
+def test_hugging_face_datasets_are_streamed_a_shard_a_piece(dataset):
+    items = items_of(dataset)
+    assert [item.text for item, _ in items] == [
+        f"document {s} {r}" for s in range(3) for r in range(4)
+    ]
+    assert items[5][1] == (f"{dataset}:1:2", f"{dataset}, shard 1, row 2")
+    assert len(open_source(dataset).pieces(1, "text")) == 3
+    assert open_source(dataset).identity() == [dataset]
+    with pytest.raises(DataError, match=r"books has no column 'body', only \['text'\]"):
+        items_of(dataset, text_key="body")
+
+
+def test_hugging_face_datasets_are_downloaded_and_cut_by_rows(dataset, tmp_path, monkeypatch):
+    import datasets
+
+    load_dataset, asked = datasets.load_dataset, []
+
+    def load(path, config, **options):
+        asked.append((path, config, options))
+        return load_dataset(path, config, **options, cache_dir=str(tmp_path / "cache"))
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    source = f"{dataset}@train[:75%]"
+    items = items_of(source, 40, download=True)
+    expected = [f"document {s} {r}" for s in range(3) for r in range(4)][:9]
+    assert [item.text for item, _ in items] == expected
+    assert [place for _, (place, _) in items] == [f"{source}:{row}" for row in range(1, 10)]
+    assert len(open_source(source, download=True).pieces(40, "text")) > 2
+    assert asked[0] == (
+        dataset.removeprefix("hf:"),
+        None,
+        {"split": "train[:75%]", "streaming": False},
+    )
+
+
+def test_hugging_face_names_are_taken_apart(monkeypatch):
     datasets = pytest.importorskip("datasets")
     asked = []
 
     def load_dataset(path, config, *, split, streaming):
         asked.append((path, config, split, streaming))
-        return iter([{"text": text} for text in TEXTS])
+        return datasets.IterableDataset.from_generator(lambda: iter([{"text": "one"}]))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert texts_of("hf:wikimedia/wikipedia:20231101.en@train[:1%]") == TEXTS
-    assert texts_of("hf:books") == TEXTS
-    assert open_source("hf:books@train").identity() == ["hf:books@train"]
+    assert texts_of("hf:wikimedia/wikipedia:20231101.en@validation") == ["one"]
+    assert texts_of("hf:books") == ["one"]
     assert asked == [
-        ("wikimedia/wikipedia", "20231101.en", "train[:1%]", True),
+        ("wikimedia/wikipedia", "20231101.en", "validation", True),
         ("books", None, "train", True),
     ]
 

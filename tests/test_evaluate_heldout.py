@@ -18,7 +18,9 @@ from tests.runs import small_recipe
 def _evaluate(world: World, config: RunConfig) -> tuple[HeldOut, bool]:
     job = Job.check(config)
     model = BertForPreTraining(job.model_config(2), seed=4)
-    result = evaluate_heldout(model, job.heldout_steps(world.rank, world.size), world)
+    result = evaluate_heldout(
+        model, job.heldout_steps(world.rank, world.size, job.phases.at(0)), world
+    )
     return result, model.training
 
 
@@ -38,7 +40,7 @@ def test_dropout_is_off_and_the_ranks_agree(tmp_path: Path) -> None:
     job = Job.check(config)
     model = BertForPreTraining(job.model_config(2), seed=4).eval()
     total, right, targets = 0.0, 0, 0
-    for rank_step in job.heldout_steps(0, 1):
+    for rank_step in job.heldout_steps(0, 1, job.phases.at(0)):
         for batch in rank_step.micro_batches:
             with torch.no_grad():
                 logits, _ = model(

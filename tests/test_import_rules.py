@@ -13,7 +13,7 @@ PACKAGE = REPOSITORY / "stacking_ds"
 # A module imports from lines above its own, or from its own folder; never from its neighbours.
 ORDER = (
     ("errors",),
-    ("stages", "fragments", "bundled"),
+    ("stages", "phases", "fragments", "bundled"),
     ("config",),
     ("recipe",),
     ("distributed",),
@@ -25,7 +25,7 @@ ORDER = (
     ("job",),
     ("monitor", "meter"),
     ("evaluate", "export", "report"),
-    ("from_checkpoint",),
+    ("from_checkpoint", "checkpoint_commands"),
     ("stage_manager", "resume"),
     ("trainer",),
     ("bench",),

@@ -28,14 +28,17 @@ def test_a_line_is_the_mean_of_its_steps() -> None:
     for mlm_loss, tokens, seconds in ((4.0, 100, 1.0), (2.0, 300, 3.0)):
         result = _result(mlm_loss, tokens)
         state.count(result, samples=8, seconds=seconds)
-        interval.count(result, seconds)
+        interval.count(result, seconds, waited_seconds=seconds / 8)
     line = metrics_line(
         state,
         interval,
         num_hidden_layers=2,
+        phase=1,
+        sequence_length=16,
         flops_per_token=1e6,
         peak_flops_per_second=1e9,
-        remaining_layer_steps=12,
+        slots_per_step=160,
+        remaining_work=12 * 160,
         extra={"eval/mlm_loss": 5.0},
     )
     assert line["train/mlm_loss"] == 3.0
@@ -43,6 +46,8 @@ def test_a_line_is_the_mean_of_its_steps() -> None:
     assert line["speed/tokens_per_second"] == 100.0
     assert line["speed/step_seconds"] == 2.0
     assert line["speed/model_flops_utilization"] == pytest.approx(0.1)
-    # 4 seconds trained 2 steps of 2 layers: a second a layer, and 12 layers to go
+    assert line["speed/data_wait_share"] == 0.125
+    assert (line["phase"], line["sequence_length"]) == (1, 16)
+    # 4 seconds trained 2 steps of 2 layers: a second a layer, and 12 layers of such steps to go
     assert line["speed/remaining_seconds"] == 12.0
     assert line["eval/mlm_loss"] == 5.0

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from stacking_ds.data.prepare import prepare
+from stacking_ds.data.prepare.run import prepare
 from stacking_ds.recipe import load_run_config
 from tests.ranks import run_ranks
 from tests.runs import losses, metrics, train_small

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stacking_ds.errors import StageError
-from stacking_ds.stages import Stage, StageSchedule, steps_for_tokens
+from stacking_ds.stages import Stage, StageSchedule
 
 SCHEDULE = StageSchedule.from_depths([(2, 3), (4, 2), (8, 4)])
 
@@ -121,15 +121,3 @@ def test_stages_tile_the_run(stages: list[tuple[int, int]]) -> None:
     assert schedule.layer_steps == sum(depths)
     for step in range(len(depths)):
         assert next(schedule.remaining(step)) == schedule.at(step)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "steps"), [(1, 1), (1023, 1), (1024, 1), (1025, 2), (2048, 2), (10_000_000, 9766)]
-)
-def test_steps_for_tokens_rounds_up(tokens: int, steps: int) -> None:
-    assert steps_for_tokens(tokens, global_batch_size=8, sequence_length=128) == steps
-
-
-def test_steps_for_tokens_refuses_nothing() -> None:
-    with pytest.raises(StageError, match="tokens=0"):
-        steps_for_tokens(0, global_batch_size=8, sequence_length=128)

@@ -10,7 +10,7 @@ from transformers import BertForPreTraining as HuggingFaceBert
 
 from stacking_ds import run_directory, trainer
 from stacking_ds.config import RunConfig
-from stacking_ds.data.prepare import prepare
+from stacking_ds.data.prepare.run import prepare
 from stacking_ds.distributed import World
 from stacking_ds.errors import NonFiniteError, UserError
 from stacking_ds.job import Job
@@ -110,7 +110,8 @@ def test_the_exported_model_has_the_trainers_heldout_loss(shards: Path, referenc
     assert model.config.num_hidden_layers == 4
     config = small_recipe(reference.parent, shards, "engine.deepspeed=zero0")
     total, targets = 0.0, 0
-    for rank_step in Job.check(config).heldout_steps(0, 1):
+    job = Job.check(config)
+    for rank_step in job.heldout_steps(0, 1, job.phases.at(0)):
         for batch in rank_step.micro_batches:
             with torch.no_grad():
                 logits = model(

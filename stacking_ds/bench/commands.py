@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stacking_ds.bench.data_commands import add_data_bench
 from stacking_ds.bench.lamb_commands import add_lamb
 from stacking_ds.errors import ConfigError
 from stacking_ds.growth.operators import OPERATORS
@@ -65,6 +66,13 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
             allow_abbrev=False,
             name="lamb",
             help="what a LAMB step sends, and its time beside a plain loop, apex and DeepSpeed",
+        )
+    )
+    add_data_bench(
+        benches.add_parser(
+            allow_abbrev=False,
+            name="data",
+            help="preparing text beside `datasets.map`, its memory, masking and loading",
         )
     )
 

@@ -1,12 +1,13 @@
 """The figures of `stacking-ds bench lamb` for people: a table a part, and the targets."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from stacking_ds.bench.lamb import BYTES_PER_PARAMETER
 from stacking_ds.bench.lamb_traffic import BYTES_PER_TENSOR
+from stacking_ds.bench.targets import Target, grid
 
-__all__ = ["LambTarget", "lamb_table", "lamb_targets"]
+__all__ = ["lamb_table", "lamb_targets"]
 
 Figures = Mapping[str, Any]
 """By part, what its `measure_…` returns, or {"not_measured": why}."""
@@ -19,39 +20,12 @@ _STEPS = {
 }
 
 
-class LambTarget(NamedTuple):
-    """A figure, and what it should be; `value` is None where it was not measured, and `note` then
-    says why."""
-
-    name: str
-    relation: str
-    limit: float
-    value: float | None
-    note: str
-
-    @property
-    def verdict(self) -> str:
-        if self.value is None:
-            return "not measured"
-        return "met" if self._holds(self.value) else "MISSED"
-
-    def _holds(self, value: float) -> bool:
-        if self.relation == "=":
-            return value == self.limit
-        return value <= self.limit if self.relation == "<=" else value >= self.limit
-
-    def line(self) -> str:
-        value = "" if self.value is None else f"{self.value:.3g} "
-        note = f" ({self.note})" if self.note else ""
-        return f"{self.name}: target {self.relation} {self.limit:g}: {value}{self.verdict}{note}"
-
-
-def lamb_targets(figures: Figures) -> list[LambTarget]:
+def lamb_targets(figures: Figures) -> list[Target]:
     """What was promised of the step, one row each, measured or not."""
     return [*_communication_targets(figures), _cpu_target(figures), *_gpu_targets(figures)]
 
 
-def _communication_targets(figures: Figures) -> list[LambTarget]:
+def _communication_targets(figures: Figures) -> list[Target]:
     found = figures["communication"]
     cases = found.get("cases", ())
     unsharded = [len(case["collectives"]) for case in cases if case["zero_stage"] == 0]
@@ -69,9 +43,7 @@ def _communication_targets(figures: Figures) -> list[LambTarget]:
         ("bytes of them for each parameter tensor", BYTES_PER_TENSOR, sizes),
     ]
     why = found.get("not_measured", "")
-    return [
-        LambTarget(name, "=", limit, _furthest(values, limit), why) for name, limit, values in rows
-    ]
+    return [Target(name, "=", limit, _furthest(values, limit), why) for name, limit, values in rows]
 
 
 def _is_all_reduce(collective: Mapping[str, Any]) -> bool:
@@ -82,16 +54,16 @@ def _furthest(values: Sequence[float], limit: float) -> float | None:
     return max(values, key=lambda value: abs(value - limit), default=None)
 
 
-def _cpu_target(figures: Figures) -> LambTarget:
+def _cpu_target(figures: Figures) -> Target:
     found = figures["cpu"]
     value = None
     if "seconds" in found:
         value = _least(found, "blocked") / _least(found, "loop")
     why = found.get("not_measured", "one thread, process CPU time")
-    return LambTarget("CPU: blocked / plain loop", "<=", 0.75, value, why)
+    return Target("CPU: blocked / plain loop", "<=", 0.75, value, why)
 
 
-def _gpu_targets(figures: Figures) -> list[LambTarget]:
+def _gpu_targets(figures: Figures) -> list[Target]:
     found = figures["gpu"]
     why = found.get("not_measured", "")
     steps = found.get("steps", {})
@@ -101,24 +73,22 @@ def _gpu_targets(figures: Figures) -> list[LambTarget]:
     unseen = "torch.profiler saw no kernel" if None in counts else why
     ratio = None if ours is None else _device(ours) / found["floor_seconds"]
     return [
-        LambTarget(
-            f"GPU: ours / time of {BYTES_PER_PARAMETER} B a parameter", "<=", 1.5, ratio, why
-        ),
-        LambTarget(
+        Target(f"GPU: ours / time of {BYTES_PER_PARAMETER} B a parameter", "<=", 1.5, ratio, why),
+        Target(
             "GPU: wall time from an idle device / floor",
             "<=",
             1.5,
             None if by_group is None else _wall(by_group) / found["floor_seconds"],
             why or "a flat tensor for each group, as at ZeRO 1, 2, 3",
         ),
-        LambTarget(
+        Target(
             "GPU: kernels of a step, however many calls",
             "<=",
             12,
             None if None in counts else max(counts, default=None),
             unseen,
         ),
-        LambTarget(
+        Target(
             "GPU: waits of the host for the device",
             "=",
             0,
@@ -130,13 +100,13 @@ def _gpu_targets(figures: Figures) -> list[LambTarget]:
     ]
 
 
-def _rival_target(name: str, limit: float, steps: Figures, why: str) -> LambTarget:
+def _rival_target(name: str, limit: float, steps: Figures, why: str) -> Target:
     label = _STEPS[name].partition(",")[0]
     theirs = steps.get(name, {"not_measured": why})
     if "not_measured" in theirs:
-        return LambTarget(f"GPU: {label} / ours", ">=", limit, None, theirs["not_measured"])
+        return Target(f"GPU: {label} / ours", ">=", limit, None, theirs["not_measured"])
     value = _device(theirs) / _device(steps["triton"])
-    return LambTarget(f"GPU: {label} / ours", ">=", limit, value, "")
+    return Target(f"GPU: {label} / ours", ">=", limit, value, "")
 
 
 def _least(found: Figures, name: str) -> float:
@@ -193,7 +163,7 @@ def _communication(found: Figures) -> str:
         f"what optimizer.step asks torch.distributed for in one training step, on "
         f"{found['ranks']} ranks,\nof a tiny BERT of {found['layers']} layers with {tensors} "
         f"parameter tensors (2 fp64 sums of each: {tensors * BYTES_PER_TENSOR:,} bytes)\n"
-        + _grid(["ZeRO", "parameter groups", "calls", "collectives", "bytes of each"], rows)
+        + grid(["ZeRO", "parameter groups", "calls", "collectives", "bytes of each"], rows)
     )
 
 
@@ -216,7 +186,7 @@ def _cpu(found: Figures) -> str:
         f"{_stepped_on(found)}: CPU time of one thread, least of {found['rounds']} rounds in which "
         f"all take turns,\nand how much of it the operating system took, for new pages; copies at "
         f"{found['copy_gb_per_second']:.1f} GB/s, read and written\n"
-        + _grid(["", "ms", "system ms", "/ loop", "/ floor"], rows)
+        + grid(["", "ms", "system ms", "/ loop", "/ floor"], rows)
     )
 
 
@@ -258,19 +228,10 @@ def _gpu(found: Figures) -> str:
         f"host: its time to go through the step;\n"
         f"wall: from an idle device to the end of its work, as in training;\n"
         f"copies at {found['copy_gb_per_second']:,.0f} GB/s, read and written\n"
-        + "\n".join([_grid(head, rows), *star, *reasons])
+        + "\n".join([grid(head, rows), *star, *reasons])
     )
 
 
 def _stepped_on(found: Figures) -> str:
     count = found["parameters"] / 1e6
     return f"{count:.1f} M parameters in {found['parameter_tensors']} tensors"
-
-
-def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns also line up as plain text; the first one holds names."""
-    lines = [list(head), *map(list, rows)]
-    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
-    cells = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
-    cells.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)

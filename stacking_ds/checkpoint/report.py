@@ -272,11 +272,15 @@ def _plans(manifest: Manifest, config: RunConfig) -> dict[str, str]:
         return facts
     if step in schedule.boundaries:
         facts["step"] += f", a boundary: {schedule.at(step).num_hidden_layers:,} layers come next"
-    rate, rows = LearningRateSchedule.of(config, schedule).at(step), config.batch.global_batch_size
+    rate, phase = (
+        LearningRateSchedule.of(config, schedule).at(step),
+        config.phase_schedule().at(step),
+    )
+    first, last = phase.first_row(step), phase.first_row(step + 1) - 1
     return facts | {
         "learning rate": f"{rate:.4g} in the next step, a function of the step",
-        "data position": f"samples {rows * step:,} to {rows * (step + 1) - 1:,} come next; their "
-        f"order and masks are functions of seed {config.seed} and the step",
+        "data position": f"rows {first:,} to {last:,} of {phase.sequence_length:,} tokens come "
+        f"next; their order and masks are functions of seed {config.seed} and the step",
         "random state": f"none is saved: dropout is a function of seed {config.seed}, step and "
         f"rank",
     }

@@ -1,5 +1,5 @@
-"""Raw English text -> WordPiece vocabulary -> token shards -> deterministic global batches.
+"""Raw English text -> WordPiece vocabulary -> token shards -> rows -> deterministic global batches.
 
 Read in this order: sources, embedded, tokenizer, prepare, manifest, shards, counter_random,
-samples, masking, batches, loader, unigram.
+examples, packing, layout, layout_store, masking, batches, assembly, loader, unigram.
 """

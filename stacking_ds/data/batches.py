@@ -1,10 +1,11 @@
 """What one rank computes on: micro-batches of tensors of fixed shape.
 
-Shapes: B rows, S positions, M masked positions.
+Shapes: B rows, S positions, M masked positions, E examples.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -16,35 +17,58 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch.
+    """Rows, such as a micro-batch.
 
-    Rows without weight, which fill up what does not divide by the ranks, are [CLS] [SEP] and
-    padding: they have no masked position, and the next-sentence label -100.
+    A row holds one example, or several where rows are packed. Rows without weight, which fill up
+    what does not divide by the ranks, are one example of [CLS] [SEP]: no masked position, and the
+    next-sentence label -100.
     """
 
     input_ids_BS: torch.Tensor  # int64
     token_type_ids_BS: torch.Tensor  # int64; 0 for [CLS] A [SEP], 1 for B [SEP], 0 for padding
-    attention_mask_BS: torch.Tensor  # bool; True where there is a token
+    attention_mask_BS: torch.Tensor  # int64; 0: padding, k: the k-th example of the row
+    position_ids_BS: torch.Tensor | None  # int64; counted within each example; None if not packed
     mlm_positions_M: torch.Tensor  # int64; b * S + s, ascending
     mlm_labels_M: torch.Tensor  # int64; the tokens that stood at these positions
-    next_sentence_label_B: torch.Tensor  # int64; 0: B follows A, 1: it is random, -100: no weight
-    real_tokens: int  # tokens of the rows with weight, [CLS] and [SEP] included
+    first_positions_E: torch.Tensor  # int64; b * S + s of each example's [CLS], ascending
+    next_sentence_label_E: torch.Tensor  # int64; 0: B follows A, 1: it is random, -100: no weight
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
         """The batch on `device`."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        moved: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, value in moved.items():
+            if value is not None:
+                moved[name] = value.to(device, non_blocking=non_blocking)
+        return Batch(**moved)
 
-    def pin_memory(self) -> "Batch":
-        """The batch in page-locked memory; torch's DataLoader calls this."""
-        return self._map(lambda tensor: tensor.pin_memory())
+    @property
+    def model_inputs(self) -> tuple[torch.Tensor | None, ...]:
+        """What the model's forward takes, in its order."""
+        return (
+            self.input_ids_BS,
+            self.token_type_ids_BS,
+            self.attention_mask_BS,
+            self.mlm_positions_M,
+            self.position_ids_BS,
+            self.first_positions_E,
+        )
 
-    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
-        tensors = {
-            field.name: function(getattr(self, field.name))
-            for field in fields(self)
-            if field.name != "real_tokens"
-        }
-        return Batch(**tensors, real_tokens=self.real_tokens)
+    def rows(self, start: int, stop: int) -> "Batch":
+        """Views of the rows [start, stop)."""
+        slots = torch.tensor([start, stop]) * self.input_ids_BS.shape[1]
+        masked = slice(*torch.searchsorted(self.mlm_positions_M, slots).tolist())
+        examples = slice(*torch.searchsorted(self.first_positions_E, slots).tolist())
+        positions = self.position_ids_BS
+        return Batch(
+            self.input_ids_BS[start:stop],
+            self.token_type_ids_BS[start:stop],
+            self.attention_mask_BS[start:stop],
+            None if positions is None else positions[start:stop],
+            self.mlm_positions_M[masked] - slots[0],
+            self.mlm_labels_M[masked],
+            self.first_positions_E[examples] - slots[0],
+            self.next_sentence_label_E[examples],
+        )
 
 
 @dataclass(frozen=True)
@@ -52,17 +76,50 @@ class RankStep:
     """One rank's share of a global batch: as many micro-batches, of the same shape, on each rank.
 
     The counts are this rank's; summed over the ranks they are what the losses are divided by.
+    Build it with `of`.
     """
 
-    micro_batches: tuple[Batch, ...]
+    content: torch.Tensor
+    """All tensors of the batch in one: each one that a loader's process hands on costs a file held
+    open and a third of a millisecond."""
+    shapes: tuple[tuple[int, ...] | None, ...]
+    micro_batch_size: int
     mlm_targets: int
     nsp_targets: int
     real_tokens: int
+    """Tokens of the rows with weight, [CLS] and [SEP] included."""
+
+    @classmethod
+    def of(cls, batch: Batch, micro_batch_size: int, real_tokens: int) -> "RankStep":
+        """The step of these rows, `real_tokens` of whose tokens carry weight."""
+        parts = [getattr(batch, field.name) for field in fields(batch)]
+        return cls(
+            torch.cat([part.flatten() for part in parts if part is not None]),
+            tuple(None if part is None else tuple(part.shape) for part in parts),
+            micro_batch_size,
+            mlm_targets=len(batch.mlm_labels_M),
+            nsp_targets=int((batch.next_sentence_label_E != IGNORE_INDEX).sum()),
+            real_tokens=real_tokens,
+        )
+
+    @property
+    def batch(self) -> Batch:
+        """All rows of the rank."""
+        sizes = [math.prod(shape) for shape in self.shapes if shape is not None]
+        parts = iter(torch.split(self.content, sizes))
+        return Batch(
+            *(None if shape is None else next(parts).view(shape) for shape in self.shapes)  # type: ignore[arg-type]
+        )
+
+    @property
+    def micro_batches(self) -> list[Batch]:
+        """The rows, so many at a time."""
+        batch = self.batch
+        return [
+            batch.rows(start, start + self.micro_batch_size)
+            for start in range(0, len(batch.input_ids_BS), self.micro_batch_size)
+        ]
 
     def pin_memory(self) -> "RankStep":
-        return RankStep(
-            tuple(batch.pin_memory() for batch in self.micro_batches),
-            self.mlm_targets,
-            self.nsp_targets,
-            self.real_tokens,
-        )
+        """The step in page-locked memory; torch's DataLoader calls this."""
+        return replace(self, content=self.content.pin_memory())

@@ -72,18 +72,21 @@ def integers_below(bits: Words, limits: Any) -> NDArray[np.int64]:
 class KeyedPermutation:
     """A pseudo-random permutation of [0, size) that holds no list.
 
-    A balanced Feistel network (Luby and Rackoff 1988) permutes the next power of four; an image
-    outside [0, size) is permuted again until it falls inside ("cycle walking", Black and Rogaway
-    2002), which keeps the map a bijection and takes fewer than four rounds on average.
+    A Feistel network (Luby and Rackoff 1988), its halves as equal as they can be, permutes the next
+    power of two; an image outside [0, size) is permuted again until it falls inside ("cycle
+    walking", Black and Rogaway 2002), which keeps the map a bijection and takes fewer than two
+    turns on average.
     """
 
     def __init__(self, size: int, key: Words) -> None:
         if not 0 < size < 2**62:
             raise ValueError(f"a permutation needs a size from 1 to 2**62, not {size}")
         self.size = size
-        half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
-        self._half_bits = np.uint64(half_bits)
-        self._half_mask = np.uint64((1 << half_bits) - 1)
+        bits = max(2, (size - 1).bit_length())
+        # the halves change places, and with them their widths, in each of an even number of rounds
+        self._right_bits = np.uint64(bits // 2)
+        self._right_mask = np.uint64((1 << bits // 2) - 1)
+        self._masks = [np.uint64((1 << width) - 1) for width in (bits - bits // 2, bits // 2)]
         self._round_keys = random_bits(key, np.arange(_FEISTEL_ROUNDS))
 
     def __call__(self, indices: Any) -> NDArray[np.int64]:
@@ -96,7 +99,8 @@ class KeyedPermutation:
         return values.astype(np.int64)
 
     def _feistel(self, values: Words) -> Words:
-        left, right = values >> self._half_bits, values & self._half_mask
-        for key in self._round_keys:
-            left, right = right, left ^ (_mix(right * _GOLDEN + key) & self._half_mask)
-        return (left << self._half_bits) | right
+        left, right = values >> self._right_bits, values & self._right_mask
+        for number, key in enumerate(self._round_keys):
+            mask = self._masks[number % 2]
+            left, right = right, left ^ (_mix(right * _GOLDEN + key) & mask)
+        return (left << self._right_bits) | right

@@ -25,8 +25,10 @@ from stacking_ds.data.manifest import SplitName
 from stacking_ds.data.near_duplicates import SeenSentences
 from stacking_ds.errors import DataError
 
-__all__ = ["PACKAGES", "documents", "identity"]
+__all__ = ["PACKAGES", "TEXT_BYTES", "documents", "identity", "licences"]
 
+# About what comes out, for progress bars.
+TEXT_BYTES = 3_800_000
 # Raise it whenever other text comes out of the same packages.
 _CLEANING_VERSION = 1
 
@@ -77,15 +79,28 @@ _MIN_CHARACTERS = 300
 def identity() -> list[str]:
     """What the corpus is made of: the version of the cleaning, of Python and of each package."""
     versions = [f"embedded corpus, cleaning {_CLEANING_VERSION}"]
-    versions.append(f"python {platform.python_version()}")
+    return versions + [name for name, _ in licences()]
+
+
+def licences() -> list[tuple[str, str | None]]:
+    """Python and each package with its version, and the licence it states; None where it does
+    not."""
+    found: list[tuple[str, str | None]] = [(f"python {platform.python_version()}", "PSF-2.0")]
     for package, distribution in _DISTRIBUTIONS.items():
         if importlib.util.find_spec(package) is not None:
             try:
-                version = metadata.version(distribution)
+                stated = metadata.metadata(distribution)
             except metadata.PackageNotFoundError:
-                version = "of unknown version"
-            versions.append(f"{distribution} {version}")
-    return versions
+                found.append((f"{distribution} of unknown version", None))
+                continue
+            # old packages put the whole text there
+            lines = [
+                stated[field].strip().split("\n")[0][:80]
+                for field in ("License-Expression", "License")
+                if field in stated
+            ]
+            found.append((f"{distribution} {stated['Version']}", lines[0] if lines else None))
+    return found
 
 
 def documents(packages: Sequence[str] = PACKAGES) -> Iterator[tuple[SplitName, str]]:

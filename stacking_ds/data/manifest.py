@@ -10,9 +10,14 @@ from stacking_ds.errors import DataError
 
 __all__ = [
     "MANIFEST_NAME",
+    "UNFINISHED_NAME",
     "DataManifest",
+    "DuplicatesFile",
     "PrepareRequest",
+    "Record",
+    "Rejected",
     "ShardFile",
+    "SourceFile",
     "SplitManifest",
     "SplitName",
     "VocabularyFile",
@@ -21,24 +26,52 @@ __all__ = [
 ]
 
 MANIFEST_NAME = "manifest.json"
+# the folder inside a prepared one that is there until all is done
+UNFINISHED_NAME = ".unfinished"
 SplitName = Literal["train", "heldout"]
 
 
-class _Record(BaseModel):
+class Record(BaseModel):
+    """A strict, frozen model that is kept as JSON."""
+
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
 
-class PrepareRequest(_Record):
-    """What `prepare` was asked for. Equal requests on equal input give equal folders."""
+class PrepareRequest(Record):
+    """What `prepare` was asked for: enough to recognise it without reading the sources, whose
+    contents are in `DataManifest.sources`."""
 
     sources: tuple[str, ...]
     heldout_sources: tuple[str, ...]
     heldout_fraction: float
     vocabulary: str
+    text_key: str
 
 
-class ShardFile(_Record):
-    """One Arrow file of a split."""
+class SourceFile(Record):
+    """Something that was read: a file, a Hugging Face dataset, or a package of the embedded corpus.
+
+    `size_bytes` and `sha256` are None for what is no file, `licence` is None where unknown.
+    """
+
+    name: str
+    heldout: bool
+    size_bytes: int | None
+    sha256: str | None
+    licence: str | None
+
+
+class Rejected(Record):
+    """Documents that were left out for one reason, and the places of the first 20, such as
+    `wiki.jsonl:17` (line 17, or row 17 of a table)."""
+
+    reason: str
+    documents: int
+    first: tuple[str, ...]
+
+
+class ShardFile(Record):
+    """One Arrow file of a split, duplicates included."""
 
     name: str
     size_bytes: int
@@ -48,16 +81,29 @@ class ShardFile(_Record):
     tokens: int
 
 
-class SplitManifest(_Record):
-    """The counts of a split and the files that hold it, in order."""
+class DuplicatesFile(Record):
+    """The Arrow file that lists the documents of a split which do not count, and what they hold."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+    documents: int
+    sentences: int
+    tokens: int
+
+
+class SplitManifest(Record):
+    """What counts in a split, that is without its duplicates, and the files that hold it, in
+    order."""
 
     documents: int
     sentences: int
     tokens: int
     shards: tuple[ShardFile, ...]
+    duplicates: DuplicatesFile
 
 
-class VocabularyFile(_Record):
+class VocabularyFile(Record):
     """`vocab.txt` or `tokenizer.json`."""
 
     name: str
@@ -65,22 +111,30 @@ class VocabularyFile(_Record):
     sha256: str
 
 
-class DataManifest(_Record):
-    """Everything needed to trust and to read the folder. `licence` is None where unknown."""
+class DataManifest(Record):
+    """Everything needed to trust and to read the folder. `licence` is what the user said the text's
+    licence is, None where nothing was said; `text_bytes` is the size of the documents in all
+    shards, their words joined by single spaces."""
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     request: PrepareRequest
     licence: str | None
+    sources: tuple[SourceFile, ...]
     vocab_size: int
     vocabulary_sha256: str
     vocabulary_files: tuple[VocabularyFile, ...]
-    duplicate_documents: int
-    empty_documents: int
+    rejected: tuple[Rejected, ...]
+    text_bytes: int
     train: SplitManifest
     heldout: SplitManifest
 
     def split(self, name: SplitName) -> SplitManifest:
         return self.train if name == "train" else self.heldout
+
+    @property
+    def duplicate_documents(self) -> int:
+        """Over both splits."""
+        return self.train.duplicates.documents + self.heldout.duplicates.documents
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=2) + "\n"
@@ -92,6 +146,11 @@ def read_manifest(folder: Path) -> DataManifest:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
+        if (folder / UNFINISHED_NAME).is_dir():
+            raise DataError(
+                f"{folder} is unfinished: run the same `stacking-ds prepare` again, which goes on "
+                "where it stopped"
+            ) from error
         raise DataError(
             f"{folder} holds no prepared data ({MANIFEST_NAME} is missing); "
             "make it with `stacking-ds prepare`"
@@ -101,6 +160,11 @@ def read_manifest(folder: Path) -> DataManifest:
     try:
         return DataManifest.model_validate_json(text)
     except ValidationError as error:
+        if any(problem["loc"] == ("format_version",) for problem in error.errors()):
+            raise DataError(
+                f"{folder} was prepared in another version of the format; delete it and run "
+                "`stacking-ds prepare` again"
+            ) from error
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "the file"
         raise DataError(

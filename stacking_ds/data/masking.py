@@ -1,64 +1,305 @@
-"""Masked language modelling: which tokens to hide, and behind what (Devlin et al. 2019, section
-3.1, task 1): 80 % become [MASK], 10 % a random token, 10 % stay.
+"""Masked language modelling: which tokens to hide, and behind what.
 
-Shapes: B rows, S positions, M masked positions.
+An example's budget is its share of maskable tokens, rounded. Three ways of spending it:
+
+* tokens: single tokens, every set of them equally likely (Devlin et al. 2019, section 3.1, task 1);
+* whole words: words in random order, a word that would exceed the budget being passed over
+  (create_pretraining_data.py of BERT's release of 31 May 2019, `do_whole_word_mask`);
+* spans: from random words on, lengths in words from a truncated geometric distribution (Joshi et
+  al. 2020, SpanBERT, section 3.1).
+
+Of the chosen tokens 80 % become [MASK], 10 % a random token, 10 % stay; it is decided for every
+token by itself, under `spans` once for the whole span.
+
+A word is a run of maskable tokens of which all but the first continue a word (`##`). A token that
+may not be masked ([CLS], [SEP], [UNK], padding) therefore belongs to no word and parts those beside
+it, and no span crosses it.
+
+Shapes: E examples, T tokens of all examples, N maskable tokens, W words, D draws, C candidates, M
+masked tokens, V vocabulary. Bounds of the examples within a list have E + 1 entries and no letter.
 """
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stacking_ds.data.counter_random import derive_key, integers_below, random_bits
+from stacking_ds.data.tokenizer import special_ids
+from stacking_ds.errors import DataError
 
-__all__ = ["mask_tokens"]
+__all__ = ["MaskingName", "MaskingVocabulary", "mask_tokens"]
+
+MaskingName = Literal["tokens", "whole_words", "spans"]
+Integers = NDArray[np.int64]
+Flags = NDArray[np.bool_]
+Keys = NDArray[np.uint64]
 
 _WHICH, _HOW, _REPLACEMENT = range(3)
-# The rank of a position is decided by the upper bits of a random word, its lower bits name it.
-_POSITION_BITS = 16
+
+# SpanBERT's mean length of 3.8 words is that of the distribution cut off at 10 and rescaled; with
+# every longer span counted as 10 it would be 4.5.
+_SPAN_STOP, _LONGEST_SPAN = 0.2, 10
+
+
+@dataclass(frozen=True)
+class MaskingVocabulary:
+    """What masking has to know of a vocabulary.
+
+    `ordinary_ids` [n]: all but the special tokens, what random replacements are drawn from.
+    `continues_word_V` [V]: whether the token of this id continues a word (begins with ##).
+    """
+
+    mask_id: int
+    ordinary_ids: Integers
+    continues_word_V: Flags
+
+    @classmethod
+    def of(cls, vocabulary: Sequence[str]) -> "MaskingVocabulary":
+        """For `vocabulary` (token of id i at index i).
+
+        Raises DataError when it holds nothing but special tokens.
+        """
+        special = special_ids(vocabulary)
+        ordinary = np.setdiff1d(np.arange(len(vocabulary), dtype=np.int64), list(special))
+        if not len(ordinary):
+            raise DataError(
+                f"the vocabulary of {len(vocabulary)} tokens holds special tokens alone; masking "
+                "replaces tokens by ordinary ones, so take a vocabulary that has some"
+            )
+        continues = np.array([token.startswith("##") for token in vocabulary], dtype=np.bool_)
+        return cls(special.mask, ordinary, continues)
 
 
 def mask_tokens(
-    input_ids_BS: NDArray[np.int64],
-    maskable_BS: NDArray[np.bool_],
-    key_B: NDArray[np.uint64],
+    ids_T: Integers,
+    maskable_T: Flags,
+    example_offsets: Integers,
+    key_E: Keys,
     *,
+    masking: MaskingName,
     mlm_probability: float,
-    mask_id: int,
-    ordinary_ids: NDArray[np.int64],
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Hides tokens in `input_ids_BS`, in place, as a function of each row's key.
+    vocabulary: MaskingVocabulary,
+) -> tuple[Integers, Integers]:
+    """Hides tokens in `ids_T`, in place; example e is [example_offsets[e], example_offsets[e + 1]).
 
-    In each row round(mlm_probability * maskable positions) of the maskable positions are chosen,
-    at least one if there is any. Random tokens are drawn evenly from `ordinary_ids`.
+    What happens in an example is a function of its key, its tokens and which of them are maskable;
+    unmaskable tokens at its end change nothing. Its budget is round(mlm_probability * maskable
+    tokens), half a token counting as a whole, and at least one token if any is maskable. `tokens`
+    chooses exactly the budget. `whole_words` and `spans` choose at most the budget, and less only
+    by a number of tokens that no word left over is short enough for: none at all where every word
+    is longer than the budget.
 
-    Returns the flat positions b * S + s, ascending, and the tokens that stood there; both [M].
+    Returns the flat positions, ascending, and the tokens that stood there; both [M]. Raises
+    ValueError when the offsets do not fit the keys and the tokens.
     """
-    num_rows, sequence_length = input_ids_BS.shape
-    if sequence_length > 2**_POSITION_BITS:
-        raise ValueError(f"rows of {sequence_length} tokens exceed {2**_POSITION_BITS}")
-    column_S = np.arange(sequence_length, dtype=np.uint64)
-    rank_BS = random_bits(derive_key(key_B, _WHICH)[:, None], column_S)
-    rank_BS >>= np.uint64(_POSITION_BITS)
-    rank_BS <<= np.uint64(_POSITION_BITS)
-    rank_BS |= column_S
-    rank_BS[~maskable_BS] = np.iinfo(np.uint64).max
-    rank_BS.sort(axis=1)
+    _check_offsets(len(ids_T), example_offsets, len(key_E))
+    position_N = np.flatnonzero(maskable_T)
+    bounds = np.searchsorted(position_N, example_offsets)
+    budget_E = _budgets(np.diff(bounds), mlm_probability)
+    which_E = derive_key(key_E, _WHICH)
+    draw_M = None
+    if masking == "tokens":
+        positions_M = position_N[_choose_tokens(bounds, budget_E, which_E)]
+    else:
+        words = _find_words(vocabulary.continues_word_V[ids_T], maskable_T, example_offsets)
+        chosen, draw = _choose_words(words, budget_E, which_E, by_span=masking == "spans")
+        length = words.length(chosen)
+        before = np.cumsum(length) - length
+        positions_M = np.repeat(words.start(chosen) - before, length)
+        positions_M += np.arange(len(positions_M))
+        draw_M = np.repeat(draw, length) if masking == "spans" else None
 
-    maskable_B = maskable_BS.sum(axis=1)
-    wanted_B = np.maximum(np.floor(mlm_probability * maskable_B + 0.5), 1).astype(np.int64)
-    wanted_B = np.minimum(wanted_B, maskable_B)
-    chosen_BS = column_S < wanted_B[:, None].astype(np.uint64)
-    columns = (rank_BS[chosen_BS] & np.uint64(2**_POSITION_BITS - 1)).astype(np.int64)
-    rows = np.repeat(np.arange(num_rows), wanted_B)
-    positions_M = np.sort(rows * sequence_length + columns)
-
-    flat_ids = input_ids_BS.reshape(-1)
-    labels_M = flat_ids[positions_M]
-    row_M, column_M = np.divmod(positions_M, sequence_length)
-    how_M = integers_below(random_bits(derive_key(key_B, _HOW)[row_M], column_M), 10)
-    random_M = ordinary_ids[
-        integers_below(
-            random_bits(derive_key(key_B, _REPLACEMENT)[row_M], column_M), len(ordinary_ids)
-        )
+    labels_M = ids_T[positions_M]
+    example_M = _owners(np.searchsorted(positions_M, example_offsets))
+    place_M = positions_M - example_offsets[example_M]
+    decided_by_M = place_M if draw_M is None else draw_M
+    how_M = integers_below(random_bits(derive_key(key_E, _HOW)[example_M], decided_by_M), 10)
+    ids_T[positions_M] = np.where(how_M < 8, vocabulary.mask_id, labels_M)
+    random_R = np.flatnonzero(how_M == 8)
+    bits_R = random_bits(derive_key(key_E, _REPLACEMENT)[example_M[random_R]], place_M[random_R])
+    ids_T[positions_M[random_R]] = vocabulary.ordinary_ids[
+        integers_below(bits_R, len(vocabulary.ordinary_ids))
     ]
-    flat_ids[positions_M] = np.where(how_M < 8, mask_id, np.where(how_M < 9, random_M, labels_M))
     return positions_M, labels_M
+
+
+def _check_offsets(num_tokens: int, offsets: Integers, num_keys: int) -> None:
+    if len(offsets) != num_keys + 1:
+        raise ValueError(
+            f"{num_keys} examples have {num_keys + 1} offsets, not {len(offsets)}: give each its "
+            "start, and the end of the last one"
+        )
+    if offsets[0] != 0 or offsets[-1] != num_tokens or (np.diff(offsets) < 0).any():
+        raise ValueError(
+            f"example_offsets must rise from 0 to the {num_tokens} tokens given; they go from "
+            f"{offsets[0]} to {offsets[-1]}"
+        )
+
+
+def _budgets(maskable_E: Integers, mlm_probability: float) -> Integers:
+    wanted_E = np.floor(mlm_probability * maskable_E + 0.5).astype(np.int64)
+    budget_E: Integers = np.minimum(np.maximum(wanted_E, 1), maskable_E)
+    return budget_E
+
+
+def _owners(bounds: Integers) -> Integers:
+    """The example of each entry of a list that the examples share by `bounds`."""
+    return np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
+
+
+def _choose_tokens(bounds: Integers, budget_E: Integers, key_E: Keys) -> Integers:
+    """`budget_E` maskable tokens of each example, every set equally likely, as indices into N.
+
+    They are the first different ones in an endless row of draws, so that a round draws as many as
+    the rounds before it left missing. Where more than half is wanted, what to leave is drawn.
+    """
+    maskable_E = np.diff(bounds)
+    leave_E = 2 * budget_E > maskable_E
+    wanted_E = np.where(leave_E, maskable_E - budget_E, budget_E)
+    drawn_N = np.zeros(bounds[-1], dtype=np.bool_)
+    missing_E, drawn_E = wanted_E, np.zeros_like(wanted_E)
+    while missing_E.any():
+        example_D, draw_D = _next_draws(missing_E, drawn_E)
+        bits_D = random_bits(key_E[example_D], draw_D)
+        drawn_N[bounds[example_D] + integers_below(bits_D, maskable_E[example_D])] = True
+        drawn_E += missing_E
+        missing_E = wanted_E - np.diff(np.searchsorted(np.flatnonzero(drawn_N), bounds))
+    if leave_E.any():
+        drawn_N ^= np.repeat(leave_E, maskable_E)
+    return np.flatnonzero(drawn_N)
+
+
+@dataclass(frozen=True)
+class _Words:
+    """All words, in order. Word w is the tokens [edges[edge_W[w]], edges[edge_W[w] + 1]); the edges
+    are where words begin, the unmaskable tokens, and T."""
+
+    edges: Integers
+    edge_W: Integers
+    bounds: Integers
+
+    def start(self, words: Integers) -> Integers:
+        return self.edges[self.edge_W[words]]
+
+    def length(self, words: Integers) -> Integers:
+        edge = self.edge_W[words]
+        return self.edges[edge + 1] - self.edges[edge]
+
+
+def _find_words(continues_T: Flags, maskable_T: Flags, offsets: Integers) -> _Words:
+    is_edge = np.ones(len(maskable_T) + 1, dtype=np.bool_)
+    unmaskable_T = ~maskable_T
+    np.logical_or(~continues_T, unmaskable_T, out=is_edge[:-1])
+    is_edge[1:-1] |= unmaskable_T[:-1]
+    is_edge[offsets] = True
+    edges = np.flatnonzero(is_edge)
+    edge_W = np.flatnonzero(maskable_T[edges[:-1]])
+    return _Words(edges, edge_W, np.searchsorted(edge_W, np.searchsorted(edges, offsets)))
+
+
+def _choose_words(
+    words: _Words, budget_E: Integers, key_E: Keys, *, by_span: bool
+) -> tuple[Integers, Integers]:
+    """The chosen words, ascending, and the number of the draw each was chosen in.
+
+    A draw is a word of the example, every one equally likely, or the span that begins there. What
+    came in an earlier draw is ignored, which puts the words into a random order.
+    """
+    num_words, count_E = len(words.edge_W), np.diff(words.bounds)
+    room_E, drawn_E = budget_E.copy(), np.zeros_like(count_E)
+    seen_W, chosen_W = np.zeros(num_words, dtype=np.bool_), np.zeros(num_words, dtype=np.bool_)
+    draw_W = np.empty(num_words, dtype=np.int64)
+    # mostly enough; what is drawn in vain is as if it had not been drawn
+    draws_E = np.where(count_E > 0, budget_E // 4 + 2 if by_span else budget_E, 0)
+    while draws_E.any():
+        example_D, draw_D = _next_draws(draws_E, drawn_E)
+        bits_D = random_bits(key_E[example_D], draw_D)
+        word_D = words.bounds[example_D] + integers_below(bits_D, count_E[example_D])
+        if by_span:
+            word_D, source = _extend(words, word_D, _span_lengths(bits_D), example_D)
+            example_D, draw_D = example_D[source], draw_D[source]
+        fresh = _see(word_D, seen_W)
+        word_C, draw_C = word_D[fresh], draw_D[fresh]
+        bounds_C = np.searchsorted(example_D[fresh], np.arange(len(count_E) + 1))
+        taken = _fill_budgets(words.length(word_C), bounds_C, room_E)
+        chosen_W[word_C[taken]] = True
+        draw_W[word_C] = draw_C
+        drawn_E += draws_E
+        draws_E = np.where(_could_go_on(words, seen_W, room_E), drawn_E, 0)
+    chosen = np.flatnonzero(chosen_W)
+    return chosen, draw_W[chosen]
+
+
+def _next_draws(draws_E: Integers, drawn_E: Integers) -> tuple[Integers, Integers]:
+    """The example of each of the next `draws_E` draws, and its number in the example."""
+    bounds = np.concatenate(([0], np.cumsum(draws_E)))
+    example_D = _owners(bounds)
+    return example_D, np.arange(len(example_D)) + (drawn_E - bounds[:-1])[example_D]
+
+
+def _span_lengths(bits_D: Keys) -> Integers:
+    """Lengths from 1 to 10 words from the lower 32 bits of `bits_D`."""
+    longer = (1 - _SPAN_STOP) ** np.arange(1, _LONGEST_SPAN + 1)
+    limits = (1 - longer[:-1]) / (1 - longer[-1]) * 2**32
+    return 1 + np.searchsorted(limits.astype(np.uint32), bits_D.astype(np.uint32), side="right")
+
+
+def _extend(
+    words: _Words, first_D: Integers, length_D: Integers, example_D: Integers
+) -> tuple[Integers, Integers]:
+    """The words of the spans [first_D, first_D + length_D), each as far as neither an unmaskable
+    token nor the end of the example comes between, and the index of the span of each."""
+    ends = np.cumsum(length_D)
+    source = np.repeat(np.arange(len(length_D)), length_D)
+    place = np.arange(len(source)) - (ends - length_D)[source]
+    first = first_D[source]
+    word = np.minimum(first + place, words.bounds[example_D + 1][source] - 1)
+    unbroken = np.flatnonzero(words.edge_W[word] - words.edge_W[first] == place)
+    return word[unbroken], source[unbroken]
+
+
+def _see(word_C: Integers, seen_W: Flags) -> Integers:
+    """The indices at which a word stands for the first time; adds the words to `seen_W`."""
+    index_C = np.arange(len(word_C))
+    first_W = np.empty(len(seen_W), dtype=np.int64)
+    # of an index that is repeated the last assignment stays
+    first_W[word_C[::-1]] = index_C[::-1]
+    fresh = np.flatnonzero((first_W[word_C] == index_C) & ~seen_W[word_C])
+    seen_W[word_C] = True
+    return fresh
+
+
+def _could_go_on(words: _Words, seen_W: Flags, room_E: Integers) -> Flags:
+    """Whether an example has a word not drawn yet that fits into its room; [E]."""
+    unseen = np.flatnonzero(~seen_W & np.repeat(room_E > 0, np.diff(words.bounds)))
+    room = room_E[_owners(np.searchsorted(unseen, words.bounds))]
+    fitting = unseen[words.length(unseen) <= room]
+    could_E: Flags = np.diff(np.searchsorted(fitting, words.bounds)) > 0
+    return could_E
+
+
+def _fill_budgets(length_C: Integers, bounds: Integers, room_E: Integers) -> Integers:
+    """Which of the words, in the order given within each example, are taken: each one that still
+    fits when its turn comes. Returns their indices and lowers `room_E`.
+
+    What does not fit once never will, because the room only shrinks. So a round takes all words
+    up to the first that does not fit, and drops that one and all others as long.
+    """
+    index_C = np.arange(len(length_C))
+    taken = []
+    while len(length_C):
+        count_E = np.diff(bounds)
+        total = np.concatenate(([0], np.cumsum(length_C)))
+        before_E = total[bounds[:-1]]
+        stop_E = np.searchsorted(total, before_E + room_E, side="right") - 1
+        stop_E = np.minimum(stop_E, bounds[1:])
+        room_E -= total[stop_E] - before_E
+        takes_C = np.arange(len(length_C)) < np.repeat(stop_E, count_E)
+        taken.append(index_C[takes_C])
+        kept = np.flatnonzero(~takes_C & (length_C <= np.repeat(room_E, count_E)))
+        index_C, length_C = index_C[kept], length_C[kept]
+        bounds = np.searchsorted(kept, bounds)
+    return np.concatenate(taken) if taken else index_C

@@ -1,82 +1,144 @@
-"""Writes one split as Arrow files: one row a document, one record batch a file.
+"""Writes one Arrow file of a split: one row a document, one record batch a file.
 
 Columns: `tokens`, list<uint16> (uint32 for vocabularies of more than 65,536 tokens), the ids of
 the whole document without special tokens; `sentence_lengths`, list<int32>, which add up to the
-number of tokens. One record batch means that a file's tokens lie in one contiguous buffer.
+number of tokens; `document_hash`, uint64, the same for documents of the same words. One record
+batch means that a file's tokens lie in one contiguous buffer.
+
+Shapes: D documents, S sentences, T tokens.
 """
 
-from array import array
-from collections.abc import Sequence
+import glob
+import hashlib
+import os
+import uuid
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import DTypeLike, NDArray
 
-from stacking_ds.data.manifest import ShardFile, SplitManifest, SplitName, file_sha256
+from stacking_ds.data.manifest import ShardFile
 
-__all__ = ["SplitWriter"]
+__all__ = [
+    "ShardWriter",
+    "remove_unfinished",
+    "sync_folder",
+    "token_dtype",
+    "write_arrow",
+    "write_file",
+]
 
 
-class SplitWriter:
-    """Collects documents and writes a file whenever `shard_tokens` are reached."""
+def token_dtype(vocab_size: int) -> DTypeLike:
+    """The narrowest unsigned integers that hold every id of the vocabulary."""
+    return np.uint16 if vocab_size <= 2**16 else np.uint32
 
-    def __init__(
-        self, folder: Path, split: SplitName, *, vocab_size: int, shard_tokens: int
+
+class ShardWriter:
+    """Collects documents in memory until they are written to a file."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._dtype = token_dtype(vocab_size)
+        self._clear()
+
+    def add(
+        self,
+        tokens_T: NDArray[np.unsignedinteger],
+        sentence_lengths_S: NDArray[np.int32],
+        sentence_counts_D: NDArray[np.int32],
+        document_hashes_D: NDArray[np.uint64],
     ) -> None:
-        self._folder, self._split, self._shard_tokens = folder, split, shard_tokens
-        self._typecode = "H" if vocab_size <= 2**16 else "I"
-        self._shards: list[ShardFile] = []
-        self._start_shard()
+        """Appends documents: their tokens one after another, the lengths of their sentences in
+        tokens, and how many sentences each document has; none of these is zero."""
+        if not len(sentence_counts_D):
+            return
+        self._tokens.append(tokens_T.astype(self._dtype, copy=False))
+        self._sentence_lengths.append(sentence_lengths_S.astype(np.int32, copy=False))
+        self._sentence_counts.append(sentence_counts_D)
+        self._hashes.append(document_hashes_D)
 
-    def add(self, sentences: Sequence[Sequence[int]]) -> None:
-        """Appends a document: the token ids of its sentences, none of them empty."""
-        for ids in sentences:
-            self._tokens.extend(ids)
-            self._sentence_lengths.append(len(ids))
-        self._token_offsets.append(len(self._tokens))
-        self._sentence_offsets.append(len(self._sentence_lengths))
-        if len(self._tokens) >= self._shard_tokens:
-            self._write_shard()
-
-    def finish(self) -> SplitManifest:
-        """Writes what is left and returns the split's record."""
-        if len(self._token_offsets) > 1:
-            self._write_shard()
-        return SplitManifest(
-            documents=sum(shard.documents for shard in self._shards),
-            sentences=sum(shard.sentences for shard in self._shards),
-            tokens=sum(shard.tokens for shard in self._shards),
-            shards=tuple(self._shards),
-        )
-
-    def _start_shard(self) -> None:
-        self._tokens = array(self._typecode)
-        self._sentence_lengths = array("i")
-        self._token_offsets = array("i", [0])
-        self._sentence_offsets = array("i", [0])
-
-    def _write_shard(self) -> None:
+    def write(self, folder: Path, name: str, temporary: Path) -> ShardFile | None:
+        """Writes what was collected as `folder`/`name`, by way of a file in `temporary`, and starts
+        anew. Returns its record; None, and no file, if nothing was collected."""
+        if not self._hashes:
+            return None
+        tokens, lengths = np.concatenate(self._tokens), np.concatenate(self._sentence_lengths)
+        counts, hashes = np.concatenate(self._sentence_counts), np.concatenate(self._hashes)
+        self._clear()
+        sentence_offsets = _offsets(counts)
         batch = pa.record_batch(
             {
-                "tokens": _list_column(self._token_offsets, self._tokens),
-                "sentence_lengths": _list_column(self._sentence_offsets, self._sentence_lengths),
+                "tokens": pa.ListArray.from_arrays(
+                    pa.array(_offsets(lengths)[sentence_offsets]), pa.array(tokens)
+                ),
+                "sentence_lengths": pa.ListArray.from_arrays(
+                    pa.array(sentence_offsets), pa.array(lengths)
+                ),
+                "document_hash": pa.array(hashes),
             }
         )
-        path = self._folder / f"{self._split}-{len(self._shards):05d}.arrow"
-        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
-            writer.write_batch(batch)
-        self._shards.append(
-            ShardFile(
-                name=path.name,
-                size_bytes=path.stat().st_size,
-                sha256=file_sha256(path),
-                documents=len(self._token_offsets) - 1,
-                sentences=len(self._sentence_lengths),
-                tokens=len(self._tokens),
-            )
+        size_bytes, sha256 = write_arrow(batch, folder / name, temporary)
+        return ShardFile(
+            name=name,
+            size_bytes=size_bytes,
+            sha256=sha256,
+            documents=len(hashes),
+            sentences=len(lengths),
+            tokens=len(tokens),
         )
-        self._start_shard()
+
+    def _clear(self) -> None:
+        self._tokens: list[NDArray[np.unsignedinteger]] = []
+        self._sentence_lengths: list[NDArray[np.int32]] = []
+        self._sentence_counts: list[NDArray[np.int32]] = []
+        self._hashes: list[NDArray[np.uint64]] = []
 
 
-def _list_column(offsets: "array[int]", values: "array[int]") -> pa.ListArray:
-    return pa.ListArray.from_arrays(pa.array(np.asarray(offsets)), pa.array(np.asarray(values)))
+def write_arrow(batch: pa.RecordBatch, path: Path, temporary: Path) -> tuple[int, str]:
+    """Writes `batch` as the only one of an Arrow file; its size in bytes and its sha256."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    content = memoryview(sink.getvalue())
+    write_file(path, content, temporary)
+    return len(content), hashlib.sha256(content).hexdigest()
+
+
+def write_file(path: Path, content: bytes | memoryview, temporary: Path) -> None:
+    """Puts `content` at `path` whole or not at all, whatever happens to process or machine, by way
+    of a file in the folder `temporary`, which must lie on the same file system."""
+    unfinished = temporary / f"{path.name}{_mark(os.getpid())}{uuid.uuid4().hex}"
+    try:
+        with unfinished.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def remove_unfinished(temporary: Path, process: int) -> None:
+    """Removes what `write_file` was writing in a process of this machine that is gone."""
+    for path in temporary.glob(f"*{glob.escape(_mark(process))}*"):
+        path.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes sure that renamed files bear their names after a crash of the machine."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _mark(process: int) -> str:
+    return f".{os.uname().nodename}-{process}-"
+
+
+def _offsets(lengths: NDArray[np.int32]) -> NDArray[np.int32]:
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int32)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets

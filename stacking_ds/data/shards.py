@@ -1,5 +1,6 @@
 """Reads a folder of token shards, memory-mapped: nothing is loaded until it is looked at."""
 
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from stacking_ds.data.manifest import (
     DataManifest,
+    DuplicatesFile,
     ShardFile,
     SplitName,
     VocabularyFile,
@@ -23,6 +25,7 @@ from stacking_ds.errors import DataError
 __all__ = ["ShardArrays", "TokenShards", "TokenSplit"]
 
 Tokens = NDArray[np.uint16] | NDArray[np.uint32]
+_RecordedFile = ShardFile | DuplicatesFile | VocabularyFile
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class ShardArrays:
     token_offsets: NDArray[np.int32]
     sentence_lengths: NDArray[np.int32]
     sentence_offsets: NDArray[np.int32]
+    document_hashes: NDArray[np.uint64]
 
 
 class TokenShards:
@@ -49,9 +53,11 @@ class TokenShards:
         Raises DataError naming the file that is missing, of another size, or altered.
         """
         manifest = read_manifest(folder)
-        files: list[ShardFile | VocabularyFile] = [
+        files: list[_RecordedFile] = [
             *manifest.train.shards,
             *manifest.heldout.shards,
+            manifest.train.duplicates,
+            manifest.heldout.duplicates,
             *manifest.vocabulary_files,
         ]
         for file in files:
@@ -60,6 +66,12 @@ class TokenShards:
 
     def split(self, name: SplitName) -> "TokenSplit":
         return TokenSplit(self, name)
+
+    def split_sha256(self, name: SplitName) -> str:
+        """What identifies the documents of a split that count: a hash over its files' hashes."""
+        record = self.manifest.split(name)
+        hashes = [shard.sha256 for shard in record.shards] + [record.duplicates.sha256]
+        return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
     @cached_property
     def vocabulary(self) -> list[str]:
@@ -76,17 +88,19 @@ class TokenShards:
 
 
 class TokenSplit:
-    """The documents of one split. Its tokens count as one long array, file after file."""
+    """The documents of one split, those that do not count included: `duplicates` names them. Its
+    tokens count as one long array, file after file."""
 
     def __init__(self, shards: TokenShards, name: SplitName) -> None:
         self.shards = shards
         self.name: SplitName = name
         record = shards.manifest.split(name)
-        self.num_documents = record.documents
-        self.num_tokens = record.tokens
         self.arrays = [_map(shards.folder / shard.name, shard) for shard in record.shards]
-        self._token_bases = np.cumsum([0, *(shard.tokens for shard in record.shards)])
-        self._document_bases = np.cumsum([0, *(shard.documents for shard in record.shards)])
+        self.token_bases = np.cumsum([0, *(shard.tokens for shard in record.shards)])
+        self.document_bases = np.cumsum([0, *(shard.documents for shard in record.shards)])
+        self.num_tokens = int(self.token_bases[-1])
+        self.num_documents = int(self.document_bases[-1])
+        self.duplicates = _read_duplicates(shards.folder / record.duplicates.name, self)
 
     def tokens_of(self, document: int) -> Tokens:
         """The token ids of a document, a view of the mapped file. Shape [tokens]."""
@@ -99,22 +113,37 @@ class TokenSplit:
         offsets = arrays.sentence_offsets
         return arrays.sentence_lengths[offsets[row] : offsets[row + 1]]
 
-    def tokens_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The tokens at `positions` of the split, each in [0, num_tokens); any shape."""
-        if len(self.arrays) == 1:
-            return self.arrays[0].tokens[positions].astype(np.int64)
-        tokens = np.empty(positions.shape, dtype=np.int64)
-        shard_indices = np.searchsorted(self._token_bases, positions, side="right") - 1
-        for index in np.unique(shard_indices):
-            here = shard_indices == index
-            tokens[here] = self.arrays[index].tokens[positions[here] - self._token_bases[index]]
+    def read(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The tokens of stretches of the split's tokens, one stretch after the other; each lies
+        in one file. Shape [sum of lengths]."""
+        shards = np.searchsorted(self.token_bases, starts, side="right") - 1
+        offsets = starts - self.token_bases[shards]
+        tokens = np.empty(int(lengths.sum()), dtype=np.int64)
+        place = 0
+        # few and long: slices are faster than an index for every token
+        for shard, offset, length in zip(
+            shards.tolist(), offsets.tolist(), lengths.tolist(), strict=True
+        ):
+            stretch = self.arrays[shard].tokens[offset : offset + length]
+            tokens[place : place + length] = stretch
+            place += length
         return tokens
 
+    def counted(self, shard: int) -> NDArray[np.bool_]:
+        """Which documents of file number `shard` count, as no duplicates. Shape [documents]."""
+        first, last = self.document_bases[shard : shard + 2]
+        counts = np.ones(last - first, dtype=np.bool_)
+        low, high = np.searchsorted(self.duplicates, (first, last))
+        counts[self.duplicates[low:high] - first] = False
+        return counts
+
     def unigram_counts(self) -> NDArray[np.int64]:
-        """How often each token occurs in the split. Shape [vocab_size]."""
+        """How often each token occurs in the documents that count. Shape [vocab_size]."""
         counts = np.zeros(self.shards.manifest.vocab_size, dtype=np.int64)
         for arrays in self.arrays:
             counts += np.bincount(arrays.tokens, minlength=len(counts))
+        for document in self.duplicates:
+            counts -= np.bincount(self.tokens_of(int(document)), minlength=len(counts))
         return counts
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -123,11 +152,11 @@ class TokenSplit:
     def _locate(self, document: int) -> tuple[ShardArrays, int]:
         if not 0 <= document < self.num_documents:
             raise IndexError(f"document {document} of {self.num_documents}")
-        index = int(np.searchsorted(self._document_bases, document, side="right")) - 1
-        return self.arrays[index], document - int(self._document_bases[index])
+        index = int(np.searchsorted(self.document_bases, document, side="right")) - 1
+        return self.arrays[index], document - int(self.document_bases[index])
 
 
-def _check(path: Path, record: ShardFile | VocabularyFile, verify: bool) -> None:
+def _check(path: Path, record: _RecordedFile, verify: bool) -> None:
     try:
         size_bytes = path.stat().st_size
         if size_bytes != record.size_bytes:
@@ -155,6 +184,7 @@ def _map(path: Path, record: ShardFile) -> ShardArrays:
             tokens.offsets.to_numpy(),
             lengths.values.to_numpy(),
             lengths.offsets.to_numpy(),
+            batch.column("document_hash").to_numpy(),
         )
     except (OSError, KeyError, pa.ArrowException) as error:
         raise DataError(f"{path} is not a readable token shard: {error}") from error
@@ -164,3 +194,14 @@ def _map(path: Path, record: ShardFile) -> ShardArrays:
             f"{path} holds {found} documents, sentences and tokens, not what its manifest says"
         )
     return arrays
+
+
+def _read_duplicates(path: Path, split: TokenSplit) -> NDArray[np.int64]:
+    try:
+        column = pa.ipc.open_file(pa.memory_map(str(path))).read_all().column("document")
+        documents: NDArray[np.int64] = column.to_numpy()
+    except (OSError, KeyError, pa.ArrowException) as error:
+        raise DataError(f"{path} is not a readable list of duplicates: {error}") from error
+    if len(documents) and not 0 <= documents[0] <= documents[-1] < split.num_documents:
+        raise DataError(f"{path} names documents that the {split.name} split does not have")
+    return documents

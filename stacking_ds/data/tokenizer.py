@@ -99,12 +99,14 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int) -> list[str]:
     The same texts give the same vocabulary in every process. Left alone, the trainer numbers the
     characters in the order of a randomly seeded hash map and breaks ties between equally frequent
     pairs by these numbers; so the alphabet is counted here, ordered by code point, and handed over
-    in that order. `texts` is held in memory. Raises DataError when `vocab_size` has no room for
+    in that order. `texts` is iterated twice, and only its words are held in memory; an iterator,
+    which gives them once, is turned into a list. Raises DataError when `vocab_size` has no room for
     the alphabet or the texts are empty.
     """
-    normalizer = _normalizer()
-    normalized = [normalizer.normalize_str(text) for text in texts]
-    alphabet, foreign = _alphabet(normalized)
+    if iter(texts) is texts:
+        texts = list(texts)
+    normalize = _normalizer().normalize_str
+    alphabet, foreign = _alphabet(map(normalize, texts))
     if not alphabet:
         raise DataError("no vocabulary can be trained: the text holds no characters")
     pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -128,7 +130,7 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int) -> list[str]:
         show_progress=False,
     )
     gaps = dict.fromkeys(map(ord, foreign), " ")
-    tokenizer.train_from_iterator((text.translate(gaps) for text in normalized), trainer)
+    tokenizer.train_from_iterator((normalize(text).translate(gaps) for text in texts), trainer)
     ids = tokenizer.get_vocab()
     return sorted(ids, key=ids.__getitem__)
 
@@ -199,7 +201,7 @@ def _normalizer() -> normalizers.BertNormalizer:
     return normalizers.BertNormalizer(**_NORMALIZER)
 
 
-def _alphabet(texts: Sequence[str]) -> tuple[list[str], list[str]]:
+def _alphabet(texts: Iterable[str]) -> tuple[list[str], list[str]]:
     """The characters worth a token, and those that are not, each ordered by code point."""
     counts: dict[int, int] = {}
     for text in texts:

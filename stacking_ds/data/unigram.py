@@ -20,19 +20,17 @@ def unigram_log_probabilities(shards: TokenShards) -> NDArray[np.float64]:
     return logarithms
 
 
-def unigram_mlm_loss(shards: TokenShards, steps: Iterable[RankStep]) -> float:
-    """Cross-entropy of that model, in nats per masked token, over the masked tokens of `steps`.
+def unigram_mlm_loss(log_probability: NDArray[np.float64], steps: Iterable[RankStep]) -> float:
+    """Cross-entropy of these probabilities over the masked tokens of `steps`, in nats per token.
 
     Give it the evaluation steps of a single rank, so that they are all there. Raises DataError
     when they mask nothing.
     """
-    log_probability = unigram_log_probabilities(shards)
     total, targets = 0.0, 0
     for step in steps:
-        for batch in step.micro_batches:
-            labels = batch.mlm_labels_M.cpu().numpy()
-            total -= float(log_probability[labels].sum())
-            targets += len(labels)
+        labels = step.batch.mlm_labels_M.numpy()
+        total -= float(log_probability[labels].sum())
+        targets += len(labels)
     if not targets:
         raise DataError("the evaluation masks no token; there is nothing to compare with")
     return total / targets

@@ -8,9 +8,11 @@ import torch
 
 from stacking_ds.data.batches import RankStep
 from stacking_ds.distributed import World
+from stacking_ds.job import Job
 from stacking_ds.model.loss import pretraining_loss
+from stacking_ds.phases import Phase
 
-__all__ = ["HeldOut", "evaluate_heldout"]
+__all__ = ["HeldOut", "HeldOutPasses", "evaluate_heldout"]
 
 
 @dataclass(frozen=True)
@@ -19,17 +21,40 @@ class HeldOut:
 
     mlm_loss: float
     mlm_accuracy: float
-    nsp_loss: float
-    nsp_accuracy: float
+    nsp_loss: float | None
+    """None, like the accuracy, where examples are no sentence pairs."""
+    nsp_accuracy: float | None
     mlm_targets: int
 
     def metrics(self) -> dict[str, float]:
-        return {
+        found = {
             "eval/mlm_loss": self.mlm_loss,
             "eval/mlm_accuracy": self.mlm_accuracy,
             "eval/nsp_loss": self.nsp_loss,
             "eval/nsp_accuracy": self.nsp_accuracy,
         }
+        return {name: value for name, value in found.items() if value is not None}
+
+
+class HeldOutPasses:
+    """The held-out rows of a run for this rank, kept once they are made."""
+
+    def __init__(self, job: Job, world: World) -> None:
+        self._job, self._world = job, world
+        self._rows: dict[tuple[int, int], list[RankStep]] = {}
+        self._unigram_loss: dict[int, float] = {}
+
+    def metrics(self, model: Any, phase: Phase) -> dict[str, float]:
+        """Those of one pass in the phase's sequence length, with what word frequencies alone give
+        on the same targets. A collective."""
+        job, world, length = self._job, self._world, phase.sequence_length
+        key = (length, phase.micro_batch_size)
+        if key not in self._rows:
+            self._rows[key] = job.heldout_steps(world.rank, world.size, phase)
+        if length not in self._unigram_loss:
+            self._unigram_loss[length] = world.on_first(lambda: job.unigram_loss(phase))
+        found = evaluate_heldout(model, self._rows[key], world).metrics()
+        return {**found, "eval/unigram_mlm_loss": self._unigram_loss[length]}
 
 
 @torch.no_grad()
@@ -44,23 +69,18 @@ def evaluate_heldout(model: Any, steps: Iterable[RankStep], world: World) -> Hel
     for rank_step in steps:
         for micro_batch in rank_step.micro_batches:
             batch = micro_batch.to(world.device)
-            mlm_logits_MV, nsp_logits_B2 = model(
-                batch.input_ids_BS,
-                batch.token_type_ids_BS,
-                batch.attention_mask_BS,
-                batch.mlm_positions_M,
-            )
+            mlm_logits_MV, nsp_logits_E2 = model(*batch.model_inputs)
             loss = pretraining_loss(
-                mlm_logits_MV, batch.mlm_labels_M, nsp_logits_B2, batch.next_sentence_label_B
+                mlm_logits_MV, batch.mlm_labels_M, nsp_logits_E2, batch.next_sentence_label_E
             )
             sums += torch.stack(
                 [
                     loss.mlm_sum.double(),
                     loss.nsp_sum.double(),
                     (mlm_logits_MV.argmax(-1) == batch.mlm_labels_M).sum().double(),
-                    (nsp_logits_B2.argmax(-1) == batch.next_sentence_label_B).sum().double(),
+                    (nsp_logits_E2.argmax(-1) == batch.next_sentence_label_E).sum().double(),
                     (batch.mlm_labels_M >= 0).sum().double(),
-                    (batch.next_sentence_label_B >= 0).sum().double(),
+                    (batch.next_sentence_label_E >= 0).sum().double(),
                 ]
             )
     model.train()
@@ -68,7 +88,7 @@ def evaluate_heldout(model: Any, steps: Iterable[RankStep], world: World) -> Hel
     return HeldOut(
         mlm_loss=mlm_loss / mlm_targets,
         mlm_accuracy=mlm_right / mlm_targets,
-        nsp_loss=nsp_loss / nsp_targets,
-        nsp_accuracy=nsp_right / nsp_targets,
+        nsp_loss=nsp_loss / nsp_targets if nsp_targets else None,
+        nsp_accuracy=nsp_right / nsp_targets if nsp_targets else None,
         mlm_targets=round(mlm_targets),
     )

@@ -5,7 +5,8 @@ table of what differs). Each parameter is used in the forward of a module that r
 is where ZeRO 3 gathers it.
 
 Shapes: B rows, S tokens a row, H hidden size, N attention heads, D = H / N, F intermediate size,
-M masked positions of the whole batch, V vocabulary.
+M masked positions of the whole batch, E examples (B where
+rows are not packed), V vocabulary.
 """
 
 import torch
@@ -38,17 +39,24 @@ class _Embeddings(nn.Module):
         self.LayerNorm = _layer_norm(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, input_ids_BS: torch.Tensor, token_type_ids_BS: torch.Tensor) -> torch.Tensor:
-        positions_S = torch.arange(input_ids_BS.shape[1], device=input_ids_BS.device)
+    def forward(
+        self,
+        input_ids_BS: torch.Tensor,
+        token_type_ids_BS: torch.Tensor,
+        position_ids_BS: torch.Tensor | None,
+    ) -> torch.Tensor:
+        positions = position_ids_BS
+        if positions is None:
+            positions = torch.arange(input_ids_BS.shape[1], device=input_ids_BS.device)
         hidden_BSH: torch.Tensor = self.word_embeddings(input_ids_BS)
         hidden_BSH = hidden_BSH + self.token_type_embeddings(token_type_ids_BS)
-        hidden_BSH = hidden_BSH + self.position_embeddings(positions_S)
+        hidden_BSH = hidden_BSH + self.position_embeddings(positions)
         embedded_BSH: torch.Tensor = self.dropout(self.LayerNorm(hidden_BSH))
         return embedded_BSH
 
 
 class _SelfAttention(nn.Module):
-    """Every token of a row looks at the tokens of that row that are not padding."""
+    """Every token looks at the tokens that the mask shows it: those of its own example."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -58,12 +66,12 @@ class _SelfAttention(nn.Module):
         self.key = nn.Linear(config.hidden_size, config.hidden_size)
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_BSH: torch.Tensor, mask_B11S: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_BSH: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         context_BNSD = functional.scaled_dot_product_attention(
             self._split_heads(self.query(hidden_BSH)),
             self._split_heads(self.key(hidden_BSH)),
             self._split_heads(self.value(hidden_BSH)),
-            attn_mask=mask_B11S,
+            attn_mask=mask,
             dropout_p=self.dropout_prob if self.training else 0.0,
         )
         return context_BNSD.transpose(1, 2).flatten(2)
@@ -94,8 +102,8 @@ class _Attention(nn.Module):
         self.self = _SelfAttention(config)
         self.output = _Output(config, config.hidden_size)
 
-    def forward(self, hidden_BSH: torch.Tensor, mask_B11S: torch.Tensor) -> torch.Tensor:
-        context_BSH = self.self(self.LayerNorm(hidden_BSH), mask_B11S)
+    def forward(self, hidden_BSH: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        context_BSH = self.self(self.LayerNorm(hidden_BSH), mask)
         attended_BSH: torch.Tensor = self.output(context_BSH, hidden_BSH)
         return attended_BSH
 
@@ -119,8 +127,8 @@ class _Layer(nn.Module):
         self.intermediate = _Intermediate(config)
         self.output = _Output(config, config.intermediate_size)
 
-    def forward(self, hidden_BSH: torch.Tensor, mask_B11S: torch.Tensor) -> torch.Tensor:
-        hidden_BSH = self.attention(hidden_BSH, mask_B11S)
+    def forward(self, hidden_BSH: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        hidden_BSH = self.attention(hidden_BSH, mask)
         inner_BSF = self.intermediate(self.LayerNorm(hidden_BSH))
         output_BSH: torch.Tensor = self.output(inner_BSF, hidden_BSH)
         return output_BSH
@@ -132,22 +140,28 @@ class _Encoder(nn.Module):
         self.layer = nn.ModuleList(_Layer(config) for _ in range(config.num_hidden_layers))
         self.LayerNorm = _layer_norm_if(config, "pre")
 
-    def forward(self, hidden_BSH: torch.Tensor, mask_B11S: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_BSH: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         for layer in self.layer:
-            hidden_BSH = layer(hidden_BSH, mask_B11S)
+            hidden_BSH = layer(hidden_BSH, mask)
         encoded_BSH: torch.Tensor = self.LayerNorm(hidden_BSH)
         return encoded_BSH
 
 
 class _Pooler(nn.Module):
-    """A summary of the row, read from its first token, [CLS]."""
+    """A summary of each example, read from its first token, [CLS]."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_BSH: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(self.dense(hidden_BSH[:, 0]))
+    def forward(
+        self, hidden_BSH: torch.Tensor, first_positions_E: torch.Tensor | None
+    ) -> torch.Tensor:
+        if first_positions_E is None:
+            first_EH = hidden_BSH[:, 0]
+        else:
+            first_EH = hidden_BSH.flatten(0, 1).index_select(0, first_positions_E)
+        return torch.tanh(self.dense(first_EH))
 
 
 class _Bert(nn.Module):
@@ -162,14 +176,29 @@ class _Bert(nn.Module):
         input_ids_BS: torch.Tensor,
         token_type_ids_BS: torch.Tensor,
         attention_mask_BS: torch.Tensor,
+        position_ids_BS: torch.Tensor | None = None,
+        first_positions_E: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        mask_BS = attention_mask_BS.bool()
-        # Attending to nothing is NaN in some attention kernels, and a NaN row would reach every
-        # weight through its gradient, so a row of padding attends to all of itself.
-        mask_BS = mask_BS | ~mask_BS.any(dim=1, keepdim=True)
-        hidden_BSH = self.embeddings(input_ids_BS, token_type_ids_BS)
-        hidden_BSH = self.encoder(hidden_BSH, mask_BS[:, None, None, :])
-        return hidden_BSH, self.pooler(hidden_BSH)
+        packed = position_ids_BS is not None
+        mask = _mask_of_packed(attention_mask_BS) if packed else _mask_of_rows(attention_mask_BS)
+        hidden_BSH = self.embeddings(input_ids_BS, token_type_ids_BS, position_ids_BS)
+        hidden_BSH = self.encoder(hidden_BSH, mask)
+        return hidden_BSH, self.pooler(hidden_BSH, first_positions_E)
+
+
+# Attending to nothing is NaN in some attention kernels, and a NaN row would reach every weight
+# through its gradient, so padding attends to padding where there is nothing else.
+
+
+def _mask_of_rows(attention_mask_BS: torch.Tensor) -> torch.Tensor:
+    """Every token sees the tokens of its row. Shape [B, 1, 1, S]."""
+    mask_BS = attention_mask_BS.bool()
+    return (mask_BS | ~mask_BS.any(dim=1, keepdim=True))[:, None, None, :]
+
+
+def _mask_of_packed(attention_mask_BS: torch.Tensor) -> torch.Tensor:
+    """Every token sees the tokens of its example. Shape [B, 1, S, S]."""
+    return (attention_mask_BS[:, :, None] == attention_mask_BS[:, None, :])[:, None]
 
 
 class _Transform(nn.Module):
@@ -209,9 +238,9 @@ class _Heads(nn.Module):
         self.seq_relationship = nn.Linear(config.hidden_size, 2)
 
     def forward(
-        self, hidden: torch.Tensor, pooled_BH: torch.Tensor
+        self, hidden: torch.Tensor, pooled_EH: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.predictions(hidden), self.seq_relationship(pooled_BH)
+        return self.predictions(hidden), self.seq_relationship(pooled_EH)
 
 
 class BertForPreTraining(nn.Module):
@@ -242,18 +271,24 @@ class BertForPreTraining(nn.Module):
         token_type_ids_BS: torch.Tensor,
         attention_mask_BS: torch.Tensor,
         mlm_positions_M: torch.Tensor | None = None,
+        position_ids_BS: torch.Tensor | None = None,
+        first_positions_E: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits of the two tasks. Ids are not checked here: that would wait for the device.
 
         Args:
             input_ids_BS: token ids.
             token_type_ids_BS: 0 in the first sentence, 1 in the second.
-            attention_mask_BS: true (or 1) for tokens, false (or 0) for padding.
+            attention_mask_BS: true (or 1) for tokens, false (or 0) for padding. In packed rows the
+                tokens of the k-th example of a row have k, and see one another alone.
             mlm_positions_M: where MLM logits are wanted, as b * S + s; may be empty. Without it
                 they are computed everywhere.
+            position_ids_BS: each token's place in its example. Rows are packed if it is given;
+                without it an example is a row.
+            first_positions_E: where the examples begin, as b * S + s; without it, at s = 0.
 
         Returns:
-            mlm_logits_MV (mlm_logits_BSV without positions) and nsp_logits_B2.
+            mlm_logits_MV (mlm_logits_BSV without positions) and nsp_logits_E2.
 
         Raises:
             ConfigError: the rows are longer than the position embeddings.
@@ -264,11 +299,13 @@ class BertForPreTraining(nn.Module):
                 f"rows of {sequence_length} tokens do not fit max_position_embeddings="
                 f"{self.config.max_position_embeddings}; shorten sequence_length or raise it"
             )
-        hidden, pooled_BH = self.bert(input_ids_BS, token_type_ids_BS, attention_mask_BS)
+        hidden, pooled_EH = self.bert(
+            input_ids_BS, token_type_ids_BS, attention_mask_BS, position_ids_BS, first_positions_E
+        )
         if mlm_positions_M is not None:
             hidden = hidden.flatten(0, 1).index_select(0, mlm_positions_M)
-        mlm_logits, nsp_logits_B2 = self.cls(hidden, pooled_BH)
-        return mlm_logits, nsp_logits_B2
+        mlm_logits, nsp_logits_E2 = self.cls(hidden, pooled_EH)
+        return mlm_logits, nsp_logits_E2
 
 
 def parameter_shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:

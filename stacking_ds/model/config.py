@@ -77,16 +77,16 @@ class BertConfig:
         final_norm = norm if self.layer_norm_position == "pre" else 0
         return tables * hidden + norm + self.num_hidden_layers * layer + final_norm + heads
 
-    def flops_per_token(self, sequence_length: int, mlm_fraction: float) -> float:
+    def flops_per_token(self, attended_tokens: float, mlm_fraction: float) -> float:
         """Floating-point operations to train on one token: forward, and twice that backward.
 
         Matrix products only, two operations per multiply-add, as model-FLOP utilisation is
         counted (Chowdhery et al. 2022, appendix B): the layers' weights, the two products with
-        the `sequence_length` x `sequence_length` attention matrix, and the MLM head on the
+        the `attended_tokens` that a token attends to on average, and the MLM head on the
         `mlm_fraction` of tokens that it runs on. Pooler and NSP head are left out.
         """
         hidden, inner = self.hidden_size, self.intermediate_size
         weights = 4 * hidden * hidden + 2 * hidden * inner
-        attention = 2 * sequence_length * hidden
+        attention = 2 * attended_tokens * hidden
         head = mlm_fraction * (hidden * hidden + hidden * self.vocab_size)
         return 3 * 2 * (self.num_hidden_layers * (weights + attention) + head)

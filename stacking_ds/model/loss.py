@@ -24,23 +24,23 @@ class PretrainingLoss(NamedTuple):
 def pretraining_loss(
     mlm_logits: torch.Tensor,
     mlm_labels: torch.Tensor,
-    nsp_logits_B2: torch.Tensor,
-    nsp_labels_B: torch.Tensor,
+    nsp_logits_E2: torch.Tensor,
+    nsp_labels_E: torch.Tensor,
 ) -> PretrainingLoss:
     """Masked-word and next-sentence cross-entropy (Devlin et al. 2019 §3.1), computed in fp32.
 
     Args:
         mlm_logits: (..., V), either at the M masked positions or at all B x S.
         mlm_labels: (...), vocabulary ids.
-        nsp_logits_B2: next-sentence logits.
-        nsp_labels_B: 0 where the second sentence follows the first, 1 where it does not.
+        nsp_logits_E2: next-sentence logits.
+        nsp_labels_E: 0 where the second sentence follows the first, 1 where it does not.
 
     A label of -100 is no target. Without any target a sum is 0 and has a gradient of 0, so a
     rank that holds padding rows only runs the same backward pass as the others.
     """
     return PretrainingLoss(
         mlm_sum=_cross_entropy_sum(mlm_logits, mlm_labels),
-        nsp_sum=_cross_entropy_sum(nsp_logits_B2, nsp_labels_B),
+        nsp_sum=_cross_entropy_sum(nsp_logits_E2, nsp_labels_E),
     )
 
 

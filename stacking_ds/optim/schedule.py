@@ -114,12 +114,19 @@ class LearningRateSchedule:
     """`continue` leaves the curve alone; `rewarm` climbs back to it from a tenth."""
     rewarm_steps: int = 0
     """Steps of that climb; for `rewarm` only."""
+    later_peaks: tuple[tuple[int, float], ...] = ()
+    """From which step on the peak is another one, since the phase has another batch."""
 
     @classmethod
     def of(cls, config: RunConfig, stages: StageSchedule) -> "LearningRateSchedule":
         """The schedule of a run with these stages."""
+        first, *later = (
+            (phase.start_step, config.optimizer.peak_learning_rate(phase.global_batch_size))
+            for phase in config.phase_schedule().phases
+        )
         return cls(
-            peak=config.optimizer.peak_learning_rate(config.batch.global_batch_size),
+            peak=first[1],
+            later_peaks=tuple(later),
             total_steps=stages.total_steps,
             boundaries=stages.boundaries,
             **config.schedule.model_dump(),
@@ -185,7 +192,10 @@ class LearningRateSchedule:
         Raises:
             StageError: `step` is negative, or the run is over by then.
         """
-        return learning_rate_at(step, **asdict(self))
+        changes = [peak for start_step, peak in self.later_peaks if start_step <= step]
+        settings = asdict(self) | {"peak": [self.peak, *changes][-1]}
+        del settings["later_peaks"]
+        return learning_rate_at(step, **settings)
 
     def draw(self) -> str:
         """The curve as text: steps to the right, learning rate upwards, "|" where it grows."""
@@ -193,13 +203,12 @@ class LearningRateSchedule:
         # first and last column are the first and last step
         last = self.total_steps - 1
         steps = [round(column * last / max(columns - 1, 1)) for column in range(columns)]
-        rows = [
-            max(1, math.ceil(_PICTURE_ROWS * self.at(step) / self.peak - 1e-9)) for step in steps
-        ]
+        top = max([self.peak, *(peak for _, peak in self.later_peaks)])
+        rows = [max(1, math.ceil(_PICTURE_ROWS * self.at(step) / top - 1e-9)) for step in steps]
         grows = {next(c for c in range(columns) if steps[c] >= b) for b in self.boundaries}
         lines = []
         for row in range(_PICTURE_ROWS, 0, -1):
-            label = f"{self.peak * row / _PICTURE_ROWS:9.2e}"
+            label = f"{top * row / _PICTURE_ROWS:9.2e}"
             cells = ["*" if rows[c] == row else "|" if c in grows else " " for c in range(columns)]
             lines.append(f"{label} |{''.join(cells)}".rstrip())
         lines.append(f"{'step':>9}  0" + (f"{last:>{columns - 1}}" if last else ""))

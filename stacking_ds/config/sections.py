@@ -1,15 +1,12 @@
-"""`RunConfig`: everything a run is; strict and frozen."""
+"""The sections of a recipe, strict and frozen."""
 
 import math
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from stacking_ds.stages import StageSchedule, steps_for_tokens
-
 __all__ = [
+    "LARGEST_LEARNING_RATE",
     "BatchSection",
     "CheckpointSection",
     "DataSection",
@@ -18,39 +15,50 @@ __all__ = [
     "GrowthSection",
     "LambKernelName",
     "LambSection",
+    "LoggingSection",
     "ModelSection",
     "OptimizerSection",
-    "RunConfig",
+    "PhaseSection",
     "ScheduleSection",
+    "Section",
     "StageSection",
-    "changed_keys",
 ]
 
-_LARGEST_LEARNING_RATE = 100.0
+LARGEST_LEARNING_RATE = 100.0
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
+SequenceLength = Annotated[int, Field(ge=8)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class DataSection(_Section):
+class DataSection(Section):
     """Which prepared token shards, and how examples are cut from them."""
 
     path: str
     """Folder that `stacking-ds prepare` wrote."""
-    sequence_length: Annotated[int, Field(ge=8)] = 128
+    sequence_length: SequenceLength = 128
     """Tokens per row, [CLS] and [SEP] included."""
+    examples: Literal["pairs", "documents"] = "pairs"
+    """`pairs`: [CLS] A [SEP] B [SEP] with next-sentence prediction; `documents`: [CLS] text [SEP]
+    without it."""
+    packing: bool = False
+    """Several examples share a row where they fit; attention stays within each."""
+    variants: Annotated[int, Field(ge=1, le=1000)] = 1
+    """In how many ways documents are paired and cut; each epoch takes the next."""
+    masking: Literal["tokens", "whole_words", "spans"] = "tokens"
+    """What is hidden at once: a token, a word, or a span of words (Joshi et al. 2020 §3.1)."""
     mlm_probability: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
-    """Share of a row's ordinary tokens that are predicted (Devlin et al. 2019 §3.1)."""
+    """Share of an example's ordinary tokens that are predicted (Devlin et al. 2019 §3.1)."""
     loader_workers: Count = 1
     """Processes per rank that build batches ahead of the step; 0 builds them in the step."""
 
 
-class ModelSection(_Section):
+class ModelSection(Section):
     """The encoder without its depth (the stages say that) and vocabulary (the data says that)."""
 
     hidden_size: Positive
@@ -66,13 +74,13 @@ class ModelSection(_Section):
     """`post` as in BERT; `pre` as in the code of Gong et al. 2019."""
 
 
-class StageSection(_Section):
+class StageSection(Section):
     """One growth stage: a depth, and how long to train at it, in steps or in token slots."""
 
     num_hidden_layers: Positive
     steps: Annotated[int, Field(ge=1, le=10**12)] | None = None
     tokens: Positive | None = None
-    """Token slots (rows x sequence_length); rounded up to whole steps."""
+    """Token slots (rows x sequence_length of the phase); rounded up to whole steps."""
 
     @model_validator(mode="after")
     def _one_length(self) -> "StageSection":
@@ -81,7 +89,7 @@ class StageSection(_Section):
         return self
 
 
-class GrowthSection(_Section):
+class GrowthSection(Section):
     """What happens to layers and optimizer moments at a boundary."""
 
     operator: Literal["stack", "interleave"] = "stack"
@@ -93,7 +101,7 @@ class GrowthSection(_Section):
 LambKernelName = Literal["auto", "reference", "blocked", "triton", "apex"]
 
 
-class LambSection(_Section):
+class LambSection(Section):
     """What LAMB has and AdamW has not."""
 
     always_adapt: bool = False
@@ -119,9 +127,9 @@ class LambSection(_Section):
         return self
 
 
-class OptimizerSection(_Section):
+class OptimizerSection(Section):
     name: Literal["adamw", "lamb"] = "adamw"
-    learning_rate: Annotated[float, Field(gt=0.0, le=_LARGEST_LEARNING_RATE)]
+    learning_rate: Annotated[float, Field(gt=0.0, le=LARGEST_LEARNING_RATE)]
     """Peak of the learning-rate schedule."""
     learning_rate_batch_size: Positive | None = None
     """The batch that learning_rate is for. At another batch.global_batch_size the peak is scaled
@@ -157,7 +165,7 @@ class OptimizerSection(_Section):
         return self.learning_rate * math.sqrt(global_batch_size / base)
 
 
-class ScheduleSection(_Section):
+class ScheduleSection(Section):
     """The learning rate over the whole run, and what a boundary does to it."""
 
     shape: Literal["linear", "cosine", "constant", "wsd"] = "linear"
@@ -170,20 +178,37 @@ class ScheduleSection(_Section):
     rewarm_steps: Count = 0
 
 
-class BatchSection(_Section):
+class BatchSection(Section):
     global_batch_size: Positive
     """Rows per step over all ranks; the same at any number of ranks."""
     micro_batch_size: Positive
     """Most rows that one rank puts through the model at once."""
 
 
-class EngineSection(_Section):
+class PhaseSection(Section):
+    """From which step on rows or batches have another size; what is left out stays."""
+
+    from_step: Positive
+    sequence_length: SequenceLength | None = None
+    global_batch_size: Positive | None = None
+    micro_batch_size: Positive | None = None
+
+    @model_validator(mode="after")
+    def _changes_something(self) -> "PhaseSection":
+        if (self.sequence_length, self.global_batch_size, self.micro_batch_size) == (None,) * 3:
+            raise ValueError(
+                "say what changes: sequence_length, global_batch_size or micro_batch_size"
+            )
+        return self
+
+
+class EngineSection(Section):
     deepspeed: str = "zero1"
     """A bundled DeepSpeed JSON (zero0 … zero3) or the path of one."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
 
 
-class CheckpointSection(_Section):
+class CheckpointSection(Section):
     every_steps: Positive = 1000
     """A checkpoint is also written at each boundary, at the end and when asked to stop. Training
     goes on meanwhile, except at the end and at a stop."""
@@ -193,128 +218,13 @@ class CheckpointSection(_Section):
     """Write the finished model as a Hugging Face folder into the run."""
 
 
-class EvaluationSection(_Section):
+class EvaluationSection(Section):
     every_steps: Count = 0
     """0 evaluates at the end of each stage only; those evaluations are always made."""
     max_samples: Positive = 1024
 
 
-class LoggingSection(_Section):
+class LoggingSection(Section):
     every_steps: Positive = 10
     """A line of metrics is the mean over the steps since the line before. There is one after
     every so many steps, and at each evaluation and checkpoint."""
-
-
-class RunConfig(_Section):
-    """One run, completely."""
-
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    seed: Count = 0
-    data: DataSection
-    model: ModelSection
-    stages: Annotated[tuple[StageSection, ...], Field(min_length=1)]
-    growth: GrowthSection = GrowthSection()
-    optimizer: OptimizerSection
-    schedule: ScheduleSection = ScheduleSection()
-    batch: BatchSection
-    engine: EngineSection = EngineSection()
-    checkpoint: CheckpointSection = CheckpointSection()
-    evaluation: EvaluationSection = EvaluationSection()
-    logging: LoggingSection = LoggingSection()
-
-    @model_validator(mode="after")
-    def _rows_fit(self) -> "RunConfig":
-        longest = self.model.max_position_embeddings
-        if self.data.sequence_length > longest:
-            raise ValueError(
-                f"data.sequence_length={self.data.sequence_length} does not fit "
-                f"model.max_position_embeddings={longest}: shorten the rows or raise the latter"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _peak_is_a_learning_rate(self) -> "RunConfig":
-        peak = self.optimizer.peak_learning_rate(self.batch.global_batch_size)
-        if peak > _LARGEST_LEARNING_RATE:
-            raise ValueError(
-                f"optimizer.learning_rate={self.optimizer.learning_rate:g} for "
-                f"{self.optimizer.learning_rate_batch_size} rows is {peak:g} for "
-                f"{self.batch.global_batch_size}, above {_LARGEST_LEARNING_RATE:g}: lower the one "
-                f"or raise optimizer.learning_rate_batch_size"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _can_export(self) -> "RunConfig":
-        if self.checkpoint.export_at_end and self.model.layer_norm_position == "pre":
-            raise ValueError(
-                "Hugging Face's BERT has no pre-LN form, so a pre-LN model cannot be exported: "
-                "set checkpoint.export_at_end=false, or model.layer_norm_position=post"
-            )
-        return self
-
-    def stage_schedule(self) -> StageSchedule:
-        """The stages in steps.
-
-        Raises:
-            StageError: depths that do not grow.
-        """
-        return StageSchedule.from_depths(
-            [(stage.num_hidden_layers, self._steps_of(stage)) for stage in self.stages]
-        )
-
-    def _steps_of(self, stage: StageSection) -> int:
-        if stage.steps is not None:
-            return stage.steps
-        assert stage.tokens is not None
-        return steps_for_tokens(
-            stage.tokens, self.batch.global_batch_size, self.data.sequence_length
-        )
-
-    def with_absolute_paths(self) -> "RunConfig":
-        """The same run, whatever the working directory it is looked at from."""
-        json = Path(self.engine.deepspeed)
-        deepspeed = str(json.resolve()) if json.is_file() else self.engine.deepspeed
-        path = str(Path(self.data.path).resolve())
-        return self.model_copy(
-            update={
-                "data": self.data.model_copy(update={"path": path}),
-                "engine": self.engine.model_copy(update={"deepspeed": deepspeed}),
-            }
-        )
-
-    def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-
-# What may differ between a run and its continuation without making it another run.
-_MAY_CHANGE = (
-    "data.path",
-    "data.loader_workers",
-    "optimizer.lamb.kernel",
-    "batch.micro_batch_size",
-    "engine.",
-    "checkpoint.",
-    "evaluation.",
-    "logging.",
-)
-
-
-def changed_keys(before: RunConfig, now: RunConfig) -> list[str]:
-    """What makes `now` another run than `before`, as "key: before -> now" lines."""
-    old, new = _flatten(before.model_dump(mode="json")), _flatten(now.model_dump(mode="json"))
-    return [
-        f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith(_MAY_CHANGE)
-    ]
-
-
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, dict):
-        items = [(f"{prefix}{key}", child) for key, child in value.items()]
-    elif isinstance(value, list):
-        items = [(f"{prefix}{index}", child) for index, child in enumerate(value)]
-    else:
-        return {prefix.removesuffix("."): value}
-    return {key: leaf for name, child in items for key, leaf in _flatten(child, name + ".").items()}

@@ -1,0 +1,169 @@
+"""`RunConfig`: everything a run is; strict and frozen."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field, model_validator
+
+from stacking_ds.config.sections import (
+    LARGEST_LEARNING_RATE,
+    BatchSection,
+    CheckpointSection,
+    Count,
+    DataSection,
+    EngineSection,
+    EvaluationSection,
+    GrowthSection,
+    LoggingSection,
+    ModelSection,
+    OptimizerSection,
+    PhaseSection,
+    ScheduleSection,
+    Section,
+    StageSection,
+)
+from stacking_ds.errors import StageError
+from stacking_ds.phases import PhaseSchedule
+from stacking_ds.stages import StageSchedule
+
+__all__ = ["RunConfig", "changed_keys"]
+
+
+class RunConfig(Section):
+    """One run, completely."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    seed: Count = 0
+    data: DataSection
+    model: ModelSection
+    stages: Annotated[tuple[StageSection, ...], Field(min_length=1)]
+    growth: GrowthSection = GrowthSection()
+    optimizer: OptimizerSection
+    schedule: ScheduleSection = ScheduleSection()
+    batch: BatchSection
+    phases: tuple[PhaseSection, ...] = ()
+    """Later sequence lengths and batches; data and batch say what a run begins with."""
+    engine: EngineSection = EngineSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    logging: LoggingSection = LoggingSection()
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> "RunConfig":
+        longest = self.model.max_position_embeddings
+        for phase in self.phase_schedule().phases:
+            if phase.sequence_length > longest:
+                place = f"phases.{phase.index - 1}" if phase.index else "data"
+                raise ValueError(
+                    f"{place}.sequence_length={phase.sequence_length} does not fit "
+                    f"model.max_position_embeddings={longest}: shorten the rows or raise the latter"
+                )
+            peak = self.optimizer.peak_learning_rate(phase.global_batch_size)
+            if peak > LARGEST_LEARNING_RATE:
+                raise ValueError(
+                    f"optimizer.learning_rate={self.optimizer.learning_rate:g} for "
+                    f"{self.optimizer.learning_rate_batch_size} rows is {peak:g} for "
+                    f"{phase.global_batch_size}, above {LARGEST_LEARNING_RATE:g}: lower the one "
+                    f"or raise optimizer.learning_rate_batch_size"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _can_export(self) -> "RunConfig":
+        if self.checkpoint.export_at_end and self.model.layer_norm_position == "pre":
+            raise ValueError(
+                "Hugging Face's BERT has no pre-LN form, so a pre-LN model cannot be exported: "
+                "set checkpoint.export_at_end=false, or model.layer_norm_position=post"
+            )
+        return self
+
+    def phase_schedule(self) -> PhaseSchedule:
+        """The sequence length and batch of every step.
+
+        Raises:
+            ConfigError: phases that are not in the order of their steps.
+        """
+        shape = (
+            self.data.sequence_length,
+            self.batch.global_batch_size,
+            self.batch.micro_batch_size,
+        )
+        shapes = [(0, *shape)]
+        for phase in self.phases:
+            changed = (phase.sequence_length, phase.global_batch_size, phase.micro_batch_size)
+            sequence_length, rows, micro_rows = (
+                old if new is None else new
+                for old, new in zip(shapes[-1][1:], changed, strict=True)
+            )
+            shapes.append((phase.from_step, sequence_length, rows, micro_rows))
+        return PhaseSchedule.from_shapes(shapes)
+
+    def stage_schedule(self) -> StageSchedule:
+        """The stages in steps.
+
+        Raises:
+            StageError: depths that do not grow, or a phase that starts after the last step.
+        """
+        phases = self.phase_schedule()
+        pairs: list[tuple[int, int]] = []
+        start = 0
+        for stage in self.stages:
+            steps = stage.steps or phases.steps_for_tokens(stage.tokens or 0, start)
+            pairs.append((stage.num_hidden_layers, steps))
+            start += steps
+        if phases.phases[-1].start_step >= start:
+            raise StageError(
+                f"phases.{len(self.phases) - 1}.from_step={phases.phases[-1].start_step} is not "
+                f"before the end of the run at step {start}; lower it or leave the phase out"
+            )
+        return StageSchedule.from_depths(pairs)
+
+    def with_absolute_paths(self) -> "RunConfig":
+        """The same run, whatever the working directory it is looked at from."""
+        json = Path(self.engine.deepspeed)
+        deepspeed = str(json.resolve()) if json.is_file() else self.engine.deepspeed
+        path = str(Path(self.data.path).resolve())
+        return self.model_copy(
+            update={
+                "data": self.data.model_copy(update={"path": path}),
+                "engine": self.engine.model_copy(update={"deepspeed": deepspeed}),
+            }
+        )
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+# What may differ between a run and its continuation without making it another run.
+_MAY_CHANGE = (
+    "data.path",
+    "data.loader_workers",
+    "optimizer.lamb.kernel",
+    "engine.",
+    "checkpoint.",
+    "evaluation.",
+    "logging.",
+)
+
+
+def changed_keys(before: RunConfig, now: RunConfig) -> list[str]:
+    """What makes `now` another run than `before`, as "key: before -> now" lines."""
+    old, new = _flatten(before.model_dump(mode="json")), _flatten(now.model_dump(mode="json"))
+    return [
+        f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+        and not key.startswith(_MAY_CHANGE)
+        and not key.endswith(".micro_batch_size")
+    ]
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        items = [(f"{prefix}{key}", child) for key, child in value.items()]
+    elif isinstance(value, list):
+        items = [(f"{prefix}{index}", child) for index, child in enumerate(value)]
+    else:
+        return {prefix.removesuffix("."): value}
+    return {key: leaf for name, child in items for key, leaf in _flatten(child, name + ".").items()}

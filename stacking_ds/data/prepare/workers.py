@@ -1,0 +1,128 @@
+"""Several processes that do units, and what becomes of them."""
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from stacking_ds.data.prepare.folder import UnfinishedFolder
+from stacking_ds.data.prepare.session import Job
+from stacking_ds.data.shard_writer import remove_unfinished
+from stacking_ds.errors import DataError
+
+__all__ = ["do_in_workers"]
+
+_Event = tuple[int, dict[str, Any]]
+
+
+def do_in_workers(
+    units: Sequence[int], job: Job, count: int, report: Callable[[int, int, int], None]
+) -> None:
+    """Does `units` in `count` processes, each unit in one. `report` is called with a unit, the
+    documents and the bytes of the source that were read for it.
+
+    Raises DataError for what a worker raises, and when a worker is killed. Whatever happens, no
+    worker is left.
+    """
+    todo: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for unit in units:
+        todo.put(unit)
+    events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
+    processes = [_start() for _ in range(min(count, len(units)))]
+    threads = [
+        threading.Thread(target=_serve, args=(process, job, todo, events), daemon=True)
+        for process in processes
+    ]
+    try:
+        for thread in threads:
+            thread.start()
+        left = len(units)
+        while left:
+            unit, answer = events.get()
+            if "documents" in answer:
+                report(unit, answer["documents"], answer["source_bytes"])
+            elif "done" in answer:
+                left -= 1
+            else:
+                raise _failure(unit, answer)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
+        for process in processes:
+            _close(process)
+            remove_unfinished(UnfinishedFolder(Path(job.out_dir)).temporary, process.pid)
+
+
+def _start() -> "subprocess.Popen[str]":
+    root = str(Path(__file__).parents[3])
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return subprocess.Popen(
+        [sys.executable, "-m", "stacking_ds.data.prepare.worker"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TOKENIZERS_PARALLELISM": "false"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        encoding="utf-8",
+    )
+
+
+def _close(process: "subprocess.Popen[str]") -> None:
+    for stream in (process.stdin, process.stdout):
+        # what was not read by a worker that is gone
+        with contextlib.suppress(OSError):
+            if stream is not None:
+                stream.close()
+
+
+def _serve(
+    process: "subprocess.Popen[str]",
+    job: Job,
+    todo: "queue.SimpleQueue[int]",
+    events: "queue.SimpleQueue[_Event]",
+) -> None:
+    """Gives one worker units until there are none, and passes its answers on."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    unit = -1
+    try:
+        process.stdin.write(job.model_dump_json() + "\n")
+        while True:
+            unit = todo.get_nowait()
+            process.stdin.write(f"{unit}\n")
+            process.stdin.flush()
+            for line in process.stdout:
+                answer = json.loads(line)
+                events.put((unit, answer))
+                if "done" in answer:
+                    break
+            else:
+                break
+    except queue.Empty:
+        return
+    except (OSError, ValueError):
+        pass  # it died; so its exit status says
+    events.put((unit, {"exit": process.wait()}))
+
+
+def _failure(unit: int, answer: dict[str, Any]) -> Exception:
+    if "error" in answer:
+        return DataError(answer["error"])
+    if "crash" in answer:
+        return RuntimeError(f"a worker failed in unit {unit}: {answer['crash']}")
+    status = answer["exit"]
+    how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited ({status})"
+    reason = ", as when memory runs out" if status == -signal.SIGKILL else ""
+    return DataError(
+        f"a worker {how}{reason}, while it did unit {unit}; what is finished is kept: run the same "
+        "command again, with fewer --workers if it was memory"
+    )

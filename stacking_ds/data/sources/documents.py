@@ -1,0 +1,151 @@
+"""What every kind of source yields, and how a source is cut into pieces that are read alone."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from stacking_ds.data.manifest import Record, SplitName
+
+__all__ = [
+    "MAX_DOCUMENT_BYTES",
+    "Document",
+    "Fault",
+    "Item",
+    "Piece",
+    "Reader",
+    "Reading",
+    "Source",
+    "check_text",
+    "text_of_row",
+    "too_long",
+]
+
+# A line, or a document of a .txt file, beyond this is a mistake (a base64 dump, a file without
+# newlines), and would make memory grow with it.
+MAX_DOCUMENT_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One document: paragraphs separated by newlines, the number of the line or row it starts at
+    within its piece, the bytes of the source it took, and the split its source puts it in."""
+
+    text: str
+    number: int
+    source_bytes: int
+    split: SplitName | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A document, or with `rest_is_lost` all that follows in the piece, that cannot be used.
+
+    `reason` is what such faults are counted under; `sentence` goes on after the place.
+    """
+
+    reason: str
+    sentence: str
+    number: int
+    source_bytes: int
+    rest_is_lost: bool = False
+
+
+Item = Document | Fault
+
+
+class Piece(Record):
+    """A part of a source that is read from `start` to `stop`: bytes of a text file, row groups of a
+    Parquet file, record batches of an Arrow file, rows or shards of a dataset.
+
+    `source_bytes` is its part of the source as it lies there, `text_bytes` an estimate of the text
+    in it; None where nobody knows before reading.
+    """
+
+    file: int
+    start: int
+    stop: int
+    source_bytes: int | None
+    text_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The options of reading. `text_key` is the key, or the column, that holds the text;
+    `max_bytes` the size of the largest document."""
+
+    text_key: str = "text"
+    max_bytes: int = MAX_DOCUMENT_BYTES
+
+
+class Reader(Protocol):
+    """One piece, opened."""
+
+    def items(self) -> Iterator[Item]:
+        """The documents in order, the same every time. Raises DataError where the piece as a whole
+        cannot be read."""
+
+    def place(self, number: int) -> tuple[str, str]:
+        """Where line or row `number` of the piece is: the file's name and its number counted from
+        the file's start, as `a.jsonl:17`; and in words, as `/data/a.jsonl, line 17`."""
+
+
+class Source(Protocol):
+    """Something documents can be read from, more than once, in the same order."""
+
+    name: str
+    holds_out: bool
+    """Whether the source itself puts some of its documents into the held-out split."""
+
+    @property
+    def paths(self) -> Sequence[Path]:
+        """The files it consists of; none where it does not lie in files of the user."""
+
+    def identity(self) -> list[str]:
+        """What the source is recognised by without reading it: names, with sizes or versions. A
+        Hugging Face dataset has its name alone, so that it needs no network."""
+
+    def contents(self) -> list[tuple[str, str | None]]:
+        """The names and licences of what it consists of, where that is not files."""
+
+    def estimate(self) -> int:
+        """About how many bytes of text it has; 0 where nobody knows."""
+
+    def pieces(self, piece_bytes: int, text_key: str) -> list[Piece]:
+        """Cuts it into pieces of about `piece_bytes` of text, in order. Pure: depends on nothing
+        but the content and `piece_bytes`. Raises DataError for a table without `text_key`, before
+        anything else is read."""
+
+    def open(self, piece: Piece, reading: Reading) -> Reader: ...
+
+
+def text_of_row(row: Any, key: str) -> str | tuple[str, str]:
+    """The text under `key` of a JSON value; or the reason and the sentence why there is none."""
+    text = row.get(key) if isinstance(row, dict) else None
+    if not isinstance(text, str):
+        found = f"the keys {sorted(row)[:20]}" if isinstance(row, dict) else type(row).__name__
+        return "no text", f"has no string under the key {key!r} (it has {found})"
+    return text
+
+
+def check_text(text: str, number: int, source_bytes: int, max_bytes: int) -> Item:
+    """A document of `text`, or the fault that it is too long or no text."""
+    if len(text) > max_bytes:
+        return too_long(number, source_bytes, max_bytes)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        sentence = (
+            f"holds half a character (a lone surrogate at position {error.start} of its text)"
+        )
+        return Fault("half a character", sentence, number, source_bytes)
+    return Document(text, number, source_bytes)
+
+
+def too_long(number: int, source_bytes: int, max_bytes: int) -> Fault:
+    """The fault of a line or document above the limit."""
+    sentence = (
+        f"starts a line or document of more than {max_bytes:,} bytes, the limit; is it text, and "
+        "are its newlines there?"
+    )
+    return Fault("too long", sentence, number, source_bytes)

@@ -1,0 +1,180 @@
+"""Making layouts: once for all who need them, whole or not at all, the same rows for ever."""
+
+import hashlib
+import multiprocessing
+import os
+import resource
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from stacking_ds.data import layout_store
+from stacking_ds.data.layout import LAYOUT_VERSION, LayoutSpec
+from stacking_ds.data.layout_store import find_layout, open_layout
+from stacking_ds.data.loader import PretrainingData, PretrainingSteps, RowOptions, load_steps
+from stacking_ds.data.shards import TokenShards
+from stacking_ds.errors import DataError
+from stacking_ds.phases import PhaseSchedule
+from tests.token_shards import make_shards
+
+DOCUMENTS = [[7, 9, 3], [30, 4], [5], [6, 6, 6, 6], [50], [2, 2], [11, 3, 9], [4, 8]] * 4
+SPEC = LayoutSpec(examples="pairs", sequence_length=24, packed=True)
+
+# For each kind, variant and length: what stands in the rows. A change of these is a change of every
+# run that goes on with them: raise LAYOUT_VERSION with it.
+ROWS_OF_VERSION_1 = {
+    "pairs-24-packed-0": "2def71e7b4d2ff8d",
+    "pairs-24-packed-1": "7fe720e7e27e2aa5",
+    "pairs-40-single-0": "3a112b25f4df7a9c",
+    "documents-24-packed-0": "87b7712216866876",
+    "documents-24-packed-1": "e5b8d002395b3be8",
+}
+
+
+def _rows_hash(folder: Path, name: str) -> str:
+    kind, length, packed, variant = name.split("-")
+    split = make_shards(folder, DOCUMENTS, documents_per_shard=3).split("train")
+    spec = LayoutSpec(
+        examples=kind,
+        sequence_length=int(length),
+        packed=packed == "packed",
+        variant=int(variant),
+    )
+    found = open_layout(split, spec)
+    assert len(found.record.parts) > 1
+    counts, examples = found.examples_of(np.arange(found.num_rows))
+    columns = [counts, *(getattr(examples, field) for field in examples.__dataclass_fields__)]
+    content = b"".join(column.astype(np.int64).tobytes() for column in columns)
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+@pytest.mark.parametrize("name", ROWS_OF_VERSION_1)
+def test_the_rows_of_this_version_stay_what_they_are(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(layout_store, "_TOKENS_PER_PART", 100)
+    assert LAYOUT_VERSION == 1, "pin the rows of the new version here"
+    assert _rows_hash(tmp_path, name) == ROWS_OF_VERSION_1[name]
+
+
+def _open_and_say_who_made_it(folder: Path, barrier, answers) -> None:
+    split = TokenShards.open(folder).split("train")
+    made = []
+    write = layout_store._write
+    layout_store._write = lambda *arguments: made.append(1) or write(*arguments)
+    barrier.wait()
+    found = open_layout(split, SPEC)
+    answers.put((len(made), found.num_rows, str(found.folder)))
+
+
+def test_many_processes_that_need_a_layout_make_it_once(tmp_path):
+    make_shards(tmp_path, DOCUMENTS * 20)
+    context = multiprocessing.get_context("fork")
+    barrier, answers = context.Barrier(6), context.Queue()
+    processes = [
+        context.Process(target=_open_and_say_who_made_it, args=(tmp_path, barrier, answers))
+        for _ in range(6)
+    ]
+    for process in processes:
+        process.start()
+    found = [answers.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    assert sum(made for made, _, _ in found) == 1
+    assert len({answer[1:] for answer in found}) == 1
+
+
+def test_without_a_lock_the_layout_of_the_faster_node_stays(tmp_path, monkeypatch):
+    split = make_shards(tmp_path, DOCUMENTS).split("train")
+    first = open_layout(split, SPEC)
+    inode = first.folder.stat().st_ino
+    again = layout_store._write(first.folder, split, SPEC, first.record.identity, 1)
+    assert first.folder.stat().st_ino == inode, "somebody may have mapped it"
+    assert again.record == first.record
+    (first.folder / "layout.json").write_text("{")
+    mended = open_layout(split, SPEC)
+    assert mended.record == first.record
+    assert [path for path in (tmp_path / "layouts").iterdir() if "tmp" in path.name] == []
+
+
+def test_what_a_killed_maker_left_is_removed_and_others_nodes_work_is_not(tmp_path):
+    split = make_shards(tmp_path, DOCUMENTS).split("train")
+    folder = open_layout(split, SPEC).folder
+    shutil.rmtree(folder)
+    here = folder.with_name(f"{folder.name}.tmp-{os.uname().nodename}-0123")
+    elsewhere = folder.with_name(f"{folder.name}.tmp-another-0123")
+    for left in (here, elsewhere):
+        left.mkdir()
+        (left / "part-00000.arrow").write_bytes(b"x")
+    open_layout(split, SPEC)
+    assert not here.exists()
+    assert elsewhere.exists()
+
+
+def test_finding_makes_nothing_and_a_damaged_part_is_no_layout(tmp_path):
+    split = make_shards(tmp_path, DOCUMENTS).split("train")
+    assert find_layout(split, SPEC) is None
+    assert not (tmp_path / "layouts").exists()
+    made = open_layout(split, SPEC)
+    other = SPEC.model_copy(update={"sequence_length": 25})
+    assert find_layout(split, other) is None
+    path = made.folder / "part-00000.arrow"
+    path.write_bytes(bytes(path.stat().st_size))
+    assert find_layout(split, SPEC) is None
+    assert open_layout(split, SPEC).record == made.record
+
+
+def test_nobody_needs_a_home(tmp_path, monkeypatch):
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    split = make_shards(tmp_path, DOCUMENTS).split("train")
+    assert open_layout(split, SPEC).num_rows
+    shutil.rmtree(tmp_path / "layouts")
+    (tmp_path / "layouts").write_text("in the way")
+    with pytest.raises(DataError, match="cannot be laid out"):
+        open_layout(split, SPEC)
+
+
+def test_attention_counts_the_tokens_of_the_own_example(tmp_path):
+    found = open_layout(make_shards(tmp_path, DOCUMENTS).split("train"), SPEC)
+    _, examples = found.examples_of(np.arange(found.num_rows))
+    seen = np.repeat(examples.slots, examples.slots)
+    assert found.mean_attended_slots == pytest.approx(seen.mean())
+
+
+def _count_open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_a_step_of_many_micro_batches_keeps_few_files_open(tmp_path):
+    shards = make_shards(tmp_path, DOCUMENTS * 20)
+    options = RowOptions(sequence_length=24, mlm_probability=0.15, packed=True)
+    data = PretrainingData(shards, "train", options, seed=1)
+    steps = PretrainingSteps(data, PhaseSchedule.from_shapes([(0, 24, 300, 1)]).phases[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    strategy = torch.multiprocessing.get_sharing_strategy()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (_count_open_files() + 150, hard))
+    try:
+        torch.multiprocessing.set_sharing_strategy("file_descriptor")
+        loaded = list(load_steps(steps, range(4), workers=1, pin_memory=False))
+    finally:
+        torch.multiprocessing.set_sharing_strategy(strategy)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert [len(step.micro_batches) for step in loaded] == [300] * 4
+
+
+def test_a_run_lays_out_the_variants_that_it_reaches(tmp_path):
+    shards = make_shards(tmp_path, DOCUMENTS)
+    options = RowOptions(sequence_length=24, mlm_probability=0.15, packed=True, variants=4)
+    data = PretrainingData(shards, "train", options, seed=1)
+    rows = data.layout(0).num_rows
+    assert list(data.missing_layouts(rows)) == []
+    assert [variant for variant, _ in data.missing_layouts(rows + 1)] == [1]
+    data.step(rows - 1, 1, micro_batch_size=1)
+    assert len(data._layouts) == 2
+    data.step(rows - 1, 2, micro_batch_size=2)
+    data.step(100 * rows, 2, micro_batch_size=2)
+    assert len(data._layouts) == 4
+    assert [variant for variant, _ in data.missing_layouts(10**9)] == []

@@ -1,0 +1,108 @@
+"""Packed rows train the same model: per example the loss, and over all the gradient."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+
+from stacking_ds.data.batches import Batch
+from stacking_ds.data.loader import PretrainingData, RowOptions
+from stacking_ds.model.bert import BertForPreTraining
+from stacking_ds.model.config import BertConfig
+from stacking_ds.model.loss import pretraining_loss
+from tests.bert_samples import telling_model
+from tests.token_shards import make_shards
+
+DOCUMENTS = [[3, 4, 5], [2, 2], [9, 3, 6, 4], [1], [5, 5, 5, 5], [12], [2, 6], [7, 1, 7]] * 3
+LENGTH = 32
+
+
+def _losses(model: BertForPreTraining, batch: Batch) -> dict[tuple[int, ...], torch.Tensor]:
+    """For each example, known by its unmasked tokens: its MLM loss and its NSP loss."""
+    mlm_logits_MV, nsp_logits_E2 = model(*batch.model_inputs)
+    mlm_M = functional.cross_entropy(mlm_logits_MV, batch.mlm_labels_M, reduction="none")
+    nsp_E = functional.cross_entropy(
+        nsp_logits_E2, batch.next_sentence_label_E, reduction="none", ignore_index=-100
+    )
+    ids = batch.input_ids_BS.flatten().index_put((batch.mlm_positions_M,), batch.mlm_labels_M)
+    numbers = batch.attention_mask_BS.flatten()
+    found = {}
+    for example, first in enumerate(batch.first_positions_E.tolist()):
+        row_end = (first // LENGTH + 1) * LENGTH
+        length = int((numbers[first:row_end] == numbers[first]).sum())
+        inside = (batch.mlm_positions_M >= first) & (batch.mlm_positions_M < first + length)
+        found[tuple(ids[first : first + length].tolist())] = torch.stack(
+            [mlm_M[inside].sum(), nsp_E[example]]
+        )
+    return found
+
+
+@pytest.mark.parametrize("layer_norm_position", ["post", "pre"])
+@pytest.mark.parametrize("examples", ["pairs", "documents"])
+def test_packed_examples_have_the_losses_and_gradients_of_rows_of_their_own(
+    tmp_path: Path, examples: str, layer_norm_position: str
+) -> None:
+    shards = make_shards(tmp_path, DOCUMENTS)
+    config = BertConfig(
+        vocab_size=shards.manifest.vocab_size,
+        hidden_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=40,
+        max_position_embeddings=LENGTH,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=0.3,
+        layer_norm_position=layer_norm_position,
+    )
+    options = RowOptions(sequence_length=LENGTH, mlm_probability=0.3, examples=examples)
+    losses, gradients, shapes = [], [], []
+    for packed in (False, True):
+        data = PretrainingData(shards, "train", replace(options, packed=packed), seed=3)
+        (batch,) = data.step(0, data.num_rows, micro_batch_size=data.num_rows).micro_batches
+        model = telling_model(config)
+        losses.append(_losses(model, batch))
+        mlm_logits, nsp_logits = model(*batch.model_inputs)
+        sums = pretraining_loss(
+            mlm_logits, batch.mlm_labels_M, nsp_logits, batch.next_sentence_label_E
+        )
+        (sums.mlm_sum + sums.nsp_sum).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+        shapes.append(batch.input_ids_BS.shape)
+    single, together = losses
+    assert shapes[1][0] < shapes[0][0], "several examples share a row"
+    assert single.keys() == together.keys()
+    for key, expected in single.items():
+        torch.testing.assert_close(together[key], expected, rtol=1e-5, atol=1e-5)
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_tokens_of_another_example_in_the_row_change_nothing(tmp_path: Path) -> None:
+    shards = make_shards(tmp_path, DOCUMENTS)
+    options = RowOptions(sequence_length=LENGTH, mlm_probability=0.3, packed=True)
+    data = PretrainingData(shards, "train", options, seed=3)
+    (batch,) = data.step(0, data.num_rows, micro_batch_size=data.num_rows).micro_batches
+    model = telling_model(
+        BertConfig(
+            vocab_size=shards.manifest.vocab_size,
+            hidden_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=40,
+            max_position_embeddings=LENGTH,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            initializer_range=0.3,
+        )
+    )
+    second = batch.attention_mask_BS == 2
+    assert second.any()
+    other = replace(batch, input_ids_BS=torch.where(second, 7, batch.input_ids_BS))
+    before, after = (
+        model(*each.model_inputs[:3], None, *each.model_inputs[4:])[0] for each in (batch, other)
+    )
+    assert not torch.allclose(before[second], after[second])
+    torch.testing.assert_close(before[~second], after[~second], rtol=0, atol=0)
