@@ -16,6 +16,8 @@ REQUIREMENTS = [
     # checkpoints; before 0.8 writing one copied it and stopped every other thread meanwhile
     "safetensors>=0.8",
     "xxhash>=3.4",  # checksums of a checkpoint's chunks, as fast as memory; datasets brings it too
+    "filelock>=3.12",  # one process of a node lays out rows; datasets brings it too
+    "psutil>=5.9",  # `bench data` watches the processes it starts; deepspeed brings it too
     "pydantic>=2.10,<3",  # recipes and manifests are strict models; DeepSpeed brings it too
     "PyYAML>=6",  # recipes are YAML
     "numpy>=1.26",  # token arrays, masks, sample order

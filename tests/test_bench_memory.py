@@ -1,5 +1,7 @@
 """Memory gauges see what is used, and nothing else."""
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,13 @@ import pytest
 import torch
 
 from stacking_ds.bench import memory
-from stacking_ds.bench.memory import HostPeak, live_tensor_bytes, resident_bytes, touched_bytes
+from stacking_ds.bench.memory import (
+    HostPeak,
+    TreePeak,
+    live_tensor_bytes,
+    resident_bytes,
+    touched_bytes,
+)
 
 MIB = 2**20
 SIZE = 96 * MIB
@@ -70,3 +78,15 @@ def test_a_kernel_that_keeps_its_page_tables_to_itself(
 ) -> None:
     monkeypatch.setattr(memory, "_SELF", tmp_path)
     assert touched_bytes([torch.ones(MIB)]) is None
+
+
+def test_the_peak_of_a_tree_is_that_of_its_largest_process() -> None:
+    grow = "import time; held = bytearray({mib} << 20); time.sleep(0.5)"
+    child = grow.format(mib=200)
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    ballast = bytearray(400 << 20)  # what this process has is not counted
+    process = subprocess.Popen([sys.executable, "-c", parent])
+    with TreePeak(process.pid) as peak:
+        assert process.wait(timeout=60) == 0
+    del ballast
+    assert 200 << 20 < peak.bytes < 300 << 20

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from stacking_ds.bench.memory import TreePeak
 from stacking_ds.data.counter_random import derive_key
 from stacking_ds.data.loader import PretrainingData, PretrainingSteps, RowOptions, load_steps
 from stacking_ds.data.masking import MaskingName, MaskingVocabulary, mask_tokens
@@ -198,14 +199,14 @@ def _run(arguments: Sequence[str]) -> Spent:
         text=True,
     )
     assert process.stderr is not None
-    with process.stderr:
+    with TreePeak(process.pid) as peak, process.stderr:
         said = process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)
     wall_seconds = time.perf_counter() - started
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0:
         raise DataError(f"{' '.join(arguments[:3])} failed: {said.strip()[-500:]}")
-    return Spent(wall_seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20)
+    return Spent(wall_seconds, usage.ru_utime + usage.ru_stime, peak.bytes / 2**30)
 
 
 def _cpu_seconds(work: Callable[..., object], *arguments: object) -> float:

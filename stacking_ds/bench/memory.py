@@ -1,5 +1,6 @@
 """How far a process's host memory rises while something runs, and what tensors it holds."""
 
+import contextlib
 import ctypes
 import gc
 import resource
@@ -9,12 +10,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import psutil
 import torch
 
-__all__ = ["HostPeak", "live_tensor_bytes", "resident_bytes", "settle", "touched_bytes"]
+__all__ = ["HostPeak", "TreePeak", "live_tensor_bytes", "resident_bytes", "settle", "touched_bytes"]
 
 _SELF = Path("/proc/self")
 _SAMPLE_SECONDS = 0.001
+_WATCH_SECONDS = 0.02
 _PAGE = resource.getpagesize()
 # one 64-bit entry a page: man 5 proc_pid_pagemap
 _ENTRY_BYTES = 8
@@ -69,8 +72,40 @@ class HostPeak:
             self._done.wait(_SAMPLE_SECONDS)
 
 
-def _high_water_mark() -> int:
-    status = (_SELF / "status").read_text().splitlines()
+class TreePeak:
+    """The highest resident memory that any one process of a tree had while this was entered, in
+    `bytes`.
+
+    The operating system's account of a finished child will not do: it begins with what the parent
+    had when it forked.
+    """
+
+    def __init__(self, root: int) -> None:
+        self.bytes = 0
+        self._root = psutil.Process(root)
+        self._done = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "TreePeak":
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._done.set()
+        self._watcher.join()
+
+    def _watch(self) -> None:
+        while not self._done.wait(_WATCH_SECONDS):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for process in (self._root, *self._root.children(recursive=True)):
+                    # gone meanwhile, or a zombie, which has no memory
+                    with contextlib.suppress(OSError, StopIteration):
+                        peak = _high_water_mark(Path(f"/proc/{process.pid}"))
+                        self.bytes = max(self.bytes, peak)
+
+
+def _high_water_mark(process: Path = _SELF) -> int:
+    status = (process / "status").read_text().splitlines()
     kib = next(line.split()[1] for line in status if line.startswith("VmHWM:"))
     return int(kib) * 1024
 
