@@ -181,7 +181,11 @@ def test_damage_is_named(text, tmp_path, capsys):
     content[place] ^= 64
     path.write_bytes(content)
     plain = ("inspect", flipped, "--sequence-length", 10)
-    assert "verified    the sizes" in run(capsys, *plain)[0]
+    # without --verify too, where rows have to be laid out: they would outlive the damage
+    said, error = run(capsys, *plain, code=2)
+    assert "verified    the sizes" in said
+    assert f"{path} is not the file its manifest describes" in error
+    assert not list(flipped.glob("layouts/*/layout.json"))
     assert f"{path} is not the file its manifest describes" in refused(capsys, *plain, "--verify")
     whole = run(capsys, "inspect", text, "--sequence-length", 10, "--verify")[0]
     assert "verified    every byte" in whole

@@ -135,3 +135,15 @@ def test_an_index_out_of_range_is_no_duplicate(tmp_path):
     (train.folder / "train-duplicates.arrow").write_bytes(other)
     with pytest.raises(DataError, match="names documents that the train split does not have"):
         TokenShards.open(train.folder).split("train")
+
+
+def test_lists_that_overlap_are_damage_and_not_documents(tmp_path):
+    train = make_shards(tmp_path, [[3, 4], [5], [6, 7]]).split("train")
+    path = tmp_path / "train-00000-000.arrow"
+    content = bytearray(path.read_bytes())
+    offsets = train.arrays[0].token_offsets.tobytes()
+    place = content.index(offsets)
+    content[place + 4 : place + 8] = (2**31 - 1).to_bytes(4, "little")
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"train-00000-000\.arrow is damaged \(its lists overlap\)"):
+        TokenShards.open(tmp_path).split("train")

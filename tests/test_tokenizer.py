@@ -159,7 +159,7 @@ def test_missing_vocabulary_and_hopeless_training_are_refused(tmp_path):
         load_vocabulary(tmp_path / "nothing-here.txt")
     with pytest.raises(DataError, match=r"vocab_size 20 is too small: .* alone need"):
         train_wordpiece(prose.documents(5), 20)
-    with pytest.raises(DataError, match="holds no characters"):
+    with pytest.raises(DataError, match="no character occurs twice"):
         train_wordpiece(["", " \n"], 100)
 
 

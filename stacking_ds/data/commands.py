@@ -130,7 +130,15 @@ def _part(text: str) -> tuple[int, int]:
                 "--part auto needs the environment of a SLURM array job (sbatch --array=1-16); "
                 "without one write --part 3/16, say"
             ) from error
-        return (task - first) // step + 1, (last - first) // step + 1
+        parts = (last - first) // step + 1
+        tasks = int(os.environ.get("SLURM_ARRAY_TASK_COUNT", parts))
+        if tasks != parts:
+            raise ConfigError(
+                f"the array job has {tasks} tasks from {first} to {last}, so --part auto cannot "
+                f"tell of how many parts they are; give it tasks without a gap (sbatch "
+                f"--array=1-{parts}; what is done is not done again)"
+            )
+        return (task - first) // step + 1, parts
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if match is None:
         raise ConfigError(f"--part is {text!r}; write 3/16, say, or auto in a SLURM array job")

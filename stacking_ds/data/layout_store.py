@@ -31,7 +31,7 @@ from stacking_ds.data.layout import (
 )
 from stacking_ds.data.packing import pack
 from stacking_ds.data.shard_writer import write_arrow, write_file
-from stacking_ds.data.shards import TokenSplit
+from stacking_ds.data.shards import TokenShards, TokenSplit
 from stacking_ds.errors import DataError
 
 __all__ = ["find_layout", "open_layout", "require_documents"]
@@ -55,8 +55,8 @@ def find_layout(split: TokenSplit, spec: LayoutSpec) -> Layout | None:
 def open_layout(split: TokenSplit, spec: LayoutSpec, workers: int = 1) -> Layout:
     """The layout of `split` by `spec`, made by up to `workers` processes if it is not there.
 
-    Raises DataError for a sequence that is too short, for a split with too few documents, and when
-    the layout can be written nowhere.
+    Raises DataError for a sequence that is too short, for a split with too few documents, for
+    shards that are not those of the manifest, and when the layout can be written nowhere.
     """
     require_documents(split, spec)
     return find_layout(split, spec) or _make(split, spec, workers)
@@ -112,9 +112,11 @@ def _make(split: TokenSplit, spec: LayoutSpec, workers: int) -> Layout:
             # the ranks of a node need the same one at the same time
             with filelock.FileLock(root / f"{folder.name}.lock"):
                 _remove_unfinished(folder)
-                return _read(folder, spec, identity) or _write(
-                    folder, split, spec, identity, workers
-                )
+                if (found := _read(folder, spec, identity)) is not None:
+                    return found
+                # rows of a damaged shard would outlive it
+                TokenShards.open(split.shards.folder, verify=True)
+                return _write(folder, split, spec, identity, workers)
         except OSError as error:
             refused.append(f"{root}: {error.strerror or error}")
     raise DataError(

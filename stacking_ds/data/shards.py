@@ -188,12 +188,19 @@ def _map(path: Path, record: ShardFile) -> ShardArrays:
         )
     except (OSError, KeyError, pa.ArrowException) as error:
         raise DataError(f"{path} is not a readable token shard: {error}") from error
+    whole = _is_rising(arrays.token_offsets, len(arrays.tokens))
+    if not (whole and _is_rising(arrays.sentence_offsets, len(arrays.sentence_lengths))):
+        raise DataError(f"{path} is damaged (its lists overlap); prepare the folder again")
     found = (len(batch), len(arrays.sentence_lengths), len(arrays.tokens))
     if found != (record.documents, record.sentences, record.tokens):
         raise DataError(
             f"{path} holds {found} documents, sentences and tokens, not what its manifest says"
         )
     return arrays
+
+
+def _is_rising(offsets: NDArray[np.int32], stop: int) -> bool:
+    return offsets[0] == 0 and offsets[-1] == stop and bool((np.diff(offsets) >= 0).all())
 
 
 def _read_duplicates(path: Path, split: TokenSplit) -> NDArray[np.int64]:

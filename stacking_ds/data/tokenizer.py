@@ -108,7 +108,7 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int) -> list[str]:
     normalize = _normalizer().normalize_str
     alphabet, foreign = _alphabet(map(normalize, texts))
     if not alphabet:
-        raise DataError("no vocabulary can be trained: the text holds no characters")
+        raise DataError("no vocabulary can be trained: no character occurs twice in the text")
     pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     pieces = [*alphabet]
     for character in alphabet:

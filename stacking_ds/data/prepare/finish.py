@@ -8,12 +8,18 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from stacking_ds.data.manifest import DuplicatesFile, ShardFile, SplitManifest, SplitName
+from stacking_ds.data.manifest import (
+    DuplicatesFile,
+    Rejected,
+    ShardFile,
+    SplitManifest,
+    SplitName,
+)
 from stacking_ds.data.prepare.unit import SPLITS
 from stacking_ds.data.shard_writer import write_arrow
 from stacking_ds.errors import DataError
 
-__all__ = ["finish_splits"]
+__all__ = ["empty_split", "finish_splits"]
 
 Documents = NDArray[np.int64]
 Hashes = NDArray[np.uint64]
@@ -159,3 +165,20 @@ def _held_by(split: _Split, documents: Documents) -> tuple[int, int]:
         sentences += int((lengths[rows + 1] - lengths[rows]).sum())
         tokens += int((offsets[rows + 1] - offsets[rows]).sum())
     return sentences, tokens
+
+
+def empty_split(
+    train: SplitManifest, rejected: Sequence[Rejected], heldout_fraction: float
+) -> DataError:
+    """What to say when nothing counts in a split."""
+    if not train.documents:
+        gone = [f"{one.documents} left out, {one.reason}: {one.first[0]}" for one in rejected]
+        if train.duplicates.documents:
+            gone.append(f"{train.duplicates.documents} that are held out, or occur twice")
+        why = f" ({'; '.join(gone)})" if gone else ""
+        return DataError(f"the sources hold no training document with any text{why}")
+    return DataError(
+        f"none of the {train.documents} documents fell into the held-out split; raise "
+        f"--heldout-fraction (it is {heldout_fraction}), or name what to hold out by "
+        "--heldout SOURCE"
+    )

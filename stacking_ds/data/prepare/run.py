@@ -6,6 +6,7 @@ A run that is killed, at any moment, loses at most the chunk each process was at
 again goes on, and the folder is then the same, to the byte, as if nothing had happened.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from stacking_ds.data.manifest import (
     VocabularyFile,
     file_sha256,
 )
-from stacking_ds.data.prepare.finish import finish_splits
+from stacking_ds.data.prepare.finish import empty_split, finish_splits
 from stacking_ds.data.prepare.folder import (
     Settings,
     Started,
@@ -151,6 +152,14 @@ def _open(
     names: Sequence[str], heldout_sources: Sequence[str], heldout_fraction: float, download: bool
 ) -> Corpus:
     corpus = open_corpus(names, heldout_sources, download=download)
+    for source in corpus.sources:
+        if source.unread:
+            logging.getLogger("stacking_ds").warning(
+                "%s: only its files of known kinds are read; left alone: %s%s",
+                source.name,
+                ", ".join(source.unread[:5]),
+                f" and {len(source.unread) - 5} more" if len(source.unread) > 5 else "",
+            )
     if not (corpus.num_heldout or heldout_fraction or any(s.holds_out for s in corpus.train)):
         raise DataError(
             "heldout_fraction is 0 and no held-out source is named, but training needs held-out "
@@ -185,6 +194,11 @@ class _Run:
     def __call__(self, given: Sequence[str] | None) -> Prepared:
         done = self._reusable()
         if done is not None:
+            if self.how.licence not in (None, done.licence):
+                raise DataError(
+                    f"{self.folder.path} is prepared, with the licence {done.licence!r} and not "
+                    f"{self.how.licence!r}; delete it to prepare it again"
+                )
             return Prepared(done, reused=True)
         try:
             return self._prepare(given)
@@ -253,7 +267,9 @@ class _Run:
                 report=report,
             )
             if next(iter(sample), None) is None:
-                raise DataError("the sources hold no training document with any text")
+                raise DataError(
+                    "the sources hold no training document with any text to train a vocabulary on"
+                )
             given = train_wordpiece(sample, self.how.vocab_size)
         self.folder.keep_vocabulary(given)
 
@@ -284,12 +300,13 @@ class _Run:
         }
         splits = finish_splits(folder.path, shards, folder.temporary)
         train, heldout = splits["train"], splits["heldout"]
-        if not train.documents or not heldout.documents:
-            folder.discard()
-            raise self._empty_split(train.documents)
         rejections = Rejections()
         for chunk in chunks:
             rejections.extend(chunk.rejected)
+        rejected = rejections.taken()
+        if not train.documents or not heldout.documents:
+            folder.discard()
+            raise empty_split(train, rejected, self.request.heldout_fraction)
         hashes = {
             (one.source, one.file): one.sha256
             for record in records.values()
@@ -305,7 +322,7 @@ class _Run:
             vocab_size=len(vocabulary),
             vocabulary_sha256=vocabulary_sha256(vocabulary),
             vocabulary_files=_write_vocabulary(folder, vocabulary),
-            rejected=rejections.taken(),
+            rejected=rejected,
             text_bytes=sum(chunk.text_bytes for chunk in chunks),
             train=train,
             heldout=heldout,
@@ -314,15 +331,6 @@ class _Run:
         write_file(folder.path / MANIFEST_NAME, manifest.to_json().encode(), folder.temporary)
         folder.remove_notes()
         return manifest
-
-    def _empty_split(self, train_documents: int) -> DataError:
-        if not train_documents:
-            return DataError("the sources hold no training document with any text")
-        return DataError(
-            f"none of the {train_documents} documents fell into the held-out split; raise "
-            f"--heldout-fraction (it is {self.request.heldout_fraction}), or name what to hold out "
-            "by --heldout SOURCE"
-        )
 
 
 def _write_vocabulary(

@@ -35,7 +35,7 @@ BadDocuments = Literal["refuse", "count"]
 SPLITS: tuple[SplitName, SplitName] = ("heldout", "train")
 EMPTY = "empty"
 _FIRST_PLACES = 20
-_GROUP_CHARACTERS = 2**22
+_GROUP_CHARACTERS, _GROUP_DOCUMENTS = 2**22, 2**15
 
 
 class Chunk(Record):
@@ -110,8 +110,8 @@ def usable(item: Item, reader: Reader, bad_documents: BadDocuments) -> bool:
         return True
     if bad_documents == "refuse":
         raise DataError(
-            f"{reader.place(item.number)[1]} {item.sentence}; mend it, or leave such documents out "
-            "and count them by --bad-documents count"
+            f"{reader.place(item.number)[1]} {item.sentence}; leave such documents out and "
+            "count them by --bad-documents count, or mend it and prepare into another folder"
         )
     return False
 
@@ -173,7 +173,7 @@ class UnitWriter:
                 chunk_items += 1
                 chunk_bytes += item.source_bytes
                 text_bytes += self._take(item, reader, group)
-                if group.characters >= min(_GROUP_CHARACTERS, self._shard_characters):
+                if self._is_full(group):
                     characters += group.characters
                     self._tokenize(group)
                     group = _Group()
@@ -189,6 +189,10 @@ class UnitWriter:
             report(documents, source_bytes)
             if ended:
                 return
+
+    def _is_full(self, group: _Group) -> bool:
+        enough = min(_GROUP_CHARACTERS, self._shard_characters)
+        return group.characters >= enough or len(group.counts) >= _GROUP_DOCUMENTS
 
     def _take(self, item: Item, reader: Reader, group: _Group) -> int:
         """Adds an item to the group; the bytes of its words."""

@@ -68,11 +68,13 @@ def _start() -> "subprocess.Popen[str]":
     root = str(Path(__file__).parents[3])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.Popen(
-        [sys.executable, "-m", "stacking_ds.data.prepare.worker"],
+        # -P: what lies in the user's folder is no module of ours
+        [sys.executable, "-P", "-m", "stacking_ds.data.prepare.worker"],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TOKENIZERS_PARALLELISM": "false"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         encoding="utf-8",
+        process_group=0,  # Ctrl-C is the parent's to answer
     )
 
 
@@ -122,7 +124,8 @@ def _failure(unit: int, answer: dict[str, Any]) -> Exception:
     status = answer["exit"]
     how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited ({status})"
     reason = ", as when memory runs out" if status == -signal.SIGKILL else ""
+    remedy = ", with fewer --workers if it was memory" if reason else ""
     return DataError(
         f"a worker {how}{reason}, while it did unit {unit}; what is finished is kept: run the same "
-        "command again, with fewer --workers if it was memory"
+        f"command again{remedy}"
     )

@@ -101,6 +101,10 @@ class Source(Protocol):
     def paths(self) -> Sequence[Path]:
         """The files it consists of; none where it does not lie in files of the user."""
 
+    @property
+    def unread(self) -> Sequence[str]:
+        """What is beside them and was left alone, where a folder was named."""
+
     def identity(self) -> list[str]:
         """What the source is recognised by without reading it: names, with sizes or versions. A
         Hugging Face dataset has its name alone, so that it needs no network."""
@@ -122,6 +126,8 @@ class Source(Protocol):
 def text_of_row(row: Any, key: str) -> str | tuple[str, str]:
     """The text under `key` of a JSON value; or the reason and the sentence why there is none."""
     text = row.get(key) if isinstance(row, dict) else None
+    if isinstance(row, dict) and key in row and text is None:
+        return ""  # as in a table: a document without words
     if not isinstance(text, str):
         found = f"the keys {sorted(row)[:20]}" if isinstance(row, dict) else type(row).__name__
         return "no text", f"has no string under the key {key!r} (it has {found})"
@@ -130,10 +136,9 @@ def text_of_row(row: Any, key: str) -> str | tuple[str, str]:
 
 def check_text(text: str, number: int, source_bytes: int, max_bytes: int) -> Item:
     """A document of `text`, or the fault that it is too long or no text."""
-    if len(text) > max_bytes:
-        return too_long(number, source_bytes, max_bytes)
     try:
-        text.encode("utf-8")
+        if len(text.encode("utf-8")) > max_bytes:
+            return too_long(number, source_bytes, max_bytes)
     except UnicodeEncodeError as error:
         sentence = (
             f"holds half a character (a lone surrogate at position {error.start} of its text)"

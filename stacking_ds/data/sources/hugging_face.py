@@ -29,6 +29,7 @@ class HuggingFace:
 
     holds_out = False
     paths: Sequence[Path] = ()
+    unread: Sequence[str] = ()
 
     def __init__(self, name: str, download: bool) -> None:
         self.name, self._download = name, download

@@ -47,6 +47,13 @@ class _Files:
     def __init__(self, name: str) -> None:
         self.name, self.paths = name, _expand(name)
 
+    @property
+    def unread(self) -> list[str]:
+        """What lies in the folder, if it is one, and is not read."""
+        folder = Path(self.name)
+        inside = folder.iterdir() if folder.is_dir() else ()
+        return sorted(path.name for path in inside if path not in self.paths)
+
     def identity(self) -> list[str]:
         return [f"{path.name}, {_size(path):,} bytes" for path in self.paths]
 
@@ -94,6 +101,7 @@ class _Embedded:
     name = "embedded"
     holds_out = True
     paths: Sequence[Path] = ()
+    unread: Sequence[str] = ()
 
     def identity(self) -> list[str]:
         return embedded.identity()
@@ -133,16 +141,21 @@ def _expand(name: str) -> list[Path]:
     if path.is_file():
         paths = [path]
     elif path.is_dir():
-        paths = sorted(file for file in path.iterdir() if file.name.endswith(_SUFFIXES))
+        paths = sorted(file for file in path.iterdir() if _is_known(file) and file.is_file())
     else:
-        paths = sorted(Path(match) for match in glob.glob(name, recursive=True))
+        matches = (Path(match) for match in glob.glob(name, recursive=True))
+        paths = sorted(match for match in matches if not match.is_dir())
     if not paths:
         kind = "holds no" if path.is_dir() else "does not exist, or matches no"
         raise DataError(f"data source {name!r} {kind} {', '.join(_SUFFIXES)} file")
     for file in paths:
-        if not file.name.endswith(_SUFFIXES):
+        if not _is_known(file):
             raise DataError(f"{file} is none of the known kinds: {', '.join(_SUFFIXES)}")
     return paths
+
+
+def _is_known(file: Path) -> bool:
+    return file.name.endswith(_SUFFIXES)
 
 
 def _size(path: Path) -> int:

@@ -9,6 +9,7 @@ import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
@@ -37,6 +38,7 @@ class _Line:
     number: int
     content: str
     source_bytes: int
+    text_bytes: int = 0
     fault: Fault | None = None
 
 
@@ -52,9 +54,12 @@ class TextFile:
         return self._paragraphs() if is_text else self._json_lines()
 
     def place(self, number: int) -> tuple[str, str]:
-        if not self._zipped:
-            number += _count_lines(self._path, self._piece.start)
+        number += self._lines_before
         return f"{self._path.name}:{number}", f"{self._path}, line {number}"
+
+    @cached_property
+    def _lines_before(self) -> int:
+        return 0 if self._zipped else _count_lines(self._path, self._piece.start)
 
     def _json_lines(self) -> Iterator[Item]:
         for line in self._lines():
@@ -88,7 +93,7 @@ class TextFile:
             content = line.content.strip()
             if content:
                 start = start or line.number
-                length += line.source_bytes
+                length += line.text_bytes
                 if length > self._reading.max_bytes and not fault:
                     fault = too_long(start, 0, self._reading.max_bytes)
                 if fault:
@@ -132,16 +137,15 @@ class TextFile:
     def _decoded(self, line: bytes, number: int, source_bytes: int) -> _Line:
         if len(line) > self._reading.max_bytes:
             fault = too_long(number, source_bytes, self._reading.max_bytes)
-            return _Line(number, "", source_bytes, fault)
+            return _Line(number, "", source_bytes, fault=fault)
         first = number == 1 and self._piece.start == 0
         try:
             content = line.decode("utf-8-sig" if first else "utf-8")
         except UnicodeDecodeError as error:
             sentence = f"is not UTF-8 (byte {error.start} of the line)"
-            return _Line(
-                number, "", source_bytes, Fault("not UTF-8", sentence, number, source_bytes)
-            )
-        return _Line(number, content, source_bytes)
+            fault = Fault("not UTF-8", sentence, number, source_bytes)
+            return _Line(number, "", source_bytes, fault=fault)
+        return _Line(number, content, source_bytes, len(line))
 
 
 def cut_text_file(path: Path, file: int, piece_bytes: int) -> list[Piece]:
@@ -165,7 +169,7 @@ def cut_text_file(path: Path, file: int, piece_bytes: int) -> list[Piece]:
 
 def _broken(number: int, reason: object) -> _Line:
     sentence = f"is in a broken gzip file: {reason}; from there on nothing can be read"
-    return _Line(number, "", 0, Fault("broken gzip", sentence, number, 0, True))
+    return _Line(number, "", 0, fault=Fault("broken gzip", sentence, number, 0, True))
 
 
 def _ended(parts: list[str], start: int, source_bytes: int, fault: Fault | None) -> Item:
