@@ -36,8 +36,8 @@ def _figures(**changes: Any) -> dict[str, Any]:
             "ours": [_spent(5), _spent(4)], "hf": [_spent(10), _spent(12)],
         },
         "memory": {
-            "workers": 2, "quarter_bytes": 10_000_000, "whole_bytes": 40_000_000,
-            "quarter": _spent(2, 0.5), "whole": _spent(5, 0.54),
+            "workers": 2, "whole_bytes": 40_000_000, "fourfold_bytes": 160_000_000,
+            "whole": _spent(2, 0.5), "fourfold": _spent(5, 0.54),
         },
         "masking": {
             "tokens": 2**17,
