@@ -40,14 +40,16 @@ def document_of(passages, token):
 
 
 documents_of_lengths = st.lists(
-    st.lists(st.integers(1, 60), min_size=1, max_size=12), min_size=1, max_size=12
+    st.lists(st.integers(1, 60) | st.just(700), min_size=1, max_size=12), min_size=1, max_size=12
 )
+# rows of 512 have Bs of every fourth length only
+row_lengths = st.integers(8, 64) | st.just(512)
 
 
 @settings(max_examples=150, deadline=None)
 @given(
     documents=documents_of_lengths,
-    length=st.integers(8, 64),
+    length=row_lengths,
     seed=st.integers(0, 1000),
     gap=st.sampled_from([0, 7]),
 )
@@ -80,11 +82,12 @@ def test_pairs_hold_every_token_once_and_know_where_they_come_from(documents, le
         if not pairs.is_random_E[row]:
             assert second == first_stop
             # B takes the room there is: it ends where the room or its document does
-            assert pairs.slots[row] == length or stop == passages.stops[other]
+            step = max(1, (length - 3) // 125)
+            assert pairs.slots[row] > length - step or stop == passages.stops[other]
 
 
 @settings(max_examples=80, deadline=None)
-@given(documents=documents_of_lengths, length=st.integers(8, 64), seed=st.integers(0, 1000))
+@given(documents=documents_of_lengths, length=row_lengths, seed=st.integers(0, 1000))
 def test_a_second_begins_with_a_sentence_whether_true_or_random(documents, length, seed):
     passages = passages_of(documents)
     pairs = cut_pairs(passages, length, derive_key(seed))
@@ -178,7 +181,7 @@ def test_a_single_document_gives_true_pairs_only():
 
 
 @settings(max_examples=100, deadline=None)
-@given(documents=documents_of_lengths, length=st.integers(8, 64), shifted=st.booleans())
+@given(documents=documents_of_lengths, length=row_lengths, shifted=st.booleans())
 def test_documents_are_cut_into_full_pieces_in_order(documents, length, shifted):
     passages = passages_of(documents, gap=3)
     pieces = cut_documents(passages, length, derive_key(1) if shifted else None)
