@@ -6,7 +6,8 @@ import json
 import pytest
 
 from stacking_ds.cli import main
-from stacking_ds.data.prepare.run import prepare
+from stacking_ds.data import commands
+from stacking_ds.data.prepare.run import Progress, prepare
 from stacking_ds.data.sources import text_files
 from stacking_ds.data.tokenizer import SPECIAL_TOKENS
 from stacking_ds.errors import DataError
@@ -89,3 +90,19 @@ def test_an_array_job_with_gaps_is_refused(monkeypatch, tmp_path, capsys):
     assert "the array job has 3 tasks from 1 to 7, so --part auto cannot tell" in (
         capsys.readouterr().err
     )
+
+
+def test_work_of_an_earlier_run_is_no_speed_of_this_one(tmp_path, monkeypatch, capsys):
+    clock = iter(range(0, 10**6, 40))
+    monkeypatch.setattr(commands.time, "monotonic", lambda: next(clock))
+    display = commands._Display()
+    for source_bytes in (10_000_000, 60_000_000, 100_000_000):
+        display(Progress("shards", 5, source_bytes, 200_000_000, kept_bytes=60_000_000))
+    said = capsys.readouterr().err.splitlines()
+    assert "at 0.0 MB/s" in said[0]
+    assert "100 MB at 0." in said[-1]
+    assert "50%" in said[-1]
+    display(Progress("vocabulary", 1, 9_000_000, None))
+    display(Progress("vocabulary", 1, 2_000_000, None))  # the second time through
+    display(Progress("vocabulary", 1, 4_000_000, None))
+    assert "4 MB at 0.0 MB/s" in capsys.readouterr().err.splitlines()[-1]

@@ -153,16 +153,18 @@ class _Display:
 
         self._terminal = sys.stderr.isatty()
         self._bar = tqdm(unit="B", unit_scale=True, disable=not self._terminal)
-        self._task = ""
+        self._task, self._read = "", 0
         self._started = self._last = time.monotonic()
 
     def __call__(self, now: "Progress") -> None:
-        if now.task != self._task:
+        if now.task != self._task or now.source_bytes < self._read:  # a vocabulary reads twice
             self._task = now.task
             self._bar.reset(now.total_bytes)
+            self._bar.initial = self._bar.n = now.kept_bytes
             self._started = self._last = time.monotonic()
+        self._read = now.source_bytes
         self._bar.set_description(f"{now.task}: {now.documents:,} documents", refresh=False)
-        self._bar.update(now.source_bytes - self._bar.n)
+        self._bar.update(max(0, now.source_bytes - self._bar.n))
         if not self._terminal and time.monotonic() - self._last > _SECONDS_BETWEEN_LINES:
             self._last = time.monotonic()
             print(self._line(now, self._last - self._started), file=sys.stderr, flush=True)
@@ -175,7 +177,7 @@ class _Display:
 
     def _line(self, now: "Progress", seconds: float) -> str:
         line = f"{now.task}: {now.documents:,} documents, {now.source_bytes / 1e6:,.0f} MB"
-        speed = now.source_bytes / seconds
+        speed = max(0, now.source_bytes - now.kept_bytes) / seconds
         line += f" at {speed / 1e6:.1f} MB/s"
         if now.total_bytes and speed:
             left = max(0, now.total_bytes - now.source_bytes) / speed

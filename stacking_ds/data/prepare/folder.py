@@ -75,6 +75,10 @@ class UnitRecord(Record):
     hashes: tuple[FileHash, ...]
     complete: bool
 
+    @property
+    def source_bytes(self) -> int:
+        return sum(chunk.source_bytes for chunk in self.chunks)
+
 
 def software() -> tuple[str, ...]:
     """The libraries that decide which bytes are written, with their versions."""

@@ -4,6 +4,7 @@ A unit is tokenized by one process, and what it writes depends on nothing else, 
 processes may share the units, in any order.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,16 @@ from stacking_ds.data.sources.documents import Item, Piece, Reader, Reading, Sou
 from stacking_ds.data.sources.names import open_source
 from stacking_ds.errors import DataError
 
-__all__ = ["Corpus", "InputFile", "Plan", "Segment", "Unit", "make_plan", "open_corpus"]
+__all__ = [
+    "Corpus",
+    "InputFile",
+    "Plan",
+    "Segment",
+    "Unit",
+    "make_plan",
+    "open_corpus",
+    "say_what_is_unread",
+]
 
 _UNITS = 64
 _MIN_UNIT_BYTES, _MAX_UNIT_BYTES = 4 * 2**20, 256 * 2**20
@@ -175,3 +185,14 @@ def make_plan(corpus: Corpus, text_key: str, unit_bytes: int | None = None) -> P
         if segments:
             units.append(Unit(heldout=heldout, segments=tuple(segments)))
     return Plan(units=tuple(units), files=corpus.files())
+
+
+def say_what_is_unread(corpus: Corpus) -> None:
+    """Warns of what lies in the folders that are sources and is not read."""
+    for source in corpus.sources:
+        if source.unread:
+            logging.getLogger("stacking_ds").warning(
+                "%s: only its files of known kinds are read; left alone: %s",
+                source.name,
+                ", ".join(source.unread),
+            )

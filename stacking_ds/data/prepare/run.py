@@ -6,7 +6,6 @@ A run that is killed, at any moment, loses at most the chunk each process was at
 again goes on, and the folder is then the same, to the byte, as if nothing had happened.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from stacking_ds.data.prepare.folder import (
     UnitRecord,
     software,
 )
-from stacking_ds.data.prepare.plan import Corpus, make_plan, open_corpus
+from stacking_ds.data.prepare.plan import Corpus, make_plan, open_corpus, say_what_is_unread
 from stacking_ds.data.prepare.reuse import adopt, check_request, reusable
 from stacking_ds.data.prepare.session import Job, Session, hash_limit, unwritable
 from stacking_ds.data.prepare.unit import SPLITS, BadDocuments, Rejections
@@ -51,12 +50,14 @@ SHARD_CHARACTERS = 128 * 2**20
 @dataclass(frozen=True)
 class Progress:
     """How far a running `prepare` is. `task` is "vocabulary" or "shards"; `source_bytes` counts
-    the bytes of the sources as they lie there, of `total_bytes`, None if that is unknown."""
+    the bytes of the sources as they lie there, of `total_bytes`, None if that is unknown;
+    `kept_bytes` of them an earlier run had done."""
 
     task: str
     documents: int
     source_bytes: int
     total_bytes: int | None
+    kept_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -152,14 +153,7 @@ def _open(
     names: Sequence[str], heldout_sources: Sequence[str], heldout_fraction: float, download: bool
 ) -> Corpus:
     corpus = open_corpus(names, heldout_sources, download=download)
-    for source in corpus.sources:
-        if source.unread:
-            logging.getLogger("stacking_ds").warning(
-                "%s: only its files of known kinds are read; left alone: %s%s",
-                source.name,
-                ", ".join(source.unread[:5]),
-                f" and {len(source.unread) - 5} more" if len(source.unread) > 5 else "",
-            )
+    say_what_is_unread(corpus)
     if not (corpus.num_heldout or heldout_fraction or any(s.holds_out for s in corpus.train)):
         raise DataError(
             "heldout_fraction is 0 and no held-out source is named, but training needs held-out "
@@ -275,6 +269,8 @@ class _Run:
 
     def _do_units(self, started: Started, units: range) -> None:
         read = dict.fromkeys(units, (0, 0))
+        records = self.folder.records(len(started.plan.units))
+        kept = sum(one.source_bytes for unit, one in records.items() if unit in units)
         total = started.plan.source_bytes
         if total is not None:
             total = sum(started.plan.units[unit].source_bytes for unit in units)
@@ -282,7 +278,7 @@ class _Run:
         def report(unit: int, documents: int, source_bytes: int) -> None:
             read[unit] = (documents, source_bytes)
             done = [sum(column) for column in zip(*read.values(), strict=True)]
-            self.how.progress(Progress("shards", done[0], done[1], total))
+            self.how.progress(Progress("shards", done[0], done[1], total, kept))
 
         if self.how.workers > 1 and len(units) > 1:
             do_in_workers(units, self.job, self.how.workers, report)
@@ -312,8 +308,7 @@ class _Run:
             for record in records.values()
             for one in record.hashes
         }
-        vocabulary = folder.vocabulary()
-        if vocabulary is None:
+        if (vocabulary := folder.vocabulary()) is None:
             raise self._overtaken()
         manifest = DataManifest(
             request=self.request,
