@@ -134,7 +134,9 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         "--resume", action="store_true", help="go on with the run in --run-dir if there is one"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="check recipe and data, show the schedule, and stop"
+        "--dry-run",
+        action="store_true",
+        help="check recipe and data, lay out its rows, show the schedule, and stop",
     )
     # launchers pass it; the environment says the same
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)

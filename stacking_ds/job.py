@@ -6,7 +6,7 @@ Whatever is wrong with the recipe, the shards or the DeepSpeed JSON shows here, 
 import hashlib
 import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ class Job:
         Raises:
             StageError: depths that do not grow, or that the growth operator cannot reach.
             ConfigError: a learning-rate schedule, model or DeepSpeed JSON that cannot be used.
-            DataError: shards that are missing, damaged or too small for one global batch.
+            DataError: shards that are missing or damaged, or splits with too few documents.
         """
         schedule = config.stage_schedule()
         depths = [stage.num_hidden_layers for stage in schedule.stages]
@@ -94,13 +94,17 @@ class Job:
             DataError: fewer rows than one global batch, or nowhere to write them.
         """
         for length, data in self.train_data.items():
-            rows = self.phases.rows(self.schedule.total_steps, length)
-            for variant, spec in data.missing_layouts(rows):
-                say(
-                    f"laying out the rows of {self.shards.folder}, {spec}, once for all runs; "
-                    f"`stacking-ds data layout` does so ahead of a run"
-                )
-                data.layout(variant, workers)
+            heldout = replace(RowOptions.of(self.config.data, length), variants=1)
+            for one, rows in (
+                (data, self.phases.rows(self.schedule.total_steps, length)),
+                (PretrainingData(self.shards, "heldout", heldout, seed=0), 1),
+            ):
+                for variant, spec in one.missing_layouts(rows):
+                    say(
+                        f"laying out the rows of {self.shards.folder}, {one.split} {spec}, once "
+                        f"for all runs; `stacking-ds data layout` does so ahead of a run"
+                    )
+                    one.layout(variant, workers)
         for phase in self.phases.phases:
             self.train_data[phase.sequence_length].require_rows(phase.global_batch_size)
 

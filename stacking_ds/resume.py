@@ -4,7 +4,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from stacking_ds import checkpoint, run_directory
-from stacking_ds.data.shards import TokenShards
 from stacking_ds.distributed import World
 from stacking_ds.errors import CheckpointError
 from stacking_ds.job import Job
@@ -24,7 +23,8 @@ def enter(
     Raises:
         CheckpointError: the directory or its checkpoint belongs to another run, or a job is at
             work in it.
-        DataError: the token shards are not those that were written (checked for a new run).
+        DataError: the token shards, or the rows laid out, are not those that were written (checked
+            for a new run).
         ConfigError: the directory cannot be written, or is not the same on all nodes.
     """
     found: tuple[Path | None, TrainState] = world.on_first(
@@ -43,9 +43,9 @@ def _enter_on_first(
     state = _state_of(found, job) if found else TrainState()
     if found is None:
         # every byte, once: damaged shards are better known before the first hour than after
-        TokenShards.open(job.shards.folder, verify=True)
+        job.shards.verify_once()
         for data in job.train_data.values():
-            data.layout(0).verify()
+            data.verify()
     run_directory.write_config(run_dir, job.config.with_absolute_paths())
     return found, state
 

@@ -31,7 +31,7 @@ from stacking_ds.data.layout import (
 )
 from stacking_ds.data.packing import pack
 from stacking_ds.data.shard_writer import write_arrow, write_file
-from stacking_ds.data.shards import TokenShards, TokenSplit
+from stacking_ds.data.shards import TokenSplit
 from stacking_ds.errors import DataError
 
 __all__ = ["find_layout", "open_layout", "require_documents"]
@@ -115,7 +115,7 @@ def _make(split: TokenSplit, spec: LayoutSpec, workers: int) -> Layout:
                 if (found := _read(folder, spec, identity)) is not None:
                     return found
                 # rows of a damaged shard would outlive it
-                TokenShards.open(split.shards.folder, verify=True)
+                split.shards.verify_once()
                 return _write(folder, split, spec, identity, workers)
         except OSError as error:
             refused.append(f"{root}: {error.strerror or error}")

@@ -41,9 +41,9 @@ __all__ = [
 ]
 
 _ORDER, _MASK = range(2)
-# malloc.h's names for "ask the system for pieces above this", "give back what is free above this"
+# malloc.h's names: what is free above the one goes back, pieces above the other come new
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_KEPT_BYTES = 2**25  # the most that glibc takes for the former
+_KEPT_BYTES = 2**25  # the most that glibc takes for the latter
 # Held-out batches do not follow the run's seed: runs with different seeds share one yardstick.
 _EVALUATION_SEED = 20190524
 
@@ -89,14 +89,15 @@ class PretrainingData:
     def __init__(
         self, shards: TokenShards, split: SplitName, options: RowOptions, *, seed: int
     ) -> None:
-        """Raises DataError for a sequence that is too short, a split with too few documents, or
-        rows that can be laid out nowhere."""
+        """Raises DataError for a vocabulary of special tokens alone. Rows are looked for, and laid
+        out, when they are first needed: see `layout_store.open_layout` for what that raises."""
         if not 0 < options.mlm_probability < 1:
             raise ConfigError(
                 f"mlm_probability is {options.mlm_probability}; it must lie in (0, 1)"
             )
         self.shards, self.options = shards, options
         self._split, self._seed = shards.split(split), seed
+        self._length = options.sequence_length
         self._layouts: list[Layout] = []
         self._assembler = Assembler(
             self._split, options.layout(0), options.masking, options.mlm_probability
@@ -119,6 +120,15 @@ class PretrainingData:
             num_rows -= self.layout(variant).num_rows
             if num_rows <= 0:
                 return
+
+    def verify(self) -> None:
+        """Raises DataError where rows that this has opened are not what was written."""
+        for layout in self._layouts:
+            layout.verify()
+
+    @property
+    def split(self) -> SplitName:
+        return self._split.name
 
     @property
     def num_rows(self) -> int:
@@ -150,7 +160,9 @@ class PretrainingData:
         counts, found, keys = [], [], []
         for epoch in np.unique(epoch_R).tolist():
             layout = self.layout(epoch % self.options.variants)
-            order = KeyedPermutation(layout.num_rows, derive_key(self._seed, _ORDER, epoch))
+            order = KeyedPermutation(
+                layout.num_rows, derive_key(self._seed, _ORDER, self._length, epoch)
+            )
             count, examples = layout.examples_of(order(place_R[epoch_R == epoch]))
             counts.append(count)
             found.append(examples)
@@ -177,7 +189,7 @@ class PretrainingData:
 
     def _mask_keys(self, epoch: int, examples: Examples) -> Words:
         # an example is known by its first token, which no other has
-        return derive_key(self._seed, _MASK, epoch, examples.first_start_E)
+        return derive_key(self._seed, _MASK, self._length, epoch, examples.first_start_E)
 
     def require_rows(self, global_batch_size: int) -> None:
         """Raises DataError when the first epoch has fewer rows than one global batch."""

@@ -15,7 +15,6 @@ from stacking_ds.data.layout_store import open_layout
 from stacking_ds.data.loader import RowOptions
 from stacking_ds.data.manifest import SplitName
 from stacking_ds.data.shards import TokenSplit
-from stacking_ds.errors import DataError
 
 __all__ = ["PhaseReading", "Readings", "RowFacts", "readings", "row_facts"]
 
@@ -53,11 +52,6 @@ def row_facts(split: TokenSplit, options: RowOptions, workers: int = 1) -> RowFa
     ]
     variants, length = len(layouts), options.sequence_length
     rows = sum(layout.num_rows for layout in layouts)
-    if not rows:
-        raise DataError(
-            f"the {split.name} split of {split.shards.folder} has no document that counts; prepare "
-            "more text"
-        )
     used = sum(layout.used_slots for layout in layouts)
     random_pairs = sum(layout.total("random_pairs") for layout in layouts)
     pairs = random_pairs + sum(layout.total("true_pairs") for layout in layouts)

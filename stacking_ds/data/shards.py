@@ -45,6 +45,7 @@ class TokenShards:
     def __init__(self, folder: Path, manifest: DataManifest) -> None:
         self.folder = folder
         self.manifest = manifest
+        self._verified = False
 
     @classmethod
     def open(cls, folder: Path, verify: bool = False) -> "TokenShards":
@@ -63,6 +64,12 @@ class TokenShards:
         for file in files:
             _check(folder / file.name, file, verify)
         return cls(folder, manifest)
+
+    def verify_once(self) -> None:
+        """As `open` with `verify`, unless this object has been found to be whole before."""
+        if not self._verified:
+            TokenShards.open(self.folder, verify=True)
+            self._verified = True
 
     def split(self, name: SplitName) -> "TokenSplit":
         return TokenSplit(self, name)

@@ -190,9 +190,9 @@ def make_plan(corpus: Corpus, text_key: str, unit_bytes: int | None = None) -> P
 def say_what_is_unread(corpus: Corpus) -> None:
     """Warns of what lies in the folders that are sources and is not read."""
     for source in corpus.sources:
-        if source.unread:
+        if unread := source.unread:
             logging.getLogger("stacking_ds").warning(
                 "%s: only its files of known kinds are read; left alone: %s",
                 source.name,
-                ", ".join(source.unread),
+                ", ".join(unread),
             )

@@ -213,7 +213,8 @@ class _Run:
         started = self.folder.started()
         if self.how.part[1] == 1 and started is not None:
             records = self.folder.records(len(started.plan.units))
-            if not any(record.chunks for record in records.values()):
+            trained = self.request.vocabulary.startswith("trained:") and self.folder.vocabulary()
+            if not trained and not any(record.chunks for record in records.values()):
                 self.folder.discard()
 
     def _prepare(self, given: Sequence[str] | None) -> Prepared:

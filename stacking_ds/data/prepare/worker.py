@@ -25,7 +25,7 @@ __all__ = ["main"]
 
 def main() -> None:
     """Works until standard input ends."""
-    # Ctrl-C reaches the whole process group; the parent decides.
+    # Whoever signals all processes of a job signals the parent too, which decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Other libraries print; only answers may go where the parent reads.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)

@@ -125,7 +125,8 @@ def _failure(unit: int, answer: dict[str, Any]) -> Exception:
     how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited ({status})"
     reason = ", as when memory runs out" if status == -signal.SIGKILL else ""
     remedy = ", with fewer --workers if it was memory" if reason else ""
+    doing = f"did unit {unit}" if unit >= 0 else "started"
     return DataError(
-        f"a worker {how}{reason}, while it did unit {unit}; what is finished is kept: run the same "
+        f"a worker {how}{reason}, while it {doing}; what is finished is kept: run the same "
         f"command again{remedy}"
     )

@@ -52,7 +52,7 @@ class _Files:
         """What lies in the folder, if it is one, and is not read."""
         folder = Path(self.name)
         inside = folder.iterdir() if folder.is_dir() else ()
-        return sorted(path.name for path in inside if path not in self.paths)
+        return sorted({path.name for path in inside} - {path.name for path in self.paths})
 
     def identity(self) -> list[str]:
         return [f"{path.name}, {_size(path):,} bytes" for path in self.paths]
