@@ -17,6 +17,7 @@ import torch
 from stacking_ds import checkpoint, trainer
 from stacking_ds.config import RunConfig
 from stacking_ds.distributed import World
+from stacking_ds.evaluate.heldout import HeldOutPasses
 from stacking_ds.fragments import Fragment
 from stacking_ds.stage_manager import StageManager
 from tests.prose import tiny_shards
@@ -47,7 +48,7 @@ def _train_traced(
     with (traces / f"rank_{world.rank}").open("a", buffering=1) as trace:
         for owner, name, phase in [
             (trainer._Run, "train_step", "step"),
-            (trainer._Run, "evaluate", "evaluation"),
+            (HeldOutPasses, "metrics", "evaluation"),
             (trainer, "_export_if_missing", "export"),
             (StageManager, "start", "start"),
             (StageManager, "restore", "restoring"),
