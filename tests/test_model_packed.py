@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from stacking_ds.data.batches import Batch
 from stacking_ds.data.loader import PretrainingData, RowOptions
+from stacking_ds.data.shards import TokenShards
 from stacking_ds.model.bert import BertForPreTraining
 from stacking_ds.model.config import BertConfig
 from stacking_ds.model.loss import pretraining_loss
@@ -39,13 +40,8 @@ def _losses(model: BertForPreTraining, batch: Batch) -> dict[tuple[int, ...], to
     return found
 
 
-@pytest.mark.parametrize("layer_norm_position", ["post", "pre"])
-@pytest.mark.parametrize("examples", ["pairs", "documents"])
-def test_packed_examples_have_the_losses_and_gradients_of_rows_of_their_own(
-    tmp_path: Path, examples: str, layer_norm_position: str
-) -> None:
-    shards = make_shards(tmp_path, DOCUMENTS)
-    config = BertConfig(
+def _config(shards: TokenShards, layer_norm_position: str = "post") -> BertConfig:
+    return BertConfig(
         vocab_size=shards.manifest.vocab_size,
         hidden_size=24,
         num_hidden_layers=3,
@@ -57,6 +53,15 @@ def test_packed_examples_have_the_losses_and_gradients_of_rows_of_their_own(
         initializer_range=0.3,
         layer_norm_position=layer_norm_position,
     )
+
+
+@pytest.mark.parametrize("layer_norm_position", ["post", "pre"])
+@pytest.mark.parametrize("examples", ["pairs", "documents"])
+def test_packed_examples_have_the_losses_and_gradients_of_rows_of_their_own(
+    tmp_path: Path, examples: str, layer_norm_position: str
+) -> None:
+    shards = make_shards(tmp_path, DOCUMENTS)
+    config = _config(shards, layer_norm_position)
     options = RowOptions(sequence_length=LENGTH, mlm_probability=0.3, examples=examples)
     losses, gradients, shapes = [], [], []
     for packed in (False, True):
@@ -85,19 +90,7 @@ def test_the_tokens_of_another_example_in_the_row_change_nothing(tmp_path: Path)
     options = RowOptions(sequence_length=LENGTH, mlm_probability=0.3, packed=True)
     data = PretrainingData(shards, "train", options, seed=3)
     (batch,) = data.step(0, data.num_rows, micro_batch_size=data.num_rows).micro_batches
-    model = telling_model(
-        BertConfig(
-            vocab_size=shards.manifest.vocab_size,
-            hidden_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=40,
-            max_position_embeddings=LENGTH,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            initializer_range=0.3,
-        )
-    )
+    model = telling_model(_config(shards))
     second = batch.attention_mask_BS == 2
     assert second.any()
     other = replace(batch, input_ids_BS=torch.where(second, 7, batch.input_ids_BS))

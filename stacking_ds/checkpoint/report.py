@@ -18,6 +18,7 @@ from stacking_ds.checkpoint.state import read_parameters
 from stacking_ds.config import RunConfig
 from stacking_ds.errors import CheckpointError
 from stacking_ds.optim.schedule import LearningRateSchedule
+from stacking_ds.text_table import aligned, readable_size
 
 __all__ = ["contents", "listed", "listing", "parameter_lines", "verify"]
 
@@ -116,7 +117,7 @@ def listing(run_dir: Path) -> str:
         remarks.append(str(error))
     head = ("checkpoint", "step", "stage", "layers", "ranks", "ZeRO", "precision", "size",
             "written", "")  # fmt: skip
-    table = _aligned([head, *map(_row, records)], left=(0, 9)) if records else []
+    table = aligned([head, *map(_row, records)], left=(0, 9)) if records else []
     return "\n".join([*table, *remarks])
 
 
@@ -136,28 +137,9 @@ def _row(record: dict[str, Any]) -> list[str]:
         record["name"],
         *numbers,
         record["precision"] or "-",
-        _size(record["size_bytes"]),
+        readable_size(record["size_bytes"]),
         record["written"][:16].replace("T", " "),
         ", ".join(remark for remark, applies in remarks.items() if applies),
-    ]
-
-
-def _size(size_bytes: int) -> str:
-    for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if size_bytes >= 1024**power:
-            return f"{size_bytes / 1024**power:,.2f} {unit}"
-    return f"{size_bytes} bytes"
-
-
-def _aligned(rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:
-    """Lines with the columns `left` aligned to the left, the others, numbers, to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if column in left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
     ]
 
 
@@ -188,7 +170,7 @@ def _verify(folder: Path, say: Say) -> bool:
 
 def _files(manifest: Manifest) -> str:
     files = "1 file" if manifest.world_size == 1 else f"{manifest.world_size:,} files"
-    return f"{files}, {_size(sum(file.size_bytes for file in manifest.files))}"
+    return f"{files}, {readable_size(sum(file.size_bytes for file in manifest.files))}"
 
 
 def _count(manifest: Manifest) -> str:
@@ -295,7 +277,7 @@ def parameter_lines(folder: Path) -> Iterator[str]:
     manifest = read_manifest(folder)
     cells = {name: [name, *_shape_and_cut(each)] for name, each in manifest.parameters.items()}
     head = ["parameter", "shape", "cut"]
-    *lines, title = _aligned([*cells.values(), head], left=(0, 1, 2))
+    *lines, title = aligned([*cells.values(), head], left=(0, 1, 2))
     padded = dict(zip(cells, lines, strict=True))
     width = max(map(len, [*lines, title]))
     yield f"{title:<{width}}  {'mean':>12}  {'std':>12}  {'norm':>12}"

@@ -13,6 +13,7 @@ from stacking_ds.data.inspection import (
 )
 from stacking_ds.data.row_inspection import Readings, RowFacts
 from stacking_ds.data.shown_examples import ShownExample
+from stacking_ds.text_table import aligned, readable_size
 
 __all__ = ["as_text"]
 
@@ -33,10 +34,10 @@ def _folder(facts: FolderFacts) -> list[str]:
     lines = {
         "folder": facts.folder,
         "vocabulary": f"{facts.vocab_size:,} tokens, sha256 {facts.vocabulary_sha256[:16]}",
-        "text": f"{_size(facts.text_bytes)}, {facts.bytes_per_token:.2f} bytes a token, duplicates "
-        "included",
+        "text": f"{readable_size(facts.text_bytes)}, {facts.bytes_per_token:.2f} bytes a token, "
+        "duplicates included",
         "licence": facts.licence or "-",
-        "on disk": f"{_size(facts.size_bytes)} of shards",
+        "on disk": f"{readable_size(facts.size_bytes)} of shards",
         "verified": "every byte" if facts.every_byte_verified else "the sizes; --verify reads all",
     }
     width = max(map(len, lines))
@@ -45,13 +46,13 @@ def _folder(facts: FolderFacts) -> list[str]:
         cells = [
             (
                 source.name,
-                "-" if source.size_bytes is None else _size(source.size_bytes),
+                "-" if source.size_bytes is None else readable_size(source.size_bytes),
                 source.licence or "-",
                 "held out" if source.heldout else "",
             )
             for source in facts.sources[:_SOURCES_SHOWN]
         ]
-        text += ["", *_table([("source", "size", "licence", ""), *cells], left=(0, 2, 3))]
+        text += ["", *aligned([("source", "size", "licence", ""), *cells], left=(0, 2, 3))]
         if len(facts.sources) > _SOURCES_SHOWN:
             text.append(f"and {len(facts.sources) - _SOURCES_SHOWN:,} more; --json has all")
     if facts.rejected:
@@ -72,13 +73,13 @@ def _splits(splits: Sequence[SplitFacts]) -> list[str]:
         ("tokens", lambda facts: f"{facts.tokens:,}"),
         ("[UNK] among them", lambda facts: f"{facts.unknown_tokens / max(facts.tokens, 1):.3%}"),
         ("files", lambda facts: f"{facts.files:,}"),
-        ("size", lambda facts: _size(facts.size_bytes)),
+        ("size", lambda facts: readable_size(facts.size_bytes)),
         ("duplicates left out", lambda facts: f"{facts.duplicate_documents:,} documents"),
         ("", lambda facts: f"{facts.duplicate_tokens:,} tokens"),
         ("", lambda facts: f"{facts.duplicate_share:.2%} of all documents"),
         ("sentences that come again", lambda facts: f"{facts.repeated_share:.2%}"),
     ]
-    text = _table([(name, *map(cell, splits)) for name, cell in rows], left=(0,))
+    text = aligned([(name, *map(cell, splits)) for name, cell in rows], left=(0,))
     train = splits[0]
     sample = "all" if train.one_in == 1 else f"a sample, 1 in {train.one_in:,}, of the"
     text.append(
@@ -110,7 +111,7 @@ def _rows(rows: Sequence[RowFacts]) -> list[str]:
         )
         for facts in rows
     ]
-    text = _table([head, *cells], left=(1,))
+    text = aligned([head, *cells], left=(1,))
     variants = max(facts.variants for facts in rows)
     if variants > 1:
         text.append(
@@ -145,7 +146,7 @@ def _readings(readings: Readings | None) -> list[str]:
     total = ("all", f"{readings.steps:,}", "", "", f"{readings.rows:,}",
              _epochs(readings.epochs), "", "", f"{readings.tokens:,.0f}")  # fmt: skip
     return [
-        *_table([head, *cells, total], left=()),
+        *aligned([head, *cells, total], left=()),
         f"the recipe reads each training document {_epochs(readings.epochs)} times; with padding "
         f"{readings.slots:,} token slots",
     ]
@@ -204,26 +205,7 @@ def _bars(bins: Sequence[LengthBin]) -> list[str]:
         )
         for bin in bins
     ]
-    return [f"  {line}" for line in _table(rows, left=(5,))]
-
-
-def _size(size_bytes: int) -> str:
-    for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if size_bytes >= 1024**power:
-            return f"{size_bytes / 1024**power:,.2f} {unit}"
-    return f"{size_bytes} bytes"
-
-
-def _table(rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:
-    """Lines with the columns `left` aligned to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if column in left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    return [f"  {line}" for line in aligned(rows, left=(5,))]
 
 
 _PARTS: dict[str, Callable[[Any], list[str]]] = {

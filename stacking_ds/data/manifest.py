@@ -81,15 +81,8 @@ class ShardFile(Record):
     tokens: int
 
 
-class DuplicatesFile(Record):
+class DuplicatesFile(ShardFile):
     """The Arrow file that lists the documents of a split which do not count, and what they hold."""
-
-    name: str
-    size_bytes: int
-    sha256: str
-    documents: int
-    sentences: int
-    tokens: int
 
 
 class SplitManifest(Record):
