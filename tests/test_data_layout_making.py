@@ -17,7 +17,9 @@ from stacking_ds.data.layout_store import find_layout, open_layout
 from stacking_ds.data.loader import PretrainingData, PretrainingSteps, RowOptions, load_steps
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.errors import DataError
+from stacking_ds.job import Job
 from stacking_ds.phases import PhaseSchedule
+from tests.runs import small_recipe
 from tests.token_shards import make_shards
 
 DOCUMENTS = [[7, 9, 3], [30, 4], [5], [6, 6, 6, 6], [50], [2, 2], [11, 3, 9], [4, 8]] * 4
@@ -178,3 +180,34 @@ def test_a_run_lays_out_the_variants_that_it_reaches(tmp_path):
     data.step(100 * rows, 2, micro_batch_size=2)
     assert len(data._layouts) == 4
     assert [variant for variant, _ in data.missing_layouts(10**9)] == []
+
+
+def test_a_job_lays_out_both_splits_before_its_ranks_meet_and_says_so(tmp_path):
+    shards = make_shards(tmp_path / "shards", DOCUMENTS * 4)
+    phases = "phases=[{from_step: 5, sequence_length: 24}]"
+    config = small_recipe(tmp_path, shards.folder, phases, "data.variants=3")
+    job, said = Job.check(config), []
+    assert not (shards.folder / "layouts").exists()
+    job.lay_out_rows(said.append)
+    names = [line.partition(", ")[2].partition(", once")[0] for line in said]
+    # a run of so few steps does not reach the second variant
+    assert names == [
+        f"{split} pairs-{length}-single-0" for length in (24, 32) for split in ("train", "heldout")
+    ]
+    before = sorted((shards.folder / "layouts").rglob("*"))
+    for phase in job.phases.phases:
+        assert job.heldout_steps(0, 1, phase)
+    assert sorted((shards.folder / "layouts").rglob("*")) == before
+    said.clear()
+    Job.check(config).lay_out_rows(said.append)
+    assert said == []
+
+
+def test_rows_of_another_length_have_other_masks(tmp_path):
+    shards = make_shards(tmp_path, [[9, 8]] * 60)
+    masks = []
+    for length in (24, 40):
+        options = RowOptions(length, 0.3, examples="documents")
+        step = PretrainingData(shards, "train", options, seed=1).step(0, 60, micro_batch_size=60)
+        masks.append(set(step.batch.mlm_labels_M.tolist()))
+    assert len(masks[0] & masks[1]) < 0.6 * len(masks[0])
