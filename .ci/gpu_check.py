@@ -39,7 +39,11 @@ def main() -> int:
         Report(date, checkout, machine, time.monotonic() - started, results).write(folder)
 
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as work:
-        passed = check(PARTS, Ground(Path(work), started + BUDGET_SECONDS), report)
+        ground = Ground(Path(work), started + BUDGET_SECONDS)
+        try:
+            passed = check(PARTS, ground, report)
+        finally:
+            ground.close()
     print(f"{folder / 'gpu-check.md'}: {'passed' if passed else 'NOT passed'}")
     return 0 if passed else FAILED
 

@@ -1,24 +1,32 @@
-"""What `make gpu-check` proves and measures; a new check is a function and a line in PARTS."""
+"""What `make gpu-check` proves and measures, in order: proofs before measurements, what is cheap
+before what is dear. A new check is a function and a line in PARTS."""
 
-import functools
-import json
-import math
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from gpu_ground import BUNDLE, ROOT, Ground, PartError, tail
+from gpu_benches import (
+    BASE_STEPS,
+    LARGE_STEPS,
+    begin_fused_lamb,
+    bench_growth,
+    bench_kernels,
+    bench_kernels_compiled,
+    bench_lamb,
+    bench_step,
+)
+from gpu_ground import BUNDLE, ROOT, Ground, PartError, together
+from gpu_runs import begin_prepare, demo, lamb_runs, prepare, short_runs
+from gpu_sanitizer import begin_sanitizer, sanitizer
 
-__all__ = ["PARTS", "Figures", "Part", "count_tests", "lamb_figures", "run_figures"]
-
-STAGE_STEPS = (300, 100, 100)  # the demo's with a shorter last stage: four runs have to fit
-MOST_KERNELS = 12  # of a LAMB step, however many tensors
-MARGIN = 0.1  # in nats below the unigram model's loss; on the CPU these steps reach 0.4
+__all__ = ["PARTS", "Figures", "Part", "count_tests", "gpu_test_files"]
 
 Figures = dict[str, Any]
+
+ENGINES = "test_gpu.py"  # half of the tests' time
 
 
 @dataclass(frozen=True)
@@ -40,10 +48,38 @@ def install(ground: Ground) -> Figures:
     return {"wheels": [wheel.name for wheel in wheels]}
 
 
+def begin(ground: Ground) -> Figures:
+    """What needs the processor more than the GPU, or nobody's time but its own."""
+    begin_prepare(ground)
+    begin_sanitizer(ground)
+    begin_fused_lamb(ground)
+    return {}
+
+
+def gpu_test_files(folder: Path) -> list[Path]:
+    """The other files may import what this machine does not have."""
+    return [path for path in sorted(folder.glob("test_*.py")) if "mark.gpu" in path.read_text()]
+
+
 def gpu_tests(ground: Ground) -> Figures:
-    junit = ground.work / "tests.xml"
-    # the other files may import what this machine does not have
-    files = [p for p in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in p.read_text()]
+    """In two processes, which share the GPU."""
+    files = gpu_test_files(ROOT / "tests")
+    halves = {
+        "engines": [path for path in files if path.name == ENGINES],
+        "kernels_and_benches": [path for path in files if path.name != ENGINES],
+    }
+    works = {name: partial(_pytest, ground, name, paths) for name, paths in halves.items()}
+    found = together(works)
+    reasons = sorted({why for counts in found.values() for why in counts["skipped_because"]})
+    rows = [
+        {"half": name, **{key: counts[key] for key in ("passed", "failed", "skipped")}}
+        for name, counts in found.items()
+    ]
+    return {"tests": rows, "skipped_because": reasons}
+
+
+def _pytest(ground: Ground, name: str, files: Iterable[Path]) -> Figures:
+    junit = ground.work / f"tests-{name}.xml"
     try:
         ground.python(
             *("-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "--durations=5"),
@@ -65,166 +101,27 @@ def count_tests(junit: Path) -> Figures:
     total, failures, errors, skipped = (
         int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")
     )
-    figures: Figures = {
+    return {
         "passed": total - failures - errors - skipped,
         "failed": failures + errors,
         "skipped": skipped,
-    }
-    if skipped:
-        figures["skipped_because"] = sorted({e.get("message", "") for e in suite.iter("skipped")})
-    return figures
-
-
-def prepare(ground: Ground) -> Figures:
-    cli = "import sys; from stacking_ds.cli import main; sys.exit(main(sys.argv[1:]))"
-    output = ground.python(
-        *("-c", cli, "prepare", "embedded", "--out", ground.work / "shards"),
-        *("--vocab-size", 4096),
-        limit_seconds=120,
-    )
-    return {"shards": tail(output).splitlines()[-1].partition("shards: ")[2]}
-
-
-def demo(ground: Ground, zero_stage: int) -> Figures:
-    """The demo through the launcher, at a ZeRO stage, in bf16, through all its depths."""
-    run_dir = ground.work / f"demo-zero{zero_stage}"
-    overrides = {
-        "data.path": ground.work / "shards",
-        "engine.deepspeed": f"zero{zero_stage}",
-        "engine.precision": "bf16",
-        **{f"stages.{index}.steps": steps for index, steps in enumerate(STAGE_STEPS)},
-    }
-    ground.python(
-        # the launcher's own script lies in a folder that is not on the PATH
-        *("-m", "deepspeed.launcher.runner", "--num_gpus", 1, "train.py"),
-        *("--recipe", "demo", "--run-dir", run_dir),
-        *(word for key, value in overrides.items() for word in ("--set", f"{key}={value}")),
-        limit_seconds=100,
-    )
-    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return run_figures([json.loads(line) for line in lines], STAGE_STEPS)
-
-
-def run_figures(metrics: Sequence[dict[str, Any]], stage_steps: Sequence[int]) -> Figures:
-    """A row for each stage, from the lines of a run's metrics.jsonl; speeds are medians.
-
-    Raises:
-        PartError: the run did not train through all stages, or did not learn.
-    """
-    rows = []
-    for index in range(len(stage_steps)):
-        lines = [line for line in metrics if line["stage"] == index]
-        if not lines or lines[-1]["step"] != sum(stage_steps[: index + 1]):
-            raise PartError(f"stage {index} was not trained to its end")
-        rows.append(_stage_row(lines, stage_steps[index]))
-    if not all(math.isfinite(line["train/loss"]) for line in metrics):
-        raise PartError("a training loss is not finite")
-    unigram, heldout = metrics[-1]["eval/unigram_mlm_loss"], rows[-1]["heldout_mlm_loss"]
-    if not heldout < unigram - MARGIN:
-        raise PartError(
-            f"the held-out loss is {heldout:.4g} in the end; a model of word "
-            f"frequencies alone has {unigram:.4g}"
-        )
-    return {
-        "stages": rows,
-        "unigram_mlm_loss": unigram,
-        "wall_seconds": metrics[-1]["wall_seconds"],
-    }
-
-
-def _stage_row(lines: Sequence[dict[str, Any]], steps: int) -> Figures:
-    last = lines[-1]
-    return {
-        "stage": last["stage"],
-        "layers": last["num_hidden_layers"],
-        "steps": steps,
-        "train_loss": last["train/loss"],
-        "heldout_mlm_loss": last["eval/mlm_loss"],
-        "tokens_per_second": statistics.median(line["speed/tokens_per_second"] for line in lines),
-        "model_flops_utilization": statistics.median(
-            line["speed/model_flops_utilization"] for line in lines
-        ),
-        "boundary_seconds": last["stage/boundary_seconds"],
-        "peak_memory_gib": last["memory/peak_gib"],
-    }
-
-
-def bench_lamb(ground: Ground) -> Figures:
-    return _bench_lamb(ground, "--only=communication,gpu", limit_seconds=90)
-
-
-def bench_fused_lamb(ground: Ground) -> Figures:
-    """Beside DeepSpeed's FusedLamb, which it has to compile first."""
-    options = ("--only=gpu", "--deepspeed-fused-lamb")
-    return _bench_lamb(ground, *options, limit_seconds=160, may_build=True)
-
-
-def _bench_lamb(ground: Ground, *options: str, **limits: Any) -> Figures:
-    path = ground.work / "bench-lamb.json"
-    ground.python("-m", "stacking_ds", "bench", "lamb", *options, "--json", path, **limits)
-    return lamb_figures(json.loads(path.read_text(encoding="utf-8")))
-
-
-def lamb_figures(found: Figures) -> Figures:
-    """A row for each form of the step and for each target, from the bench's JSON.
-
-    Raises:
-        PartError: our form launches too many kernels, makes the host wait, or was not measured.
-    """
-    gpu = found["gpu"]
-    if "not_measured" in gpu:
-        raise PartError(f"the step on the GPU was not measured: {gpu['not_measured']}")
-    for name in ("triton", "triton_by_group"):
-        kernels = gpu["steps"][name]["kernels"]
-        if kernels is None:
-            raise PartError("the kernels of a step were not counted: torch.profiler saw none")
-        if kernels > MOST_KERNELS:
-            raise PartError(f"{name} launches {kernels} kernels, {MOST_KERNELS} are allowed")
-    if gpu["synchronisation"] is not None:
-        raise PartError(f"a step makes the host wait for the device: {gpu['synchronisation']}")
-    return {
-        "copy_gb_per_second": gpu["copy_gb_per_second"],
-        "floor_ms": 1e3 * gpu["floor_seconds"],
-        "steps": [
-            _step_row(name, step, gpu["floor_seconds"]) for name, step in gpu["steps"].items()
-        ],
-        "targets": [
-            {
-                "target": target["name"],
-                "should_be": f"{target['relation']} {target['limit']:g}",
-                "is": "-" if target["value"] is None else target["value"],
-                "verdict": f"{target['verdict']} {target['note']}".strip(),
-            }
-            for target in found["targets"]
-        ],
-    }
-
-
-def _step_row(name: str, step: Figures, floor_seconds: float) -> Figures:
-    if "not_measured" in step:
-        columns = ("host_ms", "wall_ms", "times_the_floor", "kernels", "copies")
-        reason = f"not measured: {step['not_measured']}"
-        return {"step": name, "device_ms": reason, **dict.fromkeys(columns, "-")}
-    device_seconds = step["device_seconds"]["median"]
-    return {
-        "step": name,
-        "device_ms": 1e3 * device_seconds,
-        "host_ms": 1e3 * step["host_seconds"]["median"],
-        "wall_ms": 1e3 * step["wall_seconds"]["median"],
-        "times_the_floor": device_seconds / floor_seconds,
-        "kernels": "-" if step["kernels"] is None else step["kernels"],
-        "copies": "-" if step["copies"] is None else step["copies"],
+        "skipped_because": sorted({e.get("message", "") for e in suite.iter("skipped")}),
     }
 
 
 PARTS = (
     Part("install the bundle", install, 10),
-    Part("tests marked gpu", gpu_tests, 60),
-    Part("prepare the embedded corpus", prepare, 30),
-    *(
-        Part(f"demo at ZeRO {stage}, bf16", functools.partial(demo, zero_stage=stage), 45)
-        for stage in (0, 1, 2, 3)
-    ),
-    Part("bench lamb", bench_lamb, 60),
-    Part("bench lamb beside DeepSpeed's FusedLamb", bench_fused_lamb, 110),
+    Part("begin what takes its time beside the tests", begin, 1),
+    Part("tests marked gpu", gpu_tests, 80),
+    Part("every Triton kernel under compute-sanitizer", sanitizer, 15),
+    Part("prepare the embedded corpus", prepare, 5),
+    Part("LAMB on packed rows at ZeRO 0, 1, 2, 3, bf16", lamb_runs, 60),
+    Part("FP8 and activation checkpointing", short_runs, 10),
+    Part("the demo: AdamW at ZeRO 1, bf16", demo, 30),
+    Part("bench lamb", bench_lamb, 25),
+    Part("bench kernels", bench_kernels, 30),
+    Part("bench growth", bench_growth, 30),
+    Part("bench step: BERT-base", partial(bench_step, cases=BASE_STEPS, rounds=3), 60),
+    Part("bench kernels beside torch.compile", bench_kernels_compiled, 40),
+    Part("bench step: BERT-large", partial(bench_step, cases=LARGE_STEPS, rounds=3), 45),
 )

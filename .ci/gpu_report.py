@@ -10,6 +10,8 @@ from typing import Any, Literal
 __all__ = ["Report", "Result"]
 
 COMMAND = "make gpu-check"
+ELSEWHERE = ("targets", "as_measured")
+SHORT = 30  # characters of a value that stands with others in a line
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,8 @@ class Result:
     status: Literal["passed", "failed", "not run"]
     seconds: float = 0.0
     figures: Mapping[str, Any] = field(default_factory=dict)
-    """Plain values; a list of mappings with the same keys becomes a table."""
+    """Plain values; a list of mappings with the same keys becomes a table. "targets" of all parts
+    become one; "as_measured" is for the JSON alone."""
     reason: str = ""
     """Why it failed or was not run."""
     output: str = ""
@@ -62,28 +65,81 @@ class Report:
                 ]
             ),
         ]
+        lines += _targets(self.targets())
         for result in self.results:
-            if result.figures or result.output:
+            if result.output or result.figures.keys() - set(ELSEWHERE):
                 lines += ["", f"## {result.name}", *_section(result)]
         return "\n".join(lines) + "\n"
 
+    def targets(self) -> list[Mapping[str, Any]]:
+        """Of all parts; what one part did not measure and another did is told once."""
+        found: dict[tuple[str, str], Mapping[str, Any]] = {}
+        for result in self.results:
+            for row in result.figures.get("targets", ()):
+                key = row["target"], row["should_be"]
+                if key not in found or row["is"] != "-":
+                    found[key] = row
+        return list(found.values())
+
+
+def _targets(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Those that were measured in a table, the others by the reason why not."""
+    measured = [row for row in rows if row["is"] != "-"]
+    missed = sum(row["verdict"].startswith("MISSED") for row in measured)
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        if row["is"] == "-":
+            reasons.setdefault(row["verdict"], []).append(row["target"])
+    if not rows:
+        return []
+    return [
+        *("", "## Targets", "", f"{len(measured) - missed} met, {missed} missed."),
+        *([""] if measured else []),
+        *(_table(measured) if measured else []),
+        *([""] if reasons else []),
+        *(f"- {why}: {'; '.join(names)}" for why, names in reasons.items()),
+    ]
+
 
 def _section(result: Result) -> list[str]:
-    lines = []
+    lines: list[str] = []
+    single: list[str] = []
     for name, value in result.figures.items():
-        if isinstance(value, list) and value and isinstance(value[0], Mapping):
-            lines += ["", *_table(value)]
-        else:
+        if name in ELSEWHERE or value == []:
+            continue
+        if isinstance(value, list) and isinstance(value[0], Mapping):
+            lines += ["", f"{_words(name)}:", "", *_table(value)]
+        elif isinstance(value, list) or len(str(value)) > SHORT:
             lines += ["", f"{_words(name)}: {_shown(value)}"]
+        else:
+            single.append(f"{_words(name)}: {_shown(value)}")
+    if single:
+        lines = ["", "; ".join(single), *lines]
     if result.output:
         lines += ["", "```text", result.output.replace("```", "'''"), "```"]
     return lines
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    cells = [[_words(name) for name in rows[0]], ["---"] * len(rows[0])]
-    cells += [[_shown(value) for value in row.values()] for row in rows]
-    return [f"| {' | '.join(row)} |" for row in cells]
+    """Its columns line up as plain text too; those of numbers alone to the right."""
+    names = list(rows[0])
+    columns = [[_words(name), *(_shown(row[name]) for row in rows)] for name in names]
+    right = [all(_is_number(row[name]) for row in rows) for name in names]
+    widths = [max(3, *map(len, column)) for column in columns]
+    aligned = [
+        [cell.rjust(width) if is_right else cell.ljust(width) for cell in column]
+        for column, width, is_right in zip(columns, widths, right, strict=True)
+    ]
+    rules = [
+        "-" * (width - is_right) + ":" * is_right
+        for width, is_right in zip(widths, right, strict=True)
+    ]
+    head, *body = zip(*aligned, strict=True)
+    return [f"| {' | '.join(row)} |" for row in (head, rules, *body)]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) or value == "-"
 
 
 def _words(name: str) -> str:

@@ -28,7 +28,7 @@ from stacking_ds.data.loader import (
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.data.unigram import unigram_log_probabilities, unigram_mlm_loss
 from stacking_ds.engine import load_ds_config, resolve_ds_config
-from stacking_ds.errors import CheckpointError
+from stacking_ds.errors import CheckpointError, ConfigError
 from stacking_ds.growth.operators import layer_map
 from stacking_ds.model.config import BertConfig
 from stacking_ds.optim.lamb import require_whole_tensors
@@ -121,7 +121,7 @@ class Job:
 
         Raises:
             ConfigError: recipe and DeepSpeed JSON disagree; all disagreements in one message. Or a
-            LAMB kernel that the ZeRO stage rules out.
+            LAMB kernel, or CUDA graphs, that the ZeRO stage rules out.
         """
         config = self.config
         micro_batch_size, accumulation_steps = split_batch(
@@ -136,8 +136,13 @@ class Job:
             gradient_clipping=config.optimizer.max_grad_norm,
             precision=config.engine.precision,
         )
+        zero_stage = resolved["zero_optimization"].get("stage", 0)
+        if config.engine.cuda_graphs and zero_stage == 3:
+            raise ConfigError(
+                f"engine.cuda_graphs=true needs weights that stay where they are, which ZeRO 3 "
+                f"({config.engine.deepspeed}) moves: choose ZeRO 0, 1 or 2, or turn it off"
+            )
         if config.optimizer.lamb is not None:
-            zero_stage = resolved["zero_optimization"].get("stage", 0)
             require_whole_tensors(config.optimizer.lamb.kernel, sharded=zero_stage > 0)
         return resolved
 

@@ -17,6 +17,7 @@ from stacking_ds.errors import CheckpointError
 from stacking_ds.growth.operators import layer_map
 from stacking_ds.growth.state import CapturedState, Moments, capture
 from stacking_ds.job import Job
+from stacking_ds.kernels.compute import Compute
 from stacking_ds.model.bert import BertForPreTraining
 from stacking_ds.model.initialization import first_value
 from stacking_ds.optim.build import build_optimizer
@@ -44,12 +45,10 @@ logger = logging.getLogger("stacking_ds")
 class StageManager:
     """Owns the engine of the present stage. All methods but `close` are collectives."""
 
-    def __init__(self, job: Job, world: World) -> None:
-        """Raises:
-        ConfigError: recipe and DeepSpeed JSON disagree; all disagreements in one message.
-        """
+    def __init__(self, job: Job, world: World, compute: Compute) -> None:
         self._job = job
         self._world = world
+        self._compute = compute
         self._ds_config: dict[str, Any] = {}
         self.engine: Any = None
         self._saving: checkpoint.BackgroundSave | None = None
@@ -74,10 +73,15 @@ class StageManager:
         )
 
     def _build(self, stage: Stage, phase: Phase, value_of: ValueOf | None = None) -> None:
-        """An engine of the stage's depth; without `value_of` its values are yet to come."""
+        """An engine of the stage's depth; without `value_of` its values are yet to come.
+
+        Raises:
+            ConfigError: recipe and DeepSpeed JSON disagree; all disagreements in one message.
+        """
         config = self._job.config
         self._ds_config = self._job.ds_config(self._world.size, phase)
-        model = BertForPreTraining(self._job.model_config(stage.num_hidden_layers), seed=None)
+        model_config = self._job.model_config(stage.num_hidden_layers)
+        model = BertForPreTraining(model_config, seed=None, compute=self._compute)
         optimizer = build_optimizer(config.optimizer, model.named_parameters())
         self.engine = build_engine(model, optimizer, self._ds_config, value_of)
 

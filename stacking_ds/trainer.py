@@ -27,6 +27,8 @@ from stacking_ds.errors import CheckpointError, NonFiniteError, StageError
 from stacking_ds.evaluate.heldout import HeldOutPasses
 from stacking_ds.from_checkpoint import export_run
 from stacking_ds.job import Job
+from stacking_ds.kernels.choice import choose_compute
+from stacking_ds.kernels.compute import Compute
 from stacking_ds.meter import Interval, StepResult, TrainState, metrics_line
 from stacking_ds.model.loss import pretraining_loss
 from stacking_ds.monitor import Monitor, measure_matmul_peak, peak_memory_gib
@@ -46,18 +48,20 @@ def train(job: Job, world: World, run_dir: Path, *, resume: bool = False) -> Tra
     last one consumed. A run without a checkpoint starts anew.
 
     Raises:
+        ConfigError: the recipe names kernels that cannot run here.
         CheckpointError: the run directory or its checkpoint belongs to another run, or the
             checkpoint of the last step, or two in a row, cannot be written.
         NonFiniteError: the loss or the gradient is not finite; the last checkpoint stays.
     """
     started = time.perf_counter()
+    compute = choose_compute(job.config.engine, world.device, job.config.model)
     with ExitStack() as held:
         found, state = enter(job, world, run_dir, resume, held)
         monitor = held.enter_context(
             Monitor(run_dir, job.schedule, completed_steps=state.step, enabled=world.is_first)
         )
         if state.step < job.schedule.total_steps:
-            run = _Run(job, world, run_dir, state, monitor, started)
+            run = _Run(job, world, compute, run_dir, state, monitor, started)
             held.callback(run.stages.close)
             try:
                 run.train(found)
@@ -87,15 +91,16 @@ class _Run:
         self,
         job: Job,
         world: World,
+        compute: Compute,
         run_dir: Path,
         state: TrainState,
         monitor: Monitor,
         started: float,
     ) -> None:
-        self.job, self.world, self.run_dir = job, world, run_dir
+        self.job, self.world, self.compute, self.run_dir = job, world, compute, run_dir
         self.state, self.monitor = state, monitor
         self.clock_start = started - state.wall_seconds
-        self.stages = StageManager(job, world)
+        self.stages = StageManager(job, world, compute)
         self.heldout = HeldOutPasses(job, world)
         self.interval = Interval()
 
@@ -191,7 +196,11 @@ class _Run:
             batch = micro_batch.to(self.world.device)
             mlm_logits_MV, nsp_logits_E2 = engine(*batch.model_inputs)
             mlm_sum, nsp_sum = pretraining_loss(
-                mlm_logits_MV, batch.mlm_labels_M, nsp_logits_E2, batch.next_sentence_label_E
+                mlm_logits_MV,
+                batch.mlm_labels_M,
+                nsp_logits_E2,
+                batch.next_sentence_label_E,
+                self.compute.operations,
             )
             sums += torch.stack([mlm_sum.detach(), nsp_sum.detach()])
             engine.backward(scale * (mlm_sum / mlm_targets + nsp_sum / max(nsp_targets, 1)))

@@ -2,6 +2,7 @@
 
 import torch
 
+from stacking_ds.kernels.compute import Compute
 from stacking_ds.model.bert import BertForPreTraining
 from stacking_ds.model.config import BertConfig
 
@@ -20,9 +21,11 @@ TINY = BertConfig(
 BATCHES = {"full": (16, 16, 16), "padded": (16, 5, 1)}
 
 
-def telling_model(config: BertConfig, seed: int = 0) -> BertForPreTraining:
+def telling_model(
+    config: BertConfig, seed: int = 0, compute: Compute | None = None
+) -> BertForPreTraining:
     """With random biases and norms too: zeros and ones would hide a missing one."""
-    model = BertForPreTraining(config, seed)
+    model = BertForPreTraining(config, seed, compute)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,6 +1,6 @@
 """What must hold on a GPU as on a CPU, as plain functions of a `World` that compute on its device.
 
-`test_gpu.py` calls them.
+`test_gpu.py` calls them; `gpu_kernel_checks.py` has those of the model's kernels.
 """
 
 import gc
@@ -30,6 +30,9 @@ from tests.sharded import start_engine, whole_state
 from tests.tiny import tiny_batch, tiny_loss, tiny_model, tiny_optimizer
 
 __all__ = [
+    "DTYPES",
+    "RELATIVE_ERROR",
+    "WIDE",
     "check_checkpoint",
     "check_growth",
     "check_losses",
@@ -37,11 +40,12 @@ __all__ = [
     "check_overflow",
     "check_padding",
     "check_run",
+    "relative_error",
 ]
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Of a loss or of logits, against fp32 on the CPU; TF32 would miss the first by far.
-_RELATIVE_ERROR = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 5e-3}
+RELATIVE_ERROR = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 5e-3}
 
 
 def _batch(world: World, step: int) -> dict[str, torch.Tensor]:
@@ -91,7 +95,7 @@ def check_losses(world: World, zero_stage: int, precision: str) -> None:
     assert engine.skipped_steps == 0
     assert next(engine.module.parameters()).device.type == world.device.type
     release_engine(engine)
-    assert found == pytest.approx(expected, rel=_RELATIVE_ERROR[precision])
+    assert found == pytest.approx(expected, rel=RELATIVE_ERROR[precision])
 
 
 def check_growth(world: World, zero_stage: int, precision: str) -> None:
@@ -113,10 +117,10 @@ def check_growth(world: World, zero_stage: int, precision: str) -> None:
             parameter.copy_(after[name][MASTER])
     query = [before[f"bert.encoder.layer.{i}.attention.self.query.weight"] for i in range(2)]
     assert not torch.equal(query[0][MASTER], query[1][MASTER]), "the layers cannot be told apart"
-    plain = reference.to(world.device, _DTYPES[precision])
+    plain = reference.to(world.device, DTYPES[precision])
     # other addresses, other matmul kernels: not to the bit on a GPU
-    error = _relative_error(_logits(world, engine), _logits(world, plain))
-    assert error < _RELATIVE_ERROR[precision]
+    error = relative_error(_logits(world, engine), _logits(world, plain))
+    assert error < RELATIVE_ERROR[precision]
     _train(world, engine, range(2, 4))
     assert engine.skipped_steps == 0
     assert zero.optimizer_step(engine) == 4
@@ -126,7 +130,7 @@ def check_growth(world: World, zero_stage: int, precision: str) -> None:
     release_engine(engine)
 
 
-def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     found, expected = found.double().cpu(), expected.double().cpu()
     return float((found - expected).norm() / expected.norm())
 
@@ -223,29 +227,31 @@ def _state_bytes(world: World, state: CarriedState) -> int:
 
 # ------------------------------------------------------------------ attention
 
+WIDE = BertConfig(
+    vocab_size=97,
+    hidden_size=128,  # heads of 64 and rows of 128: shapes that every fast backend takes
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=256,
+    max_position_embeddings=128,
+    hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0,
+    initializer_range=0.08,
+)
+
 
 def check_padding(world: World, precision: str) -> None:
     """A padded batch has the CPU's logits, and what stands in the padding changes nothing."""
-    config = BertConfig(
-        vocab_size=97,
-        hidden_size=128,  # heads of 64 and rows of 128: shapes that every fast backend takes
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=256,
-        max_position_embeddings=128,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        initializer_range=0.08,
-    )
+    config = WIDE
     batch = Batch(config, (128, 77, 3, 2))
     model = telling_model(config).eval()
     with torch.no_grad():
         expected = model(*batch.inputs)[0][batch.mask_BS]
-        model.to(world.device, _DTYPES[precision])
+        model.to(world.device, DTYPES[precision])
         ids_BS, types_BS, mask_BS = (tensor.to(world.device) for tensor in batch.inputs)
         found = model(ids_BS, types_BS, mask_BS)[0][mask_BS]
         other = model(ids_BS.where(mask_BS, 5), types_BS, mask_BS)[0][mask_BS]
-    assert _relative_error(found.float(), expected) < _RELATIVE_ERROR[precision]
+    assert relative_error(found.float(), expected) < RELATIVE_ERROR[precision]
     assert torch.equal(found, other)
 
 
@@ -307,4 +313,4 @@ def check_run(
         load_model(job, found), job.heldout_steps(0, 1, job.phases.at(0)), on_cpu
     )
     last = metrics(folder / "run")[-1]
-    assert last["eval/mlm_loss"] == pytest.approx(expected.mlm_loss, rel=_RELATIVE_ERROR[precision])
+    assert last["eval/mlm_loss"] == pytest.approx(expected.mlm_loss, rel=RELATIVE_ERROR[precision])

@@ -49,6 +49,10 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
         ("optimizer={name: lamb, learning_rate: 1e-3, lamb: {max_coef: 1}}", "mean max_coeff?"),
         ("optimizer={name: lamb, learning_rate: 1e-3, lamb: {kernel: apex}}", "ZeRO 0 alone"),
         ("optimizer={name: adamw, learning_rate: 1e-3, lamb: {}}", "does not go with name=adamw"),
+        ("engine={deepspeed: zero3, cuda_graphs: true}", "which ZeRO 3 (zero3) moves"),
+        ("engine={cuda_graphs: true, kernels: compile}", "cannot be captured"),
+        ("engine={kernels: triton}", "but the model is on cpu: Triton needs"),
+        ("engine={attention: flash}", "flash"),
     ],
 )
 def test_a_recipe_that_cannot_be_trained(

@@ -349,7 +349,7 @@ def test_batches_move_to_a_device_whole(data):
     moved = step.micro_batches[0].to("meta")
     assert isinstance(moved, Batch)
     tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
-    assert len(tensors) == 7 + data.options.packed
+    assert len(tensors) == 8 + data.options.packed
     assert all(tensor.is_meta for tensor in tensors)
 
 

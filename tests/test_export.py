@@ -101,7 +101,8 @@ def test_auto_classes_find_all_their_weights(exported: Path) -> None:
     ids_BS, types_BS, mask_BS = _inputs()
     ours = BertForPreTraining(CONFIG, seed=0).eval()
     logits_BSV, _ = ours(ids_BS, types_BS, mask_BS)
-    hidden_BSH, _ = ours.bert(ids_BS, types_BS, mask_BS)
+    tokens, hidden_TH, _ = ours.encode(ids_BS, types_BS, mask_BS)
+    hidden_BSH = tokens.put(hidden_TH, len(ids_BS))
     inputs = {
         "input_ids": ids_BS,
         "token_type_ids": types_BS,

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-pytest.register_assert_rewrite("tests.gpu_checks")
+pytest.register_assert_rewrite("tests.gpu_checks", "tests.gpu_kernel_checks")
 
 import torch
 
@@ -30,12 +30,15 @@ from tests.gpu_checks import (
     check_padding,
     check_run,
 )
+from tests.gpu_kernel_checks import check_activation_checkpointing, check_kernels
 from tests.prose import tiny_shards
 from tests.ranks import run_ranks
 
 LAMB = ("optimizer.name=lamb", "optimizer.learning_rate=1e-2")
 gpu = pytest.mark.gpu
 zero_stages = pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+PACKED = ("data.packing=true",)
+NAMED = ("engine.kernels=triton", "optimizer.lamb.kernel=triton")
 precisions = pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 
 
@@ -103,6 +106,18 @@ def test_padding_does_as_on_the_cpu(world: World, precision: str) -> None:
 
 
 @gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_kernels_have_the_gradients_of_the_cpu(world: World, precision: str) -> None:
+    check_kernels(world, precision)
+
+
+@gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_is_computed_again_is_the_same(world: World, precision: str) -> None:
+    check_activation_checkpointing(world, precision)
+
+
+@gpu
 @zero_stages
 def test_a_checkpoint_moves_between_devices(world: World, tmp_path: Path, zero_stage: int) -> None:
     check_checkpoint(world, tmp_path, zero_stage, "bf16")
@@ -119,6 +134,8 @@ def test_a_checkpoint_moves_between_devices(world: World, tmp_path: Path, zero_s
         (1, "bf16", LAMB),
         (2, "bf16", LAMB),
         (3, "bf16", LAMB),
+        (0, "fp32", PACKED),
+        (3, "bf16", (*LAMB, *PACKED, *NAMED)),
     ],
 )
 def test_a_whole_run(
@@ -151,6 +168,8 @@ def _call(world: World, check: Callable[..., None], *arguments: Any) -> None:
         (check_lamb, [(0, "fp16"), (3, "fp16"), ("2_offload", "bf16")]),
         (check_memory, [(0,), (3,)]),
         (check_padding, [("fp32",), ("bf16",), ("fp16",)]),
+        (check_kernels, [("fp32",), ("bf16",)]),
+        (check_activation_checkpointing, [("fp32",), ("bf16",)]),
     ],
 )
 def test_the_checks_hold_on_the_cpu(check: Callable[..., None], cases: list[Any]) -> None:
@@ -160,6 +179,6 @@ def test_the_checks_hold_on_the_cpu(check: Callable[..., None], cases: list[Any]
 
 def test_the_checks_of_runs_hold_on_the_cpu(tmp_path: Path, shards: Path) -> None:
     run_ranks(_call, 1, check_checkpoint, tmp_path / "state", 2, "bf16")
-    for name, overrides in (("adamw", ()), ("lamb", LAMB)):
+    for name, overrides in (("adamw", ()), ("lamb", LAMB), ("packed", PACKED)):
         (tmp_path / name).mkdir()
         run_ranks(_call, 1, check_run, tmp_path / name, shards, 0, "fp16", *overrides)

@@ -2,12 +2,13 @@
 
 # ruff: noqa: E402 -- the folder of the commands has to be put on the path first
 
+import ast
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,10 +20,9 @@ sys.path.append(str(ROOT / ".ci"))
 
 import gpu_check
 import gpu_ground
-import gpu_parts
 import gpu_wheels
-from gpu_ground import Ground, PartError
-from gpu_parts import PARTS, Part
+from gpu_ground import Ground, PartError, together
+from gpu_parts import PARTS, Part, gpu_test_files
 
 MACHINE = {"card": "NVIDIA H200", "driver": "580.1", "torch": "2.11.0"}
 
@@ -78,8 +78,8 @@ def test_a_failing_part_stops_nothing_and_is_told(
     for said in ("NVIDIA H200", found["date"], "abc123", "make gpu-check"):
         assert said in first
     assert "NOT passed" in text
-    assert "| 1 | 0.5 |" in text
     assert "| stage | tokens per second |" in text
+    assert "|     1 |               0.5 |" in text
     assert "unigram mlm loss: 6.25" in text
     assert "Traceback: boom" in text
     assert "boom" in capsys.readouterr().out
@@ -193,6 +193,29 @@ def test_an_op_that_was_built_fails_its_part_only(ground: Ground) -> None:
     ground.python("-c", "pass", limit_seconds=30)
 
 
+def test_what_runs_at_the_same_time_fails_with_all_reasons() -> None:
+    assert together({"a": lambda: 1, "b": lambda: 2}) == {"a": 1, "b": 2}
+    works: dict[str, Callable[[], Any]] = {
+        "a": lambda: _raise(PartError("exit code 1", "out of a")),
+        "b": lambda: 2,
+        "c": lambda: _raise(KeyError("loss")),
+    }
+    with pytest.raises(PartError, match=r"a: exit code 1; c: 'loss'") as failure:
+        together(works)
+    assert failure.value.output == "out of a"
+
+
+def test_what_was_begun_ends_in_a_later_part(ground: Ground) -> None:
+    ground.begin("good", lambda: ground.python("-c", "print('done')", limit_seconds=30))
+    ground.begin("bad", lambda: _raise(PartError("exit code 1", "said")))
+    assert ground.outcome("good") == "done\n"
+    with pytest.raises(PartError, match="exit code 1"):
+        ground.outcome("bad")
+    with pytest.raises(PartError, match="never begun"):
+        ground.outcome("other")
+    ground.close()
+
+
 def test_commands_see_the_bundle_first_and_no_launcher(
     ground: Ground, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,112 +227,49 @@ def test_commands_see_the_bundle_first_and_no_launcher(
     assert (rank, folder) == ("None", str(ROOT))
 
 
-# ------------------------------------------------------------------ figures
+# ------------------------------------------------------------------ the parts
 
 
-def _line(step: int, stage: int, loss: float, **more: float) -> dict[str, Any]:
-    return {
-        "step": step,
-        "stage": stage,
-        "num_hidden_layers": 2**stage,
-        "train/loss": loss,
-        "speed/tokens_per_second": 100.0 * step,
-        "speed/model_flops_utilization": step / 100,
-        "stage/boundary_seconds": 0.5,
-        "memory/peak_gib": 1.5,
-        "eval/unigram_mlm_loss": 6.1,
-        "wall_seconds": 9.0,
-        "eval/mlm_loss": loss - 0.5,
+def test_proofs_come_before_measurements() -> None:
+    is_bench = [part.name.startswith("bench") for part in PARTS]
+    assert is_bench == sorted(is_bench)
+
+
+def test_the_files_of_gpu_tests_import_what_the_machine_has() -> None:
+    files = gpu_test_files(ROOT / "tests")
+    assert {"test_gpu.py", "test_bench_kernels.py", "test_kernels_lamb_triton.py"} <= {
+        path.name for path in files
     }
+    bundled = {name.replace("-", "_") for name in (*gpu_wheels.BUILT, *gpu_wheels.DOWNLOADED)}
+    there = {"hypothesis", "numpy", "psutil", "pyarrow", "pytest", "safetensors", "tokenizers"}
+    there |= {"torch", "transformers", "triton", "yaml", "stacking_ds", *bundled}
+    for path in _with_what_they_import(files):
+        missing = set(_imported(path)) - there - sys.stdlib_module_names - {"tests"}
+        assert not missing, f"{path.name} imports {sorted(missing)}"
 
 
-RUN = [_line(1, 0, 7.0), _line(2, 0, 6.0), _line(6, 0, 5.0), _line(8, 1, 4.0)]
+def _with_what_they_import(files: Sequence[Path]) -> set[Path]:
+    """The files, and the test modules that they import, and so on."""
+    found, fresh = set(files), list(files)
+    while fresh:
+        names = [name for path in fresh for name in _modules(path) if name.startswith("tests.")]
+        paths = {ROOT / f"{name.replace('.', '/')}.py" for name in names}
+        fresh = [path for path in paths - found if path.is_file()]
+        found.update(fresh)
+    return found
 
 
-def test_figures_of_a_run_are_per_stage() -> None:
-    first, second = gpu_parts.run_figures(RUN, (6, 2))["stages"]
-    assert (first["layers"], first["tokens_per_second"], first["heldout_mlm_loss"]) == (1, 200, 4.5)
-    assert (second["layers"], second["steps"], second["train_loss"]) == (2, 2, 4.0)
+def _imported(path: Path) -> list[str]:
+    """The packages that a file imports when it is imported itself."""
+    return [name.partition(".")[0] for name in _modules(path)]
 
 
-@pytest.mark.parametrize(
-    ("lines", "what"),
-    [
-        (RUN[:-1], "stage 1 was not trained to its end"),
-        ([*RUN[:-1], _line(7, 1, 4.0)], "stage 1 was not trained to its end"),
-        ([*RUN[:-1], _line(8, 1, 6.55)], r"6\.05 .* alone has 6\.1"),
-        ([*RUN[:1], _line(2, 0, float("nan")), *RUN[2:]], "not finite"),
-        ([*RUN[:-1], _line(8, 1, float("nan"))], "not finite"),
-        ([*RUN[:-1], {**RUN[-1], "eval/mlm_loss": float("nan")}], "nan"),
-    ],
-)
-def test_a_run_that_did_not_learn_fails(lines: list[dict[str, Any]], what: str) -> None:
-    with pytest.raises(PartError, match=what):
-        gpu_parts.run_figures(lines, (6, 2))
-
-
-def _lamb_found(kernels: int | None = 4, synchronisation: str | None = None) -> dict[str, Any]:
-    times = {"minimum": 0.001, "median": 0.0012}
-    step = {
-        "device_seconds": times,
-        "host_seconds": times,
-        "wall_seconds": times,
-        "kernels": kernels,
-        "copies": 2,
-    }
-    apex = {"not_measured": "apex is not installed"}
-    return {
-        "gpu": {
-            "steps": {"triton": {**step, "kernels": 4}, "triton_by_group": step, "apex": apex},
-            "synchronisation": synchronisation,
-            "copy_gb_per_second": 4300.0,
-            "floor_seconds": 0.001,
-        },
-        "targets": [
-            {"name": "ours / floor", "relation": "<=", "limit": 1.5, "value": 1.6, "note": "",
-             "verdict": "MISSED"},
-            {"name": "apex / ours", "relation": ">=", "limit": 1.3, "value": None, "note": "why",
-             "verdict": "not measured"},
-        ],
-    }  # fmt: skip
-
-
-def test_a_slow_lamb_step_is_reported_and_does_not_fail() -> None:
-    figures = gpu_parts.lamb_figures(_lamb_found())
-    ours, _, apex = figures["steps"]
-    assert (ours["device_ms"], ours["times_the_floor"], ours["kernels"]) == (1.2, 1.2, 4)
-    assert apex["device_ms"] == "not measured: apex is not installed"
-    assert [row["verdict"] for row in figures["targets"]] == ["MISSED", "not measured why"]
-    for rows in (figures["steps"], figures["targets"]):  # tables of the report
-        assert len({tuple(row) for row in rows}) == 1
-
-
-@pytest.mark.parametrize(
-    ("found", "what"),
-    [
-        (_lamb_found(kernels=13), "triton_by_group launches 13 kernels, 12 are"),
-        (_lamb_found(kernels=None), "not counted"),
-        (_lamb_found(synchronisation="RuntimeError: called"), "host wait .* RuntimeError: called"),
-        ({"gpu": {"not_measured": "no GPU"}}, "not measured: no GPU"),
-    ],
-)
-def test_a_lamb_step_of_many_launches_or_that_waits_fails(found: dict[str, Any], what: str) -> None:
-    with pytest.raises(PartError, match=what):
-        gpu_parts.lamb_figures(found)
-
-
-def test_skipped_tests_are_counted_with_their_reason(tmp_path: Path) -> None:
-    junit = tmp_path / "tests.xml"
-    junit.write_text(
-        '<testsuites><testsuite tests="5" failures="1" errors="1" skipped="1">'
-        '<testcase name="a"><skipped message="no such tool"/></testcase></testsuite></testsuites>'
-    )
-    assert gpu_parts.count_tests(junit) == {
-        "passed": 2,
-        "failed": 2,
-        "skipped": 1,
-        "skipped_because": ["no such tool"],
-    }
+def _modules(path: Path) -> Iterator[str]:
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
 
 
 def test_parts_have_names_of_their_own_and_fit_the_budget() -> None:

@@ -4,36 +4,36 @@ Whether Triton interprets is settled when it is imported. So where there is no G
 module runs here, and the other in a process of its own.
 """
 
-import os
 import re
-import subprocess
-import sys
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from stacking_ds.fragments import Shard, Span
 from stacking_ds.kernels.lamb.contract import Hyper, Item, LambKernel, trust_ratio
 from stacking_ds.kernels.lamb.reference import ReferenceLamb
 
-triton = pytest.importorskip("triton", reason="Triton is not installed")
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-
-from stacking_ds.kernels.lamb import fused  # noqa: E402
+pytest.importorskip("triton", reason="Triton is not installed")
+from stacking_ds.kernels.lamb import fused
+from tests.cubins import (
+    INTERPRETED,
+    IS_OTHER_HALF,
+    NoWaiting,
+    believe_in_a_device,
+    compiled,
+    run_other_half,
+    spills,
+)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []  # then `make gpu-check` runs them
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HYPER = Hyper(1e-2, 0.9, 0.999, 1e-6, 0.01, True, 0.0, float("inf"), step=1)
 TOLERANCE = 1e-6
 
@@ -307,33 +307,9 @@ class TestAgainstTheReference:
 # --------------------------------------------------------------------------- without a device
 
 
-def compiled(form: tuple[Any, dict[str, Any]], capability: int, **options: Any) -> Any:
-    kernel, constants = form[0], {"BLOCK": fused.OPTIONS["BLOCK"], **form[1]}
-    types = ["constexpr" if n in constants else fused.TYPES[n] for n in kernel.arg_names]
-    # addresses are multiples of 16, as of all that torch allocates
-    aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types) if t.startswith("*")}
-    source = ASTSource(kernel, dict(zip(kernel.arg_names, types, strict=True)), constants, aligned)
-    options |= {key: fused.OPTIONS[key] for key in ("num_warps", "enable_fp_fusion")}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-
-
-def spills(cubin: bytes, folder: Path) -> tuple[int, int]:
-    """Bytes of stack, and how many instructions go to memory because registers ran out."""
-    (folder / "kernel.cubin").write_bytes(cubin)
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    command = [tool, "-res-usage", "-sass", folder / "kernel.cubin"]
-    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert "EXIT" in told
-    [stack] = re.findall(r"STACK:(\d+)", told)
-    return int(stack), len(re.findall(r"\b(?:LDL|STL)\b", told))
-
-
-class NoWaiting(TorchDispatchMode):
-    """Fails where a number would have to come from the device."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func is not torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
+def compiled_form(form: tuple[Any, dict[str, Any]], capability: int, **options: Any) -> Any:
+    constants = {**fused.OPTIONS, **form[1]}
+    return compiled(form[0], fused.TYPES, constants, capability, **options)
 
 
 def name_of(form: tuple[Any, dict[str, Any]]) -> str:
@@ -346,18 +322,18 @@ class TestCompiled:
     @pytest.mark.parametrize("capability", [80, 90, 100])
     @pytest.mark.parametrize("form", fused.FORMS, ids=name_of)
     def test_nothing_spills(self, form: Any, capability: int, tmp_path: Path) -> None:
-        assert spills(compiled(form, capability).asm["cubin"], tmp_path) == (0, 0)
+        assert spills(compiled_form(form, capability).asm["cubin"], tmp_path) == (0, 0)
 
     def test_a_spill_would_be_seen(self, tmp_path: Path) -> None:
         stack, instructions = spills(
-            compiled(fused.FORMS[0], 90, maxnreg=24).asm["cubin"], tmp_path
+            compiled_form(fused.FORMS[0], 90, maxnreg=24).asm["cubin"], tmp_path
         )
         assert stack > 0
         assert instructions > 0
 
     @pytest.mark.parametrize(("form", "loads", "stores"), [(0, 4, 2), (3, 3, 1)])
     def test_only_whole_blocks_move_as_vectors(self, form: int, loads: int, stores: int) -> None:
-        ptx = compiled(fused.FORMS[form], 90).asm["ptx"]
+        ptx = compiled_form(fused.FORMS[form], 90).asm["ptx"]
         assert len(re.findall(r"^\s*ld\.global\.v4\.b32", ptx, re.M)) == loads
         assert len(re.findall(r"^\s*st\.global\.v4\.b32", ptx, re.M)) == stores
         assert not re.findall(r"@%p\d+ (?:ld|st)\.global\.v", ptx)
@@ -367,21 +343,8 @@ class TestCompiled:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A device is only made believe: what would be launched is compiled."""
-        launched: list[bytes] = []
-
-        def launcher(kernel: Any, grid: tuple[int]) -> Any:
-            return lambda *args, **kwargs: launched.append(
-                kernel.run(*args, grid=grid, warmup=True, **kwargs).asm["cubin"]
-            )
-
-        device = SimpleNamespace(
-            get_current_device=lambda: 77,
-            get_current_stream=lambda device: 0,
-            get_current_target=lambda: GPUTarget("cuda", 90, 32),
-        )
-        monkeypatch.setattr(triton.runtime.driver, "_active", device)
-        monkeypatch.setattr(triton.JITFunction, "__getitem__", launcher)
-        expected = [compiled(fused.FORMS[form], 90).asm["cubin"] for form in (1, 2, 4)]
+        launched = believe_in_a_device(monkeypatch)
+        expected = [compiled_form(fused.FORMS[form], 90).asm["cubin"] for form in (1, 2, 4)]
         kernel = fused.TritonLamb()
         for count in (1, 3, 16, 40):  # Triton would make special cases of 1 and of multiples of 16
             pairs = [Flat(((i, 0, 9),), low=torch.bfloat16).item(i) for i in range(count)]
@@ -395,17 +358,7 @@ class TestCompiled:
 
 
 class TestTheOtherHalf:
-    __test__ = DEVICE.type == "cpu" and "STACKING_DS_OTHER_HALF" not in os.environ
+    __test__ = DEVICE.type == "cpu" and not IS_OTHER_HALF
 
     def test_in_a_process_of_its_own(self) -> None:
-        other = {"STACKING_DS_OTHER_HALF": "1", "TRITON_INTERPRET": str(int(not INTERPRETED))}
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-            check=False,
-            cwd=Path(__file__).parents[1],
-            env=os.environ | other,
-            capture_output=True,
-            text=True,
-            timeout=280,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+        run_other_half(__file__)

@@ -11,7 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stacking_ds.bench.data_commands import add_data_bench
+from stacking_ds.bench.growth_commands import add_growth
+from stacking_ds.bench.kernels_commands import add_kernels
 from stacking_ds.bench.lamb_commands import add_lamb
+from stacking_ds.bench.overlap_commands import add_overlap
+from stacking_ds.bench.step_commands import add_step
 from stacking_ds.errors import ConfigError
 from stacking_ds.growth.operators import OPERATORS
 
@@ -68,11 +72,39 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
             help="what a LAMB step sends, and its time beside a plain loop, apex and DeepSpeed",
         )
     )
+    add_kernels(
+        benches.add_parser(
+            allow_abbrev=False,
+            name="kernels",
+            help="fused operations, attention and FP8 products, beside what memory allows",
+        )
+    )
+    add_step(
+        benches.add_parser(
+            allow_abbrev=False,
+            name="step",
+            help="a training step beside transformers, torch.compile and a plain loop",
+        )
+    )
+    add_growth(
+        benches.add_parser(
+            allow_abbrev=False,
+            name="growth",
+            help="what a training step costs at each depth of a growth",
+        )
+    )
     add_data_bench(
         benches.add_parser(
             allow_abbrev=False,
             name="data",
             help="preparing text beside `datasets.map`, its memory, masking and loading",
+        )
+    )
+    add_overlap(
+        benches.add_parser(
+            allow_abbrev=False,
+            name="overlap",
+            help="a step under ZeRO's settings for sending while computing",
         )
     )
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import deepspeed
@@ -46,6 +46,8 @@ class Workload:
     micro_batch_size: int
     precision: Precision
     zero_stage: int
+    zero_options: Mapping[str, Any] = field(default_factory=dict)
+    """What the JSON's zero_optimization section says otherwise than the bundled one."""
 
     def config(self, depth: int) -> BertConfig:
         """Raises:
@@ -98,6 +100,11 @@ class Workload:
         model = BertForPreTraining(self.config(self.new_layers), seed=None)
         return build_engine(model, _optimizer(model), self._settings(world))
 
+    def trained_engine(self, world: World) -> Any:
+        """The deep model with first values."""
+        model = self.stock_model()
+        return build_engine(model, _optimizer(model), self._settings(world))
+
     def stock_model(self) -> BertForPreTraining:
         """The deep model, whole and with first values, as stock DeepSpeed wants it."""
         return BertForPreTraining(self.config(self.new_layers), seed=_SEED)
@@ -117,8 +124,10 @@ class Workload:
 
     def _settings(self, world: World, accumulation_steps: int | None = None) -> dict[str, Any]:
         micro_batch_size, steps = self._split(world)
+        json = load_ds_config(f"zero{self.zero_stage}")
+        json["zero_optimization"].update(self.zero_options)
         return resolve_ds_config(
-            load_ds_config(f"zero{self.zero_stage}"),
+            json,
             micro_batch_size=micro_batch_size,
             gradient_accumulation_steps=accumulation_steps or steps,
             world_size=world.size,

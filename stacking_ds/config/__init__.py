@@ -2,12 +2,15 @@
 
 from stacking_ds.config.run import RunConfig, changed_keys
 from stacking_ds.config.sections import (
+    ActivationCheckpointing,
+    AttentionName,
     BatchSection,
     CheckpointSection,
     DataSection,
     EngineSection,
     EvaluationSection,
     GrowthSection,
+    KernelsName,
     LambKernelName,
     LambSection,
     LoggingSection,
@@ -19,12 +22,15 @@ from stacking_ds.config.sections import (
 )
 
 __all__ = [
+    "ActivationCheckpointing",
+    "AttentionName",
     "BatchSection",
     "CheckpointSection",
     "DataSection",
     "EngineSection",
     "EvaluationSection",
     "GrowthSection",
+    "KernelsName",
     "LambKernelName",
     "LambSection",
     "LoggingSection",

@@ -7,12 +7,15 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 __all__ = [
     "LARGEST_LEARNING_RATE",
+    "ActivationCheckpointing",
+    "AttentionName",
     "BatchSection",
     "CheckpointSection",
     "DataSection",
     "EngineSection",
     "EvaluationSection",
     "GrowthSection",
+    "KernelsName",
     "LambKernelName",
     "LambSection",
     "LoggingSection",
@@ -202,10 +205,40 @@ class PhaseSection(Section):
         return self
 
 
+KernelsName = Literal["auto", "torch", "triton", "compile", "apex"]
+AttentionName = Literal["auto", "loops", "padded", "cudnn", "flash", "varlen"]
+ActivationCheckpointing = Literal["none", "selective", "full"]
+
+
 class EngineSection(Section):
     deepspeed: str = "zero1"
     """A bundled DeepSpeed JSON (zero0 … zero3) or the path of one."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    kernels: KernelsName = "auto"
+    """How a layer's operations run: `torch` plainly, `triton` fused on an NVIDIA GPU, `compile` by
+    torch.compile, `apex` as `torch` with the LayerNorm of NVIDIA's apex. `auto`: on a GPU triton,
+    on the CPU torch."""
+    attention: AttentionName = "auto"
+    """On a GPU `auto` measures, at each new shape, all that can run there and takes the fastest."""
+    activation_checkpointing: ActivationCheckpointing = "none"
+    """What a layer keeps for the backward pass: all; the results of its matrix products
+    (`selective`); or its input alone (`full`). The rest is computed again."""
+    fp8: bool = False
+    """Matrix products of the layers in 8-bit floating point, on cards that have it."""
+    cuda_graphs: bool = False
+    """Each layer is one launch, for micro-batches so small that the host cannot keep a GPU busy.
+    Micro-batches are filled up to their rows' slots, so pack the rows."""
+
+    @model_validator(mode="after")
+    def _graphs_hold_all(self) -> "EngineSection":
+        if self.cuda_graphs and self.activation_checkpointing != "none":
+            raise ValueError(
+                f"cuda_graphs keeps what a layer computes, so activation_checkpointing="
+                f"{self.activation_checkpointing} cannot drop it: turn one of them off"
+            )
+        if self.cuda_graphs and self.kernels == "compile":
+            raise ValueError("kernels=compile cannot be captured by cuda_graphs: turn one off")
+        return self
 
 
 class CheckpointSection(Section):

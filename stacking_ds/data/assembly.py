@@ -108,6 +108,7 @@ class Assembler:
             positions[real:, 1] = 1
         input_ids[real:, :2] = self._special.cls, self._special.sep
         attention[real:, :2] = 1
+        without_weight = np.arange(real, num_rows) * length
         nothing = np.full(num_rows - real, IGNORE_INDEX, dtype=np.int64)
         has_second_E = examples.second_length_E > 0
         label_E = np.where(has_second_E, examples.is_random_E.astype(np.int64), IGNORE_INDEX)
@@ -118,8 +119,9 @@ class Assembler:
             torch.from_numpy(positions) if self._spec.packed else None,
             torch.from_numpy(slot_T[masked_M]),
             torch.from_numpy(labels_M),
-            torch.from_numpy(np.concatenate([slot_E, np.arange(real, num_rows) * length])),
+            torch.from_numpy(np.concatenate([slot_E, without_weight])),
             torch.from_numpy(np.concatenate([label_E, nothing])),
+            torch.from_numpy(np.concatenate([slot_T, (without_weight[:, None] + [0, 1]).ravel()])),
         )
 
 

@@ -1,6 +1,6 @@
 """What one rank computes on: micro-batches of tensors of fixed shape.
 
-Shapes: B rows, S positions, M masked positions, E examples.
+Shapes: B rows, S positions, T tokens, M masked positions, E examples.
 """
 
 import math
@@ -32,6 +32,7 @@ class Batch:
     mlm_labels_M: torch.Tensor  # int64; the tokens that stood at these positions
     first_positions_E: torch.Tensor  # int64; b * S + s of each example's [CLS], ascending
     next_sentence_label_E: torch.Tensor  # int64; 0: B follows A, 1: it is random, -100: no weight
+    token_positions_T: torch.Tensor  # int64; b * S + s of what is not padding, ascending
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
         """The batch on `device`."""
@@ -51,6 +52,7 @@ class Batch:
             self.mlm_positions_M,
             self.position_ids_BS,
             self.first_positions_E,
+            self.token_positions_T,
         )
 
     def rows(self, start: int, stop: int) -> "Batch":
@@ -58,6 +60,7 @@ class Batch:
         slots = torch.tensor([start, stop]) * self.input_ids_BS.shape[1]
         masked = slice(*torch.searchsorted(self.mlm_positions_M, slots).tolist())
         examples = slice(*torch.searchsorted(self.first_positions_E, slots).tolist())
+        tokens = slice(*torch.searchsorted(self.token_positions_T, slots).tolist())
         positions = self.position_ids_BS
         return Batch(
             self.input_ids_BS[start:stop],
@@ -68,6 +71,7 @@ class Batch:
             self.mlm_labels_M[masked],
             self.first_positions_E[examples] - slots[0],
             self.next_sentence_label_E[examples],
+            self.token_positions_T[tokens] - slots[0],
         )
 
 

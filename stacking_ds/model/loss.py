@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
-__all__ = ["IGNORED_LABEL", "PretrainingLoss", "pretraining_loss"]
+from stacking_ds.kernels.cross_entropy import IGNORED_LABEL
+from stacking_ds.kernels.operations import Operations
 
-IGNORED_LABEL = -100
+__all__ = ["IGNORED_LABEL", "PretrainingLoss", "pretraining_loss"]
 
 
 class PretrainingLoss(NamedTuple):
@@ -26,28 +27,26 @@ def pretraining_loss(
     mlm_labels: torch.Tensor,
     nsp_logits_E2: torch.Tensor,
     nsp_labels_E: torch.Tensor,
+    operations: Operations | None = None,
 ) -> PretrainingLoss:
     """Masked-word and next-sentence cross-entropy (Devlin et al. 2019 §3.1), computed in fp32.
 
     Args:
-        mlm_logits: (..., V), either at the M masked positions or at all B x S.
+        mlm_logits: (..., V), either at the M masked positions or at all B x S. The backward pass
+            overwrites them with their gradient.
         mlm_labels: (...), vocabulary ids.
         nsp_logits_E2: next-sentence logits.
         nsp_labels_E: 0 where the second sentence follows the first, 1 where it does not.
+        operations: the model's, for the form of the cross-entropy.
 
     A label of -100 is no target. Without any target a sum is 0 and has a gradient of 0, so a
     rank that holds padding rows only runs the same backward pass as the others.
     """
     return PretrainingLoss(
-        mlm_sum=_cross_entropy_sum(mlm_logits, mlm_labels),
-        nsp_sum=_cross_entropy_sum(nsp_logits_E2, nsp_labels_E),
-    )
-
-
-def _cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return functional.cross_entropy(
-        logits.flatten(0, -2).float(),
-        labels.flatten(),
-        ignore_index=IGNORED_LABEL,
-        reduction="sum",
+        mlm_sum=(operations or Operations()).cross_entropy_sum(
+            mlm_logits.flatten(0, -2), mlm_labels.flatten()
+        ),
+        nsp_sum=functional.cross_entropy(
+            nsp_logits_E2.float(), nsp_labels_E, ignore_index=IGNORED_LABEL, reduction="sum"
+        ),
     )

@@ -59,7 +59,7 @@ _REQUIRED = {
 
 # what is not an attribute of the optimizer wrapper that `initialize` makes
 _PRIVATE_NAMES = (
-    "deepspeed.ops:__compatible_ops__",
+    "deepspeed.ops:_probe_compatible_ops",  # what reading __compatible_ops__ would call
     "deepspeed.comm.comm:cdb",
     "deepspeed.runtime.engine:DeepSpeedEngine._broadcast_model",
     "deepspeed.runtime.zero.parameter_offload:FWD_MODULE_STACK",

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.zero.partition_parameters import Init
+from deepspeed.runtime.zero.partition_parameters import Init, register_external_parameter
+
+from stacking_ds.model.layer import GatheredWhole
 
 __all__ = ["ValueOf", "give_storage", "without_traffic"]
 
@@ -52,6 +54,18 @@ def give_storage(
         if cut is not None:
             cut._convert_to_deepspeed_param(p)
             p.partition()
+    if cut is not None:
+        _gather_with_their_users(model)
+
+
+def _gather_with_their_users(model: torch.nn.Module) -> None:
+    """ZeRO 3 gathers a module's own parameters before its forward; these use their children's."""
+    for module in model.modules():
+        if isinstance(module, GatheredWhole):
+            own = {id(p) for p in module.parameters(recurse=False)}
+            for parameter in module.parameters():
+                if id(parameter) not in own:
+                    register_external_parameter(module, parameter)
 
 
 @contextmanager

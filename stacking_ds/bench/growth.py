@@ -1,0 +1,101 @@
+"""Measure what a step costs as a function of the depth, which growing is to save.
+
+t(L) = outside + L * layer, if all layers cost the same and nothing grows faster than the depth.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from stacking_ds.bench.step import How, built, free, rates
+from stacking_ds.bench.step_batch import case_batches
+from stacking_ds.bench.step_case import StepCase
+from stacking_ds.bench.step_clock import interleaved, matmul_peak, threads_for, timed_on
+from stacking_ds.bench.step_rivals import (
+    DTYPES,
+    OurStep,
+    PlainStep,
+    TrainingStep,
+    ds_settings,
+    our_compute,
+)
+from stacking_ds.distributed import World
+from stacking_ds.errors import ConfigError
+
+__all__ = ["affine_fit", "growth_ratio", "measure_growth"]
+
+Maker = Callable[[], TrainingStep]
+
+
+def measure_growth(cases: Sequence[StepCase], how: How, world: World) -> dict[str, Any]:
+    """The same step at each depth; in fp32 beside a plain loop, which has no masters to keep.
+
+    Raises:
+        ConfigError: kernels that cannot run here, or too little memory for all depths at once.
+    """
+    batches = case_batches(cases[0], world.device)
+    makers: dict[str, Maker] = {}
+    for case in cases:
+        makers[f"engine-{case.model.layers}"] = _engine(case, how, world)
+        if case.precision == "fp32":
+            makers[f"plain-{case.model.layers}"] = _plain(case, how, world)
+    with threads_for(world.device):
+        steps, absent = built(makers, world.device, must_run=tuple(makers))
+        peak = matmul_peak(world.device, DTYPES[cases[0].precision])
+        times, given_up = interleaved(steps, how.rounds, timed_on(world.device))
+    free(steps.values(), world.device)
+    if short := absent | given_up:
+        raise ConfigError(
+            f"the depths have to take turns, but {', '.join(short)} ran out of memory; choose a "
+            f"smaller --hidden-size or --sequence-length"
+        )
+    return {
+        "precision": cases[0].precision,
+        "rows": cases[0].rows,
+        "micro_steps": cases[0].micro_steps,
+        "sequence_length": cases[0].sequence_length,
+        "hidden_size": cases[0].model.hidden_size,
+        "vocab_size": cases[0].model.vocab_size,
+        "depths": [
+            {
+                "layers": case.model.layers,
+                "parameters": case.config.num_parameters,
+                **{
+                    who: rates(case, batches, times[name], world.device, peak)
+                    for who in ("engine", "plain")
+                    if (name := f"{who}-{case.model.layers}") in times
+                },
+            }
+            for case in cases
+        ],
+    }
+
+
+def _engine(case: StepCase, how: How, world: World) -> Maker:
+    def make() -> TrainingStep:
+        compute = our_compute(how.kernels, case.precision, world.device, case.config)
+        settings = ds_settings(how.zero_stage, case.rows, case.micro_steps, case.precision)
+        return OurStep(case.config, case_batches(case, world.device), compute, settings, world)
+
+    return make
+
+
+def _plain(case: StepCase, how: How, world: World) -> Maker:
+    def make() -> TrainingStep:
+        compute = our_compute(how.kernels, case.precision, world.device, case.config)
+        return PlainStep(case.config, case_batches(case, world.device), compute, world.device)
+
+    return make
+
+
+def growth_ratio(seconds: Mapping[int, float]) -> float:
+    """How much more the second growth adds than the first, of three depths and their seconds."""
+    shallow, middle, deep = sorted(seconds)
+    return (seconds[deep] - seconds[middle]) / (seconds[middle] - seconds[shallow])
+
+
+def affine_fit(seconds: Mapping[int, float]) -> tuple[float, float]:
+    """(outside, layer) of the line outside + layers * layer closest to the seconds."""
+    layer, outside = np.polyfit(list(seconds), list(seconds.values()), deg=1)
+    return float(outside), float(layer)

@@ -1,0 +1,265 @@
+"""Who takes a training step: this package's engine, a plain torch loop, and transformers.
+
+Each on a model of its own and the same rows: forward and backward of every micro-step, gradients
+clipped, AdamW. All but the plain loop are DeepSpeed engines of one and the same configuration.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from typing import Any, Protocol
+
+import deepspeed
+import torch
+
+from stacking_ds.bench.step_batch import StepBatch
+from stacking_ds.config import EngineSection, KernelsName, OptimizerSection
+from stacking_ds.distributed import World
+from stacking_ds.engine import (
+    Precision,
+    build_engine,
+    load_ds_config,
+    release_engine,
+    resolve_ds_config,
+    set_learning_rate,
+    take_step,
+)
+from stacking_ds.kernels.choice import choose_compute
+from stacking_ds.kernels.compute import Compute
+from stacking_ds.kernels.operations import Operations
+from stacking_ds.model.bert import BertForPreTraining
+from stacking_ds.model.config import BertConfig
+from stacking_ds.model.initialization import first_value
+from stacking_ds.model.loss import PretrainingLoss, pretraining_loss
+from stacking_ds.optim.build import build_optimizer
+
+__all__ = [
+    "DTYPES",
+    "OurStep",
+    "PlainStep",
+    "TheirStep",
+    "TrainingStep",
+    "ds_settings",
+    "our_compute",
+    "our_loss",
+    "their_loss",
+    "their_model",
+]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_SEED = 0
+_OPTIMIZER = OptimizerSection(learning_rate=1e-4)
+
+
+class TrainingStep(Protocol):
+    """One optimizer step on the same rows each time."""
+
+    batches: Sequence[StepBatch]
+    """May be replaced by as many others."""
+
+    def __call__(self) -> float:
+        """Its loss in nats, before the update."""
+
+    def release(self) -> None:
+        """Give the memory back."""
+
+
+def ds_settings(
+    zero_stage: int, rows: int, micro_steps: int, precision: Precision
+) -> dict[str, Any]:
+    """The DeepSpeed configuration of all engines.
+
+    Raises:
+        ConfigError: no such ZeRO stage.
+    """
+    return resolve_ds_config(
+        load_ds_config(f"zero{zero_stage}"),
+        micro_batch_size=rows,
+        gradient_accumulation_steps=micro_steps,
+        world_size=1,
+        gradient_clipping=_OPTIMIZER.max_grad_norm,
+        precision=precision,
+    )
+
+
+def our_compute(
+    kernels: KernelsName, precision: Precision, device: torch.device, config: BertConfig
+) -> Compute:
+    """Raises:
+    ConfigError: these kernels cannot run here.
+    """
+    section = EngineSection(kernels=kernels, precision=precision)
+    return choose_compute(section, device, config)
+
+
+def our_loss(
+    model: Callable[..., Any], batch: StepBatch, operations: Operations
+) -> PretrainingLoss:
+    """Of one micro-step; `model` is ours, or its engine."""
+    rows = batch.ours
+    mlm_logits_MV, nsp_logits_E2 = model(*rows.model_inputs)
+    return pretraining_loss(
+        mlm_logits_MV, rows.mlm_labels_M, nsp_logits_E2, rows.next_sentence_label_E, operations
+    )
+
+
+class OurStep:
+    """As the trainer takes it."""
+
+    def __init__(
+        self,
+        config: BertConfig,
+        batches: Sequence[StepBatch],
+        compute: Compute,
+        settings: dict[str, Any],
+        world: World,
+    ) -> None:
+        """Raises:
+        ConfigError: DeepSpeed cannot build this engine.
+        """
+        model = BertForPreTraining(config, seed=None, compute=compute)
+        optimizer = build_optimizer(_OPTIMIZER, model.named_parameters())
+        value_of = lambda name, shape: first_value(name, shape, _SEED, config.initializer_range)  # noqa: E731 - as in build_engine
+        self._engine = build_engine(model, optimizer, settings, value_of)
+        self.batches, self._world = batches, world
+        self._operations = compute.operations
+
+    def __call__(self) -> float:
+        self.begin()
+        for index in range(len(self.batches)):
+            self.micro_step(index)
+        mlm_total, nsp_total = self._world.sum(self._sums.tolist())
+        self.update()
+        return _finite(mlm_total / self._mlm_targets + nsp_total / self._nsp_targets)
+
+    def begin(self) -> None:
+        """What comes before the first micro-step."""
+        world, batches = self._world, self.batches
+        self._mlm_targets, self._nsp_targets, _ = world.sum([
+            sum(batch.mlm_targets for batch in batches),
+            sum(batch.nsp_targets for batch in batches),
+            sum(batch.tokens for batch in batches),
+        ])  # fmt: skip
+        set_learning_rate(self._engine, _OPTIMIZER.learning_rate)
+        torch.manual_seed(_SEED)
+        self._sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+
+    def micro_step(self, index: int) -> None:
+        """Forward and backward."""
+        if index > 0:
+            take_step(self._engine)  # between micro-steps DeepSpeed only counts
+        mlm_sum, nsp_sum = our_loss(self._engine, self.batches[index], self._operations)
+        self._sums += torch.stack([mlm_sum.detach(), nsp_sum.detach()])
+        scale = self._world.size * len(self.batches)
+        self._engine.backward(scale * (mlm_sum / self._mlm_targets + nsp_sum / self._nsp_targets))
+
+    def update(self) -> None:
+        """What comes after the last micro-step."""
+        norm = take_step(self._engine)
+        assert norm is not None, "the last micro-step did not complete a step"
+        _finite(norm)
+
+    def release(self) -> None:
+        engine, self._engine = self._engine, None
+        release_engine(engine)
+
+
+class PlainStep:
+    """Our model in fp32, the optimizer and a loop, without an engine."""
+
+    def __init__(
+        self,
+        config: BertConfig,
+        batches: Sequence[StepBatch],
+        compute: Compute,
+        device: torch.device,
+    ) -> None:
+        self._model = BertForPreTraining(config, _SEED, compute).to(device)
+        self._optimizer = build_optimizer(_OPTIMIZER, self._model.named_parameters())
+        self.batches, self._operations = batches, compute.operations
+
+    def __call__(self) -> float:
+        torch.manual_seed(_SEED)
+        mlm_targets = sum(batch.mlm_targets for batch in self.batches)
+        nsp_targets = sum(batch.nsp_targets for batch in self.batches)
+        total = torch.zeros((), device=self.batches[0].ours.input_ids_BS.device)
+        for batch in self.batches:
+            mlm_sum, nsp_sum = our_loss(self._model, batch, self._operations)
+            loss = mlm_sum / mlm_targets + nsp_sum / nsp_targets
+            total += loss.detach()
+            loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self._model.parameters(), _OPTIMIZER.max_grad_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return _finite(float(total))
+
+    def release(self) -> None:
+        del self._model, self._optimizer
+
+
+# ----------------------------------------------------------------------- transformers
+
+
+def their_model(config: BertConfig) -> torch.nn.Module:
+    """transformers' BERT of the same sizes, with the attention of torch's own kernels."""
+    import transformers
+
+    theirs = transformers.BertConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        intermediate_size=config.intermediate_size,
+        max_position_embeddings=config.max_position_embeddings,
+        type_vocab_size=config.type_vocab_size,
+        hidden_dropout_prob=config.hidden_dropout_prob,
+        attention_probs_dropout_prob=config.attention_probs_dropout_prob,
+        layer_norm_eps=config.layer_norm_eps,
+        initializer_range=config.initializer_range,
+    )
+    theirs._attn_implementation = "sdpa"
+    model: torch.nn.Module = transformers.BertForPreTraining(theirs)
+    return model.train()
+
+
+def their_loss(model: Callable[..., Any], batch: StepBatch) -> torch.Tensor:
+    """The mean loss that transformers computes itself; `model` is theirs, or its engine."""
+    loss: torch.Tensor = model(**batch.theirs).loss
+    return loss
+
+
+class TheirStep:
+    """transformers' model as its users train it in a DeepSpeed engine, rows padded."""
+
+    def __init__(
+        self, config: BertConfig, batches: Sequence[StepBatch], settings: dict[str, Any]
+    ) -> None:
+        """`build_engine` has prepared the process before."""
+        torch.manual_seed(_SEED)
+        model = their_model(config)
+        self._engine: Any = deepspeed.initialize(
+            model=model,
+            optimizer=build_optimizer(_OPTIMIZER, model.named_parameters()),
+            config=deepcopy(settings),
+        )[0]
+        self.batches = batches
+
+    def __call__(self) -> float:
+        torch.manual_seed(_SEED)
+        total = torch.zeros((), device=self._engine.device)
+        for batch in self.batches:
+            loss = their_loss(self._engine, batch)
+            total += loss.detach()
+            self._engine.backward(loss)
+            self._engine.step()
+        return _finite(float(total) / len(self.batches))
+
+    def release(self) -> None:
+        engine, self._engine = self._engine, None
+        release_engine(engine)
+
+
+def _finite(value: float) -> float:
+    """A step that does not learn is not worth its time."""
+    assert math.isfinite(value), f"the loss or the gradient's norm is {value}"
+    return value

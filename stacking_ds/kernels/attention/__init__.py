@@ -1,0 +1,1 @@
+"""Attention within sequences that lie one behind the other, without a slot of padding."""

@@ -1,0 +1,68 @@
+"""Summed cross-entropy whose gradient takes the place of the logits.
+
+The logits of a masked-LM head are the largest tensor of a step. Autograd's chain holds them three
+times over, as fp32 copy, log-probabilities and gradient; here they exist once. Both passes go
+over rows in chunks, so that the fp32 numbers in between stay in cache.
+
+Shapes: M rows, V classes.
+"""
+
+import torch
+
+__all__ = ["IGNORED_LABEL", "LOGITS_GONE", "cross_entropy_sum"]
+
+IGNORED_LABEL = -100
+LOGITS_GONE = (
+    "the backward pass has put the gradient in the place of the logits, so it cannot run twice; "
+    "compute the loss again from a new forward pass"
+)
+_CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 27}
+
+
+def cross_entropy_sum(logits_MV: torch.Tensor, labels_M: torch.Tensor) -> torch.Tensor:
+    """-log softmax(logits)[label], summed over the rows whose label is not -100: an fp32 scalar.
+
+    The backward pass overwrites `logits_MV`.
+
+    Raises:
+        RuntimeError: a second backward pass.
+    """
+    loss: torch.Tensor = _CrossEntropy.apply(logits_MV, labels_M)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits_MV: torch.Tensor, labels_M: torch.Tensor) -> torch.Tensor:  # type: ignore[no-untyped-def]
+        lse_M = torch.empty(len(labels_M), device=logits_MV.device)
+        for rows in _chunks(logits_MV):
+            torch.logsumexp(logits_MV[rows].float(), dim=1, out=lse_M[rows])
+        wanted_M = labels_M != IGNORED_LABEL
+        classes_M1 = labels_M.where(wanted_M, 0).unsqueeze(1)
+        ctx.save_for_backward(classes_M1, wanted_M, lse_M)
+        # kept aside from autograd, which would forbid the change that the backward pass makes
+        ctx.logits_MV = logits_MV.detach()
+        losses_M = lse_M - logits_MV.gather(1, classes_M1).squeeze(1).float()
+        return losses_M.where(wanted_M, 0.0).sum()
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[no-untyped-def]
+        logits_MV, ctx.logits_MV = ctx.logits_MV, None
+        if logits_MV is None:
+            raise RuntimeError(LOGITS_GONE)
+        classes_M1, wanted_M, lse_M = ctx.saved_tensors
+        scale_M1 = torch.where(wanted_M, grad, 0.0).unsqueeze(1)
+        for rows in _chunks(logits_MV):
+            chunk = logits_MV[rows].float()  # the logits themselves where they are fp32
+            chunk.sub_(lse_M[rows, None]).exp_()
+            chunk.scatter_add_(1, classes_M1[rows], chunk.new_full((len(chunk), 1), -1.0))
+            chunk.mul_(scale_M1[rows])
+            if chunk.dtype != logits_MV.dtype:
+                logits_MV[rows] = chunk
+        return logits_MV, None
+
+
+def _chunks(logits_MV: torch.Tensor) -> list[slice]:
+    rows, classes = logits_MV.shape
+    step = max(1, _CHUNK_ELEMENTS.get(logits_MV.device.type, 1 << 18) // classes)
+    return [slice(start, start + step) for start in range(0, rows, step)]

@@ -1,0 +1,73 @@
+"""Sums over rows, column by column, that come out the same every time.
+
+A program of a backward pass walks its share of the rows and leaves one line of sums; here those
+lines are added, always in the same order. No atomics: which came first would show in the bits.
+
+Shapes: K sums that were taken side by side, P programs, H columns.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.language import constexpr, tensor
+
+__all__ = ["FORMS", "OPTIONS", "TYPES", "WALKING", "column_sums", "walkers"]
+
+# The lines are in L2, just written. With 32 columns a program reads whole lines of 128 bytes, and
+# there are enough programs to hide that each one waits.
+OPTIONS = {"COLUMNS": 32, "ROWS": 64, "num_warps": 4, "enable_fp_fusion": True}
+
+# So many programs have enough loads on the way to keep memory busy (4 of 4 warps with 4 loads of
+# 16 bytes a thread are 32 KiB, and 800 ns at an SM's share of 4 TB/s are 25), and their lines of
+# sums are few beside a batch's rows.
+_WALKERS_PER_SM = 4
+_WALKERS_INTERPRETED = 3
+# With these, 4 programs of 128 threads have all 65536 registers of an SM. ptxas by itself settles
+# for fewer, and then spills for some widths.
+WALKING = {"maxnreg": 128}
+
+
+def _jit(function: Callable[..., Any]) -> Any:
+    return triton.jit(function, do_not_specialize=["programs"])
+
+
+@_jit
+def column_sums_kernel(
+    partial_KPH: tensor, out_KH: tensor, programs: tensor,
+    H: constexpr, COLUMNS: constexpr, ROWS: constexpr,
+) -> None:  # fmt: skip
+    which = tl.program_id(1)
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, programs, ROWS):
+        rows = start + tl.arange(0, ROWS)[:, None]
+        at = (which * programs + rows) * H + columns[None, :]
+        sums += tl.load(partial_KPH + at, mask=(rows < programs) & (columns < H)[None, :], other=0)
+    tl.store(out_KH + which * H + columns, tl.sum(sums, 0), mask=columns < H)
+
+
+# For compiling where there is no GPU, as in the modules that sum: "x" stands for the dtype of
+# activations and parameters.
+TYPES = {"partial_KPH": "*fp32", "out_KH": "*x", "programs": "i32"}
+FORMS: list[tuple[Any, dict[str, Any]]] = [(column_sums_kernel, {})]
+
+
+def walkers(device: torch.device, tiles: int) -> int:
+    """How many programs share so many `tiles` of rows: P."""
+    if device.type != "cuda":
+        return min(tiles, _WALKERS_INTERPRETED)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return min(tiles, _WALKERS_PER_SM * processors)
+
+
+def column_sums(partial_KPH: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """The K sums over P, each of H, in `dtype`: zeros where P is 0."""
+    sums, programs, width = partial_KPH.shape
+    out_KH = torch.empty(sums, width, dtype=dtype, device=partial_KPH.device)
+    grid = (triton.cdiv(width, OPTIONS["COLUMNS"]), sums)
+    with torch.cuda.device(partial_KPH.get_device()):
+        column_sums_kernel[grid](partial_KPH, out_KH, programs, H=width, **OPTIONS)
+    return out_KH.unbind()

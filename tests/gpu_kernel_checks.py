@@ -1,0 +1,126 @@
+"""What must hold of the model's kernels on a GPU, as plain functions of a `World`.
+
+`test_gpu.py` calls them.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from stacking_ds.distributed import World
+from stacking_ds.growth.operators import layer_map, source_name
+from stacking_ds.kernels.attention.choice import choose_attention
+from stacking_ds.kernels.choice import choose_operations
+from stacking_ds.kernels.compute import Compute
+from stacking_ds.model.bert import BertForPreTraining
+from stacking_ds.model.loss import pretraining_loss
+from tests.bert_samples import telling_model
+from tests.gpu_checks import DTYPES, RELATIVE_ERROR, WIDE, relative_error
+
+__all__ = ["check_activation_checkpointing", "check_kernels"]
+
+_PACKED = ((50, 78), (128,), (30, 40, 20), (1, 2, 100))
+
+
+def _packed_inputs() -> tuple[torch.Tensor, ...]:
+    """What the model takes of rows of 128 with these examples; then labels of words and pairs."""
+    draw = torch.Generator().manual_seed(11)
+    shape = len(_PACKED), 128
+    ids_BS = torch.randint(1, WIDE.vocab_size, shape, generator=draw)
+    types_BS = torch.randint(0, 2, shape, generator=draw)
+    mask_BS, positions_BS = torch.zeros(2, *shape, dtype=torch.int64).unbind()
+    firsts = []
+    for row, lengths in enumerate(_PACKED):
+        start = 0
+        for number, length in enumerate(lengths, start=1):
+            mask_BS[row, start : start + length] = number
+            positions_BS[row, start : start + length] = torch.arange(length)
+            firsts.append(row * 128 + start)
+            start += length
+    tokens_T = mask_BS.flatten().nonzero().flatten()
+    masked_M = tokens_T[torch.rand(len(tokens_T), generator=draw) < 0.2]
+    labels_M = torch.randint(1, WIDE.vocab_size, masked_M.shape, generator=draw)
+    inputs = ids_BS, types_BS, mask_BS, masked_M, positions_BS, torch.tensor(firsts), tokens_T
+    return *inputs, labels_M, torch.arange(len(firsts)) % 2
+
+
+def _compute(world: World, operations: str, dtype: torch.dtype, **options: Any) -> Compute:
+    """The named form on a GPU, what the CPU has on the CPU."""
+    on_gpu = world.device.type == "cuda"
+    attention: Any = "loops"
+    if on_gpu:
+        attention = "padded" if dtype == torch.float32 else "flash"
+    name: Any = operations if on_gpu else "torch"
+    return Compute(
+        choose_operations(name, world.device),
+        choose_attention(attention, world.device, dtype),
+        **options,
+    )
+
+
+def _loss_and_gradients(
+    model: BertForPreTraining, device: torch.device, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """By parameter's name; "loss" is the loss, the mean over the batch's targets."""
+    model.to(device, dtype)
+    *inputs, labels_M, pairs_E = (tensor.to(device) for tensor in _packed_inputs())
+    mlm_logits, nsp_logits = model(*inputs)
+    sums = pretraining_loss(mlm_logits, labels_M, nsp_logits, pairs_E, model.compute.operations)
+    loss = sums.mlm_sum / len(labels_M) + sums.nsp_sum / len(pairs_E)
+    loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), **found}
+
+
+def check_kernels(world: World, precision: str) -> None:
+    """On packed rows, before and after a growth, the model on the fused kernels has the CPU's loss
+    and gradients, as nearly as it has on plain torch in the same precision."""
+    small, dtype = telling_model(WIDE), DTYPES[precision]
+    weights = {name: p.detach().clone() for name, p in small.named_parameters()}
+    for depth in (2, 4):
+        layers = (0, 1) if depth == 2 else layer_map("stack", 2, depth)
+        found = {}
+        for form, device in (("cpu", "cpu"), ("torch", ""), ("triton", "")):
+            on, kind = torch.device(device or world.device), torch.float32 if device else dtype
+            compute = Compute() if device else _compute(world, form, kind)
+            config = replace(WIDE, num_hidden_layers=depth)
+            model = BertForPreTraining(config, seed=0, compute=compute)
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    parameter.copy_(weights[source_name(name, layers)])
+            found[form] = _loss_and_gradients(model, on, kind)
+        for name, expected in found["cpu"].items():
+            if name.endswith("key.bias"):
+                continue  # the true gradient is zero
+            plain, fused = (
+                relative_error(found[form][name], expected) for form in ("torch", "triton")
+            )
+            # of a sum that nearly cancels out both forms have noise alone
+            assert fused < max(2 * plain, RELATIVE_ERROR[precision]), (depth, name, plain, fused)
+        assert float(found["triton"]["loss"]) == pytest.approx(
+            float(found["cpu"]["loss"]), rel=RELATIVE_ERROR[precision]
+        )
+
+
+def check_activation_checkpointing(world: World, precision: str) -> None:
+    """With dropout, what is computed once more for the backward pass is drawn once more."""
+    dtype = DTYPES[precision]
+    config = replace(WIDE, hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3)
+    found = {}
+    for kept in ("none", "selective", "full"):
+        compute = _compute(world, "triton", dtype, activation_checkpointing=kept)
+        model = BertForPreTraining(config, seed=0, compute=compute)
+        torch.manual_seed(5)
+        found[kept] = _loss_and_gradients(model, world.device, dtype)
+    torch.manual_seed(6)
+    model = BertForPreTraining(config, seed=0, compute=_compute(world, "triton", dtype))
+    other = _loss_and_gradients(model, world.device, dtype)
+    name = "bert.encoder.layer.0.intermediate.dense.weight"
+    assert relative_error(other[name], found["none"][name]) > 0.1, "there is no dropout"
+    for kept in ("selective", "full"):
+        for name, expected in found["none"].items():
+            if not name.endswith("key.bias"):
+                error = relative_error(found[kept][name], expected)
+                assert error < RELATIVE_ERROR[precision], (kept, name, error)

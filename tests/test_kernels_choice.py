@@ -1,0 +1,102 @@
+"""Kernels are what the recipe names, or the error says what to do."""
+
+import logging
+import sys
+from dataclasses import replace
+from types import ModuleType
+
+import pytest
+import torch
+
+from stacking_ds.config import EngineSection
+from stacking_ds.errors import ConfigError
+from stacking_ds.kernels import choice
+from stacking_ds.kernels.apex_norm import ApexOperations
+from stacking_ds.kernels.attention.loops import attend_loops
+from stacking_ds.kernels.choice import choose_compute, choose_operations
+from stacking_ds.kernels.fp8 import linear_fp8
+from stacking_ds.kernels.operations import Norm
+from tests.bert_samples import TINY
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def test_the_cpu_computes_by_torch_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="stacking_ds"):
+        compute = choose_compute(EngineSection(), CPU, TINY)
+    assert compute.operations.name == "torch"
+    assert compute.attend is attend_loops
+    assert "kernels: torch (the model is on cpu)" in caplog.messages
+
+
+def test_checkpointing_and_fp8_come_from_the_recipe() -> None:
+    section = EngineSection(activation_checkpointing="selective", fp8=True)
+    sizes = replace(TINY, hidden_size=32, intermediate_size=64)
+    compute = choose_compute(section, CPU, sizes)
+    assert compute.activation_checkpointing == "selective"
+    assert compute.operations.linear is linear_fp8
+
+
+@pytest.mark.parametrize("name", ["triton", "apex"])
+def test_what_needs_a_gpu_is_refused_on_the_cpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ConfigError, match=f"engine.kernels={name}, but the model is on cpu"):
+        choose_operations(name, CPU)
+
+
+def test_an_unknown_name() -> None:
+    with pytest.raises(ConfigError, match=r"engine\.kernels='cuda' must be one of"):
+        choose_operations("cuda", CPU)
+
+
+def test_compile_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(ConfigError, match="needs one of c"):
+        choose_operations("compile", CPU)
+
+
+def test_without_triton_a_gpu_computes_by_torch(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: None)
+    with caplog.at_level(logging.INFO, logger="stacking_ds"):
+        assert choose_operations("auto", CUDA).name == "torch"
+    assert "expect a slow step" in caplog.text
+    with pytest.raises(ConfigError, match="Triton is not installed"):
+        choose_operations("triton", CUDA)
+
+
+def test_another_apex_is_not_nvidias(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "apex", ModuleType("apex"))
+    with pytest.raises(ConfigError, match="fused_layer_norm_cuda"):
+        choose_operations("apex", CUDA)
+
+
+def test_nvidias_apex_normalises(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def fused_layer_norm_affine(x, weight, bias, shape, eps):  # type: ignore[no-untyped-def]
+        seen.append((shape, eps))
+        return torch.nn.functional.layer_norm(x, shape, weight, bias, eps)
+
+    module = ModuleType("apex.normalization.fused_layer_norm")
+    module.fused_layer_norm_affine = fused_layer_norm_affine  # type: ignore[attr-defined]
+    for name in ("fused_layer_norm_cuda", "apex", "apex.normalization"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    operations = choose_operations("apex", CUDA)
+    assert isinstance(operations, ApexOperations)
+    x = torch.randn(3, 8)
+    found = operations.linear_add_norm(
+        x,
+        weights=(torch.eye(8), torch.zeros(8)),  # type: ignore[arg-type]
+        residual_TH=x,
+        norm=Norm(torch.ones(8), torch.zeros(8), 1e-5),
+        dropout_prob=0.0,
+    )
+    torch.testing.assert_close(found, torch.nn.functional.layer_norm(2 * x, (8,)))
+    assert seen == [((8,), 1e-5)]
+    module.fused_layer_norm_affine = None  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="has no fused_layer_norm_affine"):
+        choose_operations("apex", CUDA)
