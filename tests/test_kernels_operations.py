@@ -197,7 +197,7 @@ def test_logits_in_longer_rows_are_the_same(rows: int, classes: int) -> None:
         logits_MV = product(*given)
         results.append(logits_MV.detach().clone())
         loss = cross_entropy_sum(logits_MV, labels_M)
-        results += torch.autograd.grad(loss, given)
+        results.extend(torch.autograd.grad(loss, given))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
     assert AlignedLogits.apply(*given).stride() == (-(-classes // 64) * 64, 1)

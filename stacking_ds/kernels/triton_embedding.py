@@ -120,6 +120,7 @@ def embed_backward_kernel(
         rows = row[:, None]
         inside = (rows < tokens) & in_row
         at = rows.to(tl.int64) * H + columns
+        # the sum first: with the mask before it there are too few registers
         h = _summed(
             input_ids_T, token_type_ids_T, position_ids_T, word_VH, type_KH, position_PH,
             words, types, positions, row, tokens, H, BLOCK,
