@@ -21,7 +21,7 @@ class Group:
     """Slots that are not padding; None where none is."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sequences:
     """E sequences whose tokens lie one behind the other, T in all; none attends to another.
 
