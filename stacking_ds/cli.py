@@ -165,9 +165,12 @@ def _train(options: argparse.Namespace) -> int:
             print(f"{config.to_yaml()}\n{job.draw()}")
         return 0
 
+    from stacking_ds.host_memory import keep_freed_memory
     from stacking_ds.trainer import train
 
     world = distributed.start()
+    if world.device.type == "cpu":
+        keep_freed_memory()
     try:
         train(job, world, run_dir, resume=options.resume)
         if world.is_first:

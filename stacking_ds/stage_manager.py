@@ -16,6 +16,7 @@ from stacking_ds.engine import build_engine, release_engine
 from stacking_ds.errors import CheckpointError
 from stacking_ds.growth.operators import layer_map
 from stacking_ds.growth.state import CapturedState, Moments, capture
+from stacking_ds.host_memory import return_freed_memory
 from stacking_ds.job import Job
 from stacking_ds.kernels.compute import Compute
 from stacking_ds.model.bert import BertForPreTraining
@@ -105,6 +106,7 @@ class StageManager:
         self, stage: Stage, phase: Phase, layers: Sequence[int] | None, moments: Moments
     ) -> None:
         """Another engine that starts from this one's state by the map of `layers`."""
+        return_freed_memory()  # what steps have left is as much as the copy that is made now
         state = capture_engine(self.engine, self._captured)
         self._captured = None
         self._release()

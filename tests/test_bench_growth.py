@@ -113,7 +113,7 @@ def test_the_command_measures_three_depths(
     for depth in found["depths"]:
         for who in ("engine", "plain"):
             assert 0 < depth[who]["seconds"]["minimum"] < 10
-            assert depth[who]["tokens"] == found["rows"] * found["sequence_length"]
+            assert depth[who]["tokens"] == 4 * found["rows"] * found["sequence_length"]
     assert found["targets"][0]["name"] == "(t4 - t2) / (t2 - t1)"
     assert "One training step at each depth: hidden size 64" in printed.out
     assert "1, 2, 4 layers: building, then 1 rounds" in printed.err

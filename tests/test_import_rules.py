@@ -13,7 +13,7 @@ PACKAGE = REPOSITORY / "stacking_ds"
 # A module imports from lines above its own, or from its own folder; never from its neighbours.
 ORDER = (
     ("errors",),
-    ("stages", "phases", "fragments", "bundled", "text_table"),
+    ("stages", "phases", "fragments", "bundled", "text_table", "host_memory"),
     ("config",),
     ("recipe",),
     ("distributed",),

@@ -16,6 +16,7 @@ __all__ = ["add_growth"]
 
 _ROUNDS = {"cpu": 10, "cuda": 10}
 _LENGTH, _QUICK_LENGTH, _QUICK_STEP_TOKENS = 128, 32, 1 << 12
+_CPU_ROWS, _CPU_MICRO_STEPS = 4, 4
 _LAYERS, _QUICK_LAYERS = 3, 1
 _DEPTHS = (1, 2, 4)  # of the shallowest, as two growths by stacking
 
@@ -101,5 +102,9 @@ def _cases(options: argparse.Namespace, device: str) -> list["StepCase"]:
         step_tokens = {"step_tokens": _QUICK_STEP_TOKENS} if options.quick else {}
         cases = [gpu_cases(model, length, **step_tokens)[0] for model in models]
     else:
-        cases = [cpu_cases(model, length)[0] for model in models]
+        # micro-steps are timed one by one
+        cases = [
+            replace(cpu_cases(model, length, _CPU_ROWS)[0], micro_steps=_CPU_MICRO_STEPS)
+            for model in models
+        ]
     return [replace(case, precision=options.precision or case.precision) for case in cases]

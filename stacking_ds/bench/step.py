@@ -100,7 +100,7 @@ def _measure_case(
     fit = {name: step for name, step in taken.items() if name not in unfit}
     times, given_up = interleaved(fit, how.rounds, clock)
     figures = {
-        name: rates(case, rows.get(name, rows["case"]), times[name], device, max(peaks))
+        name: rates(case, rows.get(name, rows["case"]), timing(times[name]), device, max(peaks))
         for name in steps
         if name in times
     }
@@ -131,7 +131,9 @@ def _makers(
     config, device, batches = case.config, world.device, rows["case"]
     settings = ds_settings(how.zero_stage, case.rows, case.micro_steps, case.precision)
 
-    def ours(kernels: KernelsName, batches: Sequence[StepBatch]) -> TrainingStep:
+    def ours(
+        kernels: KernelsName, batches: Sequence[StepBatch], settings: dict[str, Any] = settings
+    ) -> TrainingStep:
         compute = our_compute(kernels, case.precision, device, config)
         return OurStep(config, batches, compute, settings, world)
 
@@ -147,6 +149,8 @@ def _makers(
         makers["compile"] = lambda: ours("compile", batches)
     if case.with_plain_loop:
         makers["plain"] = plain
+        unsharded = ds_settings(0, case.rows, case.micro_steps, case.precision)
+        makers["zero0"] = lambda: ours(how.kernels, batches, unsharded)
     if "dense" in rows:
         makers["dense"] = lambda: ours(how.kernels, rows["dense"])
     return makers
@@ -196,12 +200,11 @@ def free(steps: Any, device: torch.device) -> None:
 def rates(
     case: StepCase,
     batches: Sequence[StepBatch],
-    times: Sequence[Times],
+    found: Mapping[str, Mapping[str, float]],
     device: torch.device,
     peak_flops_per_second: float,
 ) -> dict[str, Any]:
-    """Of one who took the step on these rows: its times and what follows from them."""
-    found = timing(times)
+    """Of one who took the step on these rows: its times, as `timing` has them, and what follows."""
     seconds, tokens = found["seconds"][statistic_of(device)], _tokens(batches)
     flops_per_token = case.config.flops_per_token(
         sum(batch.attended_tokens * batch.tokens for batch in batches) / tokens,

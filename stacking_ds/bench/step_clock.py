@@ -1,6 +1,5 @@
 """How long a step takes: CPU time of one thread, or a GPU's time with the wall clock beside it."""
 
-import ctypes
 import resource
 import statistics
 import time
@@ -17,19 +16,17 @@ __all__ = [
     "Times",
     "how_timed",
     "interleaved",
-    "keep_freed_memory",
     "matmul_peak",
     "statistic_of",
     "threads_for",
     "timed_on",
     "timing",
+    "timing_of_parts",
 ]
 
 Step = Callable[[], Any]
 Times = dict[str, float]
 
-# of glibc's malloc.h
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _PEAK_SIZE, _PEAK_PRODUCTS = 1024, 5
 
 
@@ -44,19 +41,6 @@ def threads_for(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def keep_freed_memory() -> bool:
-    """What is freed stays this process's from now on, where the C library is glibc; else False.
-
-    glibc gives large blocks back at once, and the operating system clears their pages for the next
-    step: a fifth of the CPU time of a small step, half as much again for whoever keeps logits of
-    all tokens, and not twice as much for twice the layers.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return False
-    return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1))
 
 
 def timed_on(device: torch.device) -> Callable[[Step], Times]:
@@ -143,4 +127,14 @@ def timing(times: Sequence[Times]) -> dict[str, dict[str, float]]:
             "median": statistics.median(one[kind] for one in times),
         }
         for kind in times[0]
+    }
+
+
+def timing_of_parts(rounds: Sequence[Sequence[Times]]) -> dict[str, dict[str, float]]:
+    """Of work in parts, each with its own least and middle: short parts find the machine quiet
+    more often than the whole does."""
+    parts = [timing(times) for times in zip(*rounds, strict=True)]
+    return {
+        kind: {which: sum(part[kind][which] for part in parts) for which in parts[0][kind]}
+        for kind in parts[0]
     }

@@ -76,7 +76,7 @@ def require_no_launcher() -> None:
 
 def keeps_memory(options: argparse.Namespace, device: str) -> bool:
     """Arrange for what --keep-memory says; whether it is so."""
-    from stacking_ds.bench.step_clock import keep_freed_memory
+    from stacking_ds.host_memory import keep_freed_memory
 
     return options.keep_memory and device == "cpu" and keep_freed_memory()
 

@@ -7,6 +7,7 @@ clipped, AdamW. All but the plain loop are DeepSpeed engines of one and the same
 import math
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from functools import partial
 from typing import Any, Protocol
 
 import deepspeed
@@ -59,6 +60,9 @@ class TrainingStep(Protocol):
 
     def __call__(self) -> float:
         """Its loss in nats, before the update."""
+
+    def parts(self) -> list[Callable[[], Any]]:
+        """What makes one step when called in turn, such as each micro-step and the update."""
 
     def release(self) -> None:
         """Give the memory back."""
@@ -132,6 +136,13 @@ class OurStep:
         self.update()
         return _finite(mlm_total / self._mlm_targets + nsp_total / self._nsp_targets)
 
+    def parts(self) -> list[Callable[[], Any]]:
+        self.begin()
+        return [
+            *(partial(self.micro_step, index) for index in range(len(self.batches))),
+            self.update,
+        ]
+
     def begin(self) -> None:
         """What comes before the first micro-step."""
         world, batches = self._world, self.batches
@@ -179,19 +190,27 @@ class PlainStep:
         self.batches, self._operations = batches, compute.operations
 
     def __call__(self) -> float:
+        for part in self.parts():
+            part()
+        return _finite(float(self._total))
+
+    def parts(self) -> list[Callable[[], Any]]:
         torch.manual_seed(_SEED)
-        mlm_targets = sum(batch.mlm_targets for batch in self.batches)
-        nsp_targets = sum(batch.nsp_targets for batch in self.batches)
-        total = torch.zeros((), device=self.batches[0].ours.input_ids_BS.device)
-        for batch in self.batches:
-            mlm_sum, nsp_sum = our_loss(self._model, batch, self._operations)
-            loss = mlm_sum / mlm_targets + nsp_sum / nsp_targets
-            total += loss.detach()
-            loss.backward()  # type: ignore[no-untyped-call]
+        self._mlm_targets = sum(batch.mlm_targets for batch in self.batches)
+        self._nsp_targets = sum(batch.nsp_targets for batch in self.batches)
+        self._total = torch.zeros((), device=self.batches[0].ours.input_ids_BS.device)
+        return [*(partial(self._micro_step, batch) for batch in self.batches), self._update]
+
+    def _micro_step(self, batch: StepBatch) -> None:
+        mlm_sum, nsp_sum = our_loss(self._model, batch, self._operations)
+        loss = mlm_sum / self._mlm_targets + nsp_sum / self._nsp_targets
+        self._total += loss.detach()
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def _update(self) -> None:
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), _OPTIMIZER.max_grad_norm)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        return _finite(float(total))
 
     def release(self) -> None:
         del self._model, self._optimizer
@@ -253,6 +272,9 @@ class TheirStep:
             self._engine.backward(loss)
             self._engine.step()
         return _finite(float(total) / len(self.batches))
+
+    def parts(self) -> list[Callable[[], Any]]:
+        return [self]
 
     def release(self) -> None:
         engine, self._engine = self._engine, None

@@ -7,7 +7,6 @@ only who computes a row, never what is in it, and any position is reached at onc
 Shapes: R rows of one rank, E examples.
 """
 
-import ctypes
 import math
 import signal
 from collections.abc import Iterable, Iterator
@@ -30,6 +29,7 @@ from stacking_ds.data.manifest import SplitName
 from stacking_ds.data.masking import MaskingName
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.errors import ConfigError, DataError
+from stacking_ds.host_memory import keep_freed_memory
 from stacking_ds.phases import Phase
 
 __all__ = [
@@ -41,9 +41,6 @@ __all__ = [
 ]
 
 _ORDER, _MASK = range(2)
-# malloc.h's names: what is free above the one goes back, pieces above the other come new
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_KEPT_BYTES = 2**25  # the most that glibc takes for the latter
 # Held-out batches do not follow the run's seed: runs with different seeds share one yardstick.
 _EVALUATION_SEED = 20190524
 
@@ -286,6 +283,4 @@ def _start_worker(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # Memory given back after every batch comes anew page by page, a fifth of a worker's time.
-    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:  # glibc alone has it
-        mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
-        mallopt(_M_TRIM_THRESHOLD, 8 * _KEPT_BYTES)
+    keep_freed_memory()

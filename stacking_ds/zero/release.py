@@ -6,7 +6,6 @@ and never popped, and a cache on a method of the ZeRO-3 coordinator, keyed by it
 rest is one reference cycle, so the collector has to run.
 """
 
-import ctypes
 import gc
 import weakref
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import torch
 from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
+from stacking_ds.host_memory import return_freed_memory
 from stacking_ds.zero.layout import flat_tensors
 
 __all__ = ["release", "return_free_pages"]
@@ -88,7 +88,4 @@ def return_free_pages() -> None:
     """Give memory that is free, but kept by an allocator, back to the machine."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    # glibc keeps freed blocks in its arenas; elsewhere there is no such function
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    return_freed_memory()
