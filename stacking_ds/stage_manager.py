@@ -19,6 +19,7 @@ from stacking_ds.growth.state import CapturedState, Moments, capture
 from stacking_ds.host_memory import return_freed_memory
 from stacking_ds.job import Job
 from stacking_ds.kernels.compute import Compute
+from stacking_ds.kernels.operations import Operations
 from stacking_ds.model.bert import BertForPreTraining
 from stacking_ds.model.initialization import first_value
 from stacking_ds.optim.build import build_optimizer
@@ -56,6 +57,11 @@ class StageManager:
         self._failed_saves = 0  # in a row
         self._captured: CapturedState | None = None
         """The host copy that the save at a stage's end made, for the boundary that follows."""
+
+    @property
+    def operations(self) -> Operations:
+        """What the model computes with; its loss is to be computed so too."""
+        return self._compute.operations
 
     @property
     def accumulation_steps(self) -> int:

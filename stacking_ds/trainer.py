@@ -97,7 +97,7 @@ class _Run:
         monitor: Monitor,
         started: float,
     ) -> None:
-        self.job, self.world, self.compute, self.run_dir = job, world, compute, run_dir
+        self.job, self.world, self.run_dir = job, world, run_dir
         self.state, self.monitor = state, monitor
         self.clock_start = started - state.wall_seconds
         self.stages = StageManager(job, world, compute)
@@ -200,7 +200,7 @@ class _Run:
                 batch.mlm_labels_M,
                 nsp_logits_E2,
                 batch.next_sentence_label_E,
-                self.compute.operations,
+                self.stages.operations,
             )
             sums += torch.stack([mlm_sum.detach(), nsp_sum.detach()])
             engine.backward(scale * (mlm_sum / mlm_targets + nsp_sum / max(nsp_targets, 1)))

@@ -59,7 +59,8 @@ def test_packed_pairs_are_what_the_loader_gives(text, capsys, monkeypatch):
     data = PretrainingData(TokenShards.open(text), "train", options, seed=0)
     rows = data.num_rows
     step = data.step(0, rows, micro_batch_size=rows)
-    labels = step.batch.next_sentence_label_E
+    (batch,) = step.micro_batches
+    labels = batch.next_sentence_label_E
     assert train["rows_per_epoch"] == rows
     assert train["examples_per_row"] == len(labels) / rows
     assert train["fill"] == pytest.approx(step.real_tokens / (24 * rows))

@@ -353,6 +353,20 @@ def test_batches_move_to_a_device_whole(data):
     assert all(tensor.is_meta for tensor in tensors)
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+def test_token_positions_are_where_the_mask_is(data, rank):
+    """Also of later micro-batches, and of the rows without weight that fill the last rank up."""
+    step = data.step(0, 10, rank=rank, world_size=3, micro_batch_size=2)
+    assert len(step.micro_batches) > 1
+    for batch in step.micro_batches:
+        expected = batch.attention_mask_BS.flatten().nonzero().flatten()
+        assert torch.equal(batch.token_positions_T, expected)
+        assert batch.model_inputs[-1] is batch.token_positions_T
+        of_step = step.content.untyped_storage().data_ptr()
+        tensors = [tensor for tensor in vars(batch).values() if tensor is not None]
+        assert {tensor.untyped_storage().data_ptr() for tensor in tensors} == {of_step}
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="pinning memory needs a GPU")
 def test_data_loader_pins_whole_steps(data):
@@ -363,16 +377,17 @@ def test_data_loader_pins_whole_steps(data):
     pinned = list(loader)
     assert rows_of(pinned) == rows_of([steps[0], steps[1]])
     assert all(
-        b.input_ids_BS.is_pinned() and b.mlm_labels_M.is_pinned()
+        tensor is None or tensor.is_pinned()
         for step in pinned
         for b in step.micro_batches
+        for tensor in vars(b).values()
     )
 
 
 def test_evaluation_draws_its_rows_from_all(shards):
     """Packing puts the longest examples into the first rows."""
     options = KINDS["packed pairs"]
-    some = evaluation(shards, options, max_rows=12, micro_batch_size=12)[0].batch
+    some = evaluation(shards, options, max_rows=12, micro_batch_size=12)[0].micro_batches[0]
     whole = PretrainingData(shards, "heldout", options, seed=0).layout(0)
     _, first = whole.examples_of(np.arange(12))
     assert len(first) < len(some.first_positions_E), "the first rows hold one example each"

@@ -1,10 +1,20 @@
 """Whole runs through growth under the engine's options: same losses, whatever computes them."""
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from stacking_ds import trainer
 from stacking_ds.bench.launch import run_on_ranks
+from stacking_ds.config import EngineSection, RunConfig
+from stacking_ds.distributed import World
+from stacking_ds.kernels.choice import choose_compute
+from stacking_ds.kernels.compute import Compute
+from stacking_ds.kernels.operations import Operations, Weights
 from tests.prose import tiny_shards
 from tests.ranks import run_ranks
 from tests.runs import losses, metrics, small_recipe, train_small
@@ -33,6 +43,41 @@ def test_checkpointing_changes_no_loss(
     run_ranks(train_small, 2, again, tmp_path / "again")
     assert losses(tmp_path / "again") == losses(tmp_path / "plain")
     assert metrics(tmp_path / "again")[-1]["num_hidden_layers"] > 1
+
+
+def _operations_used(world: World, config: RunConfig, run_dir: Path) -> tuple[Counter[str], set]:
+    """What was called of the operations chosen for a run, and the sections they were chosen by."""
+    called: Counter[str] = Counter()
+    sections: set[EngineSection] = set()
+
+    class Counting(Operations):
+        def linear_gelu(self, x_TI: torch.Tensor, weights: Weights) -> torch.Tensor:
+            called["gelu"] += 1
+            return super().linear_gelu(x_TI, weights)
+
+        def cross_entropy_sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            called["loss in training" if torch.is_grad_enabled() else "loss in evaluation"] += 1
+            return super().cross_entropy_sum(logits, labels)
+
+    def choose(section: EngineSection, *others: Any) -> Compute:
+        sections.add(section)
+        return replace(choose_compute(section, *others), operations=Counting())
+
+    trainer.choose_compute = choose  # type: ignore[assignment]
+    train_small(world, config, run_dir)
+    return called, sections
+
+
+def test_the_recipe_decides_what_model_and_loss_compute_with(shards: Path, tmp_path: Path) -> None:
+    config = small_recipe(tmp_path, shards, "engine.activation_checkpointing=full")
+    [(called, sections)] = run_ranks(_operations_used, 1, config, tmp_path / "run")
+    assert sections == {config.engine}
+    micro_steps = 10 * 3  # of 10 steps
+    assert called["loss in training"] == micro_steps
+    assert called["loss in evaluation"] > 0
+    layer_steps = 3 * (4 * 1 + 3 * 2 + 3 * 4)
+    # the head's, each layer's, and each layer's once more, which is what checkpointing does
+    assert called["gelu"] >= micro_steps + 2 * layer_steps
 
 
 @pytest.mark.slow  # Triton's interpreter

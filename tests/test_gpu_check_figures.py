@@ -137,7 +137,7 @@ def test_runs_at_the_same_time_are_told_apart(
     assert "tokens_per_second" not in figures["stages"][0]
     assert [row["log"] == "triton by name" for row in figures["kernels"]] == [False, True] * 2
     runs = [row["run"] for row in gpu_runs.short_runs(ground)["runs"]]
-    assert runs == ["bf16", "fp8", "selective", "full"]
+    assert runs == ["bf16", "fp8", "selective", "full", "graphs"]
     commands = [command for command in commands if "optimizer.name=lamb" in command]
     ports = {command[command.index("--master_port") + 1] for command in commands}
     assert len(ports) == 4

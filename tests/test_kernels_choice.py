@@ -10,9 +10,10 @@ import torch
 
 from stacking_ds.config import EngineSection
 from stacking_ds.errors import ConfigError
-from stacking_ds.kernels import choice
+from stacking_ds.kernels import choice, compute
 from stacking_ds.kernels.apex_norm import ApexOperations
 from stacking_ds.kernels.attention.loops import attend_loops
+from stacking_ds.kernels.attention.sequences import Sequences
 from stacking_ds.kernels.choice import choose_compute, choose_operations
 from stacking_ds.kernels.fp8 import linear_fp8
 from stacking_ds.kernels.operations import Norm
@@ -23,18 +24,18 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 def test_the_cpu_computes_by_torch_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="stacking_ds"):
-        compute = choose_compute(EngineSection(), CPU, TINY)
-    assert compute.operations.name == "torch"
-    assert compute.attend is attend_loops
+        chosen = choose_compute(EngineSection(), CPU, TINY)
+    assert chosen.operations.name == "torch"
+    assert chosen.attend is attend_loops
     assert "kernels: torch (the model is on cpu)" in caplog.messages
 
 
 def test_checkpointing_and_fp8_come_from_the_recipe() -> None:
     section = EngineSection(activation_checkpointing="selective", fp8=True)
     sizes = replace(TINY, hidden_size=32, intermediate_size=64)
-    compute = choose_compute(section, CPU, sizes)
-    assert compute.activation_checkpointing == "selective"
-    assert compute.operations.linear is linear_fp8
+    chosen = choose_compute(section, CPU, sizes)
+    assert chosen.activation_checkpointing == "selective"
+    assert chosen.operations.linear is linear_fp8
 
 
 @pytest.mark.parametrize("name", ["triton", "apex"])
@@ -42,6 +43,29 @@ def test_what_needs_a_gpu_is_refused_on_the_cpu(name: str, monkeypatch: pytest.M
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ConfigError, match=f"engine.kernels={name}, but the model is on cpu"):
         choose_operations(name, CPU)
+
+
+def test_fp8_needs_sizes_and_a_precision_that_it_can_multiply() -> None:
+    with pytest.raises(ConfigError, match="multiples of 16, not 24"):
+        choose_compute(EngineSection(fp8=True), CPU, TINY)
+    sizes = replace(TINY, hidden_size=32, intermediate_size=64)
+    with pytest.raises(ConfigError, match="not fp16"):
+        choose_compute(EngineSection(fp8=True, precision="fp16"), CPU, sizes)
+
+
+def test_attention_is_chosen_for_the_precision_of_the_run() -> None:
+    section = EngineSection(attention="flash", precision="fp32", kernels="torch")
+    with pytest.raises(ConfigError, match=r"not in torch\.float32"):
+        choose_compute(section, CUDA, TINY)
+
+
+def test_attention_that_nobody_chose_follows_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compute, "attend_padded", lambda *arguments: "padded")
+    monkeypatch.setattr(compute, "attend_loops", lambda *arguments: "loops")
+    sequences = Sequences(torch.tensor([0, 1], dtype=torch.int32), 1)
+    for device, name in (("cpu", "loops"), ("meta", "padded")):
+        qkv_T3ND = torch.empty(1, 3, 1, 2, device=device)
+        assert compute.attend_anywhere(qkv_T3ND, sequences, 0.0) == name
 
 
 def test_an_unknown_name() -> None:

@@ -13,7 +13,7 @@ from stacking_ds.kernels import cross_entropy
 from stacking_ds.kernels.cross_entropy import cross_entropy_sum
 from stacking_ds.kernels.dropout import dropout, dropout_add, keep_mask
 from stacking_ds.kernels.operations import Norm, Operations, Weights
-from stacking_ds.kernels.vocabulary import AlignedLogits
+from stacking_ds.kernels.vocabulary import AlignedLogits, vocabulary_logits
 
 # --------------------------------------------------------------------------- dropout
 
@@ -201,3 +201,12 @@ def test_logits_in_longer_rows_are_the_same(rows: int, classes: int) -> None:
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
     assert AlignedLogits.apply(*given).stride() == (-(-classes // 64) * 64, 1)
+
+
+@pytest.mark.parametrize(("device", "stride"), [("cpu", 97), ("meta", 128)])
+def test_rows_are_longer_away_from_the_cpu_alone(device: str, stride: int) -> None:
+    hidden_MH, weight_VH, bias_V = (
+        torch.zeros(*shape, device=device) for shape in ((3, 8), (97, 8), (97,))
+    )
+    logits_MV = vocabulary_logits(hidden_MH, weight_VH, bias_V)
+    assert (logits_MV.shape, logits_MV.stride()) == ((3, 97), (stride, 1))

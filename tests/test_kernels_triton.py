@@ -277,8 +277,8 @@ def embedding_ids(T: int) -> list[torch.Tensor]:
 
 
 def embedding_tables(H: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    """word, position, type, weight, norm_bias"""
-    sizes = [(V, H), (P, H), (K, H), (H,), (H,)]
+    """word, type, position, weight, norm_bias"""
+    sizes = [(V, H), (K, H), (P, H), (H,), (H,)]
     return [random(*size, seed=seed, dtype=dtype) for seed, size in enumerate(sizes)]
 
 
@@ -294,7 +294,7 @@ class TestEmbedding:
         input_ids, types, positions = ids = embedding_ids(T)
         mask = scaled_mask(T, H, dropout_prob).double()
 
-        def reference(word: Any, position: Any, type_: Any, *of_norm: Any) -> torch.Tensor:
+        def reference(word: Any, type_: Any, position: Any, *of_norm: Any) -> torch.Tensor:
             return mask * norm(word[input_ids] + type_[types] + position[positions], *of_norm)
 
         compare(

@@ -9,6 +9,8 @@ import transformers
 from torch.nn import functional
 
 from stacking_ds.errors import ConfigError
+from stacking_ds.kernels.attention.padded import attend_padded
+from stacking_ds.kernels.compute import Compute
 from stacking_ds.model.bert import BertForPreTraining
 from stacking_ds.model.config import BertConfig
 from stacking_ds.model.loss import pretraining_loss
@@ -162,11 +164,13 @@ def _attention_that_divides_by_zero(
 def test_a_row_of_padding_leaves_the_other_rows_and_all_gradients_alone(
     kernel: Callable | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    compute = Compute()
     if kernel:
+        compute = Compute(attend=attend_padded)
         monkeypatch.setattr(functional, "scaled_dot_product_attention", kernel)
     batch = Batch(TINY, (16, 5, 16))
     batch.mask_BS[2] = False
-    both, alone = telling_model(TINY), telling_model(TINY)
+    both, alone = (telling_model(TINY, compute=compute) for _ in range(2))
     kept = batch.positions_M < 32
     positions_M, labels_M = batch.positions_M[kept], batch.labels_M[kept]
     nsp_labels_B = torch.tensor([0, 1, -100])
@@ -192,6 +196,26 @@ def test_padding_does_not_leak_into_real_tokens() -> None:
     batch.mask_BS[1, 5] = True  # and an attended token does show
     changed, _ = model(*batch.inputs)
     assert not torch.allclose(before[1, :5], changed[1, :5], atol=1e-3)
+
+
+def test_rows_padded_at_their_beginning() -> None:
+    model, batch = telling_model(TINY), Batch(TINY, (16, 9))
+    batch.mask_BS[1] = torch.arange(16) >= 7
+    theirs = _hugging_face(model)(
+        batch.ids_BS, token_type_ids=batch.types_BS, attention_mask=batch.mask_BS.long()
+    )
+    logits_BSV, _ = model(*batch.inputs)
+    real_BS = batch.mask_BS
+    torch.testing.assert_close(
+        logits_BSV[real_BS], theirs.prediction_logits[real_BS], rtol=1e-5, atol=1e-5
+    )
+
+
+def test_packed_rows_without_their_beginnings() -> None:
+    batch = Batch(TINY, (16, 5))
+    positions_BS = torch.arange(16).expand(2, 16)
+    with pytest.raises(ConfigError, match="packed rows"):
+        telling_model(TINY)(*batch.inputs, None, positions_BS)
 
 
 def test_the_tied_decoder_is_one_parameter() -> None:

@@ -13,6 +13,7 @@ import torch
 
 from stacking_ds.config import EngineSection
 from stacking_ds.errors import ConfigError
+from stacking_ds.kernels.attention.sequences import Sequences
 from stacking_ds.kernels.choice import choose_compute
 from stacking_ds.kernels.compute import Compute
 from stacking_ds.model import graphs
@@ -98,15 +99,48 @@ def test_gradients_add_up_over_micro_steps_of_any_lengths(
         torch.testing.assert_close(q.grad, p.grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_a_micro_batch_that_does_not_fit_runs_without(captured: list[int]) -> None:
+def test_a_micro_batch_that_does_not_fit_runs_without(
+    captured: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(graphs, "_SPARE_EXAMPLES", 0)  # no room for filling
     plain, graphed = telling_model(TINY), telling_model(TINY, compute=Compute(cuda_graphs=True))
-    for lengths in ((16, 5), (16, 5, 9)):  # more rows than were captured
-        torch.testing.assert_close(_step(graphed, lengths, 0), _step(plain, lengths, 0))
+    for seed, lengths in enumerate(((16, 5), (16, 3))):
+        torch.testing.assert_close(_step(graphed, lengths, seed), _step(plain, lengths, seed))
+    assert captured == [2]
+    assert len(caplog.messages) == 1
+
+
+def test_evaluation_runs_without(captured: list[int]) -> None:
+    config = replace(TINY, hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3)
+    plain, graphed = telling_model(config), telling_model(config, compute=Compute(cuda_graphs=True))
+    inputs = Batch(TINY, (16, 5)).inputs
+    with torch.no_grad():
+        graphed(*inputs)
+    assert captured == []
+    _step(graphed, (16, 5), 0)
     assert captured == [2]
     graphed.eval()
     plain.eval()
-    inputs = Batch(TINY, (16, 5)).inputs
     assert torch.equal(graphed(*inputs)[0], plain(*inputs)[0])
+
+
+def test_each_shape_of_rows_has_graphs_of_its_own(captured: list[int]) -> None:
+    """4 rows of 8 slots, then 2 of 16: as many slots, other sequences."""
+    plain, graphed = telling_model(TINY), telling_model(TINY, compute=Compute(cuda_graphs=True))
+    for lengths in ((8, 5, 8, 2), (16, 9), (8, 1, 3, 8)):
+        torch.testing.assert_close(_step(graphed, lengths, 0), _step(plain, lengths, 0))
+    assert captured == [2, 2]
+
+
+def test_there_is_room_for_more_examples_than_the_first_had(
+    captured: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    graphs_of = GraphedLayers(telling_model(TINY).bert.encoder.layer, _capture)
+    hidden_TH = torch.zeros(32, TINY.hidden_size)
+    for ends, fits in (([16, 32], True), ([8, 16, 24, 32], True), (list(range(1, 33)), False)):
+        starts_E1 = torch.tensor([0, *ends], dtype=torch.int32)
+        assert (graphs_of(hidden_TH, Sequences(starts_E1, 16), 32) is not None) == fits
+    assert "a micro-batch of 32 examples has more than its CUDA graph" in caplog.text
 
 
 def test_capturing_leaves_the_random_state_alone(captured: list[int]) -> None:

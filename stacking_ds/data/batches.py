@@ -1,4 +1,4 @@
-"""What one rank computes on: micro-batches of tensors of fixed shape.
+"""What one rank computes on: micro-batches of rows.
 
 Shapes: B rows, S positions, T tokens, M masked positions, E examples.
 """
@@ -56,7 +56,7 @@ class Batch:
         )
 
     def rows(self, start: int, stop: int) -> "Batch":
-        """Views of the rows [start, stop)."""
+        """The rows [start, stop); slots count from the first of them."""
         slots = torch.tensor([start, stop]) * self.input_ids_BS.shape[1]
         masked = slice(*torch.searchsorted(self.mlm_positions_M, slots).tolist())
         examples = slice(*torch.searchsorted(self.first_positions_E, slots).tolist())
@@ -84,10 +84,11 @@ class RankStep:
     """
 
     content: torch.Tensor
-    """All tensors of the batch in one: each one that a loader's process hands on costs a file held
-    open and a third of a millisecond."""
-    shapes: tuple[tuple[int, ...] | None, ...]
-    micro_batch_size: int
+    """All tensors of the micro-batches in one: each one that a loader's process hands on costs a
+    file held open and a third of a millisecond. Pinned as a whole, they go to a GPU without
+    waiting for it."""
+    shapes: tuple[tuple[tuple[int, ...] | None, ...], ...]
+    """Of each micro-batch's tensors, in the order of `Batch`'s fields."""
     mlm_targets: int
     nsp_targets: int
     real_tokens: int
@@ -95,33 +96,33 @@ class RankStep:
 
     @classmethod
     def of(cls, batch: Batch, micro_batch_size: int, real_tokens: int) -> "RankStep":
-        """The step of these rows, `real_tokens` of whose tokens carry weight."""
-        parts = [getattr(batch, field.name) for field in fields(batch)]
+        """The step of these rows, so many at a time, `real_tokens` of whose tokens carry weight."""
+        micro_batches = [
+            batch.rows(start, start + micro_batch_size)
+            for start in range(0, len(batch.input_ids_BS), micro_batch_size)
+        ]
+        parts_of = [[getattr(one, field.name) for field in fields(one)] for one in micro_batches]
         return cls(
-            torch.cat([part.flatten() for part in parts if part is not None]),
-            tuple(None if part is None else tuple(part.shape) for part in parts),
-            micro_batch_size,
+            torch.cat([part.flatten() for parts in parts_of for part in parts if part is not None]),
+            tuple(
+                tuple(None if part is None else tuple(part.shape) for part in parts)
+                for parts in parts_of
+            ),
             mlm_targets=len(batch.mlm_labels_M),
             nsp_targets=int((batch.next_sentence_label_E != IGNORE_INDEX).sum()),
             real_tokens=real_tokens,
         )
 
     @property
-    def batch(self) -> Batch:
-        """All rows of the rank."""
-        sizes = [math.prod(shape) for shape in self.shapes if shape is not None]
-        parts = iter(torch.split(self.content, sizes))
-        return Batch(
-            *(None if shape is None else next(parts).view(shape) for shape in self.shapes)  # type: ignore[arg-type]
-        )
-
-    @property
     def micro_batches(self) -> list[Batch]:
-        """The rows, so many at a time."""
-        batch = self.batch
+        """Views of the content."""
+        sizes = [
+            math.prod(shape) for shapes in self.shapes for shape in shapes if shape is not None
+        ]
+        parts = iter(torch.split(self.content, sizes))
         return [
-            batch.rows(start, start + self.micro_batch_size)
-            for start in range(0, len(batch.input_ids_BS), self.micro_batch_size)
+            Batch(*(None if shape is None else next(parts).view(shape) for shape in shapes))  # type: ignore[arg-type]
+            for shapes in self.shapes
         ]
 
     def pin_memory(self) -> "RankStep":

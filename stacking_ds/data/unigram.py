@@ -28,9 +28,10 @@ def unigram_mlm_loss(log_probability: NDArray[np.float64], steps: Iterable[RankS
     """
     total, targets = 0.0, 0
     for step in steps:
-        labels = step.batch.mlm_labels_M.numpy()
-        total -= float(log_probability[labels].sum())
-        targets += len(labels)
+        for batch in step.micro_batches:
+            labels = batch.mlm_labels_M.numpy()
+            total -= float(log_probability[labels].sum())
+            targets += len(labels)
     if not targets:
         raise DataError("the evaluation masks no token; there is nothing to compare with")
     return total / targets

@@ -66,12 +66,17 @@ def evaluate_heldout(model: Any, steps: Iterable[RankStep], world: World) -> Hel
     """
     sums = torch.zeros(6, dtype=torch.float64, device=world.device)
     model.eval()
+    operations = getattr(model, "module", model).compute.operations
     for rank_step in steps:
         for micro_batch in rank_step.micro_batches:
             batch = micro_batch.to(world.device)
             mlm_logits_MV, nsp_logits_E2 = model(*batch.model_inputs)
             loss = pretraining_loss(
-                mlm_logits_MV, batch.mlm_labels_M, nsp_logits_E2, batch.next_sentence_label_E
+                mlm_logits_MV,
+                batch.mlm_labels_M,
+                nsp_logits_E2,
+                batch.next_sentence_label_E,
+                operations,
             )
             sums += torch.stack(
                 [

@@ -33,6 +33,10 @@ class Sizes(Protocol):
     def hidden_size(self) -> int: ...
     @property
     def intermediate_size(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def attention_probs_dropout_prob(self) -> float: ...
 
 
 def choose_compute(engine: EngineSection, device: torch.device, sizes: Sizes) -> Compute:
@@ -44,6 +48,10 @@ def choose_compute(engine: EngineSection, device: torch.device, sizes: Sizes) ->
     linear: LinearForm = functional.linear
     if engine.fp8:
         require_fp8(device, sizes.hidden_size, sizes.intermediate_size)
+        if engine.precision == "fp16":
+            raise ConfigError(
+                "engine.fp8=true goes with precision bf16 or fp32, not fp16: change one of them"
+            )
         linear = linear_fp8
     if engine.cuda_graphs and device.type != "cuda":
         raise ConfigError(
@@ -51,7 +59,13 @@ def choose_compute(engine: EngineSection, device: torch.device, sizes: Sizes) ->
         )
     return Compute(
         choose_operations(engine.kernels, device, linear),
-        choose_attention(engine.attention, device, _DTYPES[engine.precision]),
+        choose_attention(
+            engine.attention,
+            device,
+            _DTYPES[engine.precision],
+            sizes.hidden_size // sizes.num_attention_heads,
+            sizes.attention_probs_dropout_prob,
+        ),
         engine.activation_checkpointing,
         engine.cuda_graphs,
     )

@@ -181,8 +181,8 @@ def embed(
     token_type_ids_T: torch.Tensor,
     position_ids_T: torch.Tensor,
     word_VH: torch.Tensor,
-    position_PH: torch.Tensor,
     type_KH: torch.Tensor,
+    position_PH: torch.Tensor,
     weight_H: torch.Tensor,
     norm_bias_H: torch.Tensor,
     eps: float,
@@ -193,7 +193,7 @@ def embed(
     Args:
         input_ids_T, token_type_ids_T, position_ids_T: rows of the tables; a token with an id that
             is none becomes NaN.
-        word_VH, position_PH, type_KH: the tables.
+        word_VH, type_KH, position_PH: the tables.
         weight_H, norm_bias_H: of the LayerNorm.
         eps: added to the variance.
         dropout_prob: 0 draws nothing.
@@ -258,7 +258,10 @@ class _Embed(torch.autograd.Function):
                     d_out_TH, *given, *_sizes(*tables), *read, *made, *numbers, **how, **WALKING
                 )
         d_tables = (
-            torch.ops.aten.embedding_dense_backward(d_sum_TH, ids_T, len(table), -1, False)
+            # an id that is no row has made its token NaN; here it would write into other memory
+            torch.ops.aten.embedding_dense_backward(
+                d_sum_TH, ids_T.clamp(0, len(table) - 1), len(table), -1, False
+            )
             for ids_T, table in zip(ids, tables, strict=True)
         )
         sums = column_sums(partial_2PH, weight_H.dtype)

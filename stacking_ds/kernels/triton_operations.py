@@ -56,8 +56,7 @@ class TritonOperations(Operations):
         dropout_prob: float,
     ) -> torch.Tensor:
         ids = input_ids_T, token_type_ids_T, position_ids_T
-        in_order = tables.word, tables.position, tables.token_type
-        return embed(*ids, *in_order, *norm, dropout_prob)
+        return embed(*ids, *tables, *norm, dropout_prob)
 
     def cross_entropy_sum(self, logits_MV: torch.Tensor, labels_M: torch.Tensor) -> torch.Tensor:
         return cross_entropy_sum(logits_MV, labels_M)

@@ -8,8 +8,11 @@ Shapes: B rows, S slots a row, T tokens, H hidden size, M masked positions of th
 E examples (B where rows are not packed), V vocabulary.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import nn
+from torch.nn import functional
 
 from stacking_ds.errors import ConfigError
 from stacking_ds.kernels.compute import Compute
@@ -84,7 +87,8 @@ class _Transform(GatheredWhole):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.LayerNorm = layer_norm(config)
-        self._operations = compute.operations
+        # heads stay in the run's precision, whatever the layers multiply in
+        self._operations = replace(compute.operations, linear=functional.linear)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         inner = self._operations.linear_gelu(hidden, weights_of(self.dense))
@@ -173,18 +177,19 @@ class BertForPreTraining(nn.Module):
             attention_mask_BS: true (or not 0) for tokens, false (or 0) for padding.
             mlm_positions_M: where MLM logits are wanted, as b * S + s; may be empty. Without it
                 they are computed for every token.
-            position_ids_BS: each token's place in its example. Rows are packed if it is given;
-                without it an example is a row.
+            position_ids_BS: each token's place in its example, where rows are packed; without it,
+                its place in the row.
             first_positions_E: where the examples begin, as b * S + s, ascending; without it, where
                 the rows do. A token attends to its example.
-            token_positions_T: where the tokens are, as b * S + s, ascending; without it the host
-                waits for the device to find them in the mask.
+            token_positions_T: where the tokens are, as b * S + s, ascending, at least one of each
+                example; without it the host waits for the device to find them in the mask.
 
         Returns:
             mlm_logits_MV (mlm_logits_BSV without positions, 0 at padding) and nsp_logits_E2.
 
         Raises:
-            ConfigError: the rows are longer than the position embeddings.
+            ConfigError: the rows are longer than the position embeddings, or packed without a word
+                on where their examples begin.
         """
         tokens, hidden_TH, pooled_EH = self.encode(
             input_ids_BS,
@@ -220,6 +225,11 @@ class BertForPreTraining(nn.Module):
             raise ConfigError(
                 f"rows of {length} tokens do not fit max_position_embeddings="
                 f"{self.config.max_position_embeddings}; shorten sequence_length or raise it"
+            )
+        if position_ids_BS is not None and first_positions_E is None:
+            raise ConfigError(
+                "packed rows (position_ids_BS) need first_positions_E, the slots where their "
+                "examples begin; without it tokens would attend to other examples"
             )
         tokens = unpad(attention_mask_BS, first_positions_E, token_positions_T)
         if position_ids_BS is None:

@@ -6,9 +6,11 @@ micro-batch's rows, by sequences of filling that no example sees, and examples t
 Shapes: T tokens, H hidden size, E examples; slots = rows x longest.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,49 +23,67 @@ __all__ = ["GraphedLayers", "fill_up"]
 Graphed = Callable[..., torch.Tensor]
 Capture = Callable[[tuple[Callable[..., torch.Tensor], ...], tuple[Any, ...]], tuple[Graphed, ...]]
 
+logger = logging.getLogger("stacking_ds")
+
 _SPARE_EXAMPLES = 2  # times as many as the first micro-batch had, before a step runs without graph
 
 
-class GraphedLayers:
-    """All layers of an encoder, captured at the first call, for micro-batches of `slots`."""
+class _Captured(NamedTuple):
+    layers: tuple[Graphed, ...]
+    examples: int
+    """No micro-batch may have more, filling included."""
 
-    def __init__(
-        self,
-        layers: nn.ModuleList,
-        capture: Capture = torch.cuda.make_graphed_callables,  # type: ignore[assignment]
-    ) -> None:
+
+class GraphedLayers:
+    """All layers of an encoder, captured at the first call for each shape of rows."""
+
+    def __init__(self, layers: nn.ModuleList, capture: Capture | None = None) -> None:
         self._layers = layers
-        self._capture = capture
-        self._graphed: tuple[Graphed, ...] = ()
-        self._slots = self._examples = 0
+        self._capture = capture or _capture_beside_other_threads
+        self._by_shape: dict[tuple[int, int], _Captured] = {}
+        self._has_warned = False
 
     def __call__(
         self, hidden_TH: torch.Tensor, sequences: Sequences, slots: int
     ) -> torch.Tensor | None:
         """The encoder's output, or None where this micro-batch does not fit what was captured."""
         tokens, examples = len(hidden_TH), len(sequences.starts_E1) - 1
-        if not self._graphed:
-            self._slots = slots
-            self._examples = _SPARE_EXAMPLES * examples + slots // sequences.longest
-            self._graphed = self._captured(hidden_TH, sequences.longest)
-        filling = -(-(slots - tokens) // sequences.longest)
-        if slots != self._slots or examples + filling > self._examples:
+        longest = sequences.longest
+        captured = self._by_shape.get((slots, longest))
+        if captured is None:
+            most = _SPARE_EXAMPLES * examples + slots // longest
+            captured = _Captured(self._captured(hidden_TH, most, slots, longest), most)
+            self._by_shape[slots, longest] = captured
+        filling = -(-(slots - tokens) // longest)
+        if examples + filling > captured.examples:
+            self._warn(examples)
             return None
-        starts_E1 = fill_up(sequences.starts_E1, self._examples, slots, sequences.longest)
+        starts_E1 = fill_up(sequences.starts_E1, captured.examples, slots, longest)
         filled_TH = torch.cat([hidden_TH, hidden_TH.new_zeros(slots - tokens, hidden_TH.shape[1])])
-        for layer, graphed in zip(self._layers, self._graphed, strict=True):
+        for layer, graphed in zip(self._layers, captured.layers, strict=True):
             weights = [_FreshGradient.apply(p) for p in layer.parameters()]  # type: ignore[no-untyped-call]
             filled_TH = graphed(filled_TH, starts_E1, *weights)
         return filled_TH[:tokens]
 
-    def _captured(self, hidden_TH: torch.Tensor, longest: int) -> tuple[Graphed, ...]:
+    def _warn(self, examples: int) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "a micro-batch of %d examples has more than its CUDA graph was made for, and runs "
+                "without; others may too",
+                examples,
+            )
+
+    def _captured(
+        self, hidden_TH: torch.Tensor, examples: int, slots: int, longest: int
+    ) -> tuple[Graphed, ...]:
         device = hidden_TH.device
         nothing = torch.zeros(1, dtype=torch.int32, device=device)
-        starts_E1 = fill_up(nothing, self._examples, self._slots, longest)
+        starts_E1 = fill_up(nothing, examples, slots, longest)
         samples = tuple(
             # the weights' own memory, so that a replay need not copy them
             (
-                hidden_TH.new_zeros(self._slots, hidden_TH.shape[1]).requires_grad_(),
+                hidden_TH.new_zeros(slots, hidden_TH.shape[1]).requires_grad_(),
                 starts_E1,
                 *(p.detach().requires_grad_() for p in layer.parameters()),
             )
@@ -72,6 +92,20 @@ class GraphedLayers:
         functions = tuple(_function_of(layer, longest) for layer in self._layers)
         with _random_state_kept(device):
             return self._capture(functions, samples)
+
+
+def _capture_beside_other_threads(
+    functions: tuple[Callable[..., torch.Tensor], ...], samples: tuple[Any, ...]
+) -> tuple[Graphed, ...]:
+    """The loader's thread pins memory meanwhile, which breaks a capture that watches all threads;
+    torch's function has no argument for that."""
+    watching_all = torch.cuda.graph
+    torch.cuda.graph = partial(watching_all, capture_error_mode="thread_local")  # type: ignore[assignment,misc]
+    try:
+        graphed: Any = torch.cuda.make_graphed_callables(functions, samples)
+    finally:
+        torch.cuda.graph = watching_all  # type: ignore[misc]
+    return tuple(graphed)
 
 
 def fill_up(starts_E1: torch.Tensor, examples: int, slots: int, longest: int) -> torch.Tensor:

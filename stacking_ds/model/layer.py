@@ -28,8 +28,8 @@ __all__ = ["Encoder", "GatheredWhole", "layer_norm", "norm_of", "weights_of"]
 
 
 class GatheredWhole(nn.Module):
-    """A module whose forward uses the parameters of its submodules itself, so that ZeRO 3 has to
-    gather them all before it."""
+    """A module whose forward uses the parameters of its submodules itself: ZeRO 3 gathers them all
+    before it, instead of each one when it is first used."""
 
 
 def weights_of(linear: nn.Linear) -> Weights:
@@ -97,18 +97,18 @@ class Layer(GatheredWhole):
         self._attention_dropout = config.attention_probs_dropout_prob
         self._hidden_dropout = config.hidden_dropout_prob
         self._compute = compute
-        is_pre = config.layer_norm_position == "pre"
+        self._is_pre = config.layer_norm_position == "pre"
         self._rest = compute.operations.between_attentions(
-            _rest_of_pre_layer if is_pre else _rest_of_post_layer
+            _rest_of_pre_layer if self._is_pre else _rest_of_post_layer
         )
 
     def forward(self, hidden_TH: torch.Tensor, sequences: Sequences) -> torch.Tensor:
         operations, attention = self._compute.operations, self.attention
-        inner_TH, norms = hidden_TH, []
-        if hasattr(self, "LayerNorm"):
+        if self._is_pre:
             inner_TH = operations.norm(hidden_TH, norm_of(attention.LayerNorm))
             norms = [norm_of(self.LayerNorm)]
         else:
+            inner_TH = hidden_TH
             norms = [norm_of(attention.output.LayerNorm), norm_of(self.output.LayerNorm)]
         qkv_TC = operations.linear(inner_TH, *attention.self.joined())
         qkv_T3ND = qkv_TC.view(len(qkv_TC), 3, self._num_heads, -1)

@@ -51,8 +51,8 @@ def unpad(
     """The tokens of rows whose mask is 0 at padding.
 
     Without `first_positions_E` a row is an example. Without `token_positions_T` the host waits
-    for the device to count the tokens. A row of padding alone has one token, the padding in its
-    first slot, so that it has an example too.
+    for the device to count the tokens, and a row of padding alone has one token, the padding in
+    its first slot; whoever gives them sees to it that each example has a token.
     """
     B, S = attention_mask_BS.shape
     device = attention_mask_BS.device

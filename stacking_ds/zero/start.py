@@ -59,7 +59,10 @@ def give_storage(
 
 
 def _gather_with_their_users(model: torch.nn.Module) -> None:
-    """ZeRO 3 gathers a module's own parameters before its forward; these use their children's."""
+    """ZeRO 3 gathers a module's own parameters before its forward; these use their children's.
+
+    Without this DeepSpeed would find out in the first forward, and wait for one after the other.
+    """
     for module in model.modules():
         if isinstance(module, GatheredWhole):
             own = {id(p) for p in module.parameters(recurse=False)}

@@ -37,20 +37,25 @@ _WARM_UPS = 3
 _TIMED = 7
 
 
-def choose_attention(name: AttentionName, device: torch.device, dtype: torch.dtype) -> Attend:
-    """The form called `name` for tensors of `dtype` on `device`; "auto" says in the log what it
-    chose, on a GPU at the first tokens of each shape.
+def choose_attention(
+    name: AttentionName,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_size: int = 64,
+    dropout_prob: float = 0.0,
+) -> Attend:
+    """The form called `name` for heads of `head_size`, in `dtype` on `device`, with this dropout;
+    "auto" says in the log what it chose, on a GPU at the first tokens of each shape.
 
     Raises:
-        ConfigError: no such form, or it cannot run here. What depends on the tokens' shape or on
-            dropout is raised at the first call.
+        ConfigError: no such form, or it cannot run here.
     """
     if name not in get_args(AttentionName):
         raise ConfigError(f"engine.attention={name!r} must be one of {get_args(AttentionName)}")
     if name != "auto":
         _require(name, device, dtype)
         if device.type == "cuda" and name != "loops":
-            _try_out(name, device, dtype)
+            _try_out(name, device, dtype, head_size, dropout_prob)
         return _FORMS[name]
     if device.type != "cuda":
         logger.info("attention: loops (the model is on %s)", device.type)
@@ -75,13 +80,17 @@ def _require(name: str, device: torch.device, dtype: torch.dtype) -> None:
         _REQUIREMENTS[name](device, dtype)
 
 
-def _try_out(name: str, device: torch.device, dtype: torch.dtype) -> None:
+def _try_out(
+    name: str, device: torch.device, dtype: torch.dtype, head_size: int, dropout_prob: float
+) -> None:
     """A few tokens: what cannot run says so before training has begun."""
     try:
         starts_E1 = torch.tensor([0, 3, 8], dtype=torch.int32, device=device)
-        qkv_T3ND = torch.zeros(8, 3, 1, 64, dtype=dtype, device=device)
-        _forward_and_backward(_FORMS[name], qkv_T3ND, Sequences(starts_E1, 5), 0.0)()
+        qkv_T3ND = torch.zeros(8, 3, 1, head_size, dtype=dtype, device=device)
+        _forward_and_backward(_FORMS[name], qkv_T3ND, Sequences(starts_E1, 5), dropout_prob)()
         torch.cuda.synchronize(device)
+    except ConfigError:
+        raise
     except Exception as error:
         raise ConfigError(
             f"engine.attention={name} cannot run on this GPU ({type(error).__name__}: {error}); "
@@ -118,7 +127,7 @@ class FastestAttention:
     It measures once for each class of shapes, on a copy of the tokens that it is called with.
     Training sees none of it: neither its random numbers nor its gradients. Ranks may choose
     differently, and so may two runs, wherever two candidates are as fast; the results then differ
-    in the last bits.
+    in the last bits, and with dropout in what is dropped.
     """
 
     def __init__(

@@ -1,0 +1,44 @@
+"""What is freed is kept when asked for, and given back when asked for."""
+
+import subprocess
+import sys
+
+import pytest
+
+_CODE = """
+import resource, sys
+from stacking_ds.host_memory import keep_freed_memory, return_freed_memory
+
+def resident():
+    pages = int(open("/proc/self/statm").read().split()[1])
+    return pages * resource.getpagesize()
+
+assert sys.argv[1] == "give back" or keep_freed_memory()
+for step in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = bytearray(64 << 20)
+    del block
+new_pages = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+kept = resident()
+return_freed_memory()
+print(new_pages, kept - resident())
+"""
+
+
+def _measured(mode: str) -> tuple[int, int]:
+    """New pages of the third time that the same memory is asked for, and bytes given back."""
+    # a process of its own: what is kept is kept until it ends
+    command = [sys.executable, "-c", _CODE, mode]
+    done = subprocess.run(command, capture_output=True, check=True, text=True)
+    new_pages, given_back = done.stdout.split()
+    return int(new_pages), int(given_back)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is Linux's")
+def test_memory_is_kept_and_given_back() -> None:
+    new_pages, given_back = _measured("keep")
+    assert new_pages < 100
+    assert given_back > 50 << 20
+    new_pages, given_back = _measured("give back")
+    assert new_pages > 100
+    assert given_back < 50 << 20
