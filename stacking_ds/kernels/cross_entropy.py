@@ -2,7 +2,7 @@
 
 The logits of a masked-LM head are the largest tensor of a step. Autograd's chain holds them three
 times over, as fp32 copy, log-probabilities and gradient; here they exist once. Both passes go
-over rows in chunks, so that the fp32 numbers in between stay in cache.
+over rows in chunks, so that the fp32 numbers in between are few, and in cache on a CPU.
 
 Shapes: M rows, V classes.
 """
