@@ -2,7 +2,7 @@
 measured nothing is one."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from gpu_ground import Ground, PartError, tail
@@ -19,6 +19,7 @@ __all__ = [
     "even_rows",
     "kernel_figures",
     "lamb_figures",
+    "step_figures",
     "tables",
 ]
 
@@ -65,7 +66,8 @@ def bench_kernels(ground: Ground) -> Figures:
 
 def bench_kernels_compiled(ground: Ground) -> Figures:
     options = ("--only=operations", "--hidden-size=768", "--compile")
-    return kernel_figures(_bench(ground, "kernels", *options, limit_seconds=120))
+    found = _bench(ground, "kernels", *options, limit_seconds=120)
+    return kernel_figures(found, {"triton", "compile"})
 
 
 def bench_growth(ground: Ground) -> Figures:
@@ -74,7 +76,21 @@ def bench_growth(ground: Ground) -> Figures:
 
 def bench_step(ground: Ground, cases: str, rounds: int) -> Figures:
     options = (f"--only={cases}", f"--rounds={rounds}")
-    return tables(_bench(ground, "step", *options, limit_seconds=130))
+    return step_figures(_bench(ground, "step", *options, limit_seconds=130))
+
+
+def step_figures(found: Mapping[str, Any]) -> Figures:
+    """As `tables`.
+
+    Raises:
+        PartError: a case lacks our step, or that of transformers.
+    """
+    for case in found["cases"]:
+        for who in ("ours", "transformers"):
+            step = case["steps"].get(who, {"not_measured": "nobody says why"})
+            if "not_measured" in step:
+                raise PartError(f"{case['name']}: {who}: not measured: {step['not_measured']}")
+    return tables(found)
 
 
 def _bench(ground: Ground, name: str, *options: str, **limits: Any) -> Figures:
@@ -192,17 +208,17 @@ def target_row(target: Mapping[str, Any]) -> Figures:
 # ------------------------------------------------------------------ the kernels'
 
 
-def kernel_figures(found: Mapping[str, Any]) -> Figures:
+def kernel_figures(found: Mapping[str, Any], forms: Collection[str] = ("triton",)) -> Figures:
     """A row for each operation and pass, and for each shape of attention, with a column for each
     form; and the products.
 
     Raises:
-        PartError: a Triton kernel was not measured, or no attention.
+        PartError: an operation was not measured in one of the `forms`, or no attention.
     """
     operations = found["operations"]
     if "not_measured" in operations:
         raise PartError(f"no operation was measured: {operations['not_measured']}")
-    _require_forms(operations["rows"], "operation", {"triton"})
+    _require_forms(operations["rows"], "operation", set(forms))
     figures: Figures = {
         "times_the_host_was_behind": found["times_the_host_was_behind"],
         "copy_gb_per_second": operations["copy_gb_per_second"],

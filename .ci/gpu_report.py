@@ -77,7 +77,8 @@ class Report:
         for result in self.results:
             for row in result.figures.get("targets", ()):
                 key = row["target"], row["should_be"]
-                if key not in found or row["is"] != "-":
+                is_first = key not in found or found[key]["is"] == "-"
+                if is_first or row["verdict"].startswith("MISSED"):  # no later part makes it good
                     found[key] = row
         return list(found.values())
 

@@ -25,6 +25,7 @@ DOWNLOADED = (
     "hjson",
     "pydantic",
     "pydantic-core",
+    "pytest-timeout",  # pyproject.toml sets its option, without which pytest would not begin
     "sentencex",
     "typing-extensions",  # the machine may have an older one than pydantic needs
     "typing-inspection",

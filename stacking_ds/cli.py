@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser(
             allow_abbrev=False,
             name="bench",
-            help="what data, a boundary or a LAMB step cost, measured here",
+            help="what a step, kernels, data, a boundary or LAMB cost, measured here",
         )
     )
     return parser

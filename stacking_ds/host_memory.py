@@ -13,7 +13,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> bool:
-    """From now on what is freed stays this process's, until `return_freed_memory`; whether it does.
+    """From now on what is freed stays this process's; whether it does.
 
     glibc by itself gives large blocks back at once, and the operating system clears their pages
     for the next step: up to a fifth of a step's CPU time.
@@ -25,7 +25,7 @@ def keep_freed_memory() -> bool:
 
 
 def return_freed_memory() -> None:
-    """Give what is free, but kept, back to the machine."""
+    """Give what is free at present back to the machine."""
     trim = _of_glibc("malloc_trim")
     if trim is not None:
         trim(0)

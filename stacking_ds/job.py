@@ -30,6 +30,7 @@ from stacking_ds.data.unigram import unigram_log_probabilities, unigram_mlm_loss
 from stacking_ds.engine import load_ds_config, resolve_ds_config
 from stacking_ds.errors import CheckpointError, ConfigError
 from stacking_ds.growth.operators import layer_map
+from stacking_ds.kernels.fp8 import require_fp8_sizes
 from stacking_ds.model.config import BertConfig
 from stacking_ds.optim.lamb import require_whole_tensors
 from stacking_ds.optim.schedule import LearningRateSchedule
@@ -82,6 +83,8 @@ class Job:
             ds_json=load_ds_config(config.engine.deepspeed),
         )
         job.model_config(depths[-1])
+        if config.engine.fp8:
+            require_fp8_sizes(config.model.hidden_size, config.model.intermediate_size)
         spec = job.train_data[phases.phases[0].sequence_length].options.layout(0)
         require_documents(shards.split("train"), spec)
         require_documents(shards.split("heldout"), spec)

@@ -29,6 +29,7 @@ def _figures(
         "zero_stage": 1,
         "rounds": 8,
         "precision": "fp32",
+        "peak_flops_per_second": 1e11,
         "rows": 16,
         "micro_steps": 1,
         "sequence_length": 128,

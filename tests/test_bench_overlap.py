@@ -61,7 +61,7 @@ def test_the_table_says_how_far_behind_each_is() -> None:
 
 def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "figures.json"
-    small = ["--hidden-size=16", "--layers=1", "--vocab-size=64", "--sequence-length=8"]
+    small = ["--hidden-size=16", "--layers=2", "--vocab-size=64", "--sequence-length=8"]
     code = main(
         ["bench", "overlap", *small, "--zero-stage=2", "--buckets=1e3,1e4", "--rounds=2",
          "--global-batch-size=8", "--micro-batch-size=2", f"--json={path}"]

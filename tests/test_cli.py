@@ -53,6 +53,8 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
         ("engine={cuda_graphs: true, kernels: compile}", "cannot be captured"),
         ("engine={kernels: triton}", "but the model is on cpu: Triton needs"),
         ("engine={attention: flash}", "flash"),
+        ("engine={attention: flash, precision: fp32}", "not in fp32"),
+        ("engine={fp8: true, precision: fp16}", "not fp16"),
     ],
 )
 def test_a_recipe_that_cannot_be_trained(

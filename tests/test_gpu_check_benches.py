@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / ".ci"))
 
 import gpu_benches
-from gpu_benches import even_rows, kernel_figures, lamb_figures, tables
+from gpu_benches import even_rows, kernel_figures, lamb_figures, step_figures, tables
 from gpu_ground import Ground, PartError
 from gpu_report import Report, Result
 
@@ -266,6 +266,26 @@ def test_a_target_that_any_part_measured_is_told_once() -> None:
         text = _text(results)
         assert "1 met, 0 missed." in text
         assert "- not measured" not in text
+
+
+def test_a_miss_is_told_whatever_another_part_measured() -> None:
+    missed = {"target": "share", "should_be": ">= 0.75", "is": 0.5, "verdict": "MISSED at 1024"}
+    met = {**missed, "is": 0.9, "verdict": "met"}
+    for rows in ([missed, met], [met, missed]):
+        results = [
+            Result(str(i), "passed", figures={"targets": [row]}) for i, row in enumerate(rows)
+        ]
+        assert "0 met, 1 missed." in _text(results)
+
+
+@pytest.mark.parametrize("who", ["ours", "transformers"])
+def test_a_step_that_nobody_took_fails(who: str) -> None:
+    step = {"step_seconds": 0.5, "tokens_per_second": 2.0}
+    case = {"name": "base-3L-128", "fill": 1.0, "steps": {"ours": step, "transformers": step}}
+    assert step_figures({"cases": [case], "targets": []})
+    case["steps"] = {**case["steps"], who: {"not_measured": "out of memory"}}
+    with pytest.raises(PartError, match=f"base-3L-128: {who}: not measured: out of memory"):
+        step_figures({"cases": [case], "targets": []})
 
 
 def test_one_figure_may_have_two_targets() -> None:

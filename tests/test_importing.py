@@ -1,4 +1,4 @@
-"""Importing the package starts no other program, so it compiles nothing, and needs no Triton."""
+"""Importing the package starts no compiler, and needs no Triton."""
 
 import subprocess
 import sys
@@ -9,7 +9,9 @@ import importlib, pkgutil, sys
 started = []
 sys.addaudithook(
     lambda event, arguments: started.append((event, str(arguments[:2])))
-    if event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork")
+    if event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn")
+    # the list of libraries, which ctypes reads where nobody has read it before
+    and "ldconfig" not in str(arguments[:1])
     else None
 )
 import stacking_ds

@@ -45,18 +45,21 @@ def test_what_needs_a_gpu_is_refused_on_the_cpu(name: str, monkeypatch: pytest.M
         choose_operations(name, CPU)
 
 
-def test_fp8_needs_sizes_and_a_precision_that_it_can_multiply() -> None:
+def test_fp8_needs_sizes_that_it_can_multiply() -> None:
     with pytest.raises(ConfigError, match="multiples of 16, not 24"):
         choose_compute(EngineSection(fp8=True), CPU, TINY)
-    sizes = replace(TINY, hidden_size=32, intermediate_size=64)
-    with pytest.raises(ConfigError, match="not fp16"):
-        choose_compute(EngineSection(fp8=True, precision="fp16"), CPU, sizes)
 
 
-def test_attention_is_chosen_for_the_precision_of_the_run() -> None:
-    section = EngineSection(attention="flash", precision="fp32", kernels="torch")
-    with pytest.raises(ConfigError, match=r"not in torch\.float32"):
-        choose_compute(section, CUDA, TINY)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_attention_is_chosen_for_the_precision_of_the_run(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(choice, "choose_attention", lambda *arguments: asked.append(arguments))
+    sizes = replace(TINY, attention_probs_dropout_prob=0.1)
+    choose_compute(EngineSection(precision=precision), CPU, sizes)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    assert asked == [("auto", CPU, dtype, 6, 0.1)]
 
 
 def test_attention_that_nobody_chose_follows_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from stacking_ds.bench.data_commands import add_data_bench
 from stacking_ds.bench.growth_commands import add_growth
 from stacking_ds.bench.kernels_commands import add_kernels
 from stacking_ds.bench.lamb_commands import add_lamb
+from stacking_ds.bench.options import add_json, numbers
 from stacking_ds.bench.overlap_commands import add_overlap
 from stacking_ds.bench.step_commands import add_step
 from stacking_ds.errors import ConfigError
@@ -109,18 +110,14 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
-
-
 def _add_boundary(parser: argparse.ArgumentParser) -> None:
     usual = _SIZES["default"]
     parser.description = (
         "Starts the ranks itself on this machine; under deepspeed, torchrun or mpirun it measures "
         "with the ranks there are."
     )
-    parser.add_argument("--ranks", type=_numbers, help="how many, e.g. 2,3,4 (the default)")
-    parser.add_argument("--zero-stage", type=_numbers, help="which, e.g. 1,3 (0,1,2,3)")
+    parser.add_argument("--ranks", type=numbers, help="how many, e.g. 2,3,4 (the default)")
+    parser.add_argument("--zero-stage", type=numbers, help="which, e.g. 1,3 (0,1,2,3)")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="bf16")
     for name in ("hidden-size", "layers", "new-layers", "vocab-size", "sequence-length"):
         parser.add_argument(f"--{name}", type=int, help=f"({usual[name.replace('-', '_')]})")
@@ -128,7 +125,7 @@ def _add_boundary(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="a tiny model on 2 ranks: does it work, how it looks"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+    add_json(parser)
     parser.set_defaults(command=_boundary)
 
 
@@ -245,7 +242,7 @@ def _add_planner(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--host-gib-per-second", type=float, help="of one rank's copies; measured here if not given"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+    add_json(parser)
     parser.set_defaults(command=_planner)
 
 

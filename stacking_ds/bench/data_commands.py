@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from stacking_ds.bench.options import add_json
 from stacking_ds.errors import ConfigError
 
 __all__ = ["add_data_bench"]
@@ -34,7 +35,7 @@ def add_data_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each loading (%(default)s)")
     parser.add_argument("--only", metavar="PARTS", help=f"e.g. masking,loader ({','.join(_PARTS)})")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+    add_json(parser)
     parser.set_defaults(command=_data)
 
 

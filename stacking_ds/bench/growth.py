@@ -43,8 +43,10 @@ def measure_growth(cases: Sequence[StepCase], how: How, world: World) -> dict[st
             makers[f"plain-{case.model.layers}"] = _plain(case, how, world)
     with threads_for(world.device):
         steps, absent = built(makers, world.device, must_run=tuple(makers))
-        peak = matmul_peak(world.device, DTYPES[cases[0].precision])
+        dtype = DTYPES[cases[0].precision]
+        peak = matmul_peak(world.device, dtype)
         rounds = _rounds(steps, how.rounds, world.device) if not absent else {}
+        peak = max(peak, matmul_peak(world.device, dtype))
     free(steps.values(), world.device)
     if absent:
         raise ConfigError(
@@ -53,6 +55,7 @@ def measure_growth(cases: Sequence[StepCase], how: How, world: World) -> dict[st
         )
     return {
         "precision": cases[0].precision,
+        "peak_flops_per_second": peak,
         "rows": cases[0].rows,
         "micro_steps": cases[0].micro_steps,
         "sequence_length": cases[0].sequence_length,

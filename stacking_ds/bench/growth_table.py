@@ -69,8 +69,9 @@ def growth_table(figures: Figures) -> str:
             f"One training step at each depth: hidden size {figures['hidden_size']}, vocabulary "
             f"{figures['vocab_size']:,}; {figures['micro_steps']} x {figures['rows']} full rows of "
             f"{figures['sequence_length']},\n{figures['precision']}, AdamW at ZeRO "
-            f"{figures['zero_stage']}, dropout 0.1; {clock} of {figures['rounds']} rounds in which "
-            f"all take turns.",
+            f"{figures['zero_stage']}, dropout 0.1; matmul peak "
+            f"{figures['peak_flops_per_second'] / 1e12:.3g} TFLOP/s;\n{clock} of "
+            f"{figures['rounds']} rounds in which all take turns.",
             "\n".join(f"{key}: {value}" for key, value in figures["machine"].items()),
             _depths(figures["depths"], outside, layer),
             f"{1e3 * outside:,.1f} ms + {1e3 * layer:,.1f} ms a layer: "

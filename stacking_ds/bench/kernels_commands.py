@@ -5,9 +5,9 @@ import json
 import sys
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stacking_ds.bench.options import add_json, numbers
 from stacking_ds.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def add_kernels(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tokens", type=int, help=f"({gpu['tokens']}; on a CPU {cpu['tokens']})")
     parser.add_argument(
-        "--hidden-size", type=_numbers, metavar="SIZES", help="(768,1024; on a CPU 256)"
+        "--hidden-size", type=numbers, metavar="SIZES", help="(768,1024; on a CPU 256)"
     )
     parser.add_argument("--vocab-size", type=int, help=f"({gpu['vocab_size']})")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
@@ -52,12 +52,8 @@ def add_kernels(parser: argparse.ArgumentParser) -> None:
         help="measure torch.compile too, which takes some seconds for each operation and size",
     )
     parser.add_argument("--quick", action="store_true", help="tiny tensors: does it work")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+    add_json(parser)
     parser.set_defaults(command=_kernels)
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
 
 
 def _kernels(options: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stacking_ds.bench.options import add_json
 from stacking_ds.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def add_lamb(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="a tiny model: does it work, how it looks"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+    add_json(parser)
     parser.set_defaults(command=_lamb)
 
 

@@ -8,15 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from stacking_ds.bench.options import add_json, numbers
 from stacking_ds.errors import ConfigError
 
 __all__ = ["add_overlap"]
 
 _GLOBAL_BATCH_SIZE, _MICRO_BATCH_SIZE = 64, 16
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(float(part)) for part in text.split(","))
 
 
 def add_overlap(parser: argparse.ArgumentParser) -> None:
@@ -25,8 +22,8 @@ def add_overlap(parser: argparse.ArgumentParser) -> None:
         "with the ranks there are, over the links that they have."
     )
     parser.add_argument("--ranks", type=int, default=2, help="(%(default)s)")
-    parser.add_argument("--zero-stage", type=_numbers, default=(1, 2, 3), help="(1,2,3)")
-    parser.add_argument("--buckets", type=_numbers, default=(500_000, 5_000_000, 50_000_000),
+    parser.add_argument("--zero-stage", type=numbers, default=(1, 2, 3), help="(1,2,3)")
+    parser.add_argument("--buckets", type=numbers, default=(500_000, 5_000_000, 50_000_000),
                         help="elements sent at once (5e5,5e6,5e7)")  # fmt: skip
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="bf16")
     sizes = {"hidden-size": 256, "layers": 6, "vocab-size": 8192, "sequence-length": 64}
@@ -37,7 +34,7 @@ def add_overlap(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--micro-batch-size", type=int, default=_MICRO_BATCH_SIZE,
                         help="rows a rank computes at once (%(default)s)")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=7, help="(%(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+    add_json(parser)
     parser.set_defaults(command=_overlap)
 
 
@@ -45,12 +42,17 @@ def _overlap(options: argparse.Namespace) -> int:
     from stacking_ds.bench.launch import run_on_ranks, say_if_no_gpu, under_launcher
 
     say_if_no_gpu()
-    if min(options.rounds, options.ranks, *options.buckets) < 1:
-        raise ConfigError("--rounds, --ranks and --buckets start at 1")
+    for name in ("rounds", "ranks", "global_batch_size", "micro_batch_size"):
+        if getattr(options, name) < 1:
+            raise ConfigError(
+                f"--{name.replace('_', '-')}={getattr(options, name)} must be at least 1"
+            )
     if not set(options.zero_stage) <= {1, 2, 3}:
         raise ConfigError("--zero-stage: ZeRO 0 has nothing to choose; name some of 1, 2 and 3")
-    if odd := [bucket for bucket in options.buckets if bucket % 2]:
-        raise ConfigError(f"--buckets: DeepSpeed wants even numbers of elements, not {odd[0]}")
+    if odd := [bucket for bucket in options.buckets if bucket < 2 or bucket % 2]:
+        raise ConfigError(
+            f"--buckets: DeepSpeed wants even numbers of elements from 2 on, not {odd[0]}"
+        )
     workloads = [_workload(options, stage) for stage in options.zero_stage]
     if under_launcher():
         return _measure_here(options, workloads)
@@ -77,10 +79,12 @@ def _overlap(options: argparse.Namespace) -> int:
 def _workload(options: argparse.Namespace, zero_stage: int) -> Any:
     from stacking_ds.bench.workload import Workload
 
+    if options.layers < 2:
+        raise ConfigError(f"--layers={options.layers} must be at least 2")
     workload = Workload(
         hidden_size=options.hidden_size,
-        layers=options.layers,
-        new_layers=options.layers + 1,
+        layers=1,
+        new_layers=options.layers,  # what is trained
         vocab_size=options.vocab_size,
         sequence_length=options.sequence_length,
         global_batch_size=options.global_batch_size,

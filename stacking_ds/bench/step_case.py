@@ -54,16 +54,17 @@ class Model:
 
 
 SMALL = Model("small", hidden_size=256, layers=4)
-TINY = Model("small", hidden_size=64, layers=2, vocab_size=512)
+BASE = Model("base-12L", hidden_size=768, layers=12)
+TINY = Model("tiny", hidden_size=64, layers=2, vocab_size=512)
 
 
 def chosen_model(usual: Model, hidden_size: int | None, layers: int | None) -> Model:
     """`usual`, with the sizes that are given instead of its own."""
-    return replace(
-        usual,
-        hidden_size=usual.hidden_size if hidden_size is None else hidden_size,
-        layers=usual.layers if layers is None else layers,
-    )
+    if hidden_size in (None, usual.hidden_size) and layers in (None, usual.layers):
+        return usual  # under its own name, which the targets go by
+    width = usual.hidden_size if hidden_size is None else hidden_size
+    depth = usual.layers if layers is None else layers
+    return replace(usual, name=f"{width}-{depth}L", hidden_size=width, layers=depth)
 
 
 _GPU_MODELS = (

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from stacking_ds.bench.lamb_rivals import reason_of
 from stacking_ds.monitor import measure_matmul_peak
 
 __all__ = [
@@ -99,12 +100,16 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def interleaved(
-    steps: Mapping[str, Step], rounds: int, clock: Callable[[Step], Times]
+    steps: Mapping[str, Step],
+    rounds: int,
+    clock: Callable[[Step], Times],
+    must_run: Sequence[str] = (),
 ) -> tuple[dict[str, list[Times]], dict[str, str]]:
     """Each step once a round, so that what slows the machine down slows all.
 
     Returns:
-        The times of each step in the order of the rounds, and why some were given up.
+        The times of each step in the order of the rounds, and why some were given up: for any
+        error, but of those that `must_run` for want of memory alone.
     """
     alive, given_up = list(steps), {}
     times: dict[str, list[Times]] = {name: [] for name in steps}
@@ -115,6 +120,10 @@ def interleaved(
                 times[name].append(clock(steps[name]))
             except torch.OutOfMemoryError:
                 given_up[name] = "out of memory"
+            except Exception as error:
+                if name in must_run:
+                    raise
+                given_up[name] = reason_of(error)
         alive = [name for name in alive if name not in given_up]
     return {name: times[name] for name in alive}, given_up
 

@@ -5,9 +5,9 @@ import itertools
 import json
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from stacking_ds.bench.options import add_json
 from stacking_ds.config import KernelsName
 from stacking_ds.errors import ConfigError
 
@@ -61,7 +61,7 @@ def add_how(parser: argparse.ArgumentParser, rounds: dict[str, int]) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="a tiny model: does it work, how it looks"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+    add_json(parser)
 
 
 def require_no_launcher() -> None:
@@ -142,12 +142,13 @@ def _cases(options: argparse.Namespace, device: str) -> list["StepCase"]:
 
 def _model(options: argparse.Namespace, device: str) -> "Model | None":
     """The one that is asked for, else the CPU's; None for the GPU's usual ones."""
-    from stacking_ds.bench.step_case import SMALL, TINY, chosen_model
+    from stacking_ds.bench.step_case import BASE, SMALL, TINY, chosen_model
 
     is_usual = not options.quick and options.hidden_size is None and options.layers is None
     if device == "cuda" and is_usual:
         return None
-    return chosen_model(TINY if options.quick else SMALL, options.hidden_size, options.layers)
+    usual = TINY if options.quick else BASE if device == "cuda" else SMALL
+    return chosen_model(usual, options.hidden_size, options.layers)
 
 
 def _measure(

@@ -48,10 +48,6 @@ def choose_compute(engine: EngineSection, device: torch.device, sizes: Sizes) ->
     linear: LinearForm = functional.linear
     if engine.fp8:
         require_fp8(device, sizes.hidden_size, sizes.intermediate_size)
-        if engine.precision == "fp16":
-            raise ConfigError(
-                "engine.fp8=true goes with precision bf16 or fp32, not fp16: change one of them"
-            )
         linear = linear_fp8
     if engine.cuda_graphs and device.type != "cuda":
         raise ConfigError(
