@@ -1,5 +1,6 @@
 """Whole runs through growth under the engine's options: same losses, whatever computes them."""
 
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -98,3 +99,16 @@ def test_triton_trains_through_growth(
     recipe = ["--recipe", str(tmp_path / "fused.yaml"), "--run-dir", str(tmp_path / "fused")]
     run_on_ranks(["train", *recipe, *overrides], 2)
     assert losses(tmp_path / "fused") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
+
+
+@pytest.mark.slow  # a C++ compiler runs for a while
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_compiled_layers_train_through_growth(
+    shards: Path, tmp_path: Path, zero_stage: int
+) -> None:
+    setting = f"engine.deepspeed=zero{zero_stage}"
+    run_ranks(train_small, 2, small_recipe(tmp_path, shards, setting), tmp_path / "plain")
+    compiled = small_recipe(tmp_path, shards, setting, "engine.kernels=compile")
+    run_ranks(train_small, 2, compiled, tmp_path / "compiled")
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)

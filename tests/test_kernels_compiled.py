@@ -1,5 +1,6 @@
 """torch.compile computes what plain torch does, from one compilation for all layers and depths."""
 
+import shutil
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,10 @@ from stacking_ds.model.bert import BertForPreTraining
 from stacking_ds.model.loss import pretraining_loss
 from tests.bert_samples import TINY, Batch, telling_model
 
-pytestmark = pytest.mark.slow  # a C++ compiler runs for a minute
+pytestmark = [
+    pytest.mark.slow,  # a C++ compiler runs for a minute
+    pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler"),
+]
 
 
 def _gradients(model: BertForPreTraining, lengths: tuple[int, ...]) -> dict[str, Any]:
