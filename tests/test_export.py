@@ -102,7 +102,7 @@ def test_auto_classes_find_all_their_weights(exported: Path) -> None:
     ours = BertForPreTraining(CONFIG, seed=0).eval()
     logits_BSV, _ = ours(ids_BS, types_BS, mask_BS)
     tokens, hidden_TH, _ = ours.encode(ids_BS, types_BS, mask_BS)
-    hidden_BSH = tokens.put(hidden_TH, len(ids_BS))
+    hidden_BSH = tokens.put(hidden_TH)
     inputs = {
         "input_ids": ids_BS,
         "token_type_ids": types_BS,

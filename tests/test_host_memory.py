@@ -2,8 +2,16 @@
 
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+
+from stacking_ds import distributed, host_memory, trainer
+from stacking_ds.cli import main
+from tests.prose import tiny_shards
+from tests.runs import small_recipe
 
 _CODE = """
 import resource, sys
@@ -42,3 +50,19 @@ def test_memory_is_kept_and_given_back() -> None:
     new_pages, given_back = _measured("give back")
     assert new_pages > 100
     assert given_back < 50 << 20
+
+
+@pytest.mark.parametrize(("device", "keeps"), [("cpu", 1), ("cuda", 0)])
+def test_training_on_a_cpu_keeps_it(
+    device: str, keeps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_recipe(tmp_path, tiny_shards(tmp_path))
+    world = SimpleNamespace(device=torch.device(device), is_first=False)
+    called: list[str] = []
+    monkeypatch.setattr(distributed, "start", lambda: world)
+    monkeypatch.setattr(distributed, "stop", lambda: None)
+    monkeypatch.setattr(host_memory, "keep_freed_memory", lambda: called.append("kept"))
+    monkeypatch.setattr(trainer, "train", lambda *given, **options: called.append("trained"))
+    recipe = ["--recipe", str(tmp_path / "small.yaml"), "--run-dir", str(tmp_path / "run")]
+    assert main(["train", *recipe]) == 0
+    assert called == ["kept"] * keeps + ["trained"]

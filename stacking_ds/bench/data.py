@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
+from stacking_ds.bench.machine import one_thread
 from stacking_ds.bench.memory import TreePeak
 from stacking_ds.data.counter_random import derive_key
 from stacking_ds.data.loader import PretrainingData, PretrainingSteps, RowOptions, load_steps
@@ -231,14 +231,10 @@ def _loaded(steps: PretrainingSteps, workers: int, seconds: float) -> float:
 
 
 def _built(steps: PretrainingSteps, seconds: float) -> float:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         steps[0]
         tokens, step, started = 0, 1, time.process_time()
         while time.process_time() - started < seconds:
             tokens += steps[step].real_tokens
             step += 1
         return tokens / (time.process_time() - started)
-    finally:
-        torch.set_num_threads(threads)

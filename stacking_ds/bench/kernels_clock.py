@@ -7,8 +7,7 @@ the pass and with nothing of it left in the L2 cache; the median of all rounds c
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,7 +15,7 @@ import torch
 
 from stacking_ds.bench.lamb_rivals import reason_of
 
-__all__ = ["Clock", "CpuClock", "Entrant", "GpuClock", "Race", "one_thread", "race"]
+__all__ = ["Clock", "CpuClock", "Entrant", "GpuClock", "Race", "race"]
 
 _SUMMARIES: dict[str, Callable[[Sequence[float]], float]] = {
     "minimum": min,
@@ -76,16 +75,6 @@ class GpuClock:
 
     def copy_bytes(self, working_set_bytes: int) -> int:
         return _COPY_BYTES_ON_GPU
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _nothing() -> None:

@@ -62,7 +62,8 @@ def _kernels(options: argparse.Namespace) -> int:
     say_if_no_gpu()
     import torch
 
-    from stacking_ds.bench.kernels_clock import CpuClock, GpuClock, one_thread
+    from stacking_ds.bench.kernels_clock import CpuClock, GpuClock
+    from stacking_ds.bench.machine import one_thread
 
     if under_launcher():
         raise ConfigError("bench kernels measures one device: start it without a launcher")

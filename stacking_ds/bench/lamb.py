@@ -19,8 +19,7 @@ so the floor is the time of 42 bytes a parameter, at the speed of a plain copy i
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +35,7 @@ from stacking_ds.bench.lamb_rivals import (
     our_step_by_group,
     reason_of,
 )
+from stacking_ds.bench.machine import one_thread
 from stacking_ds.errors import ConfigError
 from stacking_ds.model.config import BertConfig
 
@@ -100,7 +100,7 @@ def _against(tensors: Tensors, copy_seconds: float) -> dict[str, Any]:
 def measure_cpu(sizes: Sizes, rounds: int) -> dict[str, Any]:
     """The plain loop and the blocked form in turn on the same tensors: CPU time of one thread."""
     device = torch.device("cpu")
-    with _one_thread():
+    with one_thread():
         tensors = Tensors.of(sizes.config, device, flat_groups=False)
         loop, loop_step = our_step(tensors, "reference")
         _, blocked_step = our_step(tensors, "blocked", beside=loop)
@@ -115,16 +115,6 @@ def measure_cpu(sizes: Sizes, rounds: int) -> dict[str, Any]:
         "seconds": seconds,
         **_against(tensors, seconds["copy"]["minimum"]),
     }
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _process_seconds(step: Step) -> tuple[float, float]:

@@ -5,13 +5,15 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
 import deepspeed
 import torch
 
-__all__ = ["describe_machine", "host_copy_gib_per_second"]
+__all__ = ["describe_machine", "host_copy_gib_per_second", "one_thread"]
 
 _COPY_BYTES = 1 << 28
 _COPIES = 3
@@ -53,15 +55,22 @@ def _commit() -> str:
     return said.stdout.strip()
 
 
-def host_copy_gib_per_second() -> float:
-    """How fast one core copies host memory to host memory; the best of a few tries."""
-    source, target = torch.ones(_COPY_BYTES // 4), torch.ones(_COPY_BYTES // 4)
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch computes on one, whose CPU time does not depend on what else the cores do."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        seconds = min(_seconds_of_copy(source, target) for _ in range(_COPIES))
+        yield
     finally:
         torch.set_num_threads(threads)
+
+
+def host_copy_gib_per_second() -> float:
+    """How fast one core copies host memory to host memory; the best of a few tries."""
+    source, target = torch.ones(_COPY_BYTES // 4), torch.ones(_COPY_BYTES // 4)
+    with one_thread():
+        seconds = min(_seconds_of_copy(source, target) for _ in range(_COPIES))
     return _COPY_BYTES / 2**30 / seconds
 
 

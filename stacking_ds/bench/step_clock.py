@@ -3,13 +3,14 @@
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 from stacking_ds.bench.lamb_rivals import reason_of
+from stacking_ds.bench.machine import one_thread
 from stacking_ds.monitor import measure_matmul_peak
 
 __all__ = [
@@ -31,17 +32,9 @@ Times = dict[str, float]
 _PEAK_SIZE, _PEAK_PRODUCTS = 1024, 5
 
 
-@contextmanager
-def threads_for(device: torch.device) -> Iterator[None]:
-    """On a CPU torch computes on one thread, whose CPU time does not depend on what else the
-    cores do; for a GPU it keeps its threads, which build the models."""
-    threads = torch.get_num_threads()
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+def threads_for(device: torch.device) -> AbstractContextManager[None]:
+    """One on a CPU; for a GPU torch keeps its threads, which build the models."""
+    return one_thread() if device.type == "cpu" else nullcontext()
 
 
 def timed_on(device: torch.device) -> Callable[[Step], Times]:

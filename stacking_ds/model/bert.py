@@ -201,7 +201,7 @@ class BertForPreTraining(nn.Module):
         )
         if mlm_positions_M is None:
             logits_TV, nsp_logits_E2 = self.cls(hidden_TH, pooled_EH)
-            return tokens.put(logits_TV, len(input_ids_BS)), nsp_logits_E2
+            return tokens.put(logits_TV), nsp_logits_E2
         masked_MH = hidden_TH.index_select(0, tokens.places_of(mlm_positions_M))
         mlm_logits_MV, nsp_logits_E2 = self.cls(masked_MH, pooled_EH)
         return mlm_logits_MV, nsp_logits_E2

@@ -26,12 +26,11 @@ class Tokens:
         """The tokens' values. Shape [T]."""
         return values_BS.reshape(-1).index_select(0, self.slots_T)
 
-    def put(self, values_T: torch.Tensor, rows: int) -> torch.Tensor:
+    def put(self, values_T: torch.Tensor) -> torch.Tensor:
         """The values in rows of S slots, 0 where there is no token. Shape [B, S, ...]."""
-        length = self.sequences.longest
         shape = values_T.shape[1:]
-        flat = values_T.new_zeros(rows * length, *shape).index_copy(0, self.slots_T, values_T)
-        return flat.view(rows, length, *shape)
+        flat = values_T.new_zeros(self.slots, *shape).index_copy(0, self.slots_T, values_T)
+        return flat.view(-1, self.sequences.longest, *shape)
 
     def places_of(self, slots_M: torch.Tensor) -> torch.Tensor:
         """Which tokens stand in these slots. Shape [M]."""
