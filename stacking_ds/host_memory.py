@@ -16,7 +16,7 @@ def keep_freed_memory() -> bool:
     """From now on what is freed stays this process's; whether it does.
 
     glibc by itself gives large blocks back at once, and the operating system clears their pages
-    for the next step: up to a fifth of a step's CPU time.
+    for the next step, which takes CPU time.
     """
     mallopt = _of_glibc("mallopt")
     if mallopt is None:
