@@ -12,13 +12,14 @@ GPUS = $(shell $(BIN)/python -c 'import torch; print(torch.cuda.device_count() o
 RANKS ?= $(or $(GPUS),2)
 FREE_PORT := import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])
 
-.PHONY: help setup demo test slow check format gpu-bundle gpu-check clean
+.PHONY: help setup demo test slow test-cluster check format gpu-bundle gpu-check clean
 
 help:
 	@echo "make demo        grow a small BERT on real text, end to end (minutes on 2 cores)"
 	@echo "make test        the tests"
 	@echo "make check       ruff and mypy"
 	@echo "make slow        the tests that take longer"
+	@echo "make test-cluster  runs on emulated hosts: pdsh, MPI, SLURM, faults (needs root; minutes)"
 	@echo "make gpu-bundle  collect what 'make gpu-check' needs on a GPU machine without network"
 	@echo "make gpu-check   prove the GPU paths on this machine; writes gpu-check.{json,md}"
 
@@ -48,7 +49,10 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not slow and not cluster and not gpu"
 
 slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -m "slow and not cluster and not gpu"
+
+test-cluster: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "cluster and not gpu"
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -1,36 +1,45 @@
-"""`stacking-ds prepare · data · train · checkpoint · evaluate · export · report · bench`."""
+"""`stacking-ds prepare · data · train · launch · again · doctor · checkpoint · evaluate · export ·
+report · bench`."""
 
 import argparse
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stacking_ds import __version__
+from stacking_ds.attempts import add_again
 from stacking_ds.bench.commands import add_bench
 from stacking_ds.checkpoint_commands import add_checkpoint
 from stacking_ds.data.commands import add_prepare
 from stacking_ds.data.inspect_commands import add_data
-from stacking_ds.errors import NonFiniteError, UserError
+from stacking_ds.doctor.commands import add_doctor
+from stacking_ds.errors import LostRankError, NonFiniteError, UserError
+from stacking_ds.launch.commands import add_launch
+from stacking_ds.launch.words import ENCODED, decode_arguments
+from stacking_ds.launched import rank_from_environment
+from stacking_ds.train_command import add_train
 
 if TYPE_CHECKING:
     from stacking_ds.job import Job
 
 __all__ = ["main"]
 
-USER_ERROR, NOT_FINITE, INTERRUPTED = 2, 3, 130
+USER_ERROR, NOT_FINITE, LOST_RANK, INTERRUPTED = 2, 3, 4, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the process's exit code.
 
     0 done (or stopped when asked), 2 something the user can mend, 3 a loss that is not finite,
-    130 interrupted.
+    4 another rank is lost, 130 interrupted.
     """
-    options = _parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == [ENCODED]:
+        words = decode_arguments(words[1])
+    options = _parser().parse_args(words)
     command: Callable[[argparse.Namespace], int] = options.command
     try:
         return command(options)
@@ -46,22 +55,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stacking-ds: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except LostRankError as error:
+        _say_once(f"stacking-ds: error: {error}", everywhere=True)
+        return LOST_RANK
     except NonFiniteError as error:
         _say_once(f"stacking-ds: error: {error}", everywhere=True)
         return NOT_FINITE
 
 
 def _say_once(message: str, *, everywhere: bool) -> None:
-    """Print an error: once a node if all ranks have it, else on the rank that has it."""
-    rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
-    if local_rank == "0" or not everywhere:
-        prefix = "" if rank == "0" else f"[rank {rank}] "
+    """Print an error: on rank 0 if all ranks have it, else on the rank that has it."""
+    rank = rank_from_environment()
+    if rank == 0 or not everywhere:
+        prefix = "" if rank == 0 else f"[rank {rank}] "
         print(prefix + message, file=sys.stderr, flush=True)
-
-
-def _say_on_first_of_node(message: str) -> None:
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(message, file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -75,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     add_prepare(
         commands.add_parser(allow_abbrev=False, name="prepare", help="text to token shards")
     )
-    _add_train(
+    add_train(
         commands.add_parser(
             allow_abbrev=False, name="train", help="train a recipe, growing from stage to stage"
         )
@@ -107,6 +114,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("run_dir", type=Path)
     report.set_defaults(command=_report)
+    add_launch(
+        commands.add_parser(
+            allow_abbrev=False,
+            name="launch",
+            help="DeepSpeed's launcher, watched over: hosts that answer, restarts, nothing left",
+        )
+    )
+    add_doctor(
+        commands.add_parser(
+            allow_abbrev=False,
+            name="doctor",
+            help="on all ranks of a cluster: which node differs, and what is missing",
+        )
+    )
+    add_again(
+        commands.add_parser(
+            allow_abbrev=False, name="again", help="should a run that has ended be started again?"
+        )
+    )
     add_bench(
         commands.add_parser(
             allow_abbrev=False,
@@ -115,69 +141,6 @@ def _parser() -> argparse.ArgumentParser:
         )
     )
     return parser
-
-
-# --------------------------------------------------------------------------- train
-
-
-def _add_train(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--recipe", required=True, help="a bundled recipe's name, or a .yaml file")
-    parser.add_argument("--run-dir", type=Path, help="where the run lives (runs/<recipe's name>)")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override a key of the recipe, e.g. optimizer.learning_rate=1e-3; repeatable",
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="go on with the run in --run-dir if there is one"
-    )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="check recipe and data, lay out its rows, show the schedule, and stop",
-    )
-    # launchers pass it; the environment says the same
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    parser.set_defaults(command=_train)
-
-
-def _train(options: argparse.Namespace) -> int:
-    from stacking_ds import distributed
-    from stacking_ds.job import Job
-    from stacking_ds.recipe import load_run_config
-
-    try:
-        config = load_run_config(options.recipe, options.set)
-        job = Job.check(config)
-        for phase in job.phases.phases:
-            job.ds_config(distributed.world_size_from_environment(), phase)
-        # before the ranks meet: who waits for others in a collective is soon taken for dead
-        job.lay_out_rows(_say_on_first_of_node, len(os.sched_getaffinity(0)))
-    except UserError as error:
-        # no rank has met another yet, and all of them read the same files
-        error.on_all_ranks = True
-        raise
-    run_dir = options.run_dir or Path("runs") / config.name
-    if options.dry_run:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{config.to_yaml()}\n{job.draw()}")
-        return 0
-
-    from stacking_ds.host_memory import keep_freed_memory
-    from stacking_ds.trainer import train
-
-    world = distributed.start()
-    if world.device.type == "cpu":
-        keep_freed_memory()
-    try:
-        train(job, world, run_dir, resume=options.resume)
-        if world.is_first:
-            print(f"see `stacking-ds report {run_dir}`")
-    finally:
-        distributed.stop()
-    return 0
 
 
 # ------------------------------------------------------------- evaluate and export

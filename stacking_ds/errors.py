@@ -4,6 +4,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "LostRankError",
     "NonFiniteError",
     "StageError",
     "UserError",
@@ -35,3 +36,10 @@ class CheckpointError(UserError):
 
 class NonFiniteError(RuntimeError):
     """The loss or the gradient became NaN or infinite; the weights were not updated with it."""
+
+
+class LostRankError(RuntimeError):
+    """Another rank died, hangs or cannot be reached; the run can go on from its checkpoint."""
+
+    said_by_first = False
+    """True where rank 0 knows the same and says it."""

@@ -1,15 +1,20 @@
-"""What a job finds in its run directory: nothing, its own past, or somebody else's."""
+"""What a job finds in its run directory: nothing, its own past, or somebody else's; and what it
+leaves there of itself."""
 
-from contextlib import ExitStack
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from stacking_ds import checkpoint, run_directory
-from stacking_ds.distributed import World
-from stacking_ds.errors import CheckpointError
+from stacking_ds import attempts, checkpoint, run_directory
+from stacking_ds.distributed import World, is_lost_contact
+from stacking_ds.errors import CheckpointError, NonFiniteError, UserError
 from stacking_ds.job import Job
 from stacking_ds.meter import TrainState
 
-__all__ = ["enter"]
+__all__ = ["enter", "recorded"]
+
+_TO_END_SECONDS = 15.0
 
 
 def enter(
@@ -30,6 +35,7 @@ def enter(
     found: tuple[Path | None, TrainState] = world.on_first(
         lambda: _enter_on_first(job, run_dir, resume, held)
     )
+    world.pulse.step = found[1].step
     run_directory.require_shared(run_dir, world)
     return found
 
@@ -38,7 +44,9 @@ def _enter_on_first(
     job: Job, run_dir: Path, resume: bool, held: ExitStack
 ) -> tuple[Path | None, TrainState]:
     run_directory.check(run_dir, job.config, resume=resume)
-    held.enter_context(run_directory.lock(run_dir))
+    # what is left of an attempt that was killed, or cut off the network, ends by itself within this
+    patience = job.config.cluster.silence_seconds + _TO_END_SECONDS if resume else 0.0
+    held.enter_context(run_directory.lock(run_dir, patience))
     found = checkpoint.latest(run_dir)
     state = _state_of(found, job) if found else TrainState()
     if found is None:
@@ -66,3 +74,34 @@ def _state_of(found: Path, job: Job) -> TrainState:
             f"{found / 'manifest.json'} is damaged or of another version ({error}); "
             f"{checkpoint.fall_back(found)}"
         ) from None
+
+
+@contextmanager
+def recorded(run_dir: Path, world: World, total_steps: int) -> Iterator[None]:
+    """Note in the run when this attempt begins and how it ends; entering is a collective. An end
+    for want of another rank is left to who knows which one it was."""
+    hosts = list(dict.fromkeys(world.gather(socket.gethostname())))
+    if not world.is_first:
+        yield
+        return
+    attempts.begun(run_dir, world.pulse.step, world.size, hosts)
+    try:
+        yield
+    except BaseException as error:
+        outcome = _outcome(error)
+        if outcome is not None:
+            with suppress(UserError):  # the disk is full, which the error itself says
+                attempts.ended(run_dir, outcome, world.pulse.step, str(error))
+        raise
+    complete = world.pulse.step == total_steps
+    attempts.ended(run_dir, "complete" if complete else "stopped", world.pulse.step, "")
+
+
+def _outcome(error: BaseException) -> attempts.Outcome | None:
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped"
+    if isinstance(error, UserError | OSError):
+        return "user_error"
+    if isinstance(error, NonFiniteError):
+        return "not_finite"
+    return None if is_lost_contact(error) else "failed"

@@ -4,17 +4,21 @@ RUN_DIR/config.yaml      the resolved recipe
         metrics.jsonl    one JSON object a line
         train.log        the same for people
         tensorboard/     the same for TensorBoard
+        attempts.jsonl   when it was begun, how it ended, what was judged of it
         checkpoints/     sharded training state
         export/          the finished model as a Hugging Face folder
 """
 
+import errno
 import fcntl
+import logging
 import os
 import socket
 import time
 from pathlib import Path
 from typing import IO
 
+from stacking_ds.attempts import ATTEMPTS_FILE
 from stacking_ds.config import RunConfig, changed_keys
 from stacking_ds.distributed import World
 from stacking_ds.errors import CheckpointError, ConfigError
@@ -23,6 +27,9 @@ from stacking_ds.recipe import load_run_config
 __all__ = ["check", "lock", "read_config", "require_shared", "write_config"]
 
 _PATIENCE_SECONDS = 10.0
+_NO_LOCKS = {errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK}
+
+logger = logging.getLogger("stacking_ds")
 
 _CONFIG, _UNFINISHED, _LOCK = "config.yaml", "config.tmp", ".lock"
 
@@ -48,7 +55,7 @@ def check(run_dir: Path, config: RunConfig, *, resume: bool) -> None:
                 f"started with, or choose another --run-dir"
             )
     elif run_dir.is_dir():
-        if {path.name for path in run_dir.iterdir()} - {_UNFINISHED, _LOCK}:
+        if {path.name for path in run_dir.iterdir()} - {_UNFINISHED, _LOCK, ATTEMPTS_FILE}:
             raise CheckpointError(
                 f"{run_dir} is not empty and holds no run (there is no {_CONFIG}); choose another "
                 f"--run-dir"
@@ -57,8 +64,13 @@ def check(run_dir: Path, config: RunConfig, *, resume: bool) -> None:
         raise CheckpointError(f"{run_dir} is a file; choose another --run-dir")
 
 
-def lock(run_dir: Path) -> IO[str]:
+def lock(run_dir: Path, patience_seconds: float = 0.0) -> IO[str]:
     """Keep other jobs out of the run for as long as the returned file is open.
+
+    Where the file system has no locks there is a warning instead.
+
+    Args:
+        patience_seconds: how long to wait for a job that is at work in it.
 
     Raises:
         CheckpointError: another job is at work in it.
@@ -70,14 +82,46 @@ def lock(run_dir: Path) -> IO[str]:
     except OSError as error:
         raise _not_writable(run_dir, error) from None
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        locked = _lock_in_time(file, run_dir, patience_seconds)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            file.close()
+            raise _not_writable(run_dir, error) from None
+        logger.warning(
+            "the file system of %s has no locks (%s): see that no other job trains in it, or have "
+            "it mounted with them (Lustre: -o flock)",
+            run_dir,
+            error.strerror,
+        )
+        return file
+    if not locked:
         file.close()
         raise CheckpointError(
             f"another job is training in {run_dir}; wait for it or stop it, or choose another "
             f"--run-dir"
-        ) from None
+        )
     return file
+
+
+def _lock_in_time(file: IO[str], run_dir: Path, patience_seconds: float) -> bool:
+    deadline = time.monotonic() + patience_seconds
+    told = False
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            if not told:
+                told = True
+                logger.warning(
+                    "another job is still at work in %s; waiting %.0f s for it to end",
+                    run_dir,
+                    patience_seconds,
+                )
+            time.sleep(0.1)
+        else:
+            return True
 
 
 def write_config(run_dir: Path, config: RunConfig) -> None:

@@ -40,6 +40,7 @@ from stacking_ds.zero import (
 __all__ = ["StageManager"]
 
 _MOST_FAILED_SAVES = 2
+_STOP_SECONDS = 30.0  # deepspeed/launcher/launch.py, terminate_process_tree
 
 logger = logging.getLogger("stacking_ds")
 
@@ -55,6 +56,7 @@ class StageManager:
         self.engine: Any = None
         self._saving: checkpoint.BackgroundSave | None = None
         self._failed_saves = 0  # in a row
+        self._warned = False
         self._captured: CapturedState | None = None
         """The host copy that the save at a stage's end made, for the boundary that follows."""
 
@@ -184,6 +186,20 @@ class StageManager:
         else:
             if self._saving.over:
                 self._failed_saves = 0
+                self._warn_if_slow(self._saving.seconds)
+
+    def _warn_if_slow(self, seconds: float) -> None:
+        if seconds < _STOP_SECONDS / 2 or self._warned or not self._world.is_first:
+            return
+        self._warned = True
+        logger.warning(
+            "a checkpoint takes %.0f s to write; DeepSpeed's launchers give a rank that is to stop "
+            "%.0f s, in which the one under way and another one must fit: write them to a faster "
+            "file system, or make checkpoint.every_steps small enough that the steps since the "
+            "last one may be lost",
+            seconds,
+            _STOP_SECONDS,
+        )
 
     def _prune(self, run_dir: Path) -> None:
         keep_last = self._job.config.checkpoint.keep_last

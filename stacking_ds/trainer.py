@@ -14,13 +14,12 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from stacking_ds.data.batches import RankStep
 from stacking_ds.data.counter_random import derive_key
-from stacking_ds.data.loader import load_steps
+from stacking_ds.data.loader import end_workers, load_steps
 from stacking_ds.distributed import StopFlag, World
 from stacking_ds.engine import set_learning_rate, take_step
 from stacking_ds.errors import CheckpointError, NonFiniteError, StageError
@@ -33,19 +32,28 @@ from stacking_ds.meter import Interval, StepResult, TrainState, metrics_line
 from stacking_ds.model.loss import pretraining_loss
 from stacking_ds.monitor import Monitor, measure_matmul_peak, peak_memory_gib
 from stacking_ds.phases import Phase
-from stacking_ds.resume import enter
+from stacking_ds.resume import enter, recorded
 from stacking_ds.stage_manager import StageManager
 from stacking_ds.stages import Stage
+from stacking_ds.stop_request import StopRequest
 
 __all__ = ["train"]
 
 
-def train(job: Job, world: World, run_dir: Path, *, resume: bool = False) -> TrainState:
-    """Train `job` to its end, or until asked to stop (SIGINT, SIGTERM). A collective.
+def train(
+    job: Job,
+    world: World,
+    run_dir: Path,
+    *,
+    resume: bool = False,
+    request: StopRequest | None = None,
+) -> TrainState:
+    """Train `job` to its end, or until asked to stop (SIGINT, SIGTERM, SIGUSR1). A collective.
 
     With `resume`, a run that is there goes on: (1) its newest checkpoint says step and stage,
     (2) an engine of that depth is built and loaded, (3) the data goes on with the batch after the
-    last one consumed. A run without a checkpoint starts anew.
+    last one consumed. A run without a checkpoint starts anew. A `request` to stop may have been
+    made before.
 
     Raises:
         ConfigError: the recipe names kernels that cannot run here.
@@ -56,15 +64,17 @@ def train(job: Job, world: World, run_dir: Path, *, resume: bool = False) -> Tra
     started = time.perf_counter()
     compute = choose_compute(job.config.engine, world.device, job.config.model)
     with ExitStack() as held:
+        request = request or held.enter_context(StopRequest())
         found, state = enter(job, world, run_dir, resume, held)
         monitor = held.enter_context(
             Monitor(run_dir, job.schedule, completed_steps=state.step, enabled=world.is_first)
         )
+        held.enter_context(recorded(run_dir, world, job.schedule.total_steps))
         if state.step < job.schedule.total_steps:
             run = _Run(job, world, compute, run_dir, state, monitor, started)
             held.callback(run.stages.close)
             try:
-                run.train(found)
+                run.train(found, request)
             except (NonFiniteError, StageError):
                 with suppress(CheckpointError):
                     run.stages.finish_save()  # it is good, and all ranks raise these together
@@ -106,7 +116,7 @@ class _Run:
 
     # ---------------------------------------------------------------- the story
 
-    def train(self, found: Path | None) -> None:
+    def train(self, found: Path | None, request: StopRequest) -> None:
         present = self.job.schedule.stages[self.state.stage_index]
         if found:
             self.stages.restore(found, present)
@@ -114,14 +124,16 @@ class _Run:
         else:
             self.stages.start(present)
         self.monitor.say(self.job.draw())
-        with StopFlag(self.world) as stop:
-            for stage in self.job.schedule.remaining(self.state.step):
-                if stage.index > present.index:
-                    self.cross_boundary(present, stage)
-                    present = stage
-                if not self.train_stage(stage, stop):
-                    self.monitor.say(f"stopped at step {self.state.step}; --resume goes on")
-                    return
+        request.hold_all()
+        stop = StopFlag(self.world, request)
+        for stage in self.job.schedule.remaining(self.state.step):
+            if stage.index > present.index:
+                self.cross_boundary(present, stage)
+                present = stage
+            # what a boundary or a restore ends with is on disk already
+            if stop.agreed() or not self.train_stage(stage, stop):
+                self.monitor.say(f"stopped at step {self.state.step}; --resume goes on")
+                return
 
     def cross_boundary(self, old: Stage, new: Stage) -> None:
         started = time.perf_counter()
@@ -165,13 +177,16 @@ class _Run:
         evaluating = step == end_step or (
             not stopping and _due(step, config.evaluation.every_steps)
         )
-        saving = at_end or _due(step, config.checkpoint.every_steps)
+        saving = not stopping and (at_end or _due(step, config.checkpoint.every_steps))
         if evaluating or saving or stopping or _due(step, config.logging.every_steps):
             found = self.heldout.metrics(self.stages.engine, phase) if evaluating else {}
             self.record(stage, phase, found)
         finished = step == self.job.schedule.total_steps
-        if saving and not stopping:
-            self.save(stage, wait=finished)
+        if evaluating and not stopping and not finished:
+            stopping = stop.agreed()  # an evaluation may have taken as long as many steps
+            saving = saving or stopping
+        if saving:
+            self.save(stage, wait=finished or stopping)
         return not stopping or finished
 
     def train_step(self, rank_step: RankStep) -> StepResult:
@@ -191,6 +206,7 @@ class _Run:
         sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         scale = self.world.size * self.stages.accumulation_steps
         for index, micro_batch in enumerate(rank_step.micro_batches):
+            self.world.pulse.moves += 1
             if index > 0:
                 take_step(engine)  # between micro-steps DeepSpeed only counts
             batch = micro_batch.to(self.world.device)
@@ -241,10 +257,11 @@ class _Run:
         try:
             yield batches
         finally:
-            _end_workers(batches)
+            end_workers(batches)
 
     def count(self, result: StepResult, phase: Phase, seconds: float, waited: float) -> None:
         self.state.count(result, phase.global_batch_size, seconds)
+        self.world.pulse.step = self.state.step
         self.interval.count(result, seconds, waited)
         self.monitor.step(self.state.step, result.loss)
 
@@ -285,12 +302,3 @@ class _Run:
 
 def _due(step: int, every_steps: int) -> bool:
     return every_steps > 0 and step % every_steps == 0
-
-
-def _end_workers(batches: Any) -> None:
-    # An error's traceback keeps the iterator alive, and the interpreter then waits for ever at its
-    # end for workers that ignore SIGTERM.
-    if hasattr(batches, "_shutdown_workers"):
-        batches._shutdown_workers()
-        for worker in batches._workers:
-            worker.kill()

@@ -22,7 +22,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-__all__ = ["RankError", "RankTimeoutError", "run_ranks"]
+__all__ = ["RankError", "RankTimeoutError", "run_ranks", "spawn_ranks"]
 
 _GRACE_SECONDS = 2.0
 _DIED = "died with exit code"
@@ -69,6 +69,51 @@ def run_ranks(
             for rank in ranks:
                 rank.kill()
     return [rank.result for rank in ranks]
+
+
+@contextmanager
+def spawn_ranks(
+    fn: Callable[..., Any], world_size: int, folder: Path, *args: Any
+) -> Iterator[list[ForkServerProcess]]:
+    """`fn(world, *args)` on ranks that may come to harm: the processes, killed in the end. What
+    each says is in `folder`/rank_N.log; an error ends it with exit code 1."""
+    _start_server()
+    port = _free_port()
+    processes = [
+        _context.Process(
+            target=_spawned_main,
+            args=(rank, world_size, port, folder / f"rank_{rank}.log", fn, args),
+            daemon=True,
+        )
+        for rank in range(world_size)
+    ]
+    try:
+        for process in processes:
+            process.start()
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _spawned_main(
+    rank: int, world_size: int, port: int, log: Path, fn: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    with log.open("w") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    _be_rank(rank, world_size, port)
+    from stacking_ds import distributed
+
+    try:
+        fn(distributed.start(), *args)
+        distributed.stop()
+    except BaseException:  # noqa: BLE001 - shown in the log
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    os._exit(0)
 
 
 class _Rank:
@@ -161,14 +206,7 @@ def _rank_main(
 ) -> None:
     stream = Path(stacks).open("w")  # noqa: SIM115 - faulthandler needs it to the end
     faulthandler.register(signal.SIGUSR1, file=stream, all_threads=True)
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+    _be_rank(rank, world_size, port)
     import torch
 
     from stacking_ds import distributed
@@ -193,6 +231,17 @@ def _rank_main(
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def _be_rank(rank: int, world_size: int, port: int) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
 
 
 _started = False

@@ -14,6 +14,7 @@ import pytest
 from stacking_ds import distributed
 from stacking_ds.distributed import StopFlag, World
 from stacking_ds.errors import ConfigError, DataError
+from stacking_ds.stop_request import StopRequest
 from tests.ranks import run_ranks
 
 
@@ -53,20 +54,39 @@ def test_an_error_on_the_first_rank_reaches_all() -> None:
     assert run_ranks(_failing_first_rank, 2) == [("rank 0 found nothing", True)] * 2
 
 
-def _one_rank_is_signalled(world: World) -> list[bool]:
-    with StopFlag(world) as stop:
+def _one_rank_is_signalled(world: World, number: signal.Signals) -> list[bool]:
+    with StopRequest() as request:
+        request.hold_all()
+        stop = StopFlag(world, request)
         before = stop.agreed()
         if world.rank == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return [before, stop.agreed()]
 
 
-def test_a_signal_to_one_rank_stops_all() -> None:
-    assert run_ranks(_one_rank_is_signalled, 2) == [[False, True]] * 2
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_to_one_rank_stops_all(number: signal.Signals) -> None:
+    assert run_ranks(_one_rank_is_signalled, 2, number) == [[False, True]] * 2
+
+
+def _signals(world: World) -> list[bool]:
+    before = [signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)]
+    with StopRequest() as request:
+        first = signal.getsignal(signal.SIGTERM) == before[1]
+        os.kill(os.getpid(), signal.SIGUSR1)  # would end the process
+        request.hold_all()
+        made = request.made
+    after = [signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)]
+    return [first, made, after == before]
+
+
+def test_slurms_signal_is_held_from_the_start_and_the_others_once_a_stop_saves() -> None:
+    assert run_ranks(_signals, 1) == [[True, True, True]]
 
 
 def _second_interrupt(world: World) -> str:
-    with StopFlag(world):
+    with StopRequest() as request:
+        request.hold_all()
         os.kill(os.getpid(), signal.SIGINT)
         try:
             os.kill(os.getpid(), signal.SIGINT)
@@ -110,9 +130,11 @@ def test_a_taken_port_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ranks_find_one_another_under_mpirun() -> None:
     program = (
         "from stacking_ds import distributed\n"
-        "size = distributed.world_size_from_environment()\n"
+        "from stacking_ds.launched import rank_from_environment, world_size_from_environment\n"
+        "size = world_size_from_environment()\n"
+        "rank = rank_from_environment()\n"
         "world = distributed.start()\n"
-        "ranks = world.gather((world.rank, world.size, world.local_rank, world.local_size, size))\n"
+        "ranks = world.gather((rank, world.size, world.local_rank, world.local_size, size))\n"
         "world.is_first and print(ranks)\n"
         "distributed.stop()\n"
     )
@@ -133,5 +155,6 @@ def test_srun_without_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
-    with pytest.raises(ConfigError, match="torchrun"):
+    monkeypatch.delenv("SLURM_PROCID", raising=False)
+    with pytest.raises(ConfigError, match="let containers pass"):
         distributed.start()

@@ -13,7 +13,18 @@ PACKAGE = REPOSITORY / "stacking_ds"
 # A module imports from lines above its own, or from its own folder; never from its neighbours.
 ORDER = (
     ("errors",),
-    ("stages", "phases", "fragments", "bundled", "text_table", "host_memory"),
+    (
+        "stages",
+        "phases",
+        "fragments",
+        "bundled",
+        "text_table",
+        "host_memory",
+        "stop_request",
+        "launched",
+        "node_scratch",
+        "attempts",
+    ),
     ("config",),
     ("recipe",),
     ("distributed",),
@@ -25,10 +36,10 @@ ORDER = (
     ("job",),
     ("monitor", "meter"),
     ("evaluate", "export", "report"),
-    ("from_checkpoint", "checkpoint_commands"),
+    ("from_checkpoint", "checkpoint_commands", "doctor"),
     ("stage_manager", "resume"),
     ("trainer",),
-    ("bench",),
+    ("bench", "launch", "train_command"),
     ("cli",),
     ("__main__",),
 )

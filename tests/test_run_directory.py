@@ -1,10 +1,13 @@
 """A run directory belongs to one run, and to one job at a time."""
 
+import errno
+import fcntl
+import threading
 from pathlib import Path
 
 import pytest
 
-from stacking_ds import run_directory
+from stacking_ds import attempts, run_directory
 from stacking_ds.config import RunConfig
 from stacking_ds.distributed import World
 from stacking_ds.errors import CheckpointError, ConfigError
@@ -39,9 +42,31 @@ def test_a_second_job_is_kept_out_while_the_first_works(tmp_path: Path) -> None:
     run_directory.lock(tmp_path / "run").close()
 
 
+def test_what_a_killed_job_leaves_running_for_a_moment_is_waited_for(tmp_path: Path) -> None:
+    first = run_directory.lock(tmp_path / "run")
+    with pytest.raises(CheckpointError, match="another job is training in"):
+        run_directory.lock(tmp_path / "run", patience_seconds=0.2)
+    threading.Timer(0.5, first.close).start()
+    run_directory.lock(tmp_path / "run", patience_seconds=30.0).close()
+
+
+def test_a_file_system_without_locks_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(run_directory.logger, "propagate", True)
+    run_directory.lock(tmp_path / "run").close()
+    assert "has no locks (Operation not supported): see that no other job" in caplog.text
+
+
 def test_what_a_killed_start_left_behind_is_no_obstacle(config: RunConfig, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     run_directory.lock(run_dir).close()
+    attempts.judge(run_dir, 1)
+    assert (run_dir / attempts.ATTEMPTS_FILE).exists()
     (run_dir / "config.tmp").write_text("name: sm")
     run_directory.check(run_dir, config, resume=True)
     run_directory.check(run_dir, config, resume=False)

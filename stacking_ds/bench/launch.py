@@ -10,17 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stacking_ds.errors import UserError
+from stacking_ds.launched import HYDRA_SIZE, OPEN_MPI_SIZE, by_srun
 
 __all__ = ["run_on_ranks", "say_if_no_gpu", "under_launcher"]
 
 _POLL_SECONDS = 0.1
 _LINES_OF_A_FAILURE = 15
-_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 def under_launcher() -> bool:
     """Has a launcher started this process as one of several ranks?"""
-    return any(name in os.environ for name in ("RANK", *_MPI_SIZES))
+    return by_srun() or any(name in os.environ for name in ("RANK", OPEN_MPI_SIZE, HYDRA_SIZE))
 
 
 def say_if_no_gpu() -> None:

@@ -10,6 +10,7 @@ disk; whatever fails or is killed before leaves the previous one as it was.
 """
 
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from threading import Thread
@@ -81,6 +82,9 @@ class BackgroundSave:
         self.folder = run_dir / "checkpoints" / folder_name(contents.step)
         self.over = False
         """Whether it has been published or has failed."""
+        self.seconds = 0.0
+        """What it has taken so far, on the first rank until it was published."""
+        self._started = time.monotonic()
         self._world = world
         self._contents = contents
         self._afterwards = afterwards
@@ -150,6 +154,7 @@ class BackgroundSave:
                 action(*arguments)
             except BaseException as error:  # noqa: BLE001 - the main thread raises it on all ranks
                 self._failure = str(error) or type(error).__name__
+            self.seconds = time.monotonic() - self._started
 
         # the thread lets go of its arguments, the captured state, when it ends
         self._thread = Thread(target=act, args=arguments, name="checkpoint", daemon=True)

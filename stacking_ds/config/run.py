@@ -10,6 +10,7 @@ from stacking_ds.config.sections import (
     LARGEST_LEARNING_RATE,
     BatchSection,
     CheckpointSection,
+    ClusterSection,
     Count,
     DataSection,
     EngineSection,
@@ -48,6 +49,7 @@ class RunConfig(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     evaluation: EvaluationSection = EvaluationSection()
     logging: LoggingSection = LoggingSection()
+    cluster: ClusterSection = ClusterSection()
 
     @model_validator(mode="after")
     def _phases_fit(self) -> "RunConfig":
@@ -144,6 +146,7 @@ _MAY_CHANGE = (
     "checkpoint.",
     "evaluation.",
     "logging.",
+    "cluster.",
 )
 
 

@@ -11,6 +11,7 @@ __all__ = [
     "AttentionName",
     "BatchSection",
     "CheckpointSection",
+    "ClusterSection",
     "DataSection",
     "EngineSection",
     "EvaluationSection",
@@ -266,6 +267,16 @@ class EvaluationSection(Section):
     every_steps: Count = 0
     """0 evaluates at the end of each stage only; those evaluations are always made."""
     max_samples: Positive = 1024
+
+
+class ClusterSection(Section):
+    """When ranks are taken for lost. What is lost ends the job, which can go on from its
+    checkpoint."""
+
+    timeout_seconds: Annotated[float, Field(ge=5.0)] = 600.0
+    """How long it may be that no rank moves; also the time-out of all collectives."""
+    silence_seconds: Annotated[float, Field(ge=2.0)] = 45.0
+    """How long a rank may be silent: its process is gone, stopped, or cut off the network."""
 
 
 class LoggingSection(Section):

@@ -11,6 +11,7 @@ import math
 import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ __all__ = [
     "PretrainingData",
     "PretrainingSteps",
     "RowOptions",
+    "end_workers",
     "load_steps",
 ]
 
@@ -278,9 +280,19 @@ def load_steps(
     )
 
 
+def end_workers(batches: Any) -> None:
+    """Kill the processes behind an iterator over `load_steps`, if it has any."""
+    # An error's traceback keeps the iterator alive, and the interpreter then waits for ever at its
+    # end for workers that ignore SIGTERM.
+    if hasattr(batches, "_shutdown_workers"):
+        batches._shutdown_workers()
+        for worker in batches._workers:
+            worker.kill()
+
+
 def _start_worker(worker: int) -> None:
     # Ctrl-C and SLURM signal every process; a worker that dies of it would take the rank along
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     # Memory given back after every batch comes anew page by page, a fifth of a worker's time.
     keep_freed_memory()

@@ -1,0 +1,139 @@
+"""Which launcher has started this process, and what it says about ranks and where they meet.
+
+deepspeed, torchrun    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT
+mpirun (Open MPI), hydra    a size; mpi4py tells the rest
+srun                   SLURM_PROCID and relatives; the first node of the step is the meeting place
+none of them           one process
+"""
+
+import os
+import re
+from collections.abc import Mapping
+
+from stacking_ds.distributed.addresses import address_of_this_node, free_port
+from stacking_ds.errors import ConfigError
+from stacking_ds.launched import HYDRA_SIZE, OPEN_MPI_SIZE, by_srun
+
+__all__ = ["complete_environment", "first_host", "slurm_environment"]
+
+# below the range from which systems take ports for outgoing connections
+_FIRST_PORT, _PORTS = 15_000, 15_000
+
+
+def complete_environment() -> dict[str, str]:
+    """RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+
+    Raises:
+        ConfigError: a launcher's variables are incomplete, or MPI cannot be asked.
+    """
+    environment = os.environ
+    if "RANK" in environment:
+        return _launcher_environment(environment)
+    if int(environment.get(OPEN_MPI_SIZE, "1")) > 1:
+        return _mpi_environment()
+    if by_srun():
+        return slurm_environment(environment)
+    if int(environment.get(HYDRA_SIZE, "1")) > 1:
+        return _mpi_environment()
+    return {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+
+
+def _launcher_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    required = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in required if name not in environment]
+    if missing:
+        raise ConfigError(
+            f"the launcher set RANK but not {', '.join(missing)}; start with "
+            f"`deepspeed train.py …` or `torchrun train.py …`, or unset RANK for a single process"
+        )
+    found = {name: environment[name] for name in required}
+    # torchrun says LOCAL_WORLD_SIZE, the deepspeed launcher LOCAL_SIZE
+    found["LOCAL_WORLD_SIZE"] = environment.get(
+        "LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE", "1")
+    )
+    return found
+
+
+# --------------------------------------------------------------------------- srun
+
+
+def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The same from the variables of a job step. A MASTER_ADDR or MASTER_PORT that is set stays.
+
+    Raises:
+        ConfigError: a variable is missing that srun sets.
+    """
+    try:
+        tasks = _tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])
+        job = int(environment["SLURM_JOB_ID"])
+        # a job that was requeued must not wait for the port of its past
+        attempt = int(environment.get("SLURM_RESTART_COUNT", "0"))
+        port = _FIRST_PORT + (7 * job + int(environment["SLURM_STEP_ID"]) + 31 * attempt) % _PORTS
+        return {
+            "RANK": environment["SLURM_PROCID"],
+            "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
+            "LOCAL_RANK": environment["SLURM_LOCALID"],
+            "LOCAL_WORLD_SIZE": str(tasks[int(environment["SLURM_NODEID"])]),
+            "MASTER_ADDR": environment.get(
+                "MASTER_ADDR", first_host(environment["SLURM_STEP_NODELIST"])
+            ),
+            "MASTER_PORT": environment.get("MASTER_PORT", str(port)),
+        }
+    except (KeyError, ValueError, IndexError) as error:
+        raise ConfigError(
+            f"srun started several tasks, but the environment does not tell their places "
+            f"({type(error).__name__}: {error}); start with plain `srun stacking-ds train …`, and "
+            f"let containers pass SLURM_* on"
+        ) from None
+
+
+def _tasks_per_node(text: str) -> list[int]:
+    """`2(x3),1` is [2, 2, 2, 1]."""
+    tasks: list[int] = []
+    for part in text.split(","):
+        count, _, times = part.partition("(x")
+        tasks += [int(count)] * int(times.rstrip(")") or "1")
+    return tasks
+
+
+def first_host(nodes: str) -> str:
+    """The first name in SLURM's short form of a list: `gpu[07-09,12],login` begins with gpu07."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
+    if first is None:
+        raise ValueError(f"{nodes!r} names no node")
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0])
+
+
+# --------------------------------------------------------------------------- MPI
+
+
+def _mpi_environment() -> dict[str, str]:
+    """Ranks and a meeting place under mpirun, which sets neither RANK nor MASTER_ADDR."""
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise ConfigError(
+            f"started by MPI, but mpi4py cannot load an MPI library ({error}); install the one "
+            f"that mpirun belongs to, or start with `deepspeed` or `torchrun`"
+        ) from None
+    everyone = MPI.COMM_WORLD
+    node = everyone.Split_type(MPI.COMM_TYPE_SHARED)
+    several_nodes = everyone.allreduce(node.size) != node.size * everyone.size
+    address = os.environ.get("MASTER_ADDR") or address_of_this_node(several_nodes)
+    port = os.environ.get("MASTER_PORT") or str(free_port())
+    address, port = everyone.bcast((address, port))
+    return {
+        "RANK": str(everyone.rank),
+        "WORLD_SIZE": str(everyone.size),
+        "LOCAL_RANK": str(node.rank),
+        "LOCAL_WORLD_SIZE": str(node.size),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": port,
+    }

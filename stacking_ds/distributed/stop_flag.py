@@ -1,0 +1,17 @@
+"""All ranks stop at the same step, whichever of them was asked to."""
+
+from stacking_ds.distributed.world import World
+from stacking_ds.stop_request import StopRequest
+
+__all__ = ["StopFlag"]
+
+
+class StopFlag:
+    """Asked by all ranks at step, evaluation and growth boundaries."""
+
+    def __init__(self, world: World, request: StopRequest) -> None:
+        self._world, self._request = world, request
+
+    def agreed(self) -> bool:
+        """True on every rank once any rank was asked to stop (a collective)."""
+        return self._world.any(self._request.made)

@@ -1,0 +1,102 @@
+"""Which ranks are missing, by what rank 0 has seen of them, and how to say it. Pure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["Fate", "Missing", "Seen", "sentence", "who_is_missing"]
+
+_NAMED = 3
+_SHOWN_CHARACTERS = 300
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What a rank said when it ended by an error."""
+
+    rank: int
+    step: int
+    why: str
+    contact: bool
+    """True where it only lost contact with others, which is no fault of its own."""
+
+
+@dataclass
+class Seen:
+    """A rank as rank 0 sees it; times are rank 0's."""
+
+    heard: float
+    """When it was last heard of."""
+    moved: float
+    """When it was last seen to have moved."""
+    beats: int = 0
+    moves: int = 0
+    step: int = 0
+    fate: Fate | None = None
+
+    def update(self, beats: int, moves: int, step: int, now: float) -> None:
+        if beats != self.beats:
+            self.heard = now
+        if moves != self.moves:
+            self.moved = now
+        self.beats, self.moves, self.step = beats, moves, step
+
+
+@dataclass(frozen=True)
+class Missing:
+    """`how`: "failed", "silent", "stuck", or "together" where nobody is behind the others."""
+
+    how: str
+    ranks: tuple[int, ...]
+
+
+def who_is_missing(
+    ranks: Sequence[Seen], now: float, *, silence: float, timeout: float
+) -> Missing | None:
+    """The ranks that keep the others from going on; None while all is well.
+
+    Who failed by itself comes before who is silent, who is silent before who is behind.
+    """
+    failed = [rank for rank, seen in enumerate(ranks) if seen.fate and not seen.fate.contact]
+    if failed:
+        return Missing("failed", tuple(failed))
+    silent = [
+        rank for rank, seen in enumerate(ranks) if not seen.fate and now - seen.heard > silence
+    ]
+    if silent:
+        return Missing("silent", tuple(silent))
+    if now - max(seen.moved for seen in ranks) > timeout:
+        least = min(seen.moves for seen in ranks)
+        behind = tuple(rank for rank, seen in enumerate(ranks) if seen.moves == least)
+        return Missing("together" if len(behind) == len(ranks) else "stuck", behind)
+    return None
+
+
+def sentence(
+    missing: Missing, ranks: Sequence[Seen], hosts: Sequence[str], now: float, step: int
+) -> str:
+    """Ranks, nodes and the last step, for people. `step` is what rank 0 has completed: all ranks
+    have, and what was last heard of a rank may be some steps old."""
+    first = ranks[missing.ranks[0]]
+    names = [f"rank {rank} on {hosts[rank]}" for rank in missing.ranks[:_NAMED]]
+    more = len(missing.ranks) - len(names)
+    who = ", ".join(names) + (f" and {more} more" if more else "")
+    verb = "is" if len(missing.ranks) == 1 else "are"
+    if missing.how == "failed":
+        assert first.fate is not None
+        why = " ".join(first.fate.why.split())[:_SHOWN_CHARACTERS]
+        return f"{who} failed after step {first.fate.step}: {why}"
+    if missing.how == "silent":
+        return (
+            f"{who} {verb} gone or cut off: last heard of {now - first.heard:.0f} s ago, after "
+            f"step {step}"
+        )
+    still = now - max(seen.moved for seen in ranks)
+    if missing.how == "stuck":
+        return (
+            f"{who} {verb} stuck after step {step} while the others wait: no rank has moved "
+            f"for {still:.0f} s"
+        )
+    return (
+        f"no rank has moved for {still:.0f} s after step {step}, and none is behind: the "
+        f"network between them, or a collective of the engine, is stuck"
+    )

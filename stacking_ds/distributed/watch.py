@@ -1,0 +1,304 @@
+"""Who is still there: the job ends soon on all ranks when one of them dies, hangs or is cut off.
+
+    every rank    tells each second or two: alive, its moves, its step    ──┐  a store on rank 0's
+    rank 0        looks at all: one is silent, or nobody moves: verdict   ──┤  node, beside the
+    the others    read the verdict; rank 0 does not answer: their own     ──┘  process group
+
+Collectives cannot do this: over NCCL a dead peer is not noticed, no error names a rank, and a rank
+blocked in one cannot look. So threads look, and end the process where its main thread is stuck.
+"""
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from types import TracebackType
+from typing import Any
+
+import torch.distributed as dist
+
+from stacking_ds.distributed.verdict import Fate, Missing, Seen, sentence, who_is_missing
+from stacking_ds.distributed.world import World
+from stacking_ds.errors import LostRankError, NonFiniteError, UserError
+
+__all__ = ["EXIT_LOST", "Watch", "is_lost_contact"]
+
+EXIT_LOST = 4
+_LONGEST_INTERVAL_SECONDS = 2.0
+_INTERVALS_OF_SILENCE = 6  # at least so many beats may be missed
+_INTERVALS_TO_GATHER = 4  # what others have to say when contact is lost
+_INTERVALS_TO_DECIDE = _INTERVALS_TO_GATHER + 3
+_SECONDS_TO_END = 15.0  # for a main thread that can still end by itself
+
+_VERDICT, _FATES = "verdict", "fates"
+
+
+class Watch:
+    """Watches over the ranks while it is entered; entering and leaving are collectives.
+
+    Leaving by an error makes it known to the other ranks. One that tells of lost contact becomes a
+    LostRankError which says who is missing, as far as rank 0 can find out.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        *,
+        timeout_seconds: float,
+        silence_seconds: float,
+        on_lost: Callable[[str], None] = lambda verdict: None,
+    ) -> None:
+        """Args:
+        timeout_seconds: how long it may be that no rank moves.
+        silence_seconds: how long a rank may be silent.
+        on_lost: told the verdict before the process is ended from here, its main thread being
+            stuck.
+        """
+        self._world = world
+        self._timeout, self._silence = timeout_seconds, silence_seconds
+        self._interval = min(_LONGEST_INTERVAL_SECONDS, silence_seconds / _INTERVALS_OF_SILENCE)
+        self._on_lost = on_lost
+        self._hosts: list[str] = []
+        self._seen: list[Seen] = []
+        self._leaving = threading.Event()
+        self._decided = threading.Event()
+        self._verdict, self._verdict_of_first = "", False
+        self._heard_of_first = time.monotonic()
+        self._alarm: float | None = None
+        self._warned = False
+        self._threads: list[threading.Thread] = []
+
+    # ------------------------------------------------------------- the main thread
+
+    def __enter__(self) -> "Watch":
+        if self._world.size == 1:
+            return self
+        self._hosts = self._world.gather(socket.gethostname())
+        now = time.monotonic()
+        self._seen = [Seen(heard=now, moved=now) for _ in self._hosts]
+        self._own_store = self._connect()
+        if self._world.is_first:
+            self._own_store.set(_FATES, "\n")
+        self._tell(self._own_store, 0)
+        self._world.barrier()  # from now on every key is there
+        for action in (self._beat, self._judge):
+            thread = threading.Thread(target=action, name="watch", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._world.size == 1:
+            return
+        if error is None or _is_raised_by_all(error):
+            self._leave()
+            return
+        contact = is_lost_contact(error)
+        self._confess(error, contact)
+        if contact:
+            raise self._lost(error) from error
+        if isinstance(error, Exception) and self._world.is_first:
+            self._let_others_read()
+        self._leaving.set()
+
+    def _lost(self, error: BaseException) -> LostRankError:
+        if self._world.is_first:
+            self._let_others_read()
+        else:
+            self._decided.wait(_INTERVALS_TO_DECIDE * self._interval)
+        self._leaving.set()
+        lost = LostRankError(self._verdict or _lost_contact(self._world, error))
+        lost.said_by_first = not self._world.is_first and self._verdict_of_first
+        return lost
+
+    def _let_others_read(self) -> None:
+        """The store with the verdict goes when rank 0 does."""
+        if self._decided.wait(_INTERVALS_TO_DECIDE * self._interval):
+            time.sleep(2 * self._interval)
+
+    def _leave(self) -> None:
+        self._leaving.set()
+        for thread in self._threads:
+            thread.join()
+        self._world.barrier()  # rank 0 takes the store with it
+
+    def _confess(self, error: BaseException, contact: bool) -> None:
+        fate = Fate(
+            self._world.rank, self._world.pulse.step, f"{type(error).__name__}: {error}", contact
+        )
+        self._alarm = time.monotonic()
+        try:
+            self._own_store.append(_FATES, json.dumps(fate.__dict__) + "\n")
+        except RuntimeError:  # rank 0 is gone with the store
+            return
+
+    def _connect(self) -> Any:
+        # its own connection: one that waits for an answer would hold up the others
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            timeout=timedelta(seconds=self._silence),
+            wait_for_workers=False,
+        )
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return dist.PrefixStore(f"stacking_ds/watch/{attempt}", store)  # type: ignore[attr-defined]
+
+    # ------------------------------------------------------------- the thread that talks
+
+    def _beat(self) -> None:
+        count = 0
+        try:
+            store = self._connect()
+            # once it is decided nobody asks any more, and the store may go at any moment
+            while not self._leaving.wait(self._interval) and not self._decided.is_set():
+                count += 1
+                self._tell(store, count)
+                if self._world.is_first:
+                    self._look(store)
+                elif store.check([_VERDICT]):
+                    self._verdict_of_first = True
+                    self._decide(store.get(_VERDICT).decode())
+                self._heard_of_first = time.monotonic()
+        except RuntimeError:
+            if not self._leaving.is_set():
+                # under torchrun rank 0 itself may see this: the store is its agent's
+                self._decide(self._first_is_gone("ended, or its launcher did"))
+
+    def _tell(self, store: Any, count: int) -> None:
+        pulse = self._world.pulse
+        store.set(_key(self._world.rank), f"{count} {pulse.moves} {pulse.step}")
+
+    def _look(self, store: Any) -> None:
+        keys = [_key(rank) for rank in range(self._world.size)]
+        *beats, fates = store.multi_get([*keys, _FATES])
+        now = time.monotonic()
+        for seen, beat in zip(self._seen, beats, strict=True):
+            count, moves, step = map(int, beat.split())
+            seen.update(count, moves, step, now)
+        for line in fates.decode().splitlines():
+            if line:
+                fate = Fate(**json.loads(line))
+                self._seen[fate.rank].fate = fate
+                self._alarm = self._alarm or now
+
+    # ------------------------------------------------------------- the thread that judges
+
+    def _judge(self) -> None:
+        while not self._leaving.wait(self._interval):
+            if not self._decided.is_set():
+                if self._world.is_first:
+                    self._judge_all()
+                elif time.monotonic() - self._heard_of_first > self._silence:
+                    self._decide(self._first_is_gone("does not answer"))
+            if self._decided.is_set():
+                self._end()
+                return
+
+    def _judge_all(self) -> None:
+        now = time.monotonic()
+        silence = self._silence
+        if self._alarm is not None:
+            silence = min(silence, (_INTERVALS_TO_GATHER - 1) * self._interval)
+        missing = who_is_missing(self._seen, now, silence=silence, timeout=self._timeout)
+        if missing is None and self._alarm is not None:
+            if now - self._alarm < _INTERVALS_TO_GATHER * self._interval:
+                return
+            missing = who_is_missing(self._seen, now, silence=silence, timeout=0.0)
+        if missing is not None:
+            self._decide(self._sentence(missing, now))
+        elif not self._warned:
+            behind = who_is_missing(self._seen, now, silence=silence, timeout=self._timeout / 2)
+            if behind is not None:
+                self._warned = True
+                said = self._sentence(behind, now)
+                _say(f"{said}; waiting for {self._timeout / 2:.0f} s more")
+
+    def _sentence(self, missing: Missing, now: float) -> str:
+        return sentence(missing, self._seen, self._hosts, now, self._world.pulse.step)
+
+    def _first_is_gone(self, how: str) -> str:
+        step = self._world.pulse.step
+        return f"rank 0 on {self._hosts[0]} {how}; the last step here was {step}"
+
+    def _decide(self, verdict: str) -> None:
+        if self._decided.is_set():
+            return
+        self._verdict = verdict
+        if self._world.is_first:
+            with suppress(RuntimeError):  # where torchrun's agent has the store, and is gone
+                self._own_store.set(_VERDICT, verdict)
+        self._decided.set()
+
+    def _end(self) -> None:
+        """The main thread leaves if it can; where it is stuck, so that it cannot, this does."""
+        if self._leaving.wait(_SECONDS_TO_END if self._alarm else 2 * self._interval):
+            return
+        if self._world.is_first or (self._world.speaks_for_node and not self._verdict_of_first):
+            _say(f"stacking-ds: error: {self._verdict}")
+        if f"rank {self._world.rank} on " in self._verdict:
+            _say(_main_thread_stack(self._world.rank))
+        self._on_lost(self._verdict)
+        os._exit(EXIT_LOST)
+
+
+def _key(rank: int) -> str:
+    return f"beat/{rank}"
+
+
+def _say(message: str) -> None:
+    try:
+        print(message, file=sys.stderr, flush=True)
+    except OSError:  # the launcher that read it is gone
+        return
+
+
+def _main_thread_stack(rank: int) -> str:
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    stack = "".join(traceback.format_stack(frame, limit=None)[-12:]) if frame else ""
+    return f"[rank {rank}] its main thread is at:\n{stack}"
+
+
+# what gloo, NCCL and the store say when the other end is gone or late
+_SIGNS_OF_LOST_CONTACT = (
+    "closed by peer",
+    "reset by peer",
+    "broken pipe",
+    "timed out waiting",
+    "timeout",
+    "gloo",
+    "nccl",
+    "connection refused",
+    "no route to host",
+)
+
+
+def _is_raised_by_all(error: BaseException) -> bool:
+    return isinstance(error, NonFiniteError) or (
+        isinstance(error, UserError) and error.on_all_ranks
+    )
+
+
+def is_lost_contact(error: BaseException) -> bool:
+    """Does it say no more than that another rank does not answer?"""
+    if isinstance(error, LostRankError | dist.DistError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(sign in text for sign in _SIGNS_OF_LOST_CONTACT)
+
+
+def _lost_contact(world: World, error: BaseException) -> str:
+    return (
+        f"rank {world.rank} on {socket.gethostname()} lost contact with other ranks after step "
+        f"{world.pulse.step} ({str(error).splitlines()[0]})"
+    )

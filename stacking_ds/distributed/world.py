@@ -1,0 +1,175 @@
+"""Who this process is among the ranks, and the host-side collectives."""
+
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from stacking_ds.errors import UserError
+
+__all__ = ["Pulse", "World"]
+
+# well below any time-out, so that who waits for a slow rank hears of it in between
+_SECONDS_BETWEEN_WORDS = 5.0
+
+
+@dataclass
+class Pulse:
+    """How far this rank is; `Watch` compares it with the others'."""
+
+    moves: int = 0
+    """Counts what all ranks do alike: collectives entered, micro-batches begun. Who has fewer is
+    behind."""
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class World:
+    """Who this process is, and the collectives it may call (on all ranks, in the same order)."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+    host_group: dist.ProcessGroup | None
+    pulse: Pulse = field(default_factory=Pulse, compare=False)
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def speaks_for_node(self) -> bool:
+        return self.local_rank == 0
+
+    def barrier(self) -> None:
+        self.pulse.moves += 1
+        dist.barrier(group=self.host_group)
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Element-wise sum over the ranks, in fp64."""
+        self.pulse.moves += 1
+        total = torch.tensor(list(values), dtype=torch.float64)
+        dist.all_reduce(total, group=self.host_group)
+        return [float(value) for value in total]
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank if `flag` is true on at least one."""
+        return self.sum([float(flag)])[0] > 0
+
+    def all_to_all(
+        self, outgoing: Sequence[torch.Tensor], incoming_sizes: Sequence[int]
+    ) -> list[torch.Tensor]:
+        """Send each rank its 1-D fp32 host tensor; what came from each, of the sizes expected."""
+        self.pulse.moves += 1
+        received = torch.empty(sum(incoming_sizes))
+        dist.all_to_all_single(
+            received,
+            torch.cat(list(outgoing)),
+            list(incoming_sizes),
+            [part.numel() for part in outgoing],
+            group=self.host_group,
+        )
+        return list(torch.split(received, list(incoming_sizes)))
+
+    def gather(self, value: Any) -> list[Any]:
+        """The picklable `value` of every rank, in rank order, on every rank."""
+        self.pulse.moves += 1
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.host_group)
+        return values
+
+    def gather_on_first(self, value: Any) -> list[Any]:
+        """The picklable `value` of every rank, in rank order, on rank 0; nothing elsewhere."""
+        self.pulse.moves += 1
+        values: list[Any] = [None] * self.size if self.is_first else []
+        dist.gather_object(value, values if self.is_first else None, dst=0, group=self.host_group)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """The picklable `value` of rank 0, on every rank."""
+        self.pulse.moves += 1
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.host_group)
+        return values[0]
+
+    def on_first(self, action: Callable[[], Any]) -> Any:
+        """Run `action` on rank 0 while the others wait; its result or its error on every rank.
+
+        It may take longer than a collective may: the others are told now and then to wait on.
+        """
+        work = _Work(action, self) if self.is_first else None
+        done, result, failure = False, None, None
+        while not done:
+            done, result, failure = self.broadcast(work.look() if work else None)
+        if isinstance(failure, UserError):
+            failure.on_all_ranks = True
+        if failure is not None:
+            raise failure
+        return result
+
+    def on_all(self, action: Callable[[], Any]) -> Any:
+        """Run `action` on every rank, for as long as it takes each; its result on this rank.
+
+        An error on any rank is raised on all: as it is where all have the same, otherwise with
+        the rank and the node that has it.
+        """
+        work = _Work(action, self)
+        done, result, failure = work.look()
+        while self.any(not done):
+            done, result, failure = work.look()
+        if not self.any(failure is not None):
+            return result
+        told = None if failure is None else (type(failure), str(failure))
+        raise _failure_of_all(self.gather((socket.gethostname(), told)), failure)
+
+
+class _Work:
+    """An action under way, in a thread where other ranks wait for it."""
+
+    def __init__(self, action: Callable[[], Any], world: World) -> None:
+        self._action = action
+        self._result: Any = None
+        self._failure: Exception | None = None
+        self._thread: threading.Thread | None = None
+        if world.size == 1:
+            self._run()
+        else:
+            self._thread = threading.Thread(target=self._run, name="work", daemon=True)
+            self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._result = self._action()
+        except Exception as error:  # noqa: BLE001 - handed to every rank, raised there
+            self._failure = error
+
+    def look(self) -> tuple[bool, Any, Exception | None]:
+        """Whether it is done, its result and its error, after a while at most."""
+        if self._thread is not None:
+            self._thread.join(_SECONDS_BETWEEN_WORDS)
+            if self._thread.is_alive():
+                return False, None, None
+        return True, self._result, self._failure
+
+
+def _failure_of_all(
+    told: Sequence[tuple[str, tuple[type[Exception], str] | None]], own: Exception | None
+) -> Exception:
+    failed = [(rank, host, error) for rank, (host, error) in enumerate(told) if error]
+    kinds = {error for _, _, error in failed}
+    if own is not None and len(failed) == len(told) and len(kinds) == 1:
+        failure = own
+    else:
+        rank, host, (kind, text) = failed[0]
+        others = f" ({len(failed)} of {len(told)} ranks failed)" if len(failed) > 1 else ""
+        whose = f"rank {rank} on {host}: {text}{others}"
+        failure = kind(whose) if issubclass(kind, UserError) else RuntimeError(whose)
+    if isinstance(failure, UserError):
+        failure.on_all_ranks = True
+    return failure

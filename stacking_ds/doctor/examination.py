@@ -1,0 +1,135 @@
+"""All checks in turn, each told as soon as it is made, so that what hangs later hides nothing."""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from stacking_ds.distributed import World
+from stacking_ds.doctor import node_findings, world_findings
+from stacking_ds.doctor.comparing import Finding
+from stacking_ds.doctor.facts import (
+    NodeFacts,
+    RankFacts,
+    Subject,
+    all_facts,
+    open_subject,
+    rank_facts,
+)
+from stacking_ds.doctor.places import probe
+from stacking_ds.doctor.speed import Matmul, clock_offset, measure_all_reduce, measure_matmul
+
+__all__ = ["Examination", "Request", "examine"]
+
+Say = Callable[[Finding], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be examined, beside the cluster itself."""
+
+    recipe: str | None = None
+    overrides: tuple[str, ...] = ()
+    run_dir: Path | None = None
+
+
+@dataclass
+class Examination:
+    """What has been found so far; on rank 0."""
+
+    nodes: dict[str, NodeFacts]
+    ranks: list[RankFacts]
+    findings: list[Finding] = field(default_factory=list)
+    measured: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def failed(self) -> bool:
+        return any(finding.verdict == "FAILED" for finding in self.findings)
+
+    def names(self) -> dict[int, str]:
+        """Of the nodes, by the rank that speaks for each."""
+        return {facts.rank: name for name, facts in self.nodes.items()}
+
+    def to_record(self) -> dict[str, Any]:
+        """As plain JSON."""
+        return {
+            "failed": self.failed,
+            "findings": [asdict(finding) for finding in self.findings],
+            "measured": self.measured,
+            "nodes": {
+                name: facts.model_dump(exclude={"code_files"}) for name, facts in self.nodes.items()
+            },
+            "ranks": [facts.model_dump() for facts in self.ranks],
+        }
+
+
+def examine(
+    world: World,
+    request: Request,
+    greet: Callable[[Examination], None],
+    say: Say,
+) -> Examination:
+    """Examine the cluster, and call `say` on rank 0 with each finding. A collective.
+
+    Args:
+        greet: called on rank 0 when all nodes have been heard, before the first finding.
+
+    Returns:
+        What was found, complete on rank 0 alone.
+    """
+    subject = Subject(request.run_dir)
+    node = None
+    if world.speaks_for_node:
+        subject = open_subject(request.recipe, list(request.overrides), request.run_dir, world.size)
+        node = all_facts(world, subject).model_dump()
+    told = world.gather_on_first((node, rank_facts(world).model_dump()))
+    found = Examination(
+        nodes=node_findings.by_name([NodeFacts.model_validate(each) for each, _ in told if each]),
+        ranks=[RankFacts.model_validate(each) for _, each in told],
+    )
+    if world.is_first:
+        greet(found)
+    precision = subject.config.engine.precision if subject.config else "bf16"
+    for finding in _checks(world, subject, world.broadcast(precision), found):
+        found.findings.append(finding)
+        say(finding)
+    return found
+
+
+def _checks(
+    world: World, subject: Subject, precision: str, found: Examination
+) -> Iterator[Finding]:
+    """The findings, on rank 0; every rank has to go through all of it."""
+    names, first = found.names(), world.is_first
+    if first:
+        yield from node_findings.alike(found.nodes)
+    probing = probe(world, subject.run_dir)
+    if probing is not None:
+        yield world_findings.run_directory(probing, names)
+        if not probing.problem:
+            yield world_findings.locks(probing, names)
+    if first:
+        yield from node_findings.own_way(found.nodes, found.ranks)
+    backend = str(dist.get_backend())
+    if first:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        yield world_findings.network(found.nodes, backend, place)
+    offsets = world.gather_on_first(clock_offset(world))
+    if first:
+        yield world_findings.clocks({names[rank]: offsets[rank] for rank in names})
+    products = world.gather_on_first(measure_matmul(world, precision).model_dump())
+    if first:
+        measured = [Matmul.model_validate(each) for each in products]
+        found.measured["matrix_products"] = products
+        yield world_findings.matrix_products(measured, len(names))
+    if world.any(first and "FAILED" in {each.verdict for each in found.findings[-1:]}):
+        return  # a rank that cannot compute would keep the others waiting
+    speed = measure_all_reduce(world)
+    if first:
+        if speed is not None:
+            figures = {"bus_bytes_per_second": speed.bus_bytes_per_second}
+            found.measured["all_reduce"] = asdict(speed) | figures
+        yield world_findings.all_reduce(speed, backend)

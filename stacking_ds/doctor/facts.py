@@ -1,0 +1,325 @@
+"""What a node knows of itself: versions, code, recipe, data, disks, devices. No collective.
+
+Nothing here raises: what cannot be found out is a problem that the node reports, so that one bad
+node keeps no other waiting.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import shutil
+import socket
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch.cuda import nccl
+
+import stacking_ds
+from stacking_ds.bundled import ds_config_path
+from stacking_ds.config import RunConfig
+from stacking_ds.distributed import World
+from stacking_ds.engine import load_ds_config
+from stacking_ds.errors import DataError
+from stacking_ds.job import Job
+from stacking_ds.recipe import load_run_config
+
+__all__ = [
+    "NodeFacts",
+    "RankFacts",
+    "Subject",
+    "alike_facts",
+    "all_facts",
+    "nearest_existing",
+    "open_subject",
+    "rank_facts",
+]
+
+T = TypeVar("T")
+_PACKAGES = ("deepspeed", "numpy", "transformers", "tokenizers", "safetensors")
+_SHARED_MEMORY = Path("/dev/shm")
+# a master and two moments of fp32
+_BYTES_PER_PARAMETER = 12
+
+
+class Told(BaseModel):
+    """What is sent as plain JSON: a node with another version of this package, which may tell more
+    or less, is one of the things to be found."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class NodeFacts(Told):
+    """One node, as the first rank on it sees it. Empty is what was not asked or not found."""
+
+    host: str
+    rank: int
+    local_size: int = 1
+    versions: dict[str, str] = {}
+    code_sha256: str = ""
+    code_files: dict[str, str] = Field(default={}, repr=False)
+    """The beginning of each file's sha256, for telling which differ."""
+    recipe: dict[str, str] = {}
+    """sha256 of the resolved recipe and of the DeepSpeed JSON."""
+    data: dict[str, str] = {}
+    """sha256 of the training data and of the vocabulary."""
+    checkpoint_bytes: int = 0
+    """One checkpoint of the last stage."""
+    run_bytes: int = 0
+    """The most that the run's checkpoints take at once."""
+    kept_bytes: int = 0
+    """What those take that are there already; rank 0's node looks."""
+    free_bytes: int | None = None
+    """At the run directory."""
+    scratch_bytes: dict[str, int] = {}
+    """Free in the temporary folder and in shared memory, by path."""
+    gpus: str = ""
+    gpu_count: int = 0
+    address: str = ""
+    """What the node's own name resolves to."""
+    interface: str = ""
+    """What GLOO_SOCKET_IFNAME says."""
+    open_files: int | None = None
+    """How many a process may have open; None is without limit."""
+    problems: dict[str, str] = {}
+    """Why something is not known, by the name of the check."""
+
+
+class RankFacts(Told):
+    """One rank."""
+
+    host: str
+    rank: int
+    threads: int
+    core_mask: str
+    """The cores that it may run on, as the bits of a hexadecimal number."""
+
+
+class Subject:
+    """What is examined: a recipe, its data and a run directory, as far as they could be opened."""
+
+    def __init__(self, run_dir: Path | None = None) -> None:
+        self.config: RunConfig | None = None
+        self.ds_json: Mapping[str, Any] | None = None
+        self.job: Job | None = None
+        self.run_dir = run_dir
+        self.problems: dict[str, str] = {}
+
+    @classmethod
+    def of(cls, job: Job, run_dir: Path) -> "Subject":
+        subject = cls(run_dir)
+        subject.config, subject.ds_json, subject.job = job.config, job.ds_json, job
+        return subject
+
+
+def open_subject(
+    recipe: str | None, overrides: list[str], run_dir: Path | None, world_size: int
+) -> Subject:
+    """As `train` would open it, but errors become problems of the checks "recipe" and "data"."""
+    subject = Subject(run_dir)
+    if recipe is None:
+        return subject
+    try:
+        subject.config = load_run_config(recipe, overrides)
+        if subject.run_dir is None:
+            subject.run_dir = Path("runs") / subject.config.name
+        subject.ds_json = load_ds_config(subject.config.engine.deepspeed)
+        subject.job = Job.check(subject.config)
+        for phase in subject.job.phases.phases:
+            subject.job.ds_config(world_size, phase)
+    except Exception as error:  # noqa: BLE001 - the node reports it; the others must not wait
+        is_data = isinstance(error, DataError | OSError)
+        subject.problems["data" if is_data else "recipe"] = _sentence(error)
+    return subject
+
+
+# -------------------------------------------------------------------------- a node
+
+
+def alike_facts(world: World, subject: Subject) -> NodeFacts:
+    """What has to be the same on all nodes, and the room at the run directory."""
+    careful = _Careful(subject.problems)
+    job, run_dir = subject.job, subject.run_dir
+    nothing: dict[str, str] = {}
+    code = careful("code", _code, nothing)
+    return NodeFacts(
+        host=socket.gethostname(),
+        rank=world.rank,
+        local_size=world.local_size,
+        versions=careful("versions", _versions, nothing),
+        code_sha256=_sha256(json.dumps(code)) if code else "",
+        code_files={name: digest[:12] for name, digest in code.items()},
+        recipe=careful("recipe", lambda: _recipe(subject), nothing),
+        data=careful("data", lambda: _data(job), nothing) if job else {},
+        checkpoint_bytes=_checkpoint_bytes(job, job.schedule.stages[-1].index) if job else 0,
+        run_bytes=_run_bytes(job) if job else 0,
+        free_bytes=careful("disk space", lambda: _free_bytes(nearest_existing(run_dir)), None)
+        if run_dir
+        else None,
+        problems=careful.problems,
+    )
+
+
+def all_facts(world: World, subject: Subject) -> NodeFacts:
+    """Those, and what a node may have in its own way."""
+    alike = alike_facts(world, subject)
+    careful = _Careful(alike.problems)
+    no_gpus: list[str] = []
+    no_places: dict[str, int] = {}
+    gpus = careful("devices", _gpus, no_gpus)
+    kept = careful("disk space", lambda: _kept_bytes(subject.run_dir), 0) if world.is_first else 0
+    return alike.model_copy(
+        update={
+            "kept_bytes": kept,
+            "scratch_bytes": careful("temporary space", _scratch_bytes, no_places),
+            "gpus": ", ".join(f"{count} x {gpu}" for gpu, count in Counter(gpus).items()),
+            "gpu_count": len(gpus),
+            "address": careful("network", lambda: _address_of(alike.host), ""),
+            "interface": os.environ.get("GLOO_SOCKET_IFNAME", ""),
+            "open_files": careful("open files", _open_files, None),
+            "problems": careful.problems,
+        }
+    )
+
+
+def rank_facts(world: World) -> RankFacts:
+    """What each rank has to itself."""
+    return RankFacts(
+        host=socket.gethostname(),
+        rank=world.rank,
+        threads=torch.get_num_threads(),
+        core_mask=f"{sum(1 << core for core in os.sched_getaffinity(0)):x}",
+    )
+
+
+class _Careful:
+    """Calls what may fail, and keeps the sentence of the first failure of each check."""
+
+    def __init__(self, problems: Mapping[str, str]) -> None:
+        self.problems = dict(problems)
+
+    def __call__(self, check: str, look: Callable[[], T], otherwise: T) -> T:
+        try:
+            return look()
+        except Exception as error:  # noqa: BLE001 - the node reports it; the others must not wait
+            self.problems.setdefault(check, _sentence(error))
+            return otherwise
+
+
+def _sentence(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}"
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    if torch.version.cuda:
+        found["CUDA"] = torch.version.cuda
+    if torch.cuda.is_available():
+        found["NCCL"] = ".".join(map(str, nccl.version()))  # type: ignore[no-untyped-call]
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found | {"stacking_ds": stacking_ds.__version__}
+
+
+def _code() -> dict[str, str]:
+    """The sha256 of each source of the package and of what it bundles, by the name it has in a
+    checkout."""
+    package = Path(stacking_ds.__file__).parent
+    bundled = ds_config_path("zero1").parent
+    files = {
+        **{f"stacking_ds/{path.relative_to(package)}": path for path in package.rglob("*.py")},
+        **{
+            f"ds_configs/{path.relative_to(bundled)}": path
+            for pattern in ("*.json", "recipes/*.yaml")
+            for path in bundled.glob(pattern)
+        },
+    }
+    return {name: hashlib.sha256(files[name].read_bytes()).hexdigest() for name in sorted(files)}
+
+
+def _recipe(subject: Subject) -> dict[str, str]:
+    found = {}
+    if subject.config is not None:
+        found["recipe"] = _sha256(subject.config.to_yaml())
+    if subject.ds_json is not None:
+        found["DeepSpeed JSON"] = _sha256(json.dumps(subject.ds_json, sort_keys=True))
+    return found
+
+
+def _data(job: Job) -> dict[str, str]:
+    return {"data": job.data_sha256, "vocabulary": job.shards.manifest.vocabulary_sha256}
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# ---------------------------------------------------------------------------- disks
+
+
+def _checkpoint_bytes(job: Job, stage_index: int) -> int:
+    depth = job.schedule.stages[stage_index].num_hidden_layers
+    return _BYTES_PER_PARAMETER * job.model_config(depth).num_parameters
+
+
+def _run_bytes(job: Job) -> int:
+    """The newest of the last stage, one more that is being written, and one of each boundary, which
+    has the depth before it."""
+    boundaries = range(len(job.schedule.boundaries))
+    newest = job.config.checkpoint.keep_last + 1
+    last_stage = job.schedule.stages[-1].index
+    return newest * _checkpoint_bytes(job, last_stage) + sum(
+        _checkpoint_bytes(job, index) for index in boundaries
+    )
+
+
+def _kept_bytes(run_dir: Path | None) -> int:
+    if run_dir is None:
+        return 0
+    return sum(file.stat().st_size for file in (run_dir / "checkpoints").glob("step_*/*"))
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that is there."""
+    absolute = path.absolute()
+    return next(place for place in (absolute, *absolute.parents) if place.exists())
+
+
+def _free_bytes(folder: Path) -> int:
+    # quotas of a user or a project do not show here
+    return shutil.disk_usage(folder).free
+
+
+def _scratch_bytes() -> dict[str, int]:
+    places = [Path(tempfile.gettempdir()), _SHARED_MEMORY]
+    return {str(place): _free_bytes(place) for place in places if place.is_dir()}
+
+
+# ------------------------------------------------------------- devices and network
+
+
+def _gpus() -> list[str]:
+    if not torch.cuda.is_available():
+        return []
+    found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return [f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB" for gpu in found]
+
+
+def _address_of(host: str) -> str:
+    return str(socket.getaddrinfo(host, None)[0][4][0])
+
+
+def _open_files() -> int | None:
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return None if limit == resource.RLIM_INFINITY else limit

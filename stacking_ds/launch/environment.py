@@ -1,0 +1,110 @@
+"""The environment variables that ranks on other hosts are given, in DeepSpeed's file of them.
+
+A rank on another host inherits nothing from the shell that started the job. Its variables are
+those of `.deepspeed_env` (in ~ and in the working directory), of `--env`, and a few that are
+always right. DeepSpeed writes each into a command line for the hosts' shells, so a value that a
+shell would read as something else is refused.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from stacking_ds.errors import ConfigError
+
+__all__ = ["draw_environment", "hosts_environment", "parse_assignments", "require_exportable"]
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
+# DeepSpeed puts values with other characters between double quotes
+_UNQUOTED = re.compile(r"[\w@%+=:,./-]*", re.ASCII)
+_READ_BY_SHELLS = re.compile(r'["$`\\\x00-\x08\x0a-\x1f]')
+_REPLACED_BY_PDSH = re.compile(r"%[hnu%]")
+# what DeepSpeed sends from its own environment, beside the file
+_SENT_ANYWAY = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
+
+
+def hosts_environment(
+    given: Mapping[str, str], *, python: str, own: Mapping[str, str], launcher: str
+) -> dict[str, str]:
+    """The variables of the ranks: of `.deepspeed_env`, over that `given`, and the defaults.
+
+    Args:
+        given: what the person asked for, as of `parse_assignments`.
+        python: this interpreter, whose programs come first in PATH: one of another version built
+            elsewhere would have every host compile again what it finds.
+        own: the launcher's own environment.
+        launcher: pdsh or openmpi.
+
+    Raises:
+        ConfigError: a file has a line that sets no variable, or a value cannot reach the ranks.
+    """
+    found = {**_of_files(own.get("DS_ENV_FILE", ".deepspeed_env")), **given}
+    path = [os.path.dirname(python), *own.get("PATH", os.defpath).split(os.pathsep)]
+    defaults = {"PATH": os.pathsep.join(dict.fromkeys(path))}
+    if "DS_ACCELERATOR" in own:
+        defaults["DS_ACCELERATOR"] = own["DS_ACCELERATOR"]
+    variables = {**defaults, **found}
+    sent = {name: own[name] for name in own if name.startswith(_SENT_ANYWAY)}
+    for name, value in {**sent, **variables}.items():
+        require_exportable(name, value, launcher)
+    return variables
+
+
+def _of_files(name: str) -> dict[str, str]:
+    """What DeepSpeed would read, where it would read it; comments and blank lines are fine here."""
+    found: dict[str, str] = {}
+    for path in dict.fromkeys([Path.home() / name, Path(name).absolute()]):
+        if not path.is_file():
+            continue
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read {path} ({error}); mend it or take it away") from None
+        for number, line in enumerate(lines, start=1):
+            if line.strip() and not line.lstrip().startswith("#"):
+                found |= _assignment(line, f"{path}:{number}")
+    return found
+
+
+def parse_assignments(texts: Sequence[str]) -> dict[str, str]:
+    """The variables of `--env NAME=VALUE` options.
+
+    Raises:
+        ConfigError: one of them sets no variable.
+    """
+    found: dict[str, str] = {}
+    for text in texts:
+        found |= _assignment(text, "--env")
+    return found
+
+
+def _assignment(text: str, where: str) -> dict[str, str]:
+    name, separator, value = text.partition("=")
+    name, value = name.strip(), value.strip()
+    if not separator or not _NAME.fullmatch(name):
+        raise ConfigError(f"{where}: {text.strip()!r} sets no variable; write NAME=VALUE")
+    return {name: value}
+
+
+def require_exportable(name: str, value: str, launcher: str) -> None:
+    """Raises:
+    ConfigError: the variable would reach the ranks as something else.
+    """
+    trouble = None
+    if _READ_BY_SHELLS.search(value):
+        trouble = 'has one of " $ ` \\ or a line break, which the shells of the hosts would read'
+    elif launcher == "pdsh" and _REPLACED_BY_PDSH.search(value):
+        trouble = "has %h, %n, %u or %%, which pdsh would replace"
+    elif launcher == "openmpi" and not _UNQUOTED.fullmatch(value):
+        trouble = "would arrive between quotes, which DeepSpeed adds to it for mpirun"
+    if trouble:
+        raise ConfigError(
+            f"the environment variable {name} ({value!r}) cannot be given to other hosts: it "
+            f"{trouble}; give a plain value with --env {name}=VALUE, or unset it"
+        )
+
+
+def draw_environment(variables: Mapping[str, str]) -> str:
+    """The text of a file of variables, as DeepSpeed's parser reads it."""
+    return "".join(f"{name}={value}\n" for name, value in variables.items())

@@ -1,0 +1,83 @@
+"""The hosts of a job and their ranks: `name slots=N`, one a line."""
+
+import ipaddress
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from stacking_ds.errors import ConfigError
+
+__all__ = ["Host", "draw_hostfile", "read_hostfile"]
+
+_LINE = re.compile(r"(\S+)\s+slots=(\d{1,6})", re.ASCII)
+# what begins with - would be an option of ssh; a : would name a module of pdsh
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Host:
+    """A host, as ssh knows it, and how many ranks it takes."""
+
+    name: str
+    slots: int
+
+
+def read_hostfile(path: Path) -> list[Host]:
+    """The hosts of the file, in its order; # begins a comment.
+
+    Raises:
+        ConfigError: the file cannot be read, or a line of it is not a host; with its number.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"cannot read the hostfile {path} ({error}); give a text file with `name slots=N` lines"
+        ) from None
+    seen: dict[str, int] = {}
+    hosts = []
+    for number, line in enumerate(lines, start=1):
+        text = line.partition("#")[0].strip()
+        if not text:
+            continue
+        host = _host(text, f"{path}:{number}")
+        if host.name in seen:
+            raise ConfigError(
+                f"{path}:{number}: host {host.name} stands in line {seen[host.name]} already; "
+                f"keep one line with all its slots"
+            )
+        seen[host.name] = number
+        hosts.append(host)
+    if not hosts:
+        raise ConfigError(f"the hostfile {path} names no host; write `name slots=N` lines into it")
+    return hosts
+
+
+def _host(text: str, where: str) -> Host:
+    found = _LINE.fullmatch(text)
+    if not found:
+        raise ConfigError(f"{where}: {text!r} is not a host; write `name slots=N`")
+    name, slots = found[1], int(found[2])
+    if not _NAME.fullmatch(name) and not _is_ipv6(name):
+        raise ConfigError(
+            f"{where}: {name!r} is not a host name; use letters, digits, . _ and -, and give user "
+            f"and port in ~/.ssh/config"
+        )
+    if slots == 0:
+        raise ConfigError(
+            f"{where}: host {name} has slots=0; give it at least one, or take its line out"
+        )
+    return Host(name, slots)
+
+
+def _is_ipv6(name: str) -> bool:
+    try:
+        return ipaddress.ip_address(name).version == 6 and "%" not in name
+    except ValueError:
+        return False
+
+
+def draw_hostfile(hosts: Sequence[Host]) -> str:
+    """The text of a hostfile with these hosts."""
+    return "".join(f"{host.name} slots={host.slots}\n" for host in hosts)

@@ -1,0 +1,37 @@
+"""What launchers say of this process before it has met any other: its rank, and how many there are.
+
+Without torch, since it is asked for errors too.
+"""
+
+import os
+
+__all__ = [
+    "HYDRA_SIZE",
+    "OPEN_MPI_SIZE",
+    "by_srun",
+    "rank_from_environment",
+    "world_size_from_environment",
+]
+
+# what Open MPI, and MPICH and its relatives, tell a process they started
+OPEN_MPI_SIZE, HYDRA_SIZE = "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"
+
+
+def by_srun() -> bool:
+    """Is this a task of a step of several? A batch script's own shell has SLURM_PROCID and
+    SLURM_NTASKS too, but is no such step."""
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+
+
+def world_size_from_environment() -> int:
+    """The number of ranks as the launcher says it; 1 where there is no launcher."""
+    names = ("WORLD_SIZE", OPEN_MPI_SIZE, "SLURM_STEP_NUM_TASKS", HYDRA_SIZE)
+    return next((int(os.environ[name]) for name in names if name in os.environ), 1)
+
+
+def rank_from_environment() -> int:
+    """This process's rank as the launcher says it; 0 where there is no launcher."""
+    names = ["RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"]
+    if by_srun():
+        names.insert(2, "SLURM_PROCID")
+    return next((int(os.environ[name]) for name in names if name in os.environ), 0)

@@ -1,0 +1,142 @@
+"""`stacking-ds train`: check together, train together, and end together when a rank is lost."""
+
+import argparse
+import os
+import sys
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stacking_ds import attempts
+from stacking_ds.errors import LostRankError, UserError
+from stacking_ds.launched import rank_from_environment, world_size_from_environment
+from stacking_ds.node_scratch import keep_caches_on_node
+from stacking_ds.stop_request import StopRequest
+
+if TYPE_CHECKING:
+    from stacking_ds.config import RunConfig
+    from stacking_ds.distributed import World
+    from stacking_ds.job import Job
+
+__all__ = ["add_train"]
+
+
+def add_train(parser: argparse.ArgumentParser) -> None:
+    """Give `parser` the options of `train`; sets `command`, which returns the exit code."""
+    parser.add_argument("--recipe", required=True, help="a bundled recipe's name, or a .yaml file")
+    parser.add_argument("--run-dir", type=Path, help="where the run lives (runs/<recipe's name>)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a key of the recipe, e.g. optimizer.learning_rate=1e-3; repeatable",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run in --run-dir if there is one"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check recipe and data, lay out its rows, show the schedule, and stop",
+    )
+    # launchers pass it; the environment says the same
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    parser.set_defaults(command=_train)
+
+
+def _train(options: argparse.Namespace) -> int:
+    with StopRequest() as request:  # torch takes seconds to import, and SLURM may signal meanwhile
+        if options.dry_run:
+            return _dry_run(options)
+        return _train_on_ranks(options, request)
+
+
+def _dry_run(options: argparse.Namespace) -> int:
+    job = _checked_job(options, world_size_from_environment())
+    if rank_from_environment() == 0:
+        print(f"{job.config.to_yaml()}\n{job.draw()}")
+    return 0
+
+
+def _train_on_ranks(options: argparse.Namespace, request: StopRequest) -> int:
+    keep_caches_on_node()
+    from stacking_ds import distributed
+    from stacking_ds.config import ClusterSection
+    from stacking_ds.host_memory import keep_freed_memory
+
+    # a recipe that one node lacks must not keep the others waiting for its ranks
+    cluster = ClusterSection()
+    with suppress(UserError):
+        cluster = _config(options).cluster
+    world = distributed.start(timedelta(seconds=cluster.timeout_seconds))
+    if world.device.type == "cpu":
+        keep_freed_memory()
+    places: list[Path] = []
+    try:
+        with distributed.Watch(
+            world,
+            timeout_seconds=cluster.timeout_seconds,
+            silence_seconds=min(cluster.silence_seconds, cluster.timeout_seconds),
+            on_lost=lambda verdict: _note_lost(places, world, verdict),
+        ):
+            _train_in_world(options, world, request, places)
+    except LostRankError as error:
+        _note_lost(places, world, str(error))
+        # not by way of the interpreter's end, which may wait for ranks that are gone
+        _say(world, error)
+        os._exit(distributed.EXIT_LOST)
+    finally:
+        distributed.stop()
+    return 0
+
+
+def _train_in_world(
+    options: argparse.Namespace, world: "World", request: StopRequest, places: list[Path]
+) -> None:
+    from stacking_ds.doctor.alike import require_alike
+    from stacking_ds.trainer import train
+
+    job: Job = world.on_all(lambda: _checked_job(options, world.size))
+    run_dir = options.run_dir or Path("runs") / job.config.name
+    require_alike(world, job, run_dir)
+    places.append(run_dir)
+    train(job, world, run_dir, resume=options.resume, request=request)
+    if world.is_first:
+        with suppress(OSError):  # a launcher that was told to stop reads no more
+            print(f"see `stacking-ds report {run_dir}`", flush=True)
+
+
+def _config(options: argparse.Namespace) -> "RunConfig":
+    from stacking_ds.recipe import load_run_config
+
+    return load_run_config(options.recipe, options.set)
+
+
+def _checked_job(options: argparse.Namespace, world_size: int) -> "Job":
+    from stacking_ds.job import Job
+
+    job = Job.check(_config(options))
+    for phase in job.phases.phases:
+        job.ds_config(world_size, phase)
+    job.lay_out_rows(_say_on_first_of_node, len(os.sched_getaffinity(0)))
+    return job
+
+
+def _note_lost(places: list[Path], world: "World", verdict: str) -> None:
+    if world.is_first and places:
+        with suppress(OSError, UserError):
+            attempts.ended(places[0], "lost", world.pulse.step, verdict)
+
+
+def _say(world: "World", error: LostRankError) -> None:
+    if not error.said_by_first and world.speaks_for_node:
+        prefix = "" if world.is_first else f"[rank {world.rank}] "
+        with suppress(OSError):
+            print(f"{prefix}stacking-ds: error: {error}", file=sys.stderr, flush=True)
+
+
+def _say_on_first_of_node(message: str) -> None:
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(message, file=sys.stderr, flush=True)

@@ -1,0 +1,1 @@
+"""Tests on emulated hosts: real sshd, pdsh and SLURM on one machine."""

@@ -1,0 +1,359 @@
+"""Which attempts at a run are followed by another one."""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stacking_ds import attempts
+from stacking_ds.attempts import ATTEMPTS_FILE, add_again, begun, ended, judge
+from stacking_ds.errors import UserError
+
+HOSTS = ["node1", "node2"]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("name: run\n")
+    return run
+
+
+def checkpoint(run: Path, step: int) -> None:
+    folder = run / "checkpoints" / f"step_{step:08d}"
+    folder.mkdir(parents=True)
+    (run / "checkpoints" / "latest").write_text(f"{folder.name}\n")
+
+
+def metrics(run: Path, *steps: int, rest: str = "") -> None:
+    lines = [json.dumps({"step": step}) + "\n" for step in steps]
+    (run / "metrics.jsonl").write_text("".join(lines) + rest)
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / ATTEMPTS_FILE).read_text().splitlines()]
+
+
+def attempt(run: Path, outcome: Any, step: int, message: str = "why", start: int = 0) -> None:
+    begun(run, start, 2, HOSTS)
+    ended(run, outcome, step, message)
+
+
+# ------------------------------------------------------------------ the records
+
+
+def test_records_say_who_what_and_when(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    begun(run, 3, 4, HOSTS)
+    ended(run, "lost", 7, 'rank 2 on "node2" said\nnothing')
+    judge(run, 4)
+    first, second, third = lines(run)
+    assert first.pop("time").endswith("+00:00")
+    assert first == {"event": "begun", "step": 3, "world_size": 4, "hosts": HOSTS, "job": "77"}
+    assert second.pop("time").endswith("+00:00")
+    message = 'rank 2 on "node2" said\nnothing'
+    assert second == {"event": "ended", "outcome": "lost", "step": 7, "message": message}
+    assert (third["event"], third["again"], third["step"]) == ("judged", True, 7)
+    assert message in third["why"]
+
+
+def test_a_line_that_was_cut_off_is_ignored_and_not_grown_together_with(run: Path) -> None:
+    attempt(run, "stopped", 5)
+    with (run / ATTEMPTS_FILE).open("a") as file:
+        file.write('{"event": "ended", "outcome": "comp')
+    assert attempts.outcome_since(run, 0) == "stopped"
+    ended(run, "failed", 6, "no memory")
+    assert attempts.outcome_since(run, 0) == "failed"
+    assert attempts.count(run) == 3
+
+
+def test_a_line_cut_in_a_letter_or_of_something_else_is_ignored(run: Path) -> None:
+    attempt(run, "stopped", 5)
+    with (run / ATTEMPTS_FILE).open("ab") as file:
+        file.write(b'[1]\n{"event": "ended"}\n"text"\n{"event": "begun", "step": 3, "x": "\xc3')
+    assert attempts.outcome_since(run, 0) == "stopped"
+
+
+def test_two_writers_do_not_cut_each_others_lines(run: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from stacking_ds import attempts\n"
+        "for step in range(100): attempts.ended(Path(sys.argv[1]), 'failed', step, 'x' * 500)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code, str(run)])
+
+    def write() -> None:
+        for step in range(50):
+            begun(run, step, 2, HOSTS)
+
+    threads = [threading.Thread(target=write) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert other.wait(60) == 0
+    found = lines(run)
+    assert len(found) == 200
+    assert [line["step"] for line in found if line["event"] == "ended"] == list(range(100))
+
+
+def test_long_messages_are_cut(run: Path) -> None:
+    ended(run, "failed", 1, "x" * 100_000)
+    assert len((run / ATTEMPTS_FILE).read_text()) < 3000
+
+
+def test_a_run_directory_that_cannot_be_used_is_a_sentence(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(UserError, match=r"cannot read .*file/attempts.jsonl .*; "):
+        judge(file, 1)
+    with pytest.raises(UserError, match=r"cannot write .*file/attempts.jsonl .*; "):
+        begun(file, 0, 1, [])
+
+
+def test_nothing_slow_is_imported() -> None:
+    code = (
+        "import sys, stacking_ds.attempts; print(*sorted({'torch', 'numpy', 'yaml', 'pydantic', "
+        "'psutil'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+# ------------------------------------------------------------------ the policy
+
+
+@pytest.mark.parametrize(
+    ("outcome", "exit_status", "again", "says"),
+    [
+        ("complete", 0, False, "complete at step 9"),
+        ("complete", 1, False, "complete at step 9"),  # its end may have failed, its work has not
+        ("stopped", 0, True, "asked to stop at step 9"),
+        ("stopped", 143, True, "asked to stop at step 9"),
+        ("user_error", 2, False, "has to mend .*: because"),
+        ("user_error", 0, False, "has to mend .*: because"),
+        ("not_finite", 3, True, "failed at step 9 for: because"),
+        ("lost", 4, True, "failed at step 9 for: because"),
+        ("lost", 0, True, "failed at step 9 for: because"),  # 0 of a launcher proves nothing
+        ("lost", 2, True, "failed at step 9 for: because"),
+        ("failed", 1, True, "failed at step 9 for: because"),
+    ],
+)
+def test_one_attempt(run: Path, outcome: Any, exit_status: int, again: bool, says: str) -> None:
+    attempt(run, outcome, 9, "because")
+    verdict = judge(run, exit_status)
+    assert verdict.again is again
+    assert verdict.outcome == outcome
+    assert re.search(says, verdict.why), verdict.why
+    assert lines(run)[-1]["why"] == verdict.why
+
+
+def test_where_it_goes_on_from_is_said(run: Path) -> None:
+    attempt(run, "lost", 9)
+    assert judge(run, 1).why.endswith("it starts anew")
+    checkpoint(run, 8)
+    attempt(run, "lost", 10)
+    assert judge(run, 1).why.endswith("it goes on from step 8")
+
+
+def test_a_killed_attempt_failed_at_the_step_of_its_last_metrics(run: Path) -> None:
+    begun(run, 3, 2, HOSTS)
+    metrics(run, 1, 2, 40, 41, rest='{"step": 42, "tr')
+    verdict = judge(run, 137)
+    assert verdict.again
+    assert verdict.outcome == "killed"
+    assert "at step 41 for: it was killed outright" in verdict.why
+
+
+def test_an_attempt_killed_before_its_first_metrics_failed_where_it_began(run: Path) -> None:
+    metrics(run, 1, 2)
+    begun(run, 30, 2, HOSTS)
+    assert "at step 30" in judge(run, 137).why
+
+
+def test_exit_status_2_without_a_record_is_for_a_person(run: Path) -> None:
+    attempt(run, "lost", 3)
+    assert judge(run, 4).again
+    verdict = judge(run, 2)
+    assert not verdict.again
+    assert verdict.why.endswith("the job ended before it entered the run")
+    assert verdict.outcome == "user_error"
+
+
+def test_exit_status_2_of_an_attempt_that_only_began_is_for_a_person(run: Path) -> None:
+    begun(run, 0, 2, HOSTS)
+    assert not judge(run, 2).again
+
+
+def test_death_before_it_began_is_tried_once_more(tmp_path: Path) -> None:
+    run = tmp_path / "new"
+    first, second = judge(run, 1), judge(run, 1)
+    assert first.again
+    assert not second.again
+    assert "before it began twice, for: exit status 1 before it entered the run" in second.why
+
+
+def test_exit_status_0_without_a_record_is_a_failure_too(run: Path) -> None:
+    assert judge(run, 0).outcome == "not_begun"
+
+
+def test_the_same_step_twice_is_enough(run: Path) -> None:
+    attempt(run, "failed", 41, "out of memory")
+    assert judge(run, 1).again
+    attempt(run, "not_finite", 41, "the loss is nan")
+    verdict = judge(run, 3)
+    assert not verdict.again
+    assert "failed at step 41 twice, for: the loss is nan" in verdict.why
+
+
+@pytest.mark.parametrize("between", ["stopped", "complete"])
+def test_failures_before_a_good_end_do_not_count(run: Path, between: Any) -> None:
+    attempt(run, "failed", 41)
+    assert judge(run, 1).again
+    attempt(run, between, 41)  # nobody judged it: a person started it by hand
+    attempt(run, "failed", 41)
+    assert judge(run, 1).again
+
+
+def test_failures_before_a_judged_stop_do_not_count(run: Path) -> None:
+    for outcome in ("failed", "stopped", "failed"):
+        attempt(run, outcome, 41)
+        assert judge(run, 1).again
+
+
+def test_after_no_a_person_has_taken_over(run: Path) -> None:
+    answers = []
+    for _ in range(4):
+        attempt(run, "failed", 41)
+        answers.append(judge(run, 1).again)
+    assert answers == [True, False, True, False]
+
+
+def test_three_failures_without_a_newer_checkpoint_are_enough(run: Path) -> None:
+    checkpoint(run, 40)
+    for step, again in [(41, True), (45, True), (43, False)]:
+        attempt(run, "lost", step, start=40)
+        verdict = judge(run, 4)
+        assert verdict.again is again, verdict.why
+    assert "without a newer checkpoint than that of step 40, the last time at step 43" in (
+        verdict.why
+    )
+
+
+def test_a_newer_checkpoint_gives_three_more(run: Path) -> None:
+    for step, saved, again in [
+        (41, 40, True),
+        (45, None, True),
+        (55, 50, True),
+        (57, None, True),
+        (56, None, False),
+    ]:
+        if saved:
+            checkpoint(run, saved)
+        attempt(run, "lost", step)
+        assert judge(run, 4).again is again, step
+
+
+def test_going_back_to_an_earlier_checkpoint_counts_as_another_place(run: Path) -> None:
+    checkpoint(run, 20)
+    checkpoint(run, 40)
+    for step in (41, 45):
+        attempt(run, "lost", step)
+        assert judge(run, 4).again
+    (run / "checkpoints" / "latest").write_text("step_00000020\n")
+    attempt(run, "lost", 21)
+    assert judge(run, 4).again
+
+
+def test_what_was_recorded_before_the_attempt_is_not_its_own(run: Path) -> None:
+    attempt(run, "complete", 9)  # by hand, so nobody judged it
+    since = attempts.count(run)
+    verdict = judge(run, 1, since=since)
+    assert (verdict.outcome, verdict.again) == ("not_begun", True)
+
+
+def test_a_folder_that_is_no_run_is_left_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("")
+    assert not judge(tmp_path, 2).again
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+FAILURES = st.sampled_from(["not_finite", "lost", "failed", "killed", "not_begun"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(FAILURES, st.integers(1, 9), st.booleans()), min_size=3, max_size=30))
+def test_no_run_is_restarted_for_ever(
+    tmp_path_factory: pytest.TempPathFactory, plan: list[tuple[str, int, bool]]
+) -> None:
+    """However it fails: of three attempts that are all restarted, one has saved something new."""
+    run = tmp_path_factory.mktemp("run")
+    saved = 0
+    steps: list[int | None] = []
+    gains: list[bool] = []
+    for outcome, more, saves in plan:
+        if saves:
+            saved += 10
+            checkpoint(run, saved)
+        step = saved + more
+        if outcome == "killed":
+            begun(run, step, 2, HOSTS)
+        elif outcome != "not_begun":
+            attempt(run, outcome, step)
+        again = judge(run, 1).again
+        steps.append(None if outcome == "not_begun" else step)
+        gains.append(saves)
+        if not again:
+            same_step = len(steps) > 1 and steps[-1] == steps[-2]
+            no_gain = len(gains) > 2 and not any(gains[-2:])
+            assert same_step or no_gain
+            return
+        assert len(steps) < 2 or steps[-1] != steps[-2]
+        assert len(gains) < 3 or any(gains[-2:])
+
+
+# ------------------------------------------------------------------ the command
+
+
+def again(run: Path, exit_status: int) -> int:
+    parser = argparse.ArgumentParser()
+    add_again(parser)
+    options = parser.parse_args([str(run), "--exit-status", str(exit_status)])
+    code: int = options.command(options)
+    return code
+
+
+def test_the_command_says_why_and_its_exit_code_whether(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    attempt(run, "stopped", 5)
+    assert again(run, 0) == 0
+    assert capsys.readouterr().out == "the run was asked to stop at step 5; it starts anew\n"
+    attempt(run, "complete", 9)
+    assert again(run, 0) == 1
+    assert capsys.readouterr().out == "the run is complete at step 9\n"
+
+
+def test_a_job_whose_launcher_has_judged_is_not_judged_again(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    for outcome in ("failed", "failed"):
+        attempt(run, outcome, 41)
+        given = judge(run, 1)
+    assert not given.again
+    assert [again(run, 1), again(run, 1)] == [1, 1]
+    assert lines(run)[-1]["why"] == given.why
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # a person has requeued it
+    assert again(run, 1) == 0
+    assert lines(run)[-1]["outcome"] == "not_begun"

@@ -1,0 +1,175 @@
+"""Ranks that die, hang or fail end the others soon, and the others say which rank it was."""
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+import pytest
+
+from stacking_ds.distributed import EXIT_LOST, Watch, World
+from stacking_ds.errors import ConfigError, LostRankError
+from tests.ranks import run_ranks, spawn_ranks
+
+RANKS, BAD, STEP = 3, 2, 5
+HOST = socket.gethostname()
+
+
+def _watch(world: World, timeout: float = 600.0, silence: float = 3.0) -> Watch:
+    return Watch(
+        world,
+        timeout_seconds=timeout,
+        silence_seconds=silence,
+        on_lost=lambda verdict: print(f"told: {verdict}", flush=True),
+    )
+
+
+def _steps(world: World, harm: Callable[[], None]) -> None:
+    """Steps with a collective each; the bad rank comes to harm after some."""
+    for step in range(1000):
+        world.pulse.step = step
+        if step == STEP and world.rank == BAD:
+            harm()
+        world.sum([1.0])
+        time.sleep(0.01)
+
+
+def _killed(world: World) -> None:
+    with _watch(world):
+        _steps(world, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def _stopped(world: World) -> None:
+    with _watch(world):
+        _steps(world, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+
+
+def _asleep(world: World) -> None:
+    with _watch(world, timeout=6.0):
+        _steps(world, lambda: time.sleep(1000))
+
+
+def _fail() -> None:
+    raise OSError(28, "No space left on device")
+
+
+def _failing(world: World) -> None:
+    with _watch(world):
+        _steps(world, _fail)
+
+
+def _first_killed(world: World) -> None:
+    with _watch(world):
+        for step in range(1000):
+            world.pulse.step = step
+            if step == STEP and world.is_first:
+                os.kill(os.getpid(), signal.SIGKILL)
+            world.sum([1.0])
+
+
+def _codes(processes: list[ForkServerProcess], seconds: float) -> list[int | None]:
+    deadline = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    return [process.exitcode for process in processes]
+
+
+def _log(folder: Path, rank: int) -> str:
+    return (folder / f"rank_{rank}.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("harm", "said", "ends_itself"),
+    [
+        (_killed, f"rank 2 on {HOST} is gone or cut off: last heard of", True),
+        (_failing, f"rank 2 on {HOST} failed after step 5: OSError: [Errno 28]", True),
+        (_stopped, f"rank 2 on {HOST} is gone or cut off: last heard of", False),
+        (_asleep, f"rank 2 on {HOST} is stuck after step 5 while the others wait", True),
+    ],
+)
+def test_the_rank_that_is_lost_is_named_and_the_others_end(
+    tmp_path: Path, harm: Callable[[World], None], said: str, ends_itself: bool
+) -> None:
+    with spawn_ranks(harm, RANKS, tmp_path) as processes:
+        codes = _codes(processes if ends_itself else processes[:BAD], seconds=60)
+        assert None not in codes, [_log(tmp_path, rank) for rank in range(RANKS)]
+        assert 0 not in codes
+    assert said in _log(tmp_path, 0)
+    assert "after step 5" in _log(tmp_path, 0)
+
+
+def test_a_main_thread_that_is_stuck_is_told_of_and_shown(tmp_path: Path) -> None:
+    with spawn_ranks(_asleep, RANKS, tmp_path) as processes:
+        assert _codes(processes, seconds=60) == [EXIT_LOST] * RANKS
+    assert "told: rank 2" in _log(tmp_path, 0)
+    assert "stacking-ds: error: rank 2" in _log(tmp_path, 0)
+    assert "stacking-ds: error" not in _log(tmp_path, 1), "every rank says the same"
+    assert "time.sleep(1000)" in _log(tmp_path, BAD), "where it is stuck"
+
+
+def test_without_rank_0_the_others_know(tmp_path: Path) -> None:
+    with spawn_ranks(_first_killed, RANKS, tmp_path) as processes:
+        codes = _codes(processes, seconds=60)
+    assert codes[0] == -signal.SIGKILL
+    assert all(code not in (0, None) for code in codes[1:])
+    for rank in (1, 2):
+        assert f"rank 0 on {HOST}" in _log(tmp_path, rank)
+
+
+def _fine(world: World) -> float:
+    with _watch(world, timeout=5.0, silence=2.0):
+        for _ in range(3):
+            world.on_first(lambda: time.sleep(2.5))
+    with _watch(world):  # and again
+        return world.sum([1.0])[0]
+
+
+def test_who_only_waits_for_slow_work_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_ranks(_fine, 2) == [2.0, 2.0]
+
+
+def _same_error(world: World) -> str:
+    def fail() -> None:
+        raise ConfigError("no such recipe")
+
+    try:
+        with _watch(world):
+            world.on_all(fail)
+    except ConfigError as error:
+        return f"{error} {error.on_all_ranks}"
+    return "nothing"
+
+
+def test_an_error_that_all_have_leaves_the_watch_at_once() -> None:
+    assert run_ranks(_same_error, 2) == ["no such recipe True"] * 2
+
+
+def _one_fails(world: World) -> str:
+    def fail() -> None:
+        if world.rank == 1:
+            raise ConfigError("no such recipe")
+
+    try:
+        world.on_all(fail)
+    except ConfigError as error:
+        return f"{error} {error.on_all_ranks}"
+    return "nothing"
+
+
+def test_an_error_of_one_rank_is_raised_on_all_with_its_node() -> None:
+    assert run_ranks(_one_fails, 3) == [f"rank 1 on {HOST}: no such recipe True"] * 3
+
+
+def _alone(world: World) -> bool:
+    try:
+        with _watch(world):
+            raise LostRankError("of its own")
+    except LostRankError as error:
+        return str(error) == "of its own"
+
+
+def test_a_rank_by_itself_is_not_watched() -> None:
+    assert run_ranks(_alone, 1) == [True]
