@@ -55,7 +55,8 @@ def check(run_dir: Path, config: RunConfig, *, resume: bool) -> None:
                 f"started with, or choose another --run-dir"
             )
     elif run_dir.is_dir():
-        if {path.name for path in run_dir.iterdir()} - {_UNFINISHED, _LOCK, ATTEMPTS_FILE}:
+        found = {path.name for path in run_dir.iterdir()} - {_UNFINISHED, _LOCK, ATTEMPTS_FILE}
+        if any(not name.startswith(".stacking-ds-doctor-") for name in found):
             raise CheckpointError(
                 f"{run_dir} is not empty and holds no run (there is no {_CONFIG}); choose another "
                 f"--run-dir"

@@ -62,6 +62,8 @@ def _dry_run(options: argparse.Namespace) -> int:
 
 def _train_on_ranks(options: argparse.Namespace, request: StopRequest) -> int:
     keep_caches_on_node()
+    # DeepSpeed, imported while there is a process group, would keep it and its threads for ever
+    import stacking_ds.trainer  # noqa: F401
     from stacking_ds import distributed
     from stacking_ds.config import ClusterSection
     from stacking_ds.host_memory import keep_freed_memory

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from stacking_ds import distributed
-from stacking_ds.distributed import StopFlag, World
+from stacking_ds.distributed import StopFlag, World, joining
 from stacking_ds.errors import ConfigError, DataError
 from stacking_ds.stop_request import StopRequest
 from tests.ranks import run_ranks
@@ -97,6 +98,16 @@ def _second_interrupt(world: World) -> str:
 
 def test_a_second_interrupt_is_immediate() -> None:
     assert run_ranks(_second_interrupt, 1) == ["interrupted at once"]
+
+
+def test_ranks_that_do_not_all_see_gpus_are_told_at_once() -> None:
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    store.set("backend/1", "gloo node7")
+    with pytest.raises(ConfigError, match="rank 1 on node7 .1 of 2 ranks.* sees no GPU, while"):
+        joining._require_same_backend("nccl", 0, 2, store)
+    with pytest.raises(ConfigError, match="mend the driver") as caught:
+        joining._require_same_backend("gloo", 1, 2, store)
+    assert caught.value.on_all_ranks
 
 
 def test_half_a_launcher_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

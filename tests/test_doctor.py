@@ -103,6 +103,14 @@ def _read_only() -> None:
     Path.write_text = write  # type: ignore[method-assign]
 
 
+def _writes_nobody_else_sees() -> None:
+    def write(path: Path, *arguments: Any, **options: Any) -> int:
+        # its own cache of a file system has it, and no other node
+        return 0 if path.name == "1" else _write_text(path, *arguments, **options)
+
+    Path.write_text = write  # type: ignore[method-assign]
+
+
 def _locks_of_its_own() -> None:
     fcntl.flock = lambda file, operation: None
 
@@ -296,6 +304,14 @@ def test_a_run_directory_of_each_node_is_noticed(cluster: Path) -> None:
     assert _contents(cluster) == before
 
 
+def test_rank_0_has_to_see_what_the_nodes_write(cluster: Path) -> None:
+    arguments = ("--run-dir", "../run")
+    results = run_ranks(_visit, 3, cluster, (_writes_nobody_else_sees,), 1, arguments)
+    assert {code for code, _ in results} == {2}
+    [line] = _lines(results[0][1], "FAILED")
+    assert line.startswith("run directory FAILED node1: writes into ")
+
+
 def test_a_run_directory_that_is_there_is_left_as_it_was(cluster: Path) -> None:
     (cluster / "run").mkdir()
     (cluster / "run" / "config.yaml").write_text("name: x\n")
@@ -310,11 +326,10 @@ def test_a_run_directory_that_is_there_is_left_as_it_was(cluster: Path) -> None:
     assert _contents(cluster) == before
 
 
-def test_no_locks_where_train_takes_them_is_a_failure(cluster: Path) -> None:
+def test_where_there_are_no_locks_a_run_can_start_and_is_warned(cluster: Path) -> None:
     results = run_ranks(_visit, 3, cluster, (_no_locks,), 0)
-    assert {code for code, _ in results} == {2}
-    [line] = _lines(results[0][1], "FAILED")
-    assert line.startswith("file locks FAILED not to be had in")
+    assert {code for code, _ in results} == {0}
+    [line] = [line for line in _lines(results[0][1], "warning") if line.startswith("file locks")]
     assert "No locks available" in line
 
 

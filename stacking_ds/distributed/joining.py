@@ -1,11 +1,14 @@
 """Join the other ranks in a process group, and leave it."""
 
 import os
+import socket
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
+from torch.distributed.rendezvous import rendezvous
 
 from stacking_ds.distributed.addresses import interface_for_gloo
 from stacking_ds.distributed.launchers import complete_environment
@@ -29,8 +32,8 @@ def start(timeout: timedelta = DEFAULT_TIMEOUT) -> World:
         timeout: how long ranks wait for one another, here and in any collective of any group.
 
     Raises:
-        ConfigError: a launcher's variables are incomplete, more ranks than GPUs share a node, or
-            the meeting place cannot be used.
+        ConfigError: a launcher's variables are incomplete, more ranks than GPUs share a node,
+            some ranks have GPUs and others none, or the meeting place cannot be used.
         LostRankError: not all ranks have come.
     """
     environment = complete_environment()
@@ -67,13 +70,17 @@ def _meet(backend: str, timeout: timedelta, environment: dict[str, str]) -> None
     # DeepSpeed makes groups of its own and gives them no time-out: they take these
     for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
         setattr(distributed_c10d, name, timeout)
-    rank = environment["RANK"]
+    rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     place = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
     try:
-        dist.init_process_group(backend, timeout=timeout)
+        store, _, _ = next(rendezvous("env://", rank, size, timeout=timeout))
+        store.set_timeout(timeout)
+        _require_same_backend(backend, rank, size, store)
+        group = dist.PrefixStore("group", store)  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=group, rank=rank, world_size=size, timeout=timeout)
     except dist.DistNetworkError as error:
         reason = str(error).splitlines()[0]
-        if rank == "0" and "EADDRINUSE" in reason:
+        if rank == 0 and "EADDRINUSE" in reason:
             raise ConfigError(
                 f"rank 0 cannot be met at {place} ({reason}); if another job uses that port, give "
                 f"the launcher a free one (--master_port), or set MASTER_PORT"
@@ -88,6 +95,29 @@ def _meet(backend: str, timeout: timedelta, environment: dict[str, str]) -> None
             f"{timeout.total_seconds():.0f} s ({str(error).splitlines()[0]}); see what the "
             f"missing ones have said, or raise cluster.timeout_seconds"
         ) from None
+
+
+def _require_same_backend(backend: str, rank: int, size: int, store: Any) -> None:
+    # ranks of different ones would wait for each other until the time-out
+    store.set(f"backend/{rank}", f"{backend} {socket.gethostname()}")
+    if rank == 0:
+        told = store.multi_get([f"backend/{other}" for other in range(size)])
+        backends, hosts = zip(*(one.decode().split() for one in told), strict=True)
+        odd = [other for other in range(size) if backends[other] != backend]
+        verdict = "alike"
+        if odd:
+            seen, sees = ("no GPU", "one") if backend == "nccl" else ("a GPU", "none")
+            verdict = (
+                f"rank {odd[0]} on {hosts[odd[0]]} ({len(odd)} of {size} ranks in all) sees "
+                f"{seen}, while rank 0 on {hosts[0]} sees {sees}: mend the driver or torch there, "
+                f"or hide all GPUs with CUDA_VISIBLE_DEVICES= to train on the CPUs"
+            )
+        store.set("backends", verdict)
+    verdict = store.get("backends").decode()
+    if verdict != "alike":
+        error = ConfigError(verdict)
+        error.on_all_ranks = True
+        raise error
 
 
 def stop() -> None:

@@ -19,7 +19,7 @@ def require_alike(world: World, job: Job, run_dir: Path) -> None:
         ConfigError: on every rank, naming the nodes that differ, in what, and what to do.
     """
     mine = None
-    if True:
+    if world.speaks_for_node:
         facts = alike_facts(world, Subject.of(job, run_dir))
         mine = facts.model_dump(exclude={"code_files"})
     told = world.gather_on_first(mine)

@@ -53,10 +53,10 @@ def locks(probing: Probing, names: Mapping[int, str]) -> Finding:
     if probing.lock_problem:
         return Finding(
             check,
-            "FAILED",
+            "warning",
             f"not to be had in {probing.place} ({probing.lock_problem})",
-            "choose a --run-dir where flock works (NFS: its lock service, Lustre: mount with "
-            "-o flock): `train` locks its run",
+            "let no two jobs train in one run directory: nothing keeps the second out (NFS: its "
+            "lock service, Lustre: mount with -o flock)",
         )
     unkept = {
         names[answer.rank]: answer.lock for answer in probing.answers if answer.lock not in KEPT

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,13 +104,14 @@ class Job:
         hostfile = str(self.folder / "hosts")
         return [PYTHON, "-m", "stacking_ds", "launch", "--hostfile", hostfile, *options, *wanted]
 
-    def mpirun(self, command: Sequence[str]) -> list[str]:
+    def mpirun(self, command: Sequence[str], carried: Collection[str] = ()) -> list[str]:
+        """`carried`: names of variables that go along, besides `forwarded`."""
         hosts = ",".join(f"{node}:{slots}" for node, slots in self.nodes.items())
-        carried = [part for name in self.forwarded for part in ("-x", name)]
+        options = [part for name in [*self.forwarded, *carried] for part in ("-x", name)]
         return [
             *("mpirun", "--allow-run-as-root", "--host", hosts),
             *("--mca", "btl_tcp_if_include", "eth0", "--mca", "oob_tcp_if_include", "eth0"),
-            *(*carried, PYTHON, *command),
+            *(*options, PYTHON, *command),
         ]
 
     def torchrun(self, command: Sequence[str]) -> dict[str, list[str]]:
