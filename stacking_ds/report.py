@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stacking_ds import run_directory
+from stacking_ds import attempts, run_directory
 from stacking_ds.errors import CheckpointError
 from stacking_ds.monitor import read_metrics
 
@@ -57,6 +57,7 @@ def run_table(run_dir: Path) -> str:
         f"layer-steps: {spent:,} against {full:,} at full depth for as many steps "
         f"({1 - spent / full:.0%} fewer; a count of work, not a quality claim)",
         f"steps: {last['step']} of {schedule.total_steps}; {last['wall_seconds']:.0f} s in all",
+        *([told] if (told := attempts.told(run_dir)) else []),
         f"run: {run_dir}",
         f"watch: tensorboard --logdir {run_dir / 'tensorboard'}",
     ]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from stacking_ds import run_directory
+from stacking_ds import attempts, run_directory
 from stacking_ds.errors import CheckpointError
 from stacking_ds.report import run_table
 from tests.runs import small_recipe
@@ -62,3 +62,15 @@ def test_a_run_half_way_says_so(run_dir: Path) -> None:
 def test_a_run_without_metrics_is_named(run_dir: Path) -> None:
     with pytest.raises(CheckpointError, match="no metrics yet"):
         run_table(run_dir)
+
+
+def test_attempts_are_told_of_when_there_were_several(run_dir: Path) -> None:
+    _write(run_dir, (2, 0, 1, 6.0))
+    attempts.begun(run_dir, 0, 4, ["node1", "node2"])
+    attempts.ended(run_dir, "stopped", 1, "")
+    assert "1 stopped" not in run_table(run_dir)
+    attempts.begun(run_dir, 1, 2, ["node1"])
+    attempts.judge(run_dir, 137)
+    attempts.begun(run_dir, 1, 2, ["node1"])
+    attempts.ended(run_dir, "complete", 2, "")
+    assert "3 attempts: 1 stopped, 1 killed, 1 complete" in run_table(run_dir)

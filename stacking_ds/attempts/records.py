@@ -1,4 +1,4 @@
-"""What became of each attempt at a run, and whether to start it again.
+"""What became of each attempt at a run.
 
 RUN_DIR/attempts.jsonl    one JSON object a line, only ever added to
     begun     rank 0 has entered the run
@@ -8,10 +8,10 @@ RUN_DIR/attempts.jsonl    one JSON object a line, only ever added to
 Batch scripts and launchers ask here, so nothing slow is imported.
 """
 
-import argparse
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,15 +22,18 @@ from stacking_ds.errors import UserError
 
 __all__ = [
     "ATTEMPTS_FILE",
+    "End",
     "Outcome",
-    "Verdict",
-    "add_again",
+    "Record",
+    "add",
     "begun",
     "count",
     "ended",
-    "judge",
+    "last_end",
+    "newest_checkpoint",
     "outcome_since",
-    "verdict_of_this_job",
+    "read_records",
+    "told",
 ]
 
 ATTEMPTS_FILE = "attempts.jsonl"
@@ -43,7 +46,6 @@ _KEYS: Mapping[str, frozenset[str]] = {
     "ended": frozenset({"outcome", "step", "message"}),
     "judged": frozenset({"again", "why", "outcome", "step", "saved", "job", "restart_count"}),
 }
-_USER_ERROR = 2  # the exit code of a command that ended with a UserError
 _CHECKPOINT = re.compile(r"step_(\d{8,})")
 _LONGEST_MESSAGE = 2000
 _TAIL_BYTES = 2**20
@@ -52,17 +54,7 @@ Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Should the run be started again?"""
-
-    again: bool
-    why: str
-    outcome: str
-    """How the attempt ended: an `Outcome`, "killed" outright, or "not_begun"."""
-
-
-@dataclass(frozen=True)
-class _End:
+class End:
     """How one attempt ended, as far as the records tell."""
 
     outcome: str
@@ -80,7 +72,7 @@ def begun(run_dir: Path, step: int, world_size: int, hosts: Sequence[str]) -> No
     Raises:
         UserError: the record cannot be written.
     """
-    _add(
+    add(
         run_dir,
         {
             "event": "begun",
@@ -100,10 +92,10 @@ def ended(run_dir: Path, outcome: Outcome, step: int, message: str) -> None:
     """
     assert outcome in _OUTCOMES, outcome
     message = message[:_LONGEST_MESSAGE]
-    _add(run_dir, {"event": "ended", "outcome": outcome, "step": step, "message": message})
+    add(run_dir, {"event": "ended", "outcome": outcome, "step": step, "message": message})
 
 
-def _add(run_dir: Path, record: Record) -> None:
+def add(run_dir: Path, record: Record) -> None:
     path = run_dir / ATTEMPTS_FILE
     now = datetime.now(UTC).isoformat(timespec="seconds")
     line = json.dumps({"event": record["event"], "time": now, **record}) + "\n"
@@ -131,7 +123,7 @@ def _add(run_dir: Path, record: Record) -> None:
 # --------------------------------------------------------------------------- reading
 
 
-def _records(run_dir: Path) -> list[Record]:
+def read_records(run_dir: Path) -> list[Record]:
     """All whole lines, in order; one that a crash cut off is left out."""
     path = run_dir / ATTEMPTS_FILE
     try:
@@ -158,7 +150,7 @@ def _unreadable(path: Path, error: OSError) -> UserError:
     )
 
 
-def _newest_checkpoint(run_dir: Path) -> int | None:
+def newest_checkpoint(run_dir: Path) -> int | None:
     """The step a resumed run goes on from."""
     # not `checkpoint.latest`: to import it takes seconds, of torch
     root = run_dir / "checkpoints"
@@ -199,10 +191,10 @@ def count(run_dir: Path) -> int:
     Raises:
         UserError: they cannot be read.
     """
-    return len(_records(run_dir))
+    return len(read_records(run_dir))
 
 
-def _last_end(run_dir: Path, records: Sequence[Record]) -> _End | None:
+def last_end(run_dir: Path, records: Sequence[Record]) -> End | None:
     """How the last attempt in `records` ended; None if none of them began or ended."""
     own = [record for record in records if record["event"] != "judged"]
     if not own:
@@ -210,8 +202,8 @@ def _last_end(run_dir: Path, records: Sequence[Record]) -> _End | None:
     last = own[-1]
     if last["event"] == "begun":
         step = max(int(last["step"]), _last_metrics_step(run_dir))
-        return _End("killed", step, "it was killed outright")
-    return _End(str(last["outcome"]), int(last["step"]), str(last["message"]))
+        return End("killed", step, "it was killed outright")
+    return End(str(last["outcome"]), int(last["step"]), str(last["message"]))
 
 
 def outcome_since(run_dir: Path, since: int) -> str | None:
@@ -221,121 +213,23 @@ def outcome_since(run_dir: Path, since: int) -> str | None:
     Raises:
         UserError: the records cannot be read.
     """
-    end = _last_end(run_dir, _records(run_dir)[since:])
+    end = last_end(run_dir, read_records(run_dir)[since:])
     return end.outcome if end else None
 
 
-# --------------------------------------------------------------------------- judging
-
-
-def judge(run_dir: Path, exit_status: int, *, since: int = 0) -> Verdict:
-    """Should the run be started again? The verdict is recorded too.
-
-    One that was stopped is; one that failed is, unless it has failed so before: twice at the same
-    step, or three times without a newer checkpoint. What a person has to mend is not tried again.
-    After a verdict of "no" a person has taken over, and failures are counted anew.
-
-    Args:
-        run_dir: the run's directory, which need not be there yet.
-        exit_status: of the command, or of the launcher around it; 0 alone proves nothing.
-        since: the number of records there were when the attempt was started, where that is known;
-            what was recorded before the last verdict is never taken for this attempt's.
-
-    Raises:
-        UserError: the records cannot be read or written.
-    """
-    records = _records(run_dir)
-    judged = [i for i, record in enumerate(records) if record["event"] == "judged"]
-    end = _last_end(run_dir, records[max(since, judged[-1] + 1 if judged else 0) :])
-    saved = _newest_checkpoint(run_dir)
-    if end is None or (exit_status == _USER_ERROR and end.outcome == "killed"):
-        end = _not_begun(exit_status)
-    again, why = _decide(end, saved, _failures(records))
-    # a folder that is no run's, perhaps given by mistake, is left alone
-    if again or (run_dir / ATTEMPTS_FILE).exists() or (run_dir / "config.yaml").exists():
-        verdict = {"event": "judged", "again": again, "why": why, "step": end.step}
-        _add(run_dir, {**verdict, "outcome": end.outcome, "saved": saved, **_this_job()})
-    return Verdict(again, why, end.outcome)
-
-
-def _not_begun(exit_status: int) -> _End:
-    if exit_status == _USER_ERROR:
-        return _End("user_error", None, "the job ended before it entered the run")
-    return _End("not_begun", None, f"exit status {exit_status} before it entered the run")
-
-
-def _failures(records: Sequence[Record]) -> list[Record]:
-    """The verdicts on failures that still count: since the run last went well, or was given up."""
-    failures: list[Record] = []
-    for record in records:
-        if record["event"] == "judged":
-            stays = record["again"] and record["outcome"] != "stopped"
-            failures = [*failures, record] if stays else []
-        elif record["event"] == "ended" and record["outcome"] in ("stopped", "complete"):
-            failures = []
-    return failures
-
-
-def _decide(end: _End, saved: int | None, failures: Sequence[Record]) -> tuple[bool, str]:
-    at = "before it began" if end.step is None else f"at step {end.step}"
-    goes_on = "it starts anew" if saved is None else f"it goes on from step {saved}"
-    if end.outcome == "complete":
-        return False, f"the run is complete {at}"
-    if end.outcome == "stopped":
-        return True, f"the run was asked to stop {at}; {goes_on}"
-    if end.outcome == "user_error":
-        return False, f"a person has to mend what stopped the run: {end.message}"
-    if failures and failures[-1]["step"] == end.step:
-        return False, f"the run failed {at} twice, for: {end.message}; mend that and start it again"
-    without_gain = [*failures, {"saved": saved}][-3:]
-    if len(without_gain) == 3 and all(record["saved"] == saved for record in without_gain):
-        place = "a checkpoint" if saved is None else f"a newer checkpoint than that of step {saved}"
-        return False, (
-            f"the run failed three times in a row without {place}, the last time {at} for: "
-            f"{end.message}; mend that, or save more often, and start it again"
-        )
-    return True, f"the run failed {at} for: {end.message}; {goes_on}"
-
-
-# --------------------------------------------------------------------------- command
-
-
-def add_again(parser: argparse.ArgumentParser) -> None:
-    """Give `parser` the options; it sets `command`, which returns 0 for "start it again"."""
-    parser.add_argument("run_dir", type=Path)
-    parser.add_argument(
-        "--exit-status",
-        type=int,
-        required=True,
-        metavar="N",
-        help="what the job ended with ($? in a batch script)",
-    )
-    parser.set_defaults(command=_again)
-
-
-def _again(options: argparse.Namespace) -> int:
-    verdict = verdict_of_this_job(options.run_dir) or judge(options.run_dir, options.exit_status)
-    print(verdict.why)
-    return 0 if verdict.again else 1
-
-
-def verdict_of_this_job(run_dir: Path) -> Verdict | None:
-    """The verdict on what this SLURM job did, if it has been given: a `launch` in the job's
-    script has judged before the script asks.
+def told(run_dir: Path) -> str | None:
+    """How often the run was begun and how that ended, for people; None after a single attempt.
 
     Raises:
         UserError: the records cannot be read.
     """
-    last = (_records(run_dir) or [{"event": ""}])[-1]
-    job = _this_job()
-    if last["event"] != "judged" or job["job"] is None or any(last[key] != job[key] for key in job):
+    records = read_records(run_dir)
+    starts = [i for i, record in enumerate(records) if record["event"] == "begun"]
+    if len(starts) < 2:
         return None
-    return Verdict(last["again"], last["why"], last["outcome"])
-
-
-def _this_job() -> dict[str, str | None]:
-    # the count tells a job from itself after it was requeued
-    return {
-        "job": os.environ.get("SLURM_JOB_ID"),
-        "restart_count": os.environ.get("SLURM_RESTART_COUNT"),
-    }
+    spans = zip(starts, [*starts[1:], len(records)], strict=True)
+    ends = [last_end(run_dir, records[start:end]) for start, end in spans]
+    outcomes = Counter(end.outcome for end in ends if end is not None)
+    return f"{len(starts)} attempts: " + ", ".join(
+        f"{times} {outcome.replace('_', ' ')}" for outcome, times in outcomes.items()
+    )

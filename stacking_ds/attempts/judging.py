@@ -1,0 +1,144 @@
+"""Should a run be started again? By the records of its attempts, and one verdict more in them."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from stacking_ds.attempts.records import (
+    ATTEMPTS_FILE,
+    End,
+    Record,
+    add,
+    last_end,
+    newest_checkpoint,
+    read_records,
+)
+
+__all__ = ["Verdict", "add_again", "judge", "verdict_of_this_job"]
+
+_USER_ERROR = 2  # the exit code of a command that ended with a UserError
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Should the run be started again?"""
+
+    again: bool
+    why: str
+    outcome: str
+    """How the attempt ended: an `Outcome`, "killed" outright, or "not_begun"."""
+
+
+def judge(run_dir: Path, exit_status: int, *, since: int = 0) -> Verdict:
+    """Should the run be started again? The verdict is recorded too.
+
+    One that was stopped is; one that failed is, unless it has failed so before: twice at the same
+    step, or three times without a newer checkpoint. What a person has to mend is not tried again.
+    After a verdict of "no" a person has taken over, and failures are counted anew.
+
+    Args:
+        run_dir: the run's directory, which need not be there yet.
+        exit_status: of the command, or of the launcher around it; 0 alone proves nothing.
+        since: the number of records there were when the attempt was started, where that is known;
+            what was recorded before the last verdict is never taken for this attempt's.
+
+    Raises:
+        UserError: the records cannot be read or written.
+    """
+    records = read_records(run_dir)
+    judged = [i for i, record in enumerate(records) if record["event"] == "judged"]
+    end = last_end(run_dir, records[max(since, judged[-1] + 1 if judged else 0) :])
+    saved = newest_checkpoint(run_dir)
+    if end is None or (exit_status == _USER_ERROR and end.outcome == "killed"):
+        end = _not_begun(exit_status)
+    again, why = _decide(end, saved, _failures(records))
+    # a folder that is no run's, perhaps given by mistake, is left alone
+    if again or (run_dir / ATTEMPTS_FILE).exists() or (run_dir / "config.yaml").exists():
+        verdict = {"event": "judged", "again": again, "why": why, "step": end.step}
+        add(run_dir, {**verdict, "outcome": end.outcome, "saved": saved, **_this_job()})
+    return Verdict(again, why, end.outcome)
+
+
+def _not_begun(exit_status: int) -> End:
+    if exit_status == _USER_ERROR:
+        return End("user_error", None, "the job ended before it entered the run")
+    return End("not_begun", None, f"exit status {exit_status} before it entered the run")
+
+
+def _failures(records: Sequence[Record]) -> list[Record]:
+    """The verdicts on failures that still count: since the run last went well, or was given up."""
+    failures: list[Record] = []
+    for record in records:
+        if record["event"] == "judged":
+            stays = record["again"] and record["outcome"] != "stopped"
+            failures = [*failures, record] if stays else []
+        elif record["event"] == "ended" and record["outcome"] in ("stopped", "complete"):
+            failures = []
+    return failures
+
+
+def _decide(end: End, saved: int | None, failures: Sequence[Record]) -> tuple[bool, str]:
+    at = "before it began" if end.step is None else f"at step {end.step}"
+    goes_on = "it starts anew" if saved is None else f"it goes on from step {saved}"
+    if end.outcome == "complete":
+        return False, f"the run is complete {at}"
+    if end.outcome == "stopped":
+        return True, f"the run was asked to stop {at}; {goes_on}"
+    if end.outcome == "user_error":
+        return False, f"a person has to mend what stopped the run: {end.message}"
+    if failures and failures[-1]["step"] == end.step:
+        return False, f"the run failed {at} twice, for: {end.message}; mend that and start it again"
+    without_gain = [*failures, {"saved": saved}][-3:]
+    if len(without_gain) == 3 and all(record["saved"] == saved for record in without_gain):
+        place = "a checkpoint" if saved is None else f"a newer checkpoint than that of step {saved}"
+        return False, (
+            f"the run failed three times in a row without {place}, the last time {at} for: "
+            f"{end.message}; mend that, or save more often, and start it again"
+        )
+    return True, f"the run failed {at} for: {end.message}; {goes_on}"
+
+
+# --------------------------------------------------------------------------- command
+
+
+def add_again(parser: argparse.ArgumentParser) -> None:
+    """Give `parser` the options; it sets `command`, which returns 0 for "start it again"."""
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument(
+        "--exit-status",
+        type=int,
+        required=True,
+        metavar="N",
+        help="what the job ended with ($? in a batch script)",
+    )
+    parser.set_defaults(command=_again)
+
+
+def _again(options: argparse.Namespace) -> int:
+    verdict = verdict_of_this_job(options.run_dir) or judge(options.run_dir, options.exit_status)
+    print(verdict.why)
+    return 0 if verdict.again else 1
+
+
+def verdict_of_this_job(run_dir: Path) -> Verdict | None:
+    """The verdict on what this SLURM job did, if it has been given: a `launch` in the job's
+    script has judged before the script asks.
+
+    Raises:
+        UserError: the records cannot be read.
+    """
+    last = (read_records(run_dir) or [{"event": ""}])[-1]
+    job = _this_job()
+    if last["event"] != "judged" or job["job"] is None or any(last[key] != job[key] for key in job):
+        return None
+    return Verdict(last["again"], last["why"], last["outcome"])
+
+
+def _this_job() -> dict[str, str | None]:
+    # the count tells a job from itself after it was requeued
+    return {
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "restart_count": os.environ.get("SLURM_RESTART_COUNT"),
+    }
