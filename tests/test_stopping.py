@@ -1,0 +1,145 @@
+"""A stop that is asked for at any moment is agreed on at the next boundary, and recorded."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stacking_ds import checkpoint, stage_manager, trainer
+from stacking_ds.config import RunConfig
+from stacking_ds.distributed import World
+from stacking_ds.errors import NonFiniteError
+from stacking_ds.evaluate.heldout import HeldOutPasses
+from stacking_ds.job import Job
+from stacking_ds.stage_manager import StageManager
+from stacking_ds.stop_request import StopRequest
+from stacking_ds.trainer import train
+from tests.prose import tiny_shards
+from tests.ranks import run_ranks
+from tests.runs import losses, metrics, small_recipe, train_small
+
+RANKS = 2
+_OWNERS = {"metrics": HeldOutPasses, "grow": StageManager, "start": StageManager}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_shards(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(scope="module")
+def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    config = small_recipe(folder, shards, "evaluation.every_steps=2")
+    run_ranks(train_small, RANKS, config, folder / "run")
+    return folder / "run"
+
+
+def _asked_during(world: World, config: RunConfig, run_dir: Path, name: str) -> int:
+    """Train; the last rank is asked to stop while all are in the method of this name."""
+    owner: Any = _OWNERS[name]
+    original: Callable[..., Any] = getattr(owner, name)
+
+    def asked(*arguments: Any, **options: Any) -> Any:
+        if world.rank == world.size - 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return original(*arguments, **options)
+
+    setattr(owner, name, asked)
+    return train_small(world, config, run_dir)
+
+
+def _records(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "attempts.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "saved"),
+    [
+        ("metrics", 2, 2),  # the first evaluation
+        ("grow", 4, 4),  # the first boundary
+        ("start", 0, None),  # nothing was trained, so there is nothing to save
+    ],
+)
+def test_no_step_is_taken_after_a_stop(
+    shards: Path, whole: Path, tmp_path: Path, name: str, step: int, saved: int | None
+) -> None:
+    config = small_recipe(tmp_path, shards, "evaluation.every_steps=2")
+    run = tmp_path / "run"
+    assert run_ranks(_asked_during, RANKS, config, run, name) == [step] * RANKS
+    found = checkpoint.latest(run)
+    assert (found and checkpoint.read_manifest(found).step) == saved
+    assert run_ranks(train_small, RANKS, config, run, True) == [10] * RANKS
+    assert losses(run) == losses(whole)
+    evaluations = [[line.get("eval/mlm_loss") for line in metrics(r)] for r in (run, whole)]
+    assert evaluations[0] == evaluations[1]
+    outcomes = [record.get("outcome") for record in _records(run)]
+    assert outcomes == [None, "stopped", None, "complete"]
+    assert [record["step"] for record in _records(run)] == [0, step, step, 10]
+
+
+def _asked_before(world: World, config: RunConfig, run_dir: Path) -> int:
+    with StopRequest() as request:
+        if world.is_first:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return train(Job.check(config), world, run_dir, request=request).step
+
+
+def test_a_stop_that_was_asked_for_before_the_run_began_holds(shards: Path, tmp_path: Path) -> None:
+    config = small_recipe(tmp_path, shards)
+    assert run_ranks(_asked_before, RANKS, config, tmp_path / "run") == [0] * RANKS
+
+
+def _slow_saves(world: World, config: RunConfig, run_dir: Path) -> int:
+    stage_manager._STOP_SECONDS = 1e-6
+    return train_small(world, config, run_dir)
+
+
+def test_saves_that_a_launcher_would_cut_off_are_warned_of_once(
+    shards: Path, tmp_path: Path
+) -> None:
+    config = small_recipe(tmp_path, shards)
+    run_ranks(_slow_saves, RANKS, config, tmp_path / "slow")
+    log = (tmp_path / "slow" / "train.log").read_text()
+    assert log.count("DeepSpeed's launchers give a rank that is to stop") == 1
+    run_ranks(train_small, RANKS, config, tmp_path / "quick")
+    assert "launchers give" not in (tmp_path / "quick" / "train.log").read_text()
+
+
+def _fails(world: World, config: RunConfig, run_dir: Path, error: Exception) -> str:
+    original = trainer._Run.train_step
+
+    def step(run: Any, rank_step: Any) -> Any:
+        if run.state.step == 5:
+            raise error
+        return original(run, rank_step)
+
+    trainer._Run.train_step = step  # type: ignore[method-assign]
+    with pytest.raises(type(error)):
+        train_small(world, config, run_dir)
+    return "raised"
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (NonFiniteError("the loss is nan"), "not_finite"),
+        (RuntimeError("CUDA out of memory"), "failed"),
+        (OSError(28, "No space left on device"), "user_error"),
+        # which rank it was is known to the watch alone, which records it
+        (RuntimeError("[gloo] Connection closed by peer"), None),
+    ],
+)
+def test_how_an_attempt_ended_is_recorded(
+    shards: Path, tmp_path: Path, error: Exception, outcome: str | None
+) -> None:
+    config = small_recipe(tmp_path, shards)
+    run_ranks(_fails, RANKS, config, tmp_path / "run", error)
+    begun, *ended = _records(tmp_path / "run")
+    assert (begun["step"], begun["world_size"]) == (0, RANKS)
+    told = [(record["outcome"], record["step"], record["message"]) for record in ended]
+    assert told == ([] if outcome is None else [(outcome, 5, str(error))])
