@@ -1,8 +1,9 @@
-# What this site has, in one place: every script here reads it, on the node where it runs. Change
-# the values, or set the variables before sbatch, which carries them along.
+# What a job finds on its node. Every script here reads it there: change the values, or set the
+# variables before sbatch, which carries them along. Account, partition and QOS are not chosen here,
+# but on sbatch's command line or in SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_QOS.
 
-# The command, on a path that all nodes see.
-: "${STACKING_DS:=${SLURM_SUBMIT_DIR:-$PWD}/.venv/bin/stacking-ds}"
+# The checkout is where sbatch was called, unless STACKING_DS_HOME says where; a path all nodes see.
+: "${STACKING_DS:=${STACKING_DS_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}/.venv/bin/stacking-ds}"
 
 # What has to be loaded first.
 # module load cuda/13
@@ -14,11 +15,10 @@ CONTAINER=()
 # The interface that joins the nodes, where a node's name leads elsewhere.
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 
-# Ranks of a node that trains: the number of its GPUs. A job asks for nodes, and srun for tasks on
-# them: a job that has once had a number of tasks is not started again on fewer nodes.
-: "${RANKS_PER_NODE:=1}"
-
 if [ -n "${SLURM_JOB_ID:-}" ]; then  # not where submit.sh reads this: sbatch would carry it along
+    # Ranks of a node that trains: the GPUs that the job has there. A job asks for nodes, and srun
+    # for tasks on them: one that has had a number of tasks is not started again on fewer nodes.
+    : "${RANKS_PER_NODE:=${SLURM_GPUS_ON_NODE:-1}}"
     cpus=$((SLURM_CPUS_ON_NODE / RANKS_PER_NODE))
     RANKS=(--ntasks-per-node="$RANKS_PER_NODE" --cpus-per-task=$((cpus ? cpus : 1)))
 
@@ -32,7 +32,8 @@ if [ -n "${SLURM_JOB_ID:-}" ]; then  # not where submit.sh reads this: sbatch wo
     export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$scratch/inductor}
 fi
 
-# For submit.sh: what every job asks for, and what a job that trains does.
+# For submit.sh alone, which hands them to sbatch: what every job asks for, a job that trains or
+# evaluates, and one that prepares. A plain sbatch does not see them.
 SITE_OPTIONS=()     # (--account=lab --qos=normal)
 TRAIN_OPTIONS=()    # (--partition=gpu --gpus-per-node=8)
 PREPARE_OPTIONS=()  # (--partition=cpu --cpus-per-task=32)

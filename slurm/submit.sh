@@ -2,17 +2,18 @@
 # slurm/submit.sh RECIPE RUN_DIR SHARDS SOURCE...
 #
 # All three, one after the other: prepare -> pretrain -> evaluate. What follows a job that fails is
-# not started. Options of the jobs are in site.sh.
+# not started. Options of the jobs are in site.sh. Paths are as seen from where you stand, which is
+# where the jobs write their logs.
 set -euo pipefail
 
 if [ $# -lt 4 ]; then
-    sed -n '2,5s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,6s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
 recipe=$1 run_dir=$2 shards=$3
 shift 3
-here=$(cd "$(dirname "$0")" && pwd)
-cd "$here/.."
+export STACKING_DS_HOME=${STACKING_DS_HOME:-$(cd "$(dirname "$0")/.." && pwd)}
+here=$STACKING_DS_HOME/slurm
 source "$here/site.sh"
 
 submit() { sbatch --parsable --kill-on-invalid-dep=yes "${SITE_OPTIONS[@]}" "$@"; }

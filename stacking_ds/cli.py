@@ -16,10 +16,9 @@ from stacking_ds.checkpoint_commands import add_checkpoint
 from stacking_ds.data.commands import add_prepare
 from stacking_ds.data.inspect_commands import add_data
 from stacking_ds.doctor.commands import add_doctor
-from stacking_ds.errors import LostRankError, NonFiniteError, UserError
+from stacking_ds.ending import tell
 from stacking_ds.launch.commands import add_launch
 from stacking_ds.launch.words import ENCODED, decode_arguments
-from stacking_ds.launched import rank_from_environment
 from stacking_ds.train_command import add_train
 
 if TYPE_CHECKING:
@@ -27,15 +26,9 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-USER_ERROR, NOT_FINITE, LOST_RANK, INTERRUPTED = 2, 3, 4, 130
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the process's exit code.
-
-    0 done (or stopped when asked), 2 something the user can mend, 3 a loss that is not finite,
-    4 another rank is lost, 130 interrupted.
-    """
+    """Run one command; the process's exit code, which `ending.tell` lists."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == [ENCODED]:
         words = decode_arguments(words[1])
@@ -43,32 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command: Callable[[argparse.Namespace], int] = options.command
     try:
         return command(options)
-    except UserError as error:
-        _say_once(f"stacking-ds: error: {error}", everywhere=error.on_all_ranks)
-        return USER_ERROR
-    except OSError as error:
-        _say_once(
-            f"stacking-ds: error: {error}; make room, or mend paths and permissions",
-            everywhere=False,
-        )
-        return USER_ERROR
-    except KeyboardInterrupt:
-        print("stacking-ds: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except LostRankError as error:
-        _say_once(f"stacking-ds: error: {error}", everywhere=True)
-        return LOST_RANK
-    except NonFiniteError as error:
-        _say_once(f"stacking-ds: error: {error}", everywhere=True)
-        return NOT_FINITE
-
-
-def _say_once(message: str, *, everywhere: bool) -> None:
-    """Print an error: on rank 0 if all ranks have it, else on the rank that has it."""
-    rank = rank_from_environment()
-    if rank == 0 or not everywhere:
-        prefix = "" if rank == 0 else f"[rank {rank}] "
-        print(prefix + message, file=sys.stderr, flush=True)
+    except (Exception, KeyboardInterrupt) as error:
+        code = tell(error)
+        if code is None:
+            raise
+        return code
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,6 +1,11 @@
 """The errors a user can meet. Each message says what, which value, where, and what to do."""
 
+import errno
+
 __all__ = [
+    "EXIT_LOST_RANK",
+    "EXIT_NOT_FINITE",
+    "EXIT_USER_ERROR",
     "CheckpointError",
     "ConfigError",
     "DataError",
@@ -8,7 +13,22 @@ __all__ = [
     "NonFiniteError",
     "StageError",
     "UserError",
+    "is_mendable",
 ]
+
+EXIT_USER_ERROR, EXIT_NOT_FINITE, EXIT_LOST_RANK = 2, 3, 4
+"""What a program ends with; 1 is any other failure."""
+
+_MENDABLE = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+}
 
 
 class UserError(ValueError):
@@ -37,9 +57,17 @@ class CheckpointError(UserError):
 class NonFiniteError(RuntimeError):
     """The loss or the gradient became NaN or infinite; the weights were not updated with it."""
 
+    on_all_ranks = True
+
 
 class LostRankError(RuntimeError):
     """Another rank died, hangs or cannot be reached; the run can go on from its checkpoint."""
 
-    said_by_first = False
-    """True where rank 0 knows the same and says it."""
+    said_elsewhere = False
+    """True where another rank knows the same and says it."""
+
+
+def is_mendable(error: OSError) -> bool:
+    """Is it the user's to mend (a full disk, a path, a permission)? What a file system does by
+    itself, a stale handle or an input/output error, may be gone at the next attempt."""
+    return error.errno in _MENDABLE

@@ -12,7 +12,7 @@ from stacking_ds.export import export_to_hugging_face
 from stacking_ds.job import Job
 from stacking_ds.model.bert import BertForPreTraining
 
-__all__ = ["export_run", "load_model", "run_heldout"]
+__all__ = ["export_if_missing", "export_run", "load_model", "run_heldout"]
 
 
 def load_model(job: Job, found: Path) -> BertForPreTraining:
@@ -52,3 +52,10 @@ def export_run(job: Job, run_dir: Path, name: str | None = None, out: Path | Non
         target,
     )
     return target
+
+
+def export_if_missing(job: Job, run_dir: Path) -> str | None:
+    """Export the finished run, as its recipe asks for; what was done, for people, if anything."""
+    if (run_dir / "export").exists() or not job.config.checkpoint.export_at_end:
+        return None
+    return f"exported for Hugging Face: {export_run(job, run_dir)}"

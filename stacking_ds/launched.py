@@ -9,6 +9,7 @@ __all__ = [
     "HYDRA_SIZE",
     "OPEN_MPI_SIZE",
     "by_srun",
+    "local_rank_from_environment",
     "rank_from_environment",
     "world_size_from_environment",
 ]
@@ -34,4 +35,12 @@ def rank_from_environment() -> int:
     names = ["RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"]
     if by_srun():
         names.insert(2, "SLURM_PROCID")
+    return next((int(os.environ[name]) for name in names if name in os.environ), 0)
+
+
+def local_rank_from_environment() -> int:
+    """This process's rank on its node as the launcher says it; 0 where there is no launcher."""
+    names = ["LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID"]
+    if by_srun():
+        names.insert(2, "SLURM_LOCALID")
     return next((int(os.environ[name]) for name in names if name in os.environ), 0)

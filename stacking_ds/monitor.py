@@ -1,19 +1,28 @@
-"""Metrics, once: to progress bars, TensorBoard, `metrics.jsonl` and `train.log`; rank 0 only."""
+"""Metrics, once: to progress bars, TensorBoard, `metrics.jsonl` and `train.log`; rank 0 only.
 
+A file that cannot be written, as on a full disk, ends no run: that is for checkpoints to do.
+"""
+
+import io
 import json
 import logging
 import math
 import os
 import resource
+import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+import numpy as np
 import torch
-from torch.utils.tensorboard.writer import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
+from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
+from torch.utils.tensorboard.summary import histogram
 from tqdm import tqdm
 
 from stacking_ds.stages import Stage, StageSchedule
@@ -27,6 +36,10 @@ __all__ = [
 ]
 
 METRICS_FILE = "metrics.jsonl"
+
+_MOST_HELD_BYTES = 2**24
+_EDGES = 1e-12 * 1.1 ** np.arange(774)
+_BINS = np.concatenate([-_EDGES[::-1], [0.0], _EDGES])  # TensorBoard's own
 
 logger = logging.getLogger("stacking_ds")
 
@@ -47,14 +60,14 @@ class Monitor:
         if not enabled:
             return
         self._schedule = schedule
-        self._log_handlers = _open_logs(run_dir)
-        self._metrics_path = run_dir / METRICS_FILE
-        _drop_after(self._metrics_path, completed_steps)
-        self._metrics = self._metrics_path.open("a", encoding="utf-8")
-        self._tensorboard = SummaryWriter(
-            str(run_dir / "tensorboard"),
-            purge_step=completed_steps + 1,
-        )
+        _drop_after(run_dir / METRICS_FILE, completed_steps)
+        failing: set[Path] = set()
+        self._log = _Appended(run_dir / "train.log", failing)
+        self._log_handlers = _open_logs(self._log)
+        self._metrics = _Appended(run_dir / METRICS_FILE, failing)
+        self._tensorboard = _Appended(run_dir / "tensorboard" / _events_name(), failing)
+        self._metrics.add(b"")
+        self._tensorboard.add(_first_events(completed_steps + 1))
         self._bars = _Bars(schedule, completed_steps)
 
     def stage(self, stage: Stage, completed_steps: int) -> None:
@@ -79,15 +92,7 @@ class Monitor:
             return
         metrics = {key: _finite_or_none(value) for key, value in metrics.items()}
         self._metrics.write(json.dumps(metrics) + "\n")
-        self._metrics.flush()
-        step = int(metrics["step"])
-        for key, value in metrics.items():
-            if isinstance(value, int | float):
-                tag = key if "/" in key else f"progress/{key}"
-                self._tensorboard.add_scalar(tag, value, step)
-        for tag, values in (histograms or {}).items():
-            self._tensorboard.add_histogram(tag, torch.tensor(values), step)
-        self._tensorboard.flush()
+        self._tensorboard.add(_event(metrics, histograms or {}))
         self._bars.remaining(metrics["speed/remaining_seconds"])
         logger.info(_line(metrics, self._schedule.total_steps))
 
@@ -100,8 +105,8 @@ class Monitor:
     def close(self) -> None:
         if self._enabled:
             self._bars.close()
-            self._tensorboard.close()
-            self._metrics.close()
+            for file in (self._metrics, self._tensorboard, self._log):
+                file.add(b"")  # what it still holds
             for handler in self._log_handlers:
                 logger.removeHandler(handler)
                 handler.close()
@@ -111,6 +116,57 @@ class Monitor:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+class _Appended:
+    """A file that grows by whole pieces. What cannot be written now is held, told of once, and
+    written before the next piece. It is opened for each, since a file system that comes back may
+    know nothing of files that were open."""
+
+    def __init__(self, path: Path, failing: set[Path]) -> None:
+        """`failing`: those of the run's files that cannot be written; one sentence is for all."""
+        self._path, self._failing = path, failing
+        self._held = b""
+        self._whole: int | None = None
+        """Its size without what a write that failed has left."""
+
+    def write(self, text: str) -> None:
+        self.add(text.encode("utf-8", "backslashreplace"))
+
+    def add(self, piece: bytes) -> None:
+        if len(self._held) < _MOST_HELD_BYTES:
+            self._held += piece
+        try:
+            self._path.parent.mkdir(exist_ok=True)
+            with self._path.open("ab") as file:
+                size = file.seek(0, os.SEEK_END)
+                if self._whole is not None:
+                    size = file.truncate(min(size, self._whole))
+                self._whole = size
+                file.write(self._held)
+        except OSError as error:
+            self._tell(error)
+        else:
+            self._held, self._whole = b"", None
+            self._failing.discard(self._path)
+
+    def _tell(self, error: OSError) -> None:
+        first = not self._failing
+        self._failing.add(self._path)  # the warning goes to such a file too
+        if first:
+            logger.warning(
+                "metrics are not written to %s (%s): make room; training goes on, and they follow "
+                "when they can be written",
+                self._path,
+                error.strerror or error,
+            )
+
+
+class _Console(logging.StreamHandler[TextIO]):
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's own name
+        # its reader is gone, or its disk full: a traceback for every line helps nobody
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
 
 
 class _Bars:
@@ -182,16 +238,51 @@ def _drop_after(path: Path, completed_steps: int) -> None:
         return
     kept = [line for line in read_metrics(path.parent) if line["step"] <= completed_steps]
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:  # a full disk is told of without a path
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-def _open_logs(run_dir: Path) -> list[logging.Handler]:
+def _events_name() -> str:
+    # TensorBoard reads the files of a folder in the order of their names
+    return f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+
+
+def _first_events(next_step: int) -> bytes:
+    """From `next_step` on, what earlier files of the run say is void."""
+    start = SessionLog(status=SessionLog.START)
+    return _records(
+        Event(wall_time=time.time(), step=next_step, file_version="brain.Event:2"),
+        Event(wall_time=time.time(), step=next_step, session_log=start),
+    )
+
+
+def _event(metrics: Mapping[str, Any], histograms: Mapping[str, Sequence[float]]) -> bytes:
+    summary = Summary()
+    for key, value in metrics.items():
+        if isinstance(value, int | float):
+            summary.value.add(tag=key if "/" in key else f"progress/{key}", simple_value=value)
+    for tag, values in histograms.items():
+        bars: Any = histogram(tag, torch.tensor(values), _BINS)  # type: ignore[no-untyped-call]
+        summary.MergeFrom(bars)
+    return _records(Event(wall_time=time.time(), step=int(metrics["step"]), summary=summary))
+
+
+def _records(*events: Any) -> bytes:
+    buffer = io.BytesIO()
+    for event in events:
+        RecordWriter(buffer).write(event.SerializeToString())
+    return buffer.getvalue()
+
+
+def _open_logs(log: _Appended) -> list[logging.Handler]:
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    to_file = logging.FileHandler(run_dir / "train.log", encoding="utf-8")
+    to_file = logging.StreamHandler(log)
     to_file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-    to_console = logging.StreamHandler(sys.stderr)
+    to_console = _Console(sys.stderr)
     to_console.setFormatter(logging.Formatter("%(message)s"))
     # on a terminal the bars show progress already; there only the sentences are printed
     to_console.setLevel(logging.WARNING if sys.stderr.isatty() else logging.INFO)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from stacking_ds import attempts, checkpoint, run_directory
 from stacking_ds.distributed import World, is_lost_contact
-from stacking_ds.errors import CheckpointError, NonFiniteError, UserError
+from stacking_ds.errors import CheckpointError, NonFiniteError, UserError, is_mendable
 from stacking_ds.job import Job
 from stacking_ds.meter import TrainState
 
@@ -47,6 +47,8 @@ def _enter_on_first(
     # what is left of an attempt that was killed, or cut off the network, ends by itself within this
     patience = job.config.cluster.silence_seconds + _TO_END_SECONDS if resume else 0.0
     held.enter_context(run_directory.lock(run_dir, patience))
+    # a job that was waited for may have made the directory its own
+    run_directory.check(run_dir, job.config, resume=resume)
     found = checkpoint.latest(run_dir)
     state = _state_of(found, job) if found else TrainState()
     if found is None:
@@ -100,7 +102,7 @@ def recorded(run_dir: Path, world: World, total_steps: int) -> Iterator[None]:
 def _outcome(error: BaseException) -> attempts.Outcome | None:
     if isinstance(error, KeyboardInterrupt):
         return "stopped"
-    if isinstance(error, UserError | OSError):
+    if isinstance(error, UserError) or (isinstance(error, OSError) and is_mendable(error)):
         return "user_error"
     if isinstance(error, NonFiniteError):
         return "not_finite"

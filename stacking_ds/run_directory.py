@@ -15,6 +15,8 @@ import logging
 import os
 import socket
 import time
+import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -68,7 +70,8 @@ def check(run_dir: Path, config: RunConfig, *, resume: bool) -> None:
 def lock(run_dir: Path, patience_seconds: float = 0.0) -> IO[str]:
     """Keep other jobs out of the run for as long as the returned file is open.
 
-    Where the file system has no locks there is a warning instead.
+    Where the file system has no locks there is a warning instead. The file says who holds it, in
+    words that no other attempt uses: `require_shared` looks for them on every node.
 
     Args:
         patience_seconds: how long to wait for a job that is at work in it.
@@ -94,14 +97,34 @@ def lock(run_dir: Path, patience_seconds: float = 0.0) -> IO[str]:
             run_dir,
             error.strerror,
         )
-        return file
+        locked = True
     if not locked:
         file.close()
         raise CheckpointError(
             f"another job is training in {run_dir}; wait for it or stop it, or choose another "
             f"--run-dir"
         )
+    try:
+        _sign(file)
+    except OSError as error:
+        with suppress(OSError):  # it tries to write once more
+            file.close()
+        raise _not_writable(run_dir, error) from None
     return file
+
+
+def _sign(file: IO[str]) -> None:
+    file.truncate(0)
+    file.write(f"{socket.gethostname()} {os.getpid()} {uuid.uuid4().hex}\n")
+    file.flush()
+    os.fsync(file.fileno())  # network file systems show others what is on the server
+
+
+def _signature(run_dir: Path) -> bytes | None:
+    try:
+        return (run_dir / _LOCK).read_bytes()
+    except OSError:
+        return None
 
 
 def _lock_in_time(file: IO[str], run_dir: Path, patience_seconds: float) -> bool:
@@ -140,19 +163,19 @@ def write_config(run_dir: Path, config: RunConfig) -> None:
 
 
 def require_shared(run_dir: Path, world: World) -> None:
-    """Make sure that every rank sees the run that rank 0 has entered. A collective.
+    """Make sure that every rank sees the run that rank 0 has entered: what it has just written,
+    since a node may have a copy of its own of an older attempt. A collective.
 
     Raises:
         ConfigError: on every rank, if one does not: it would train for hours and save nothing.
     """
+    written = world.broadcast(_signature(run_dir) if world.is_first else None)
     deadline = time.monotonic() + _PATIENCE_SECONDS
-    while not (run_dir / _CONFIG).is_file() and time.monotonic() < deadline:
+    while not (sees := _signature(run_dir) == written) and time.monotonic() < deadline:
         time.sleep(0.1)  # network file systems show a new file a little later
     blind = [
         f"rank {rank} on {host}"
-        for rank, (host, sees) in enumerate(
-            world.gather((socket.gethostname(), (run_dir / _CONFIG).is_file()))
-        )
+        for rank, (host, sees) in enumerate(world.gather((socket.gethostname(), sees)))
         if not sees
     ]
     if blind:

@@ -57,6 +57,7 @@ class StageManager:
         self._saving: checkpoint.BackgroundSave | None = None
         self._failed_saves = 0  # in a row
         self._warned = False
+        self._step_seconds = 0.0
         self._captured: CapturedState | None = None
         """The host copy that the save at a stage's end made, for the boundary that follows."""
 
@@ -158,14 +159,16 @@ class StageManager:
         if wait:
             self._saving.finish()
 
-    def poll_save(self) -> None:
+    def poll_save(self, step_seconds: float = 0.0) -> None:
         """Publish the checkpoint under way once all ranks have written it.
 
-        Where one could not, training goes on, with a warning.
+        Where one could not, training goes on, with a warning. There is another, once, where a stop
+        would take longer than launchers wait, of which a step takes `step_seconds`.
 
         Raises:
             CheckpointError: on every rank, if that has happened twice in a row.
         """
+        self._step_seconds = step_seconds
         self._look_after(checkpoint.BackgroundSave.poll)
 
     def finish_save(self) -> None:
@@ -188,16 +191,19 @@ class StageManager:
                 self._failed_saves = 0
                 self._warn_if_slow(self._saving.seconds)
 
-    def _warn_if_slow(self, seconds: float) -> None:
-        if seconds < _STOP_SECONDS / 2 or self._warned or not self._world.is_first:
+    def _warn_if_slow(self, save_seconds: float) -> None:
+        # a signal may come when a step and a save have just begun
+        stop_seconds = self._step_seconds + 2 * save_seconds
+        if stop_seconds < _STOP_SECONDS or self._warned or not self._world.is_first:
             return
         self._warned = True
         logger.warning(
-            "a checkpoint takes %.0f s to write; DeepSpeed's launchers give a rank that is to stop "
-            "%.0f s, in which the one under way and another one must fit: write them to a faster "
-            "file system, or make checkpoint.every_steps small enough that the steps since the "
-            "last one may be lost",
-            seconds,
+            "a checkpoint takes %.0f s to write and a step %.0f s; a launcher gives a rank that is "
+            "to stop about %.0f s, in which a step, the checkpoint under way and another one must "
+            "fit: write them to a faster file system, or make checkpoint.every_steps small enough "
+            "that the steps since the last one may be lost",
+            save_seconds,
+            self._step_seconds,
             _STOP_SECONDS,
         )
 

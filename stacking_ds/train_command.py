@@ -3,14 +3,20 @@
 import argparse
 import os
 import sys
+import traceback
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from stacking_ds import attempts
+from stacking_ds.ending import tell
 from stacking_ds.errors import LostRankError, UserError
-from stacking_ds.launched import rank_from_environment, world_size_from_environment
+from stacking_ds.launched import (
+    local_rank_from_environment,
+    rank_from_environment,
+    world_size_from_environment,
+)
 from stacking_ds.node_scratch import keep_caches_on_node
 from stacking_ds.stop_request import StopRequest
 
@@ -62,6 +68,8 @@ def _dry_run(options: argparse.Namespace) -> int:
 
 def _train_on_ranks(options: argparse.Namespace, request: StopRequest) -> int:
     keep_caches_on_node()
+    # a lost connection is one sentence of ours, not a page of c10d's from every rank
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # DeepSpeed, imported while there is a process group, would keep it and its threads for ever
     import stacking_ds.trainer  # noqa: F401
     from stacking_ds import distributed
@@ -72,10 +80,10 @@ def _train_on_ranks(options: argparse.Namespace, request: StopRequest) -> int:
     cluster = ClusterSection()
     with suppress(UserError):
         cluster = _config(options).cluster
+    places: list[Path] = []
     world = distributed.start(timedelta(seconds=cluster.timeout_seconds))
     if world.device.type == "cpu":
         keep_freed_memory()
-    places: list[Path] = []
     try:
         with distributed.Watch(
             world,
@@ -84,14 +92,25 @@ def _train_on_ranks(options: argparse.Namespace, request: StopRequest) -> int:
             on_lost=lambda verdict: _note_lost(places, world, verdict),
         ):
             _train_in_world(options, world, request, places)
-    except LostRankError as error:
-        _note_lost(places, world, str(error))
-        # not by way of the interpreter's end, which may wait for ranks that are gone
-        _say(world, error)
-        os._exit(distributed.EXIT_LOST)
+    except Exception as error:
+        if isinstance(error, LostRankError):
+            _note_lost(places, world, str(error))
+        if world.size > 1 and not distributed.is_raised_by_all(error):
+            _end_alone(error)
+        raise
     finally:
         distributed.stop()
     return 0
+
+
+def _end_alone(error: Exception) -> NoReturn:
+    """Not by way of the interpreter's end, which may wait for collectives that nobody answers."""
+    code = tell(error)
+    if code is None:
+        traceback.print_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1 if code is None else code)
 
 
 def _train_in_world(
@@ -132,13 +151,6 @@ def _note_lost(places: list[Path], world: "World", verdict: str) -> None:
             attempts.ended(places[0], "lost", world.pulse.step, verdict)
 
 
-def _say(world: "World", error: LostRankError) -> None:
-    if not error.said_by_first and world.speaks_for_node:
-        prefix = "" if world.is_first else f"[rank {world.rank}] "
-        with suppress(OSError):
-            print(f"{prefix}stacking-ds: error: {error}", file=sys.stderr, flush=True)
-
-
 def _say_on_first_of_node(message: str) -> None:
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if local_rank_from_environment() == 0:
         print(message, file=sys.stderr, flush=True)

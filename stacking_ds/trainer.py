@@ -22,9 +22,9 @@ from stacking_ds.data.counter_random import derive_key
 from stacking_ds.data.loader import end_workers, load_steps
 from stacking_ds.distributed import StopFlag, World
 from stacking_ds.engine import set_learning_rate, take_step
-from stacking_ds.errors import CheckpointError, NonFiniteError, StageError
+from stacking_ds.errors import CheckpointError, NonFiniteError, StageError, UserError
 from stacking_ds.evaluate.heldout import HeldOutPasses
-from stacking_ds.from_checkpoint import export_run
+from stacking_ds.from_checkpoint import export_if_missing
 from stacking_ds.job import Job
 from stacking_ds.kernels.choice import choose_compute
 from stacking_ds.kernels.compute import Compute
@@ -62,7 +62,11 @@ def train(
         NonFiniteError: the loss or the gradient is not finite; the last checkpoint stays.
     """
     started = time.perf_counter()
-    compute = choose_compute(job.config.engine, world.device, job.config.model)
+    try:
+        compute = choose_compute(job.config.engine, world.device, job.config.model)
+    except UserError as error:
+        error.on_all_ranks = True  # nodes that are not alike have been refused
+        raise
     with ExitStack() as held:
         request = request or held.enter_context(StopRequest())
         found, state = enter(job, world, run_dir, resume, held)
@@ -75,25 +79,19 @@ def train(
             held.callback(run.stages.close)
             try:
                 run.train(found, request)
-            except (NonFiniteError, StageError):
+            except (NonFiniteError, StageError) as error:
+                error.on_all_ranks = True
                 with suppress(CheckpointError):
-                    run.stages.finish_save()  # it is good, and all ranks raise these together
+                    run.stages.finish_save()  # it is good
                 raise
         else:
             monitor.say(f"{run_dir} is complete at step {state.step}; re-using it")
         if state.step == job.schedule.total_steps:
             # if this is where the run is cut off, the next call makes up for it
-            exported = world.on_first(lambda: _export_if_missing(job, run_dir))
+            exported = world.on_first(lambda: export_if_missing(job, run_dir))
             if exported is not None:
                 monitor.say(exported)
     return state
-
-
-def _export_if_missing(job: Job, run_dir: Path) -> str | None:
-    target = run_dir / "export"
-    if target.exists() or not job.config.checkpoint.export_at_end:
-        return None
-    return f"exported for Hugging Face: {export_run(job, run_dir)}"
 
 
 class _Run:
@@ -171,7 +169,7 @@ class _Run:
         """
         config, step = self.job.config, self.state.step
         at_end, stopping = step == stage.end_step, stop.agreed()
-        self.stages.poll_save()
+        self.stages.poll_save(self.interval.seconds / self.interval.steps)
         if stopping:
             self.save(stage, wait=True)  # first of all: a launcher gives little time
         evaluating = step == end_step or (
@@ -206,7 +204,7 @@ class _Run:
         sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         scale = self.world.size * self.stages.accumulation_steps
         for index, micro_batch in enumerate(rank_step.micro_batches):
-            self.world.pulse.moves += 1
+            self.world.pulse.move()
             if index > 0:
                 take_step(engine)  # between micro-steps DeepSpeed only counts
             batch = micro_batch.to(self.world.device)

@@ -186,13 +186,53 @@ def test_exit_status_2_without_a_record_is_for_a_person(run: Path) -> None:
     assert judge(run, 4).again
     verdict = judge(run, 2)
     assert not verdict.again
-    assert verdict.why.endswith("the job ended before it entered the run")
+    assert verdict.why.endswith("it ended with exit status 2 before it entered the run")
     assert verdict.outcome == "user_error"
 
 
 def test_exit_status_2_of_an_attempt_that_only_began_is_for_a_person(run: Path) -> None:
     begun(run, 0, 2, HOSTS)
-    assert not judge(run, 2).again
+    verdict = judge(run, 2)
+    assert not verdict.again
+    assert verdict.why.endswith("it ended with exit status 2 without a record of why")
+
+
+@pytest.mark.parametrize("exit_status", [143, 138, -15, -10])
+@pytest.mark.parametrize(("began", "at"), [(True, "at step 8"), (False, "before it began")])
+def test_signals_before_a_run_can_save_do_not_give_it_up(
+    run: Path, exit_status: int, began: bool, at: str
+) -> None:
+    """As of preemptions, while it is imported, checked, restored and built."""
+    checkpoint(run, 8)
+    for _ in range(4):
+        if began:
+            begun(run, 8, 2, HOSTS)
+        verdict = judge(run, exit_status)
+        assert verdict.again
+        assert verdict.outcome == "stopped_unsaved"
+        assert verdict.why == (
+            f"the run was asked to stop {at}, before it could save (exit status {exit_status}); "
+            "it goes on from step 8"
+        )
+
+
+def test_a_failure_before_an_early_signal_still_counts(run: Path) -> None:
+    attempt(run, "failed", 41)
+    assert judge(run, 1).again
+    assert judge(run, 143).again
+    attempt(run, "failed", 41)
+    assert not judge(run, 1).again
+
+
+@pytest.mark.parametrize("exit_status", [1, 137, 139])
+def test_other_deaths_count(run: Path, exit_status: int) -> None:
+    assert judge(run, exit_status).again
+    assert not judge(run, exit_status).again
+
+
+def test_what_an_attempt_says_of_its_end_outweighs_a_signal(run: Path) -> None:
+    attempt(run, "failed", 41)
+    assert judge(run, 143).outcome == "failed"
 
 
 def test_death_before_it_began_is_tried_once_more(tmp_path: Path) -> None:
@@ -214,6 +254,23 @@ def test_the_same_step_twice_is_enough(run: Path) -> None:
     verdict = judge(run, 3)
     assert not verdict.again
     assert "failed at step 41 twice, for: the loss is nan" in verdict.why
+
+
+@pytest.mark.parametrize(("saves", "again"), [(True, True), (False, False)])
+def test_attempts_killed_at_one_logged_step_are_at_different_ones_if_one_saved_since(
+    run: Path, saves: bool, again: bool
+) -> None:
+    """Steps are logged every so often: the last of them tells where it was only roughly."""
+    checkpoint(run, 40)
+    metrics(run, 50)
+    begun(run, 40, 2, HOSTS)
+    assert judge(run, 137).again
+    if saves:
+        checkpoint(run, 55)
+    begun(run, 40, 2, HOSTS)
+    verdict = judge(run, 137)
+    assert "at step 50" in verdict.why
+    assert verdict.again is again
 
 
 @pytest.mark.parametrize("between", ["stopped", "complete"])
@@ -339,8 +396,13 @@ def test_the_command_says_why_and_its_exit_code_whether(
     attempt(run, "stopped", 5)
     assert again(run, 0) == 0
     assert capsys.readouterr().out == "the run was asked to stop at step 5; it starts anew\n"
+    attempt(run, "failed", 9)
+    assert again(run, 1) == 0
+    attempt(run, "failed", 9)
+    assert again(run, 1) == 1
+    assert "failed at step 9 twice" in capsys.readouterr().out
     attempt(run, "complete", 9)
-    assert again(run, 0) == 1
+    assert again(run, 143) == 3
     assert capsys.readouterr().out == "the run is complete at step 9\n"
 
 
@@ -354,6 +416,9 @@ def test_a_job_whose_launcher_has_judged_is_not_judged_again(
     assert not given.again
     assert [again(run, 1), again(run, 1)] == [1, 1]
     assert lines(run)[-1]["why"] == given.why
+    attempt(run, "complete", 50)  # by hand
+    judge(run, 0)
+    assert [again(run, 1), again(run, 1)] == [3, 3]
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # a person has requeued it
     assert again(run, 1) == 0
     assert lines(run)[-1]["outcome"] == "not_begun"

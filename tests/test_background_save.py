@@ -93,6 +93,24 @@ def test_polling_alone_publishes(tmp_path: Path) -> None:
     assert checkpoint.latest(tmp_path) == saving.folder
 
 
+def test_only_the_work_of_the_threads_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def publish_slowly(folder: Path, manifest: str) -> None:
+        time.sleep(0.3)
+        publish(folder, manifest)
+
+    publish = background.publish
+    monkeypatch.setattr(background, "publish", publish_slowly)
+    monkeypatch.setattr(background, "save_file", background.save_file)  # put back in the end
+    _write_slowly(0.2)
+    saving = _start(tmp_path, 1)
+    while not saving.over:
+        time.sleep(2.0)  # a long step
+        saving.poll()
+    assert 0.5 <= saving.seconds < 1.5
+
+
 @pytest.mark.parametrize("captured", [True, False])
 def test_what_is_written_is_what_was_captured(tmp_path: Path, gate: _Gate, captured: bool) -> None:
     """Training changes the live state before it is written; without the copy that would show."""
@@ -445,6 +463,19 @@ def _save_beside_a_slow_rank(world: World, run_dir: Path) -> str:
         _write_slowly(6.0)
     world = dataclasses.replace(world, host_group=impatient)
     return save_state(run_dir, 1, rank_fragments(world, 1.0), world).name
+
+
+def _seconds_beside_a_slow_rank(world: World, run_dir: Path) -> float:
+    if world.rank == 1:
+        _write_slowly(1.0)
+    captured = capture(rank_fragments(world, 1.0)).fragments
+    saving = BackgroundSave(run_dir, captured, world, contents(1))
+    saving.finish()
+    return saving.seconds
+
+
+def test_the_slowest_rank_counts(tmp_path: Path) -> None:
+    assert run_ranks(_seconds_beside_a_slow_rank, 2, tmp_path)[0] >= 1.0
 
 
 def test_a_slow_rank_is_waited_for_longer_than_a_collective_may_last(tmp_path: Path) -> None:

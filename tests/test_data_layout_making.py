@@ -5,9 +5,16 @@ import multiprocessing
 import os
 import resource
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -211,3 +218,173 @@ def test_rows_of_another_length_have_other_masks(tmp_path):
         step = PretrainingData(shards, "train", options, seed=1).step(0, 60, micro_batch_size=60)
         masks.append(set(step.micro_batches[0].mlm_labels_M.tolist()))
     assert len(masks[0] & masks[1]) < 0.6 * len(masks[0])
+
+
+# ------------------------------------------------------------------ in many processes
+
+# Workers import this too; each waits with a part in hand until it may go on.
+_MAKER = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from stacking_ds.data import layout_store
+from stacking_ds.data.layout import LayoutSpec
+from stacking_ds.data.shards import TokenShards
+
+folder, threaded, held = Path(sys.argv[1]), sys.argv[2] == "thread", sys.argv[3] == "held"
+write = layout_store._write_part
+
+def write_when_told(*arguments):
+    (folder / f"worker-{os.getpid()}").touch()
+    while not (folder / "go").exists():
+        time.sleep(0.01)
+    if (folder / "go").read_text() == "full":
+        raise OSError(28, "No space left on device")
+    return write(*arguments)
+
+def make():
+    spec = LayoutSpec(examples="pairs", sequence_length=24, packed=True)
+    made = layout_store.open_layout(TokenShards.open(folder / "shards").split("train"), spec, 2)
+    print(made.num_rows, len(made.record.parts))
+
+if __name__ == "__main__":
+    layout_store._TOKENS_PER_PART, layout_store._write_part = 400, write_when_told
+    if held:
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+    (folder / "ready").touch()
+    if threaded:
+        maker = threading.Thread(target=make, daemon=True)
+        maker.start()
+        while maker.is_alive():
+            maker.join(0.05)
+    else:
+        make()
+"""
+
+
+def _until(met: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not met():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def _lives(process: int) -> bool:
+    try:
+        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+class _Maker:
+    """A program, in a process group of its own, that lays out rows in two processes."""
+
+    def __init__(self, folder: Path, *words: str) -> None:
+        self.folder = folder
+        make_shards(folder / "shards", DOCUMENTS * 10, documents_per_shard=3)
+        (folder / "maker.py").write_text(_MAKER)
+        self.process = subprocess.Popen(
+            [sys.executable, folder / "maker.py", folder, *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        )
+
+    @property
+    def workers(self) -> list[int]:
+        return [int(path.name.partition("-")[2]) for path in self.folder.glob("worker-*")]
+
+    def signal_all(self, *numbers: int) -> None:
+        for number in numbers:
+            os.killpg(self.process.pid, number)
+
+    def tell(self, word: str) -> None:
+        (self.folder / "told").write_text(word)
+        (self.folder / "told").rename(self.folder / "go")
+
+    def ended(self) -> tuple[int, str, str]:
+        said, complained = self.process.communicate(timeout=60)
+        return self.process.returncode, said, complained
+
+
+@contextmanager
+def _maker(folder: Path, *words: str) -> Iterator[_Maker]:
+    maker = _Maker(folder, *words)
+    try:
+        yield maker
+    finally:
+        maker.tell("on")
+        maker.process.kill()
+        for worker in maker.workers:
+            if _lives(worker):
+                os.kill(worker, signal.SIGKILL)
+
+
+def test_signals_to_every_process_do_not_end_those_that_lay_out_rows(tmp_path):
+    """As SLURM sends them, at every moment of the workers' lives and their imports."""
+    alone = open_layout(make_shards(tmp_path / "a", DOCUMENTS * 10).split("train"), SPEC)
+    with _maker(tmp_path, "thread", "held") as maker:
+        _until((tmp_path / "ready").exists)
+        while len(maker.workers) < 2:
+            assert maker.process.poll() is None, maker.ended()
+            maker.signal_all(signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+            time.sleep(0.02)
+        maker.signal_all(signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+        time.sleep(0.2)
+        maker.tell("on")
+        status, said, complained = maker.ended()
+        assert (status, complained) == (0, "")
+        rows, parts = map(int, said.split())
+        assert parts > 2
+        assert abs(rows - alone.num_rows) < parts
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        (signal.SIGKILL, ("main", "free")),
+        (signal.SIGTERM, ("thread", "free")),
+        (signal.SIGINT, ("main", "free")),
+        (signal.SIGINT, ("thread", "free")),
+    ],
+)
+def test_workers_end_with_their_parent(tmp_path, how, words):
+    with _maker(tmp_path, *words) as maker:
+        _until(lambda: len(maker.workers) == 2)
+        maker.signal_all(how) if how == signal.SIGINT else maker.process.send_signal(how)
+        assert maker.ended()[0] not in (0, None)
+        _until(lambda: not any(map(_lives, maker.workers)))
+
+
+def test_a_worker_that_is_killed_is_told_of_and_ends_the_others(tmp_path):
+    with _maker(tmp_path, "main", "free") as maker:
+        _until(lambda: len(maker.workers) == 2)
+        os.kill(maker.workers[0], signal.SIGKILL)
+        status, _, complained = maker.ended()
+        assert status == 1
+        assert "a process that lays out rows was killed, as when memory runs out" in complained
+        _until(lambda: not any(map(_lives, maker.workers)))
+        left = [path.name for path in (tmp_path / "shards" / "layouts").iterdir()]
+        assert not any("tmp" in name for name in left)
+
+
+def test_an_error_of_a_worker_is_the_parents(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with _maker(tmp_path, "main", "free") as maker:
+        _until(lambda: len(maker.workers) == 2)
+        maker.tell("full")
+        status, _, complained = maker.ended()
+        assert status == 1
+        assert "cannot be laid out, since nothing can be written" in complained
+        assert f"{tmp_path / 'shards' / 'layouts'}: No space left on device" in complained
+
+
+def test_many_processes_write_the_rows_that_one_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(layout_store, "_TOKENS_PER_PART", 100)
+    split = make_shards(tmp_path, DOCUMENTS, documents_per_shard=3).split("train")
+    alone = open_layout(split, SPEC)
+    shutil.rmtree(alone.folder)
+    assert len(alone.record.parts) > 3
+    assert open_layout(split, SPEC, 3).record == alone.record

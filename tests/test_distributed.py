@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import pytest
 import torch.distributed as dist
 
 from stacking_ds import distributed
-from stacking_ds.distributed import StopFlag, World, joining
-from stacking_ds.errors import ConfigError, DataError
+from stacking_ds.distributed import StopFlag, World
+from stacking_ds.distributed.meeting import agree
+from stacking_ds.errors import ConfigError, DataError, LostRankError
 from stacking_ds.stop_request import StopRequest
 from tests.ranks import run_ranks
 
@@ -100,14 +102,44 @@ def test_a_second_interrupt_is_immediate() -> None:
     assert run_ranks(_second_interrupt, 1) == ["interrupted at once"]
 
 
-def test_ranks_that_do_not_all_see_gpus_are_told_at_once() -> None:
+def _store(timeout_seconds: float = 5.0, **told: str) -> Any:
+    """What the other ranks have said of themselves: r1="nccl node7"."""
     store = dist.HashStore()  # type: ignore[attr-defined]
-    store.set("backend/1", "gloo node7")
-    with pytest.raises(ConfigError, match="rank 1 on node7 .1 of 2 ranks.* sees no GPU, while"):
-        joining._require_same_backend("nccl", 0, 2, store)
+    store.set_timeout(timedelta(seconds=timeout_seconds))
+    for rank, text in told.items():
+        store.set(f"rank/{rank[1:]}", text)
+    return store
+
+
+def test_ranks_that_are_alike_agree() -> None:
+    store = _store(r1="gloo node7 ")
+    agree(store, 0, 2, "gloo", None)
+    agree(store, 1, 2, "gloo", None)
+
+
+def test_ranks_that_do_not_all_see_gpus_are_told_at_once() -> None:
+    store = _store(r1="gloo node7 ")
+    with pytest.raises(ConfigError, match=r"rank 1 on node7 .1 of 2 ranks.* sees no GPU, while"):
+        agree(store, 0, 2, "nccl", None)
     with pytest.raises(ConfigError, match="mend the driver") as caught:
-        joining._require_same_backend("gloo", 1, 2, store)
+        agree(store, 1, 2, "gloo", None)
     assert caught.value.on_all_ranks
+
+
+def test_a_rank_that_cannot_take_part_is_not_waited_for() -> None:
+    store = _store(r1="gloo node7 local rank 3 has no GPU", r2="gloo node7 ")
+    for rank in (0, 2):
+        with pytest.raises(ConfigError, match="rank 1 on node7: local rank 3 has no GPU"):
+            agree(store, rank, 3, "gloo", None)
+
+
+def test_who_does_not_come_is_named() -> None:
+    store = _store(0.2, r1="gloo node7 ")
+    with pytest.raises(LostRankError, match=r"2 of 4 ranks have not come in time: 2, 3; .*node7"):
+        agree(store, 0, 4, "gloo", None)
+    with pytest.raises(LostRankError, match="2 of 4 ranks") as caught:
+        agree(store, 1, 4, "gloo", None)
+    assert caught.value.said_elsewhere, "rank 0 says it"
 
 
 def test_half_a_launcher_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

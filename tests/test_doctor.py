@@ -229,6 +229,7 @@ def test_all_that_would_stop_a_run_is_told_with_the_node(cluster: Path) -> None:
     assert _contents(cluster) == before
 
 
+@pytest.mark.slow
 def test_what_a_run_can_live_with_is_a_warning(cluster: Path) -> None:
     faults = (_a_clock_ahead, _a_hidden_name, _few_open_files, _slow, _locks_of_its_own)
     results = run_ranks(_visit, 3, cluster, (*faults, _a_lost_gpu))
@@ -256,6 +257,7 @@ def _assert_told(lines: list[str], *beginnings: str) -> None:
         assert "node2:" not in line
 
 
+@pytest.mark.slow
 def test_a_node_whose_name_is_unknown_or_whose_clock_is_behind(cluster: Path) -> None:
     results = run_ranks(_visit, 3, cluster, (_no_name, _a_clock_behind), 2)
     network, clocks = _lines(results[0][1], "warning")
@@ -263,6 +265,7 @@ def test_a_node_whose_name_is_unknown_or_whose_clock_is_behind(cluster: Path) ->
     assert clocks.startswith("clocks warning node2: 5.0 s behind rank 0's")
 
 
+@pytest.mark.slow
 def test_data_is_compared_and_has_to_be_there(cluster: Path) -> None:
     make_shards(cluster / "node1" / "shards", [[4, 4, 4]] * 12)
     [line] = _lines(run_ranks(_visit, 3, cluster)[0][1], "FAILED")
@@ -283,6 +286,7 @@ def _visit_with_own_recipe(world: World, cluster: Path, rank: int, value: str) -
     return _visit(world, cluster, arguments=arguments)
 
 
+@pytest.mark.slow
 def test_recipes_are_compared(cluster: Path) -> None:
     other = run_ranks(_visit_with_own_recipe, 3, cluster, 2, "optimizer.learning_rate=1e-3")
     [line] = _lines(other[0][1], "FAILED")
@@ -304,6 +308,7 @@ def test_a_run_directory_of_each_node_is_noticed(cluster: Path) -> None:
     assert _contents(cluster) == before
 
 
+@pytest.mark.slow
 def test_rank_0_has_to_see_what_the_nodes_write(cluster: Path) -> None:
     arguments = ("--run-dir", "../run")
     results = run_ranks(_visit, 3, cluster, (_writes_nobody_else_sees,), 1, arguments)
@@ -312,6 +317,7 @@ def test_rank_0_has_to_see_what_the_nodes_write(cluster: Path) -> None:
     assert line.startswith("run directory FAILED node1: writes into ")
 
 
+@pytest.mark.slow
 def test_a_run_directory_that_is_there_is_left_as_it_was(cluster: Path) -> None:
     (cluster / "run").mkdir()
     (cluster / "run" / "config.yaml").write_text("name: x\n")
@@ -326,6 +332,7 @@ def test_a_run_directory_that_is_there_is_left_as_it_was(cluster: Path) -> None:
     assert _contents(cluster) == before
 
 
+@pytest.mark.slow
 def test_where_there_are_no_locks_a_run_can_start_and_is_warned(cluster: Path) -> None:
     results = run_ranks(_visit, 3, cluster, (_no_locks,), 0)
     assert {code for code, _ in results} == {0}

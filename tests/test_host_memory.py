@@ -2,8 +2,8 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,10 +57,11 @@ def test_training_on_a_cpu_keeps_it(
     device: str, keeps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small_recipe(tmp_path, tiny_shards(tmp_path))
-    world = SimpleNamespace(device=torch.device(device), is_first=False)
+    start = distributed.start
     called: list[str] = []
-    monkeypatch.setattr(distributed, "start", lambda: world)
-    monkeypatch.setattr(distributed, "stop", lambda: None)
+    monkeypatch.setattr(
+        distributed, "start", lambda timeout: replace(start(timeout), device=torch.device(device))
+    )
     monkeypatch.setattr(host_memory, "keep_freed_memory", lambda: called.append("kept"))
     monkeypatch.setattr(trainer, "train", lambda *given, **options: called.append("trained"))
     recipe = ["--recipe", str(tmp_path / "small.yaml"), "--run-dir", str(tmp_path / "run")]

@@ -26,7 +26,7 @@ ORDER = (
         "attempts",
     ),
     ("config",),
-    ("recipe",),
+    ("recipe", "ending"),
     ("distributed",),
     ("kernels",),
     ("data", "model", "optim", "growth"),

@@ -49,7 +49,7 @@ def _train_traced(
         for owner, name, phase in [
             (trainer._Run, "train_step", "step"),
             (HeldOutPasses, "metrics", "evaluation"),
-            (trainer, "_export_if_missing", "export"),
+            (trainer, "export_if_missing", "export"),
             (StageManager, "start", "start"),
             (StageManager, "restore", "restoring"),
             (StageManager, "save", "save"),

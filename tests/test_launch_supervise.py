@@ -379,6 +379,36 @@ def test_nothing_of_it_stays_in_the_temporary_folder(
     assert list(temporary.iterdir()) == []
 
 
+def test_records_that_cannot_be_read_for_a_moment_end_no_healthy_run(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on a network file system, of which a handle is stale."""
+    asked: list[Path] = []
+
+    def stale(run_dir: Path, since: int) -> str | None:
+        asked.append(run_dir)
+        if len(asked) == 3:
+            (cluster.folder / "go").write_text("")
+        raise UserError(f"cannot read {run_dir}/attempts.jsonl (Stale file handle)")
+
+    monkeypatch.setattr(attempts, "outcome_since", stale)
+    cluster.plan([("begun", 0), ("wait", "go"), *COMPLETE[1:]])
+    assert cluster.launch() == 0
+    assert len(asked) >= 3
+    assert capsys.readouterr().err == "stacking-ds launch: the run is complete at step 9\n"
+
+
+@pytest.mark.parametrize("began", [[("begun", 0)], []])
+def test_a_signal_before_the_run_could_save_is_no_failure_of_it(
+    cluster: Cluster, capsys: pytest.CaptureFixture[str], began: list[tuple[Any, ...]]
+) -> None:
+    early = [*began, ("exit", 143)]
+    cluster.plan(early, early, early, COMPLETE)
+    assert cluster.launch(restarts=3) == 0
+    assert len(cluster.seen()) == 4
+    assert capsys.readouterr().err.count("before it could save (exit status 143)") == 3
+
+
 # ------------------------------------------------------------------ stopping
 
 

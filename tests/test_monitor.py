@@ -2,6 +2,10 @@
 
 import json
 import math
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +84,99 @@ def test_what_is_no_number_stays_valid_json(tmp_path: Path, value: float) -> Non
 
     [line] = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert json.loads(line, parse_constant=refuse)["optim/grad_norm"] is None
+
+
+@contextmanager
+def _no_file_larger_than(size: int) -> Iterator[None]:
+    """As a full disk: what still fits of a line is written."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def _record(monitor: Monitor, steps: range) -> None:
+    for step in steps:
+        # 10 kB in metrics.jsonl, 10 kB in the events, 10 kB in train.log
+        monitor.record(_line(step, **{f"more/{'x' * 20}_{n}": step / 7 for n in range(200)}))
+        monitor.say(f"<{step}>" * 3000)
+
+
+def test_a_full_disk_holds_lines_back_and_ends_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with Monitor(tmp_path, SCHEDULE, completed_steps=0, enabled=True) as monitor:
+        _record(monitor, range(1, 3))
+        with _no_file_larger_than(25_000):
+            _record(monitor, range(3, 5))
+            assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2], (
+                "a torn line is last"
+            )
+            assert (tmp_path / "metrics.jsonl").stat().st_size > 24_000, "it is torn"
+        _record(monitor, range(5, 7))
+    said = capfd.readouterr().err
+    warning = f"metrics are not written to {tmp_path / 'metrics.jsonl'} (File too large): make room"
+    assert said.count(warning) == said.count("are not written to") == 1
+    assert "Traceback" not in said
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [step for step, _ in _scalars(tmp_path, "train/loss")] == [1, 2, 3, 4, 5, 6]
+    log = (tmp_path / "train.log").read_text()
+    assert [log.count(f" {f'<{step}>' * 3000}\n") for step in range(1, 7)] == [1] * 6
+    assert warning in log
+
+
+def test_a_disk_that_stays_full_ends_nothing_either(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with (
+        _no_file_larger_than(25_000),
+        Monitor(tmp_path, SCHEDULE, completed_steps=0, enabled=True) as monitor,
+    ):
+        _record(monitor, range(1, 7))
+    said = capfd.readouterr().err
+    assert said.count("are not written to") == 1
+    assert "Traceback" not in said
+    _write(tmp_path, range(3, 7), completed_steps=2)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert [step for step, _ in _scalars(tmp_path, "train/loss")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_no_more_is_held_than_memory_bears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stacking_ds.monitor._MOST_HELD_BYTES", 30_000)
+    with Monitor(tmp_path, SCHEDULE, completed_steps=0, enabled=True) as monitor:
+        with _no_file_larger_than(1000):
+            _record(monitor, range(1, 7))
+        assert len(monitor._metrics._held) < 50_000
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert 1 < len([json.loads(line) for line in lines]) < 6
+
+
+def test_a_console_that_cannot_be_written_is_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    full = Path("/dev/full").open("w", buffering=1)  # noqa: SIM115 - it cannot even be closed
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stderr", full)
+        monitor = Monitor(tmp_path, SCHEDULE, completed_steps=0, enabled=True)
+    with monitor:
+        monitor.say("a sentence")
+    with pytest.raises(OSError, match="No space left"):
+        full.close()
+    assert capfd.readouterr().err == ""
+    assert "a sentence" in (tmp_path / "train.log").read_text()
+
+
+def test_a_disk_that_is_full_at_the_start_is_told_of_with_the_path(tmp_path: Path) -> None:
+    _write(tmp_path, range(1, 7))
+    with (
+        _no_file_larger_than(10),
+        pytest.raises(OSError, match=r"File too large: '.*/metrics.jsonl'"),
+    ):
+        _write(tmp_path, range(4, 7), completed_steps=3)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:

@@ -2,15 +2,20 @@
 
 import errno
 import fcntl
+import os
+import socket
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from stacking_ds import attempts, run_directory
+from stacking_ds import attempts, resume, run_directory
 from stacking_ds.config import RunConfig
 from stacking_ds.distributed import World
 from stacking_ds.errors import CheckpointError, ConfigError
+from stacking_ds.job import Job
+from tests.prose import tiny_shards
 from tests.ranks import run_ranks
 from tests.runs import small_recipe
 
@@ -103,20 +108,57 @@ def test_paths_in_the_config_do_not_depend_on_where_one_stands(
     assert bundled.engine.deepspeed == "zero1"
 
 
-def _look_for_the_run(world: World, folder: Path) -> str:
-    run_dir = folder / str(world.rank)  # as on nodes that do not share a file system
-    run_dir.mkdir(parents=True)
-    if world.is_first:
-        (run_dir / "config.yaml").write_text("name: x")
-    run_directory._PATIENCE_SECONDS = 0.3
-    with pytest.raises(ConfigError) as caught:
+def test_a_job_that_waited_does_not_take_over_the_run_of_the_one_before(tmp_path: Path) -> None:
+    shards = tiny_shards(tmp_path)
+    run_dir = tmp_path / "run"
+    first = run_directory.lock(run_dir)
+    other = Job.check(small_recipe(tmp_path, shards, "seed=77"))
+
+    def leave_a_run() -> None:
+        run_directory.write_config(run_dir, small_recipe(tmp_path, shards))
+        (run_dir / "checkpoints" / "step_00000001").mkdir(parents=True)
+        first.close()
+
+    threading.Timer(0.5, leave_a_run).start()
+    with ExitStack() as held, pytest.raises(CheckpointError, match=r"holds another run \(seed"):
+        resume._enter_on_first(other, run_dir, True, held)
+    assert run_directory.read_config(run_dir).seed == 3
+    run_directory.lock(run_dir).close()  # who is refused keeps nobody out
+
+
+def test_the_lock_says_who_holds_it(tmp_path: Path) -> None:
+    said = []
+    for _ in range(2):
+        with run_directory.lock(tmp_path):
+            said.append((tmp_path / ".lock").read_text())
+    assert said[0] != said[1], "of no two attempts it is the same"
+    assert all(text.startswith(f"{socket.gethostname()} {os.getpid()} ") for text in said)
+
+
+def _look_for_the_run(world: World, folder: Path, shared: bool, wait: float) -> str:
+    run_dir = folder / "shared" if shared else folder / str(world.rank)
+    # of an older attempt, as where somebody has copied the run to each node
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text("name: x")
+    (run_dir / ".lock").write_text("node1 123 0123456789abcdef\n")
+    world.barrier()
+    run_directory._PATIENCE_SECONDS = wait
+    held = run_directory.lock(run_dir) if world.is_first else None
+    world.barrier()
+    try:
         run_directory.require_shared(run_dir, world)
-    return str(caught.value)
+    except ConfigError as error:
+        return str(error)
+    finally:
+        if held:
+            held.close()
+    return "shared"
 
 
 def test_nodes_that_do_not_share_the_run_directory_are_told_before_training(
     tmp_path: Path,
 ) -> None:
-    for message in run_ranks(_look_for_the_run, 3, tmp_path):
+    for message in run_ranks(_look_for_the_run, 3, tmp_path, False, 0.3):
         assert "2 of 3 ranks (first: rank 1 on " in message
         assert "give a --run-dir on a file system that all nodes share" in message
+    assert run_ranks(_look_for_the_run, 3, tmp_path, True, 10.0) == ["shared"] * 3

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from stacking_ds import checkpoint, stage_manager, trainer
+from stacking_ds.checkpoint import background
 from stacking_ds.config import RunConfig
 from stacking_ds.distributed import World
 from stacking_ds.errors import NonFiniteError
@@ -94,20 +96,42 @@ def test_a_stop_that_was_asked_for_before_the_run_began_holds(shards: Path, tmp_
     assert run_ranks(_asked_before, RANKS, config, tmp_path / "run") == [0] * RANKS
 
 
-def _slow_saves(world: World, config: RunConfig, run_dir: Path) -> int:
-    stage_manager._STOP_SECONDS = 1e-6
+def _slow_saves(
+    world: World, config: RunConfig, run_dir: Path, step: float, save: float, grace: float
+) -> int:
+    stage_manager._STOP_SECONDS = grace
+    take_step, write = trainer._Run.train_step, background.save_file
+
+    def slow_step(run: Any, rank_step: Any) -> Any:
+        time.sleep(step)
+        return take_step(run, rank_step)
+
+    def slow_write(tensors: Any, path: Path) -> None:
+        time.sleep(save)
+        write(tensors, path)
+
+    trainer._Run.train_step = slow_step  # type: ignore[method-assign]
+    background.save_file = slow_write
     return train_small(world, config, run_dir)
 
 
+@pytest.mark.parametrize(
+    ("step", "save", "warnings"),
+    [
+        (0.0, 1.1, 1),  # two of them do not fit
+        (1.6, 0.3, 1),  # nor with a step before
+        (0.7, 0.0, 0),  # a checkpoint that long steps keep from being published is not slow
+    ],
+)
 def test_saves_that_a_launcher_would_cut_off_are_warned_of_once(
-    shards: Path, tmp_path: Path
+    shards: Path, tmp_path: Path, step: float, save: float, warnings: int
 ) -> None:
-    config = small_recipe(tmp_path, shards)
-    run_ranks(_slow_saves, RANKS, config, tmp_path / "slow")
-    log = (tmp_path / "slow" / "train.log").read_text()
-    assert log.count("DeepSpeed's launchers give a rank that is to stop") == 1
-    run_ranks(train_small, RANKS, config, tmp_path / "quick")
-    assert "launchers give" not in (tmp_path / "quick" / "train.log").read_text()
+    config = small_recipe(tmp_path, shards, "stages.0.steps=3", "checkpoint.every_steps=1")
+    config = config.model_copy(update={"stages": config.stages[:1]})
+    run_ranks(_slow_saves, RANKS, config, tmp_path / "run", step, save, 2.0)
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert log.count("a launcher gives a rank that is to stop about 2 s") == warnings
+    assert "DeepSpeed" not in log, "nor does srun have one"
 
 
 def _fails(world: World, config: RunConfig, run_dir: Path, error: Exception) -> str:
@@ -130,6 +154,7 @@ def _fails(world: World, config: RunConfig, run_dir: Path, error: Exception) -> 
         (NonFiniteError("the loss is nan"), "not_finite"),
         (RuntimeError("CUDA out of memory"), "failed"),
         (OSError(28, "No space left on device"), "user_error"),
+        (OSError(116, "Stale file handle"), "failed"),  # nothing a person can mend
         # which rank it was is known to the watch alone, which records it
         (RuntimeError("[gloo] Connection closed by peer"), None),
     ],

@@ -284,7 +284,7 @@ def test_a_finished_run_makes_up_for_a_lost_export(shards: Path, tmp_path: Path)
 def test_a_job_keeps_others_out_of_its_run(shards: Path, tmp_path: Path) -> None:
     with run_directory.lock(tmp_path / "run"):
         config = small_recipe(tmp_path, shards)
-        [(kind, message)] = run_ranks(_error_of, 1, config, tmp_path / "run", True)
+        [(kind, message)] = run_ranks(_error_of, 1, config, tmp_path / "run", False)
     assert kind == "CheckpointError"
     assert "another job is training in" in message
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from stacking_ds.distributed import EXIT_LOST, Watch, World
-from stacking_ds.errors import ConfigError, LostRankError
+from stacking_ds.distributed import Watch, World
+from stacking_ds.errors import EXIT_LOST_RANK, ConfigError, LostRankError
 from tests.ranks import run_ranks, spawn_ranks
 
 RANKS, BAD, STEP = 3, 2, 5
@@ -86,8 +86,10 @@ def _log(folder: Path, rank: int) -> str:
     [
         (_killed, f"rank 2 on {HOST} is gone or cut off: last heard of", True),
         (_failing, f"rank 2 on {HOST} failed after step 5: OSError: [Errno 28]", True),
-        (_stopped, f"rank 2 on {HOST} is gone or cut off: last heard of", False),
-        (_asleep, f"rank 2 on {HOST} is stuck after step 5 while the others wait", True),
+        pytest.param(
+            *(_stopped, f"rank 2 on {HOST} is gone or cut off: last heard of", False),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_the_rank_that_is_lost_is_named_and_the_others_end(
@@ -101,9 +103,10 @@ def test_the_rank_that_is_lost_is_named_and_the_others_end(
     assert "after step 5" in _log(tmp_path, 0)
 
 
+@pytest.mark.slow
 def test_a_main_thread_that_is_stuck_is_told_of_and_shown(tmp_path: Path) -> None:
     with spawn_ranks(_asleep, RANKS, tmp_path) as processes:
-        assert _codes(processes, seconds=60) == [EXIT_LOST] * RANKS
+        assert _codes(processes, seconds=60) == [EXIT_LOST_RANK] * RANKS
     assert "told: rank 2" in _log(tmp_path, 0)
     assert "stacking-ds: error: rank 2" in _log(tmp_path, 0)
     assert "stacking-ds: error" not in _log(tmp_path, 1), "every rank says the same"
@@ -116,19 +119,91 @@ def test_without_rank_0_the_others_know(tmp_path: Path) -> None:
     assert codes[0] == -signal.SIGKILL
     assert all(code not in (0, None) for code in codes[1:])
     for rank in (1, 2):
-        assert f"rank 0 on {HOST}" in _log(tmp_path, rank)
+        assert f"LostRankError: rank 0 on {HOST}" in _log(tmp_path, rank)
 
 
-def _fine(world: World) -> float:
-    with _watch(world, timeout=5.0, silence=2.0):
-        for _ in range(3):
-            world.on_first(lambda: time.sleep(2.5))
-    with _watch(world):  # and again
+def _first_stopped(world: World) -> None:
+    with _watch(world):
+        for step in range(1000):
+            world.pulse.step = step
+            if step == STEP and world.is_first:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            world.sum([1.0])
+
+
+@pytest.mark.slow
+def test_a_rank_0_that_only_its_store_answers_for_is_noticed(tmp_path: Path) -> None:
+    with spawn_ranks(_first_stopped, RANKS, tmp_path) as processes:
+        assert _codes(processes[1:], seconds=60) == [EXIT_LOST_RANK] * 2
+    # of the ranks on rank 0's node, the first that can
+    assert f"stacking-ds: error: rank 0 on {HOST} does not answer" in _log(tmp_path, 1)
+    assert "stacking-ds: error" not in _log(tmp_path, 2)
+
+
+def _hanging_file_system(world: World) -> None:
+    with _watch(world, timeout=6.0):
+        world.pulse.step = STEP
+        world.on_first(lambda: time.sleep(1000))
+
+
+@pytest.mark.slow
+def test_work_that_hangs_while_others_wait_is_noticed(tmp_path: Path) -> None:
+    with spawn_ranks(_hanging_file_system, RANKS, tmp_path) as processes:
+        assert _codes(processes, seconds=60) == [EXIT_LOST_RANK] * RANKS
+    assert f"rank 0 on {HOST} is stuck after step 5 while the others wait" in _log(tmp_path, 0)
+
+
+def _busy(seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        sum(range(1000))
+
+
+def _long_work(world: World) -> float:
+    with _watch(world, timeout=3.0):
+        world.on_first(lambda: _busy(8.0))
+        world.on_all(lambda: _busy(8.0 * world.rank))
         return world.sum([1.0])[0]
 
 
-def test_who_only_waits_for_slow_work_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run_ranks(_fine, 2) == [2.0, 2.0]
+@pytest.mark.slow
+def test_work_that_gets_on_may_take_longer_than_the_time_out() -> None:
+    assert run_ranks(_long_work, 2) == [2.0, 2.0]
+
+
+def _deaf(world: World) -> None:
+    with Watch(
+        world, timeout_seconds=5.0, silence_seconds=3.0, on_lost=lambda verdict: time.sleep(1000)
+    ):
+        _steps(world, lambda: time.sleep(1000))
+
+
+@pytest.mark.slow
+def test_what_is_told_last_cannot_keep_the_process(tmp_path: Path) -> None:
+    with spawn_ranks(_deaf, RANKS, tmp_path) as processes:
+        assert _codes(processes, seconds=60) == [EXIT_LOST_RANK] * RANKS
+
+
+def _slow_to_leave(world: World) -> float:
+    with _watch(world, silence=2.0):
+        if world.is_first:
+            time.sleep(5.0)  # a log that is closed, a last line that is written
+    return world.sum([1.0])[0]
+
+
+def test_who_has_more_to_tidy_up_is_waited_for() -> None:
+    assert run_ranks(_slow_to_leave, 2) == [2.0, 2.0]
+
+
+def _twice(world: World) -> float:
+    with _watch(world):
+        world.barrier()
+    with _watch(world):
+        return world.sum([1.0])[0]
+
+
+def test_a_watch_may_follow_another() -> None:
+    assert run_ranks(_twice, 2) == [2.0, 2.0]
 
 
 def _same_error(world: World) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,16 @@ from stacking_ds.attempts.records import (
     newest_checkpoint,
     read_records,
 )
+from stacking_ds.errors import EXIT_USER_ERROR
 
 __all__ = ["Verdict", "add_again", "judge", "verdict_of_this_job"]
 
-_USER_ERROR = 2  # the exit code of a command that ended with a UserError
+_EXIT_AGAIN, _EXIT_NOT_AGAIN, _EXIT_COMPLETE = 0, 1, 3  # 2 is a UserError's
+
+# a shell and srun add 128, Python puts a minus before it
+_ASKED_TO_STOP = {
+    code for number in (signal.SIGTERM, signal.SIGUSR1) for code in (128 + number, -number)
+}
 
 
 @dataclass(frozen=True)
@@ -28,7 +35,8 @@ class Verdict:
     again: bool
     why: str
     outcome: str
-    """How the attempt ended: an `Outcome`, "killed" outright, or "not_begun"."""
+    """How the attempt ended: an `Outcome`, "killed" outright, "not_begun", or "stopped_unsaved"
+    where the signal that asks to stop has ended it."""
 
 
 def judge(run_dir: Path, exit_status: int, *, since: int = 0) -> Verdict:
@@ -36,7 +44,8 @@ def judge(run_dir: Path, exit_status: int, *, since: int = 0) -> Verdict:
 
     One that was stopped is; one that failed is, unless it has failed so before: twice at the same
     step, or three times without a newer checkpoint. What a person has to mend is not tried again.
-    After a verdict of "no" a person has taken over, and failures are counted anew.
+    After a verdict of "no" a person has taken over, and failures are counted anew. An attempt that
+    was asked to stop before it could save says nothing of the run: it is neither.
 
     Args:
         run_dir: the run's directory, which need not be there yet.
@@ -49,10 +58,9 @@ def judge(run_dir: Path, exit_status: int, *, since: int = 0) -> Verdict:
     """
     records = read_records(run_dir)
     judged = [i for i, record in enumerate(records) if record["event"] == "judged"]
-    end = last_end(run_dir, records[max(since, judged[-1] + 1 if judged else 0) :])
+    own = records[max(since, judged[-1] + 1 if judged else 0) :]
     saved = newest_checkpoint(run_dir)
-    if end is None or (exit_status == _USER_ERROR and end.outcome == "killed"):
-        end = _not_begun(exit_status)
+    end = _by_exit_status(last_end(run_dir, own), exit_status)
     again, why = _decide(end, saved, _failures(records))
     # a folder that is no run's, perhaps given by mistake, is left alone
     if again or (run_dir / ATTEMPTS_FILE).exists() or (run_dir / "config.yaml").exists():
@@ -61,16 +69,25 @@ def judge(run_dir: Path, exit_status: int, *, since: int = 0) -> Verdict:
     return Verdict(again, why, end.outcome)
 
 
-def _not_begun(exit_status: int) -> End:
-    if exit_status == _USER_ERROR:
-        return End("user_error", None, "the job ended before it entered the run")
-    return End("not_begun", None, f"exit status {exit_status} before it entered the run")
+def _by_exit_status(end: End | None, exit_status: int) -> End:
+    """What an attempt has said of its own end; what its exit status tells where it said nothing."""
+    if end is not None and end.outcome != "killed":
+        return end
+    status = f"exit status {exit_status}"
+    if exit_status in _ASKED_TO_STOP:
+        return End("stopped_unsaved", end.step if end else None, status)
+    if exit_status == EXIT_USER_ERROR:
+        when = "before it entered the run" if end is None else "without a record of why"
+        return End("user_error", end.step if end else None, f"it ended with {status} {when}")
+    return end or End("not_begun", None, f"{status} before it entered the run")
 
 
 def _failures(records: Sequence[Record]) -> list[Record]:
     """The verdicts on failures that still count: since the run last went well, or was given up."""
     failures: list[Record] = []
     for record in records:
+        if record["event"] == "judged" and record["outcome"] == "stopped_unsaved":
+            continue
         if record["event"] == "judged":
             stays = record["again"] and record["outcome"] != "stopped"
             failures = [*failures, record] if stays else []
@@ -86,9 +103,13 @@ def _decide(end: End, saved: int | None, failures: Sequence[Record]) -> tuple[bo
         return False, f"the run is complete {at}"
     if end.outcome == "stopped":
         return True, f"the run was asked to stop {at}; {goes_on}"
+    if end.outcome == "stopped_unsaved":
+        return True, (
+            f"the run was asked to stop {at}, before it could save ({end.message}); {goes_on}"
+        )
     if end.outcome == "user_error":
         return False, f"a person has to mend what stopped the run: {end.message}"
-    if failures and failures[-1]["step"] == end.step:
+    if failures and _same_place(failures[-1], end, saved):
         return False, f"the run failed {at} twice, for: {end.message}; mend that and start it again"
     without_gain = [*failures, {"saved": saved}][-3:]
     if len(without_gain) == 3 and all(record["saved"] == saved for record in without_gain):
@@ -100,11 +121,23 @@ def _decide(end: End, saved: int | None, failures: Sequence[Record]) -> tuple[bo
     return True, f"the run failed {at} for: {end.message}; {goes_on}"
 
 
+def _same_place(last: Record, end: End, saved: int | None) -> bool:
+    if last["step"] != end.step:
+        return False
+    # what was killed may have come further than the last step that it logged
+    return "killed" not in (last["outcome"], end.outcome) or last["saved"] == saved
+
+
 # --------------------------------------------------------------------------- command
 
 
 def add_again(parser: argparse.ArgumentParser) -> None:
-    """Give `parser` the options; it sets `command`, which returns 0 for "start it again"."""
+    """Give `parser` the options; it sets `command`, whose exit code is the answer."""
+    parser.description = (
+        f"Should a run that has ended be started again? Exit code {_EXIT_AGAIN}: yes; "
+        f"{_EXIT_NOT_AGAIN}: no, it has failed too often or a person has to mend something; "
+        f"{_EXIT_COMPLETE}: no, it is complete."
+    )
     parser.add_argument("run_dir", type=Path)
     parser.add_argument(
         "--exit-status",
@@ -119,7 +152,9 @@ def add_again(parser: argparse.ArgumentParser) -> None:
 def _again(options: argparse.Namespace) -> int:
     verdict = verdict_of_this_job(options.run_dir) or judge(options.run_dir, options.exit_status)
     print(verdict.why)
-    return 0 if verdict.again else 1
+    if verdict.outcome == "complete":
+        return _EXIT_COMPLETE
+    return _EXIT_AGAIN if verdict.again else _EXIT_NOT_AGAIN
 
 
 def verdict_of_this_job(run_dir: Path) -> Verdict | None:

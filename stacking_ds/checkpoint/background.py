@@ -83,8 +83,8 @@ class BackgroundSave:
         self.over = False
         """Whether it has been published or has failed."""
         self.seconds = 0.0
-        """What it has taken so far, on the first rank until it was published."""
-        self._started = time.monotonic()
+        """What its threads have taken so far; on the first rank, once it is published, with what
+        the slowest rank took to write. When they were waited for does not count."""
         self._world = world
         self._contents = contents
         self._afterwards = afterwards
@@ -120,10 +120,11 @@ class BackgroundSave:
         if self._publishing:
             self.over = True
             return True
-        files = self._world.gather_on_first(self._written)
+        written = self._world.gather_on_first((self._written, self.seconds))
         self._publishing = True
         if self._world.is_first:
-            self._go(self._publish, files)
+            self.seconds = max(seconds for _, seconds in written)
+            self._go(self._publish, [file for file, _ in written])
         return False
 
     def finish(self) -> None:
@@ -132,10 +133,12 @@ class BackgroundSave:
         Raises:
             CheckpointError: as `poll`.
         """
-        while not self.poll():
-            if self._thread is not None:
-                # not to its end: ranks that are done earlier wait in a collective, which times out
-                self._thread.join(_MEET_SECONDS)
+        with self._world.waiting_for(self._thread):
+            while not self.poll():
+                self._world.pulse.work = self._thread
+                if self._thread is not None:
+                    # not to its end: who is done earlier waits in a collective, which times out
+                    self._thread.join(_MEET_SECONDS)
 
     def abandon(self) -> None:
         """Give up without asking the other ranks, of which one may be gone; what is written stays
@@ -150,11 +153,12 @@ class BackgroundSave:
 
     def _go(self, action: Callable[..., None], *arguments: Any) -> None:
         def act(*arguments: Any) -> None:
+            started = time.monotonic()
             try:
                 action(*arguments)
             except BaseException as error:  # noqa: BLE001 - the main thread raises it on all ranks
                 self._failure = str(error) or type(error).__name__
-            self.seconds = time.monotonic() - self._started
+            self.seconds += time.monotonic() - started
 
         # the thread lets go of its arguments, the captured state, when it ends
         self._thread = Thread(target=act, args=arguments, name="checkpoint", daemon=True)

@@ -2,16 +2,22 @@
 cannot be written. Whoever needs one that is not there makes it, once for all processes of a node.
 """
 
+import atexit
 import hashlib
 import json
 import multiprocessing
 import os
 import shutil
+import signal
+import threading
+import traceback
 import uuid
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 import filelock
@@ -38,6 +44,10 @@ __all__ = ["find_layout", "open_layout", "require_documents"]
 
 _TOKENS_PER_PART = 2**24
 _KEY = 20190524
+_Group = tuple[int, range]
+_Parts = dict[int, PartRecord]
+_Write = Callable[[_Group], PartRecord]
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _REMEDY = {
     "train": "prepare more text (in .txt files a blank line ends a document)",
     "heldout": "prepare the data again with a higher --heldout-fraction, or with more documents in "
@@ -173,15 +183,92 @@ def _write_parts(
     groups = list(enumerate(_groups(split)))
     if workers == 1 or len(groups) == 1:
         return [write(group) for group in groups]
+    parts = _write_in_processes(write, groups, min(workers, len(groups)))
+    return [parts[number] for number, _ in groups]
+
+
+def _write_in_processes(write: _Write, groups: Sequence[_Group], workers: int) -> _Parts:
+    """Each process writes every `workers`-th part; not a pool, which cannot end processes that
+    hear no SIGTERM, and waits for them where the program is interrupted."""
     context = multiprocessing.get_context("spawn")
+    processes: dict[Connection, SpawnProcess] = {}
+
+    def end() -> None:
+        for process in processes.values():
+            process.kill()
+
+    atexit.register(end)  # this may be a thread which the interpreter's end does not interrupt
     try:
-        with ProcessPoolExecutor(min(workers, len(groups)), mp_context=context) as pool:
-            return list(pool.map(write, groups))
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a process that lays out rows was killed, as when memory runs out; try again with "
-            "fewer --workers"
-        ) from error
+        with _stop_signals_blocked():
+            for first in range(workers):
+                answer, theirs = context.Pipe(duplex=False)
+                process = context.Process(
+                    target=_work, args=(theirs, write, groups[first::workers]), daemon=True
+                )
+                processes[answer] = process
+                process.start()
+                theirs.close()  # so that the process's death closes the pipe
+        return _collect(processes)
+    finally:
+        end()
+        atexit.unregister(end)
+        for answer, process in processes.items():
+            process.join()
+            answer.close()
+
+
+def _collect(answers: Iterable[Connection]) -> _Parts:
+    parts: _Parts = {}
+    waiting = list(answers)
+    while waiting:
+        for answer in wait(waiting):
+            assert isinstance(answer, Connection)
+            waiting.remove(answer)
+            try:
+                found: _Parts | Exception = answer.recv()
+            except EOFError:
+                raise DataError(
+                    "a process that lays out rows was killed, as when memory runs out; try again "
+                    "with fewer --workers"
+                ) from None
+            if isinstance(found, Exception):
+                raise found
+            parts.update(found)
+    return parts
+
+
+def _work(answer: Connection, write: _Write, groups: Sequence[_Group]) -> None:
+    _end_with_parent()
+    try:
+        answer.send({group[0]: write(group) for group in groups})
+    except Exception as error:  # noqa: BLE001 - raised in the parent
+        error.add_note(traceback.format_exc())
+        answer.send(error)
+
+
+@contextmanager
+def _stop_signals_blocked() -> Iterator[None]:
+    """What is started meanwhile never hears of them: SLURM and Ctrl-C signal every process, and
+    what a stop means is for the parent to say. A handler would come too late, after the imports."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    try:
+        resource_tracker.ensure_running()  # which unblocks some when it has to start
+        signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_parent() -> None:
+    """Nobody else ends a worker that hears no signals; it would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, name="parent", daemon=True).start()
 
 
 def _groups(split: TokenSplit) -> list[range]:
@@ -199,9 +286,7 @@ def _groups(split: TokenSplit) -> list[range]:
     return groups
 
 
-def _write_part(
-    folder: Path, split: TokenSplit, spec: LayoutSpec, group: tuple[int, range]
-) -> PartRecord:
+def _write_part(folder: Path, split: TokenSplit, spec: LayoutSpec, group: _Group) -> PartRecord:
     number, shards = group
     examples = _examples(split, spec, number, shards)
     offsets = np.arange(len(examples) + 1)

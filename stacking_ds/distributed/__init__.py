@@ -2,17 +2,17 @@
 
 from stacking_ds.distributed.joining import DEFAULT_TIMEOUT, start, stop
 from stacking_ds.distributed.stop_flag import StopFlag
-from stacking_ds.distributed.watch import EXIT_LOST, Watch, is_lost_contact
+from stacking_ds.distributed.watch import Watch, is_lost_contact, is_raised_by_all
 from stacking_ds.distributed.world import Pulse, World
 
 __all__ = [
     "DEFAULT_TIMEOUT",
-    "EXIT_LOST",
     "Pulse",
     "StopFlag",
     "Watch",
     "World",
     "is_lost_contact",
+    "is_raised_by_all",
     "start",
     "stop",
 ]

@@ -30,15 +30,16 @@ class Seen:
     """When it was last seen to have moved."""
     beats: int = 0
     moves: int = 0
-    step: int = 0
+    work: int = 0
+    """Grows while it works by itself; 0 while it does not."""
     fate: Fate | None = None
 
-    def update(self, beats: int, moves: int, step: int, now: float) -> None:
+    def update(self, beats: int, moves: int, work: int, now: float) -> None:
         if beats != self.beats:
             self.heard = now
-        if moves != self.moves:
+        if (moves, work) != (self.moves, self.work):
             self.moved = now
-        self.beats, self.moves, self.step = beats, moves, step
+        self.beats, self.moves, self.work = beats, moves, work
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ def who_is_missing(
 ) -> Missing | None:
     """The ranks that keep the others from going on; None while all is well.
 
-    Who failed by itself comes before who is silent, who is silent before who is behind.
+    Who failed by itself comes before who is silent, who is silent before who is stuck in work that
+    the others wait for, or behind them.
     """
     failed = [rank for rank, seen in enumerate(ranks) if seen.fate and not seen.fate.contact]
     if failed:
@@ -65,8 +67,10 @@ def who_is_missing(
     if silent:
         return Missing("silent", tuple(silent))
     if now - max(seen.moved for seen in ranks) > timeout:
-        least = min(seen.moves for seen in ranks)
-        behind = tuple(rank for rank, seen in enumerate(ranks) if seen.moves == least)
+        behind = tuple(rank for rank, seen in enumerate(ranks) if seen.work)
+        if not behind:
+            least = min(seen.moves for seen in ranks)
+            behind = tuple(rank for rank, seen in enumerate(ranks) if seen.moves == least)
         return Missing("together" if len(behind) == len(ranks) else "stuck", behind)
     return None
 

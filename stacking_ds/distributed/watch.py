@@ -1,6 +1,6 @@
 """Who is still there: the job ends soon on all ranks when one of them dies, hangs or is cut off.
 
-    every rank    tells each second or two: alive, its moves, its step    ──┐  a store on rank 0's
+    every rank    tells each second or two: alive, its moves, its work    ──┐  a store on rank 0's
     rank 0        looks at all: one is silent, or nobody moves: verdict   ──┤  node, beside the
     the others    read the verdict; rank 0 does not answer: their own     ──┘  process group
 
@@ -23,20 +23,22 @@ from typing import Any
 
 import torch.distributed as dist
 
+from stacking_ds.distributed.meeting import connect
+from stacking_ds.distributed.progress import Progress
 from stacking_ds.distributed.verdict import Fate, Missing, Seen, sentence, who_is_missing
 from stacking_ds.distributed.world import World
-from stacking_ds.errors import LostRankError, NonFiniteError, UserError
+from stacking_ds.errors import EXIT_LOST_RANK, LostRankError
 
-__all__ = ["EXIT_LOST", "Watch", "is_lost_contact"]
+__all__ = ["Watch", "is_lost_contact", "is_raised_by_all"]
 
-EXIT_LOST = 4
 _LONGEST_INTERVAL_SECONDS = 2.0
 _INTERVALS_OF_SILENCE = 6  # at least so many beats may be missed
 _INTERVALS_TO_GATHER = 4  # what others have to say when contact is lost
 _INTERVALS_TO_DECIDE = _INTERVALS_TO_GATHER + 3
 _SECONDS_TO_END = 15.0  # for a main thread that can still end by itself
+_SECONDS_TO_TELL = 10.0  # the file system or the pipe may be what hangs
 
-_VERDICT, _FATES = "verdict", "fates"
+_VERDICT, _FATES = "watch/verdict", "watch/fates"
 
 
 class Watch:
@@ -64,12 +66,13 @@ class Watch:
         self._timeout, self._silence = timeout_seconds, silence_seconds
         self._interval = min(_LONGEST_INTERVAL_SECONDS, silence_seconds / _INTERVALS_OF_SILENCE)
         self._on_lost = on_lost
+        self._progress = Progress()
         self._hosts: list[str] = []
         self._seen: list[Seen] = []
         self._leaving = threading.Event()
         self._decided = threading.Event()
         self._verdict, self._verdict_of_first = "", False
-        self._heard_of_first = time.monotonic()
+        self._first_beat, self._heard_of_first = b"", 0.0
         self._alarm: float | None = None
         self._warned = False
         self._threads: list[threading.Thread] = []
@@ -80,15 +83,15 @@ class Watch:
         if self._world.size == 1:
             return self
         self._hosts = self._world.gather(socket.gethostname())
-        now = time.monotonic()
-        self._seen = [Seen(heard=now, moved=now) for _ in self._hosts]
-        self._own_store = self._connect()
+        store = self._connect()
         if self._world.is_first:
-            self._own_store.set(_FATES, "\n")
-        self._tell(self._own_store, 0)
+            store.set(_FATES, "\n")
+        self._tell(store, 0)
         self._world.barrier()  # from now on every key is there
-        for action in (self._beat, self._judge):
-            thread = threading.Thread(target=action, name="watch", daemon=True)
+        self._heard_of_first = now = time.monotonic()
+        self._seen = [Seen(heard=now, moved=now) for _ in self._hosts]
+        for action, arguments in ((self._beat, (store,)), (self._judge, ())):
+            thread = threading.Thread(target=action, args=arguments, name="watch", daemon=True)
             thread.start()
             self._threads.append(thread)
         return self
@@ -101,9 +104,11 @@ class Watch:
     ) -> None:
         if self._world.size == 1:
             return
-        if error is None or _is_raised_by_all(error):
-            self._leave()
-            return
+        if error is None or is_raised_by_all(error):
+            gone = self._leave_together()
+            if gone is None or error is not None:
+                return
+            error = gone
         contact = is_lost_contact(error)
         self._confess(error, contact)
         if contact:
@@ -112,6 +117,18 @@ class Watch:
             self._let_others_read()
         self._leaving.set()
 
+    def _leave_together(self) -> RuntimeError | None:
+        """What a rank says that does not find the others at the end."""
+        try:
+            self._world.barrier()  # some have more to tidy up, and are watched while they do
+            self._leaving.set()
+            for thread in self._threads:
+                thread.join()
+            self._world.barrier()  # rank 0 takes the store with it
+        except RuntimeError as error:
+            return error
+        return None
+
     def _lost(self, error: BaseException) -> LostRankError:
         if self._world.is_first:
             self._let_others_read()
@@ -119,7 +136,7 @@ class Watch:
             self._decided.wait(_INTERVALS_TO_DECIDE * self._interval)
         self._leaving.set()
         lost = LostRankError(self._verdict or _lost_contact(self._world, error))
-        lost.said_by_first = not self._world.is_first and self._verdict_of_first
+        lost.said_elsewhere = bool(self._verdict) and not self._speaks
         return lost
 
     def _let_others_read(self) -> None:
@@ -127,49 +144,39 @@ class Watch:
         if self._decided.wait(_INTERVALS_TO_DECIDE * self._interval):
             time.sleep(2 * self._interval)
 
-    def _leave(self) -> None:
-        self._leaving.set()
-        for thread in self._threads:
-            thread.join()
-        self._world.barrier()  # rank 0 takes the store with it
-
     def _confess(self, error: BaseException, contact: bool) -> None:
         fate = Fate(
             self._world.rank, self._world.pulse.step, f"{type(error).__name__}: {error}", contact
         )
         self._alarm = time.monotonic()
-        try:
-            self._own_store.append(_FATES, json.dumps(fate.__dict__) + "\n")
-        except RuntimeError:  # rank 0 is gone with the store
-            return
+        with suppress(RuntimeError):  # rank 0 is gone with the store
+            self._connect().append(_FATES, json.dumps(fate.__dict__) + "\n")
 
     def _connect(self) -> Any:
         # its own connection: one that waits for an answer would hold up the others
-        store = dist.TCPStore(  # type: ignore[attr-defined]
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            timeout=timedelta(seconds=self._silence),
-            wait_for_workers=False,
-        )
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return dist.PrefixStore(f"stacking_ds/watch/{attempt}", store)  # type: ignore[attr-defined]
+        return connect(timedelta(seconds=self._silence))
+
+    @property
+    def _speaks(self) -> bool:
+        """Is the verdict this rank's to say? Rank 0's own, else one rank's of each node."""
+        if self._world.is_first or self._verdict_of_first:
+            return self._world.is_first
+        beside_first = socket.gethostname() == self._hosts[0]
+        return self._world.local_rank == (1 if beside_first else 0)
 
     # ------------------------------------------------------------- the thread that talks
 
-    def _beat(self) -> None:
+    def _beat(self, store: Any) -> None:
         count = 0
         try:
-            store = self._connect()
             # once it is decided nobody asks any more, and the store may go at any moment
             while not self._leaving.wait(self._interval) and not self._decided.is_set():
                 count += 1
                 self._tell(store, count)
                 if self._world.is_first:
                     self._look(store)
-                elif store.check([_VERDICT]):
-                    self._verdict_of_first = True
-                    self._decide(store.get(_VERDICT).decode())
-                self._heard_of_first = time.monotonic()
+                else:
+                    self._listen(store)
         except RuntimeError:
             if not self._leaving.is_set():
                 # under torchrun rank 0 itself may see this: the store is its agent's
@@ -177,20 +184,31 @@ class Watch:
 
     def _tell(self, store: Any, count: int) -> None:
         pulse = self._world.pulse
-        store.set(_key(self._world.rank), f"{count} {pulse.moves} {pulse.step}")
+        work = self._progress.look(pulse.work)
+        store.set(_key(self._world.rank), f"{count} {pulse.moves} {work}")
 
     def _look(self, store: Any) -> None:
         keys = [_key(rank) for rank in range(self._world.size)]
         *beats, fates = store.multi_get([*keys, _FATES])
         now = time.monotonic()
         for seen, beat in zip(self._seen, beats, strict=True):
-            count, moves, step = map(int, beat.split())
-            seen.update(count, moves, step, now)
+            count, moves, work = map(int, beat.split())
+            seen.update(count, moves, work, now)
         for line in fates.decode().splitlines():
             if line:
                 fate = Fate(**json.loads(line))
                 self._seen[fate.rank].fate = fate
                 self._alarm = self._alarm or now
+
+    def _listen(self, store: Any) -> None:
+        if store.check([_VERDICT]):
+            self._verdict_of_first = True
+            self._decide(store.get(_VERDICT).decode())
+            return
+        # the store answers also while rank 0 itself is stopped
+        beat = store.get(_key(0))
+        if beat != self._first_beat:
+            self._first_beat, self._heard_of_first = beat, time.monotonic()
 
     # ------------------------------------------------------------- the thread that judges
 
@@ -237,23 +255,27 @@ class Watch:
         self._verdict = verdict
         if self._world.is_first:
             with suppress(RuntimeError):  # where torchrun's agent has the store, and is gone
-                self._own_store.set(_VERDICT, verdict)
+                self._connect().set(_VERDICT, verdict)
         self._decided.set()
 
     def _end(self) -> None:
         """The main thread leaves if it can; where it is stuck, so that it cannot, this does."""
         if self._leaving.wait(_SECONDS_TO_END if self._alarm else 2 * self._interval):
             return
-        if self._world.is_first or (self._world.speaks_for_node and not self._verdict_of_first):
+        last = threading.Timer(_SECONDS_TO_TELL, os._exit, [EXIT_LOST_RANK])
+        last.daemon = True
+        last.start()
+        if self._speaks:
             _say(f"stacking-ds: error: {self._verdict}")
-        if f"rank {self._world.rank} on " in self._verdict:
+        named = f"rank {self._world.rank} on " in self._verdict
+        if named or (self._world.is_first and "none is behind" in self._verdict):
             _say(_main_thread_stack(self._world.rank))
         self._on_lost(self._verdict)
-        os._exit(EXIT_LOST)
+        os._exit(EXIT_LOST_RANK)
 
 
 def _key(rank: int) -> str:
-    return f"beat/{rank}"
+    return f"watch/beat/{rank}"
 
 
 def _say(message: str) -> None:
@@ -265,33 +287,31 @@ def _say(message: str) -> None:
 
 def _main_thread_stack(rank: int) -> str:
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    stack = "".join(traceback.format_stack(frame, limit=None)[-12:]) if frame else ""
+    stack = "".join(traceback.format_stack(frame)[-12:]) if frame else ""
     return f"[rank {rank}] its main thread is at:\n{stack}"
 
 
-# what gloo, NCCL and the store say when the other end is gone or late
+def is_raised_by_all(error: BaseException) -> bool:
+    """Does every rank raise it, so that none is missing for it?"""
+    return bool(getattr(error, "on_all_ranks", False))
+
+
+# what gloo and NCCL say when the other end is gone or late
 _SIGNS_OF_LOST_CONTACT = (
     "closed by peer",
     "reset by peer",
     "broken pipe",
     "timed out waiting",
-    "timeout",
-    "gloo",
-    "nccl",
     "connection refused",
     "no route to host",
+    "remote process exited",
+    "connectfullmesh",
 )
-
-
-def _is_raised_by_all(error: BaseException) -> bool:
-    return isinstance(error, NonFiniteError) or (
-        isinstance(error, UserError) and error.on_all_ranks
-    )
 
 
 def is_lost_contact(error: BaseException) -> bool:
     """Does it say no more than that another rank does not answer?"""
-    if isinstance(error, LostRankError | dist.DistError):
+    if isinstance(error, LostRankError | dist.DistNetworkError | dist.DistStoreError):
         return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(sign in text for sign in _SIGNS_OF_LOST_CONTACT)

@@ -2,14 +2,15 @@
 
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from stacking_ds.errors import UserError
+from stacking_ds.errors import UserError, is_mendable
 
 __all__ = ["Pulse", "World"]
 
@@ -25,6 +26,14 @@ class Pulse:
     """Counts what all ranks do alike: collectives entered, micro-batches begun. Who has fewer is
     behind."""
     step: int = 0
+    work: threading.Thread | None = None
+    """What the main thread waits for, while it only meets the others to tell them so."""
+    waiting: bool = False
+    """Whether meetings are no moves, since they are for waiting."""
+
+    def move(self) -> None:
+        if not self.waiting:
+            self.moves += 1
 
 
 @dataclass(frozen=True)
@@ -48,12 +57,12 @@ class World:
         return self.local_rank == 0
 
     def barrier(self) -> None:
-        self.pulse.moves += 1
+        self.pulse.move()
         dist.barrier(group=self.host_group)
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Element-wise sum over the ranks, in fp64."""
-        self.pulse.moves += 1
+        self.pulse.move()
         total = torch.tensor(list(values), dtype=torch.float64)
         dist.all_reduce(total, group=self.host_group)
         return [float(value) for value in total]
@@ -66,7 +75,7 @@ class World:
         self, outgoing: Sequence[torch.Tensor], incoming_sizes: Sequence[int]
     ) -> list[torch.Tensor]:
         """Send each rank its 1-D fp32 host tensor; what came from each, of the sizes expected."""
-        self.pulse.moves += 1
+        self.pulse.move()
         received = torch.empty(sum(incoming_sizes))
         dist.all_to_all_single(
             received,
@@ -79,24 +88,34 @@ class World:
 
     def gather(self, value: Any) -> list[Any]:
         """The picklable `value` of every rank, in rank order, on every rank."""
-        self.pulse.moves += 1
+        self.pulse.move()
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.host_group)
         return values
 
     def gather_on_first(self, value: Any) -> list[Any]:
         """The picklable `value` of every rank, in rank order, on rank 0; nothing elsewhere."""
-        self.pulse.moves += 1
+        self.pulse.move()
         values: list[Any] = [None] * self.size if self.is_first else []
         dist.gather_object(value, values if self.is_first else None, dst=0, group=self.host_group)
         return values
 
     def broadcast(self, value: Any) -> Any:
         """The picklable `value` of rank 0, on every rank."""
-        self.pulse.moves += 1
+        self.pulse.move()
         values = [value]
         dist.broadcast_object_list(values, src=0, group=self.host_group)
         return values[0]
+
+    @contextmanager
+    def waiting_for(self, work: threading.Thread | None) -> Iterator[None]:
+        """The main threads meet in here for as long as `work` takes, on this rank or another. Its
+        progress counts for the watch, and their meetings do not."""
+        self.pulse.work, self.pulse.waiting = work, True
+        try:
+            yield
+        finally:
+            self.pulse.work, self.pulse.waiting = None, False
 
     def on_first(self, action: Callable[[], Any]) -> Any:
         """Run `action` on rank 0 while the others wait; its result or its error on every rank.
@@ -105,12 +124,11 @@ class World:
         """
         work = _Work(action, self) if self.is_first else None
         done, result, failure = False, None, None
-        while not done:
-            done, result, failure = self.broadcast(work.look() if work else None)
-        if isinstance(failure, UserError):
-            failure.on_all_ranks = True
+        with self.waiting_for(work.thread if work else None):
+            while not done:
+                done, result, failure = self.broadcast(work.look() if work else None)
         if failure is not None:
-            raise failure
+            raise _on_all_ranks(failure)
         return result
 
     def on_all(self, action: Callable[[], Any]) -> Any:
@@ -120,11 +138,14 @@ class World:
         the rank and the node that has it.
         """
         work = _Work(action, self)
-        done, result, failure = work.look()
-        while self.any(not done):
+        with self.waiting_for(work.thread):
             done, result, failure = work.look()
+            while self.any(not done):
+                done, result, failure = work.look()
         if not self.any(failure is not None):
             return result
+        if isinstance(failure, OSError):
+            failure = _sentence_of(failure)
         told = None if failure is None else (type(failure), str(failure))
         raise _failure_of_all(self.gather((socket.gethostname(), told)), failure)
 
@@ -136,12 +157,18 @@ class _Work:
         self._action = action
         self._result: Any = None
         self._failure: Exception | None = None
-        self._thread: threading.Thread | None = None
+        self._device = world.device
+        self.thread: threading.Thread | None = None
         if world.size == 1:
             self._run()
         else:
-            self._thread = threading.Thread(target=self._run, name="work", daemon=True)
-            self._thread.start()
+            self.thread = threading.Thread(target=self._run_beside, name="work", daemon=True)
+            self.thread.start()
+
+    def _run_beside(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # each thread has its own
+        self._run()
 
     def _run(self) -> None:
         try:
@@ -151,9 +178,9 @@ class _Work:
 
     def look(self) -> tuple[bool, Any, Exception | None]:
         """Whether it is done, its result and its error, after a while at most."""
-        if self._thread is not None:
-            self._thread.join(_SECONDS_BETWEEN_WORDS)
-            if self._thread.is_alive():
+        if self.thread is not None:
+            self.thread.join(_SECONDS_BETWEEN_WORDS)
+            if self.thread.is_alive():
                 return False, None, None
         return True, self._result, self._failure
 
@@ -170,6 +197,17 @@ def _failure_of_all(
         others = f" ({len(failed)} of {len(told)} ranks failed)" if len(failed) > 1 else ""
         whose = f"rank {rank} on {host}: {text}{others}"
         failure = kind(whose) if issubclass(kind, UserError) else RuntimeError(whose)
-    if isinstance(failure, UserError):
-        failure.on_all_ranks = True
+    return _on_all_ranks(failure)
+
+
+def _on_all_ranks(failure: Exception) -> Exception:
+    if isinstance(failure, OSError):
+        failure = _sentence_of(failure)
+    failure.on_all_ranks = True  # type: ignore[attr-defined]
     return failure
+
+
+def _sentence_of(error: OSError) -> Exception:
+    if not is_mendable(error):
+        return error
+    return UserError(f"{error}; make room, or mend paths and permissions")

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import textwrap
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 __all__ = ["add_doctor", "report"]
 
 _FAILED = 2
+# who asks whether a rank is missing does not want to wait as long as a run would
+_MEETING_SECONDS = 45.0
 _CHECK_COLUMNS, _VERDICT_COLUMNS, _LINE_COLUMNS = 17, 9, 110
 _DESCRIPTION = """\
 Start it as you start a run, for example `deepspeed --hostfile hosts --module stacking_ds doctor
@@ -51,7 +54,7 @@ def _doctor(options: argparse.Namespace) -> int:
     from stacking_ds import distributed
     from stacking_ds.doctor import examination  # noqa: F401
 
-    world = distributed.start()
+    world = distributed.start(timedelta(seconds=_MEETING_SECONDS))
     try:
         return report(world, options)
     finally:

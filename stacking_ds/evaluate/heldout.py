@@ -69,7 +69,7 @@ def evaluate_heldout(model: Any, steps: Iterable[RankStep], world: World) -> Hel
     operations = getattr(model, "module", model).compute.operations
     for rank_step in steps:
         for micro_batch in rank_step.micro_batches:
-            world.pulse.moves += 1
+            world.pulse.move()
             batch = micro_batch.to(world.device)
             mlm_logits_MV, nsp_logits_E2 = model(*batch.model_inputs)
             loss = pretraining_loss(

@@ -24,8 +24,8 @@ class PartEnded:
         now = time.monotonic()
         self._look_at, self._count_at = now + patience.look_seconds, now + patience.count_seconds
         self._ended_at: float | None = None
-        self._most: set[int] = set()
-        self._fewer_since: float | None = None
+        self._seen: dict[str, set[int]] = {}
+        self._gone_since: dict[int, float] = {}
 
     def reason(self) -> str | None:
         """Why the rest is not to be waited for any longer, for people; None while it is."""
@@ -39,12 +39,20 @@ class PartEnded:
         if now < self._count_at:
             return None
         self._count_at = now + self._patience.count_seconds
-        there = self._census.take().ranks
-        gone = sorted(self._most - there)
+        gone = sorted(self._gone_for_long(now))
         if not gone:
-            self._most, self._fewer_since = there, None
             return None
-        self._fewer_since = self._fewer_since or now
-        if now - self._fewer_since < self._patience.count_seconds:
-            return None
-        return f"{len(gone)} of {len(self._most)} ranks have ended, rank {gone[0]} among them"
+        ranks = len(set().union(*self._seen.values()))
+        return f"{len(gone)} of {ranks} ranks have ended, rank {gone[0]} among them"
+
+    def _gone_for_long(self, now: float) -> list[int]:
+        """The ranks that their host, when it was asked twice, said it has no longer."""
+        # by host: one that does not answer says nothing about its ranks
+        gone: set[int] = set()
+        for host, found in self._census.take().found.items():
+            seen = self._seen.setdefault(host, set())
+            gone |= seen - set(found.ranks)
+            seen.update(found.ranks)
+        self._gone_since = {rank: self._gone_since.get(rank, now) for rank in gone}
+        long = self._patience.count_seconds
+        return [rank for rank, since in self._gone_since.items() if now - since >= long]

@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 
 from stacking_ds import attempts
+from stacking_ds.errors import UserError
 from stacking_ds.launch.attempt import run_attempt, say, usable_hosts
 from stacking_ds.launch.request import Request, tracked_run, with_resume
 from stacking_ds.launch.signals import StopSignals
@@ -69,7 +70,11 @@ def _train(request: Request, run_dir: Path, stop: StopSignals) -> int:
 
 
 def _has_ended(run_dir: Path, since: int) -> bool:
-    return attempts.outcome_since(run_dir, since) not in (None, "killed")
+    try:
+        return attempts.outcome_since(run_dir, since) not in (None, "killed")
+    except UserError:
+        # a file system that does not answer for a moment is no reason to end ranks that train
+        return False
 
 
 def _after_stop(run_dir: Path, since: int, code: int) -> int:

@@ -37,7 +37,8 @@ Host *
 """
 
 # cred_expire is also how long a requeued job waits. config_overrides: a host says it has more
-# processors than the machine has. MinJobAge: a job's record outlives the test.
+# processors than the machine has. MinJobAge: a job's record outlives the test. Jobs in `urgent`
+# take nodes from those in the other partitions.
 _SLURM_CONFIG = """\
 ClusterName=tests
 SlurmctldHost={head}
@@ -75,7 +76,11 @@ InactiveLimit=0
 MinJobAge=3600
 WaitTime=0
 NodeName={nodes} Port=17001 CPUs={cpus} RealMemory=4000 State=UNKNOWN
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 PartitionName=tests Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=cancelling Nodes=ALL PreemptMode=CANCEL MaxTime=INFINITE State=UP
+PartitionName=urgent Nodes=ALL PriorityTier=2 MaxTime=INFINITE State=UP
 """
 # Without it slurmd looks for a cgroup hierarchy, and ends where none is mounted.
 _CGROUP_CONFIG = """\

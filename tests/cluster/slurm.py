@@ -15,7 +15,16 @@ from tests.cluster.settings import write_slurm_settings
 __all__ = ["DAEMONS", "ENDED", "Slurm", "missing"]
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
-ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "DEADLINE", "OUT_OF_MEMORY")
+ENDED = (
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "PREEMPTED",
+    "NODE_FAIL",
+    "DEADLINE",
+    "OUT_OF_MEMORY",
+)
 
 _CLIENTS = ("sbatch", "srun", "scontrol", "scancel", "squeue", "sinfo")
 _HEAD = "node1"
@@ -28,7 +37,10 @@ def missing() -> str | None:
 
 
 class Slurm:
-    """One partition of all `hosts`. The times are SLURM's KillWait, cred_expire, SlurmdTimeout."""
+    """Partitions of all `hosts`: `tests`, `cancelling` and, before those, `urgent`.
+
+    The times are SLURM's KillWait, cred_expire and SlurmdTimeout.
+    """
 
     def __init__(
         self,

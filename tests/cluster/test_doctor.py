@@ -9,6 +9,7 @@ import pytest
 
 from tests.cluster.hosts import Hosts
 from tests.cluster.running import REPOSITORY, Job, wait_gone
+from tests.cluster.slurm import Slurm
 from tests.prose import tiny_shards
 
 NODES = {"node1": 2, "node2": 2}
@@ -49,6 +50,17 @@ def test_all_is_well(hosts: Hosts, shards: Path, tmp_path: Path) -> None:
     assert runner.wait(90) == 0, job.said()
     assert "FAILED" not in _verdicts(job).values(), job.said()
     assert not job.run_dir.exists(), "it leaves nothing behind"
+
+
+def test_under_srun_too(slurm: Slurm, shards: Path, tmp_path: Path) -> None:
+    job = Job.create(slurm.hosts, tmp_path, shards, NODES)
+    done = slurm.run(
+        ["srun", "-N2", "--ntasks-per-node=2", *job.python(["-m", "stacking_ds", *_doctor(job)])],
+        env={**slurm.environment, **job.forwarded},
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "2 nodes, 4 ranks: node1 and node2" in done.stdout
 
 
 def test_the_node_that_differs_is_named(hosts: Hosts, shards: Path, tmp_path: Path) -> None:

@@ -100,6 +100,25 @@ def test_a_job_requeued_from_outside_saves_first(slurm: Slurm, tmp_path: Path) -
     run.require_as_uninterrupted()
 
 
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("partition", ["tests", "cancelling"])
+def test_a_preempted_run_saves_and_goes_on_when_it_gets_nodes(
+    slurm: Slurm, tmp_path: Path, partition: str
+) -> None:
+    """With PreemptMode=REQUEUE, where SLURM queues it again, and CANCEL, where the script does."""
+    run = BatchRun.create(slurm, tmp_path, hold="step:5")
+    job = run.submit(TWO_NODES, f"--partition={partition}")
+    run.wait_held("step-5", 4)
+    others = ["--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null"]
+    urgent = slurm.submit([*others, "--wrap=sleep 5"], cwd=tmp_path)
+    slurm.wait(urgent, "COMPLETED", timeout=90)
+    run.wait(job, restarts=1)
+    assert run.ends() == [("stopped", 5), ("complete", 10)]
+    assert run.began() == [(0, ["node1", "node2"]), (5, ["node1", "node2"])]
+    assert "DUE TO PREEMPTION" in run.job.said()
+    run.require_as_uninterrupted()
+
+
 @pytest.mark.timeout(240)
 def test_a_job_cancelled_while_it_saves_stays_so_and_goes_on_when_submitted_anew(
     slurm: Slurm, tmp_path: Path

@@ -1,0 +1,186 @@
+"""The batch scripts, with programs of the test's in place of SLURM's."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stacking_ds import attempts
+from stacking_ds.attempts import begun, ended
+
+SLURM = Path(__file__).parents[1] / "slurm"
+STACKING_DS = Path(sys.executable).with_name("stacking-ds")
+JOB = "JobId=7 JobState={state} Reason={reason} Restarts={restarts} PreemptTime={preempted} Power="
+RUNNING = JOB.format(state="RUNNING", reason="None", restarts=0, preempted="None")
+MOMENT = "2026-11-26T06:04:02"
+
+
+def ending(reason: str = "None", restarts: int = 0, preempted: str = "None") -> str:
+    """What SLURM 22.05 shows of a job that it is ending."""
+    return JOB.format(state="COMPLETING", reason=reason, restarts=restarts, preempted=preempted)
+
+
+class Site:
+    """A folder where a person stands, and the programs that scripts find."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.bin, self.run = folder, folder / "bin", folder / "run"
+        self.bin.mkdir()
+        self.environment = {
+            "PATH": f"{self.bin}:{os.environ['PATH']}",
+            "STACKING_DS_HOME": str(SLURM.parent),
+            "STACKING_DS": "stacking-ds",
+        }
+        self.job = {
+            "SLURM_JOB_ID": "7",
+            "SLURM_JOB_NODELIST": "node[1-2]",
+            "SLURM_CPUS_ON_NODE": "16",
+            "SLURM_SUBMIT_DIR": str(folder),
+        }
+        self.program("scontrol", f"[ $1 = requeue ] && touch {folder}/requeued || cat {folder}/job")
+
+    def program(self, name: str, text: str) -> None:
+        path = self.bin / name
+        path.write_text(f"#!/bin/bash\n{text}\n")
+        path.chmod(0o755)
+
+    def bash(self, *words: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["bash", *words],
+            cwd=self.folder,
+            env={**self.environment, **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+
+    def pretrain(
+        self, status: int, verdict: int, job: str = RUNNING, **environment: str
+    ) -> tuple[int, bool]:
+        """The batch script where `srun` ends with `status`, and `stacking-ds again` with `verdict`;
+        its exit code, and whether it queued the job again."""
+        (self.folder / "job").write_text(f"{job}\n")
+        self.program("srun", f"exit {status}")
+        self.program("stacking-ds", f'echo "$@" >>{self.folder}/asked; exit {verdict}')
+        script = SLURM / "pretrain.sbatch"
+        done = self.bash(script, "base", self.run, **self.job, **environment)
+        assert (self.folder / "asked").read_text() == f"again {self.run} --exit-status {status}\n"
+        return done.returncode, (self.folder / "requeued").exists()
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return Site(tmp_path)
+
+
+# ------------------------------------------------------------------ pretrain.sbatch
+
+
+@pytest.mark.parametrize(
+    ("status", "verdict", "code", "requeued"),
+    [
+        (0, 0, 1, True),  # stopped
+        (4, 0, 4, True),
+        (0, 1, 1, False),  # given up
+        (3, 1, 3, False),
+        (0, 2, 1, False),  # the records cannot be read
+        (0, 3, 0, False),  # complete
+        (143, 3, 0, False),
+    ],
+)
+def test_the_job_ends_as_the_run_did(
+    site: Site, status: int, verdict: int, code: int, requeued: bool
+) -> None:
+    assert site.pretrain(status, verdict) == (code, requeued)
+
+
+@pytest.mark.parametrize(
+    ("job", "requeued"),
+    [
+        (ending("TimeLimit"), True),
+        (ending(), False),  # cancelled
+        (ending(restarts=1), False),  # requeued from outside, or preempted with REQUEUE
+        (ending(restarts=1, preempted=MOMENT), False),
+        (ending(preempted=MOMENT), True),  # preempted with CANCEL
+    ],
+)
+def test_a_job_that_slurm_ends_is_queued_again_unless_it_was_cancelled_or_is_already(
+    site: Site, job: str, requeued: bool
+) -> None:
+    assert site.pretrain(0, 0, job) == (1, requeued)
+
+
+def test_restarts_before_this_one_do_not_count(site: Site) -> None:
+    job = ending(restarts=2, preempted=MOMENT)
+    assert site.pretrain(0, 0, job, SLURM_RESTART_COUNT="2") == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code", "requeued"),
+    [("complete", 0, False), ("stopped", 143, True), ("user_error", 143, False)],
+)
+def test_the_script_understands_the_commands_exit_code(
+    site: Site, outcome: attempts.Outcome, code: int, requeued: bool
+) -> None:
+    begun(site.run, 0, 1, [])
+    ended(site.run, outcome, 9, "why")
+    site.program("srun", "exit 143")
+    (site.folder / "job").write_text(f"{RUNNING}\n")
+    places = {**site.job, "STACKING_DS": str(STACKING_DS)}
+    done = site.bash(SLURM / "pretrain.sbatch", "base", site.run, **places)
+    assert done.returncode == code, done.stderr
+    assert (site.folder / "requeued").exists() is requeued
+
+
+def test_a_job_that_slurm_does_not_queue_again_says_so(site: Site) -> None:
+    site.program("scontrol", "exit 1")
+    site.program("srun", "exit 0")
+    site.program("stacking-ds", "exit 0")
+    done = site.bash(SLURM / "pretrain.sbatch", "base", site.run, **site.job)
+    assert done.returncode == 1
+    assert "submit it once more" in done.stderr
+
+
+# ------------------------------------------------------------------ site.sh and submit.sh
+
+
+@pytest.mark.parametrize(
+    ("given", "ranks", "cpus"),
+    [
+        ({}, 1, 16),
+        ({"SLURM_GPUS_ON_NODE": "8"}, 8, 2),
+        ({"SLURM_GPUS_ON_NODE": "8", "RANKS_PER_NODE": "4"}, 4, 4),
+    ],
+)
+def test_a_node_has_a_rank_for_each_gpu(
+    site: Site, given: dict[str, str], ranks: int, cpus: int
+) -> None:
+    code = 'source "$1"; echo "${RANKS[@]}"'
+    done = site.bash("-c", code, "bash", SLURM / "site.sh", **site.job, **given)
+    assert done.stdout == f"--ntasks-per-node={ranks} --cpus-per-task={cpus}\n", done.stderr
+
+
+def test_the_command_is_the_checkouts_wherever_a_person_stands(site: Site) -> None:
+    code = 'source "$1"; echo "$STACKING_DS"'
+    words = ("-c", code, "bash", SLURM / "site.sh")
+    assert site.bash(*words, STACKING_DS="").stdout == f"{SLURM.parent}/.venv/bin/stacking-ds\n"
+    stands = site.bash(*words, STACKING_DS="", STACKING_DS_HOME="", SLURM_SUBMIT_DIR="/home/me")
+    assert stands.stdout == "/home/me/.venv/bin/stacking-ds\n"
+
+
+def test_submit_keeps_the_persons_folder_and_finds_the_scripts(site: Site) -> None:
+    said = site.folder / "said"
+    site.program("sbatch", f'echo "$PWD $STACKING_DS_HOME $@" >>{said}; wc -l <{said}')
+    words = ("base", "runs/base", "shards", "books.parquet")
+    done = site.bash(SLURM / "submit.sh", *words, STACKING_DS_HOME="")
+    assert done.stdout == "prepare 1, pretrain 2, evaluate 3\n", done.stderr
+    place = f"{site.folder} {SLURM.parent} --parsable --kill-on-invalid-dep=yes"
+    assert said.read_text().splitlines() == [
+        f"{place} {SLURM}/prepare.sbatch books.parquet --out shards",
+        f"{place} --dependency=afterok:1 {SLURM}/pretrain.sbatch base runs/base "
+        "--set data.path=shards",
+        f"{place} --nodes=1 --dependency=afterok:2 {SLURM}/evaluate.sbatch runs/base",
+    ]
