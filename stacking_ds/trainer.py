@@ -22,7 +22,7 @@ from stacking_ds.data.counter_random import derive_key
 from stacking_ds.data.loader import end_workers, load_steps
 from stacking_ds.distributed import StopFlag, World
 from stacking_ds.engine import set_learning_rate, take_step
-from stacking_ds.errors import CheckpointError, NonFiniteError, StageError, UserError
+from stacking_ds.errors import CheckpointError, NonFiniteError, StageError
 from stacking_ds.evaluate.heldout import HeldOutPasses
 from stacking_ds.from_checkpoint import export_if_missing
 from stacking_ds.job import Job
@@ -62,11 +62,9 @@ def train(
         NonFiniteError: the loss or the gradient is not finite; the last checkpoint stays.
     """
     started = time.perf_counter()
-    try:
-        compute = choose_compute(job.config.engine, world.device, job.config.model)
-    except UserError as error:
-        error.on_all_ranks = True  # nodes that are not alike have been refused
-        raise
+    compute = world.on_all(
+        lambda: choose_compute(job.config.engine, world.device, job.config.model)
+    )
     with ExitStack() as held:
         request = request or held.enter_context(StopRequest())
         found, state = enter(job, world, run_dir, resume, held)
