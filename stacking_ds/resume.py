@@ -83,10 +83,10 @@ def recorded(run_dir: Path, world: World, total_steps: int) -> Iterator[None]:
     """Note in the run when this attempt begins and how it ends; entering is a collective. An end
     for want of another rank is left to who knows which one it was."""
     hosts = list(dict.fromkeys(world.gather(socket.gethostname())))
+    world.on_first(lambda: attempts.begun(run_dir, world.pulse.step, world.size, hosts))
     if not world.is_first:
         yield
         return
-    attempts.begun(run_dir, world.pulse.step, world.size, hosts)
     try:
         yield
     except BaseException as error:
@@ -96,7 +96,8 @@ def recorded(run_dir: Path, world: World, total_steps: int) -> Iterator[None]:
                 attempts.ended(run_dir, outcome, world.pulse.step, str(error))
         raise
     complete = world.pulse.step == total_steps
-    attempts.ended(run_dir, "complete" if complete else "stopped", world.pulse.step, "")
+    with suppress(UserError):  # what counts is saved
+        attempts.ended(run_dir, "complete" if complete else "stopped", world.pulse.step, "")
 
 
 def _outcome(error: BaseException) -> attempts.Outcome | None:

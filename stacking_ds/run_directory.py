@@ -172,7 +172,10 @@ def require_shared(run_dir: Path, world: World) -> None:
     written = world.broadcast(_signature(run_dir) if world.is_first else None)
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while not (sees := _signature(run_dir) == written) and time.monotonic() < deadline:
-        time.sleep(0.1)  # network file systems show a new file a little later
+        # network file systems show a new file a little later, and sooner to who lists its folder
+        with suppress(OSError):
+            os.listdir(run_dir.parent)
+        time.sleep(0.1)
     blind = [
         f"rank {rank} on {host}"
         for rank, (host, sees) in enumerate(world.gather((socket.gethostname(), sees)))

@@ -106,10 +106,11 @@ def _train_on_ranks(options: argparse.Namespace, request: StopRequest) -> int:
 def _end_alone(error: Exception) -> NoReturn:
     """Not by way of the interpreter's end, which may wait for collectives that nobody answers."""
     code = tell(error)
-    if code is None:
-        traceback.print_exception(error)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):  # nobody may read any more
+        if code is None:
+            traceback.print_exception(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(1 if code is None else code)
 
 

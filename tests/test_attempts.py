@@ -422,3 +422,13 @@ def test_a_job_whose_launcher_has_judged_is_not_judged_again(
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # a person has requeued it
     assert again(run, 1) == 0
     assert lines(run)[-1]["outcome"] == "not_begun"
+
+
+def test_a_run_that_never_gets_the_time_to_save_is_given_up_in_the_end(run: Path) -> None:
+    for _ in range(9):
+        begun(run, 0, 2, ["node1"])
+        assert judge(run, 143).again
+    begun(run, 0, 2, ["node1"])
+    verdict = judge(run, 143)
+    assert not verdict.again
+    assert "asked to stop 10 times in a row before it could save" in verdict.why

@@ -102,6 +102,9 @@ def test_a_second_interrupt_is_immediate() -> None:
     assert run_ranks(_second_interrupt, 1) == ["interrupted at once"]
 
 
+SOON = timedelta(seconds=5)
+
+
 def _store(timeout_seconds: float = 5.0, **told: str) -> Any:
     """What the other ranks have said of themselves: r1="nccl node7"."""
     store = dist.HashStore()  # type: ignore[attr-defined]
@@ -113,16 +116,16 @@ def _store(timeout_seconds: float = 5.0, **told: str) -> Any:
 
 def test_ranks_that_are_alike_agree() -> None:
     store = _store(r1="gloo node7 ")
-    agree(store, 0, 2, "gloo", None)
-    agree(store, 1, 2, "gloo", None)
+    agree(store, 0, 2, "gloo", None, SOON)
+    agree(store, 1, 2, "gloo", None, SOON)
 
 
 def test_ranks_that_do_not_all_see_gpus_are_told_at_once() -> None:
     store = _store(r1="gloo node7 ")
     with pytest.raises(ConfigError, match=r"rank 1 on node7 .1 of 2 ranks.* sees no GPU, while"):
-        agree(store, 0, 2, "nccl", None)
+        agree(store, 0, 2, "nccl", None, SOON)
     with pytest.raises(ConfigError, match="mend the driver") as caught:
-        agree(store, 1, 2, "gloo", None)
+        agree(store, 1, 2, "gloo", None, SOON)
     assert caught.value.on_all_ranks
 
 
@@ -130,15 +133,15 @@ def test_a_rank_that_cannot_take_part_is_not_waited_for() -> None:
     store = _store(r1="gloo node7 local rank 3 has no GPU", r2="gloo node7 ")
     for rank in (0, 2):
         with pytest.raises(ConfigError, match="rank 1 on node7: local rank 3 has no GPU"):
-            agree(store, rank, 3, "gloo", None)
+            agree(store, rank, 3, "gloo", None, SOON)
 
 
 def test_who_does_not_come_is_named() -> None:
     store = _store(0.2, r1="gloo node7 ")
     with pytest.raises(LostRankError, match=r"2 of 4 ranks have not come in time: 2, 3; .*node7"):
-        agree(store, 0, 4, "gloo", None)
+        agree(store, 0, 4, "gloo", None, SOON)
     with pytest.raises(LostRankError, match="2 of 4 ranks") as caught:
-        agree(store, 1, 4, "gloo", None)
+        agree(store, 1, 4, "gloo", None, SOON)
     assert caught.value.said_elsewhere, "rank 0 says it"
 
 

@@ -1,6 +1,7 @@
 """Should a run be started again? By the records of its attempts, and one verdict more in them."""
 
 import argparse
+import itertools
 import os
 import signal
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ __all__ = ["Verdict", "add_again", "judge", "verdict_of_this_job"]
 
 _EXIT_AGAIN, _EXIT_NOT_AGAIN, _EXIT_COMPLETE = 0, 1, 3  # 2 is a UserError's
 
+_MOST_UNSAVED = 9
 # a shell and srun add 128, Python puts a minus before it
 _ASKED_TO_STOP = {
     code for number in (signal.SIGTERM, signal.SIGUSR1) for code in (128 + number, -number)
@@ -61,7 +63,7 @@ def judge(run_dir: Path, exit_status: int, *, since: int = 0) -> Verdict:
     own = records[max(since, judged[-1] + 1 if judged else 0) :]
     saved = newest_checkpoint(run_dir)
     end = _by_exit_status(last_end(run_dir, own), exit_status)
-    again, why = _decide(end, saved, _failures(records))
+    again, why = _decide(end, saved, _failures(records), _unsaved(records))
     # a folder that is no run's, perhaps given by mistake, is left alone
     if again or (run_dir / ATTEMPTS_FILE).exists() or (run_dir / "config.yaml").exists():
         verdict = {"event": "judged", "again": again, "why": why, "step": end.step}
@@ -96,13 +98,27 @@ def _failures(records: Sequence[Record]) -> list[Record]:
     return failures
 
 
-def _decide(end: End, saved: int | None, failures: Sequence[Record]) -> tuple[bool, str]:
+def _unsaved(records: Sequence[Record]) -> int:
+    """How often in a row, up to now, a run was stopped before it could save anything."""
+    verdicts = [record["outcome"] for record in records if record["event"] == "judged"]
+    return len(list(itertools.takewhile("stopped_unsaved".__eq__, reversed(verdicts))))
+
+
+def _decide(
+    end: End, saved: int | None, failures: Sequence[Record], unsaved: int
+) -> tuple[bool, str]:
     at = "before it began" if end.step is None else f"at step {end.step}"
     goes_on = "it starts anew" if saved is None else f"it goes on from step {saved}"
     if end.outcome == "complete":
         return False, f"the run is complete {at}"
     if end.outcome == "stopped":
         return True, f"the run was asked to stop {at}; {goes_on}"
+    if end.outcome == "stopped_unsaved" and unsaved >= _MOST_UNSAVED:
+        return False, (
+            f"the run was asked to stop {unsaved + 1} times in a row before it could save "
+            f"({end.message}): give it more time, or lay out its rows ahead (`stacking-ds data "
+            f"layout`)"
+        )
     if end.outcome == "stopped_unsaved":
         return True, (
             f"the run was asked to stop {at}, before it could save ({end.message}); {goes_on}"

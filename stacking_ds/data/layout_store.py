@@ -205,8 +205,8 @@ def _write_in_processes(write: _Write, groups: Sequence[_Group], workers: int) -
                 process = context.Process(
                     target=_work, args=(theirs, write, groups[first::workers]), daemon=True
                 )
-                processes[answer] = process
                 process.start()
+                processes[answer] = process
                 theirs.close()  # so that the process's death closes the pipe
         return _collect(processes)
     finally:
@@ -228,8 +228,8 @@ def _collect(answers: Iterable[Connection]) -> _Parts:
                 found: _Parts | Exception = answer.recv()
             except EOFError:
                 raise DataError(
-                    "a process that lays out rows was killed, as when memory runs out; try again "
-                    "with fewer --workers"
+                    "a process that lays out rows was killed, as when memory runs out; run "
+                    "`stacking-ds data layout` with fewer --workers"
                 ) from None
             if isinstance(found, Exception):
                 raise found

@@ -13,6 +13,7 @@ from torch.distributed import distributed_c10d
 from stacking_ds.distributed.addresses import interface_for_gloo
 from stacking_ds.distributed.launchers import complete_environment
 from stacking_ds.distributed.meeting import agree, meet
+from stacking_ds.distributed.watch import is_lost_contact
 from stacking_ds.distributed.world import World
 from stacking_ds.errors import ConfigError, LostRankError
 
@@ -47,8 +48,9 @@ def start(timeout: timedelta = DEFAULT_TIMEOUT) -> World:
     _allow_many_files()
     on_cuda = torch.cuda.is_available()
     backend = "nccl" if on_cuda else "gloo"
+    refusal = _refusal(local_rank, local_size, size)
     store = meet(rank, timeout)
-    agree(store, rank, size, backend, _refusal(local_rank, local_size, size))
+    agree(store, rank, size, backend, refusal, timeout + _AFTER_THE_WATCH)
     device = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
     if on_cuda:
         torch.cuda.set_device(device)
@@ -94,6 +96,9 @@ def _form_groups(
         )
         return dist.new_group(backend="gloo", timeout=timeout) if backend == "nccl" else None
     except RuntimeError as error:
+        stop()
+        if not isinstance(error, dist.DistError) and not is_lost_contact(error):
+            raise
         raise LostRankError(
             f"all {size} ranks have met, but rank {rank} cannot connect to the others "
             f"({str(error).splitlines()[0]}): see that no firewall stands between the nodes, and "

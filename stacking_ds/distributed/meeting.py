@@ -6,7 +6,9 @@ named.
 
 import os
 import socket
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -19,6 +21,7 @@ __all__ = ["agree", "connect", "meet"]
 
 _NAMED = 3
 _FINE = "fine"
+_SECONDS_TO_READ = 3.0
 
 
 def connect(timeout: timedelta, *, is_server: bool = False) -> Any:
@@ -34,9 +37,11 @@ def connect(timeout: timedelta, *, is_server: bool = False) -> Any:
         timeout=timeout,
         wait_for_workers=False,
     )
-    # torchrun's agent keeps one store for all of its attempts
+    # torchrun's agent keeps one store for all of its attempts; and under srun another job's rank 0
+    # may have taken the port, whose ranks these are not
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"stacking_ds/{attempt}", store)  # type: ignore[attr-defined]
+    job = os.environ.get("SLURM_JOB_ID", "")
+    return dist.PrefixStore(f"stacking_ds/{job}/{attempt}", store)  # type: ignore[attr-defined]
 
 
 def meet(rank: int, timeout: timedelta) -> Any:
@@ -66,11 +71,15 @@ def meet(rank: int, timeout: timedelta) -> Any:
         raise (LostRankError(taken) if by_srun() else ConfigError(taken)) from None
 
 
-def agree(store: Any, rank: int, size: int, backend: str, refusal: str | None) -> None:
+def agree(
+    store: Any, rank: int, size: int, backend: str, refusal: str | None, patience: timedelta
+) -> None:
     """Make sure that all ranks are there, can take part, and use the same backend.
 
     Args:
         refusal: why this rank cannot take part.
+        patience: how long to wait for rank 0's word, which itself waits for the others as long as
+            the store does.
 
     Raises:
         ConfigError: on every rank, if one cannot.
@@ -80,20 +89,33 @@ def agree(store: Any, rank: int, size: int, backend: str, refusal: str | None) -
     if rank == 0:
         store.set("agreed", _verdict(store, size))
     try:
+        store.wait(["agreed"], patience)
         kind, _, text = store.get("agreed").decode().partition(" ")
     except dist.DistError:
         raise LostRankError(
             f"rank {rank} on {socket.gethostname()} has come, and rank 0 does not answer; see what "
             f"it has said"
         ) from None
+    if kind == _FINE:
+        return
+    _let_all_read(store, rank, size)
     if kind == "lost":
         lost = LostRankError(text)
         lost.said_elsewhere = rank > 0
         raise lost
-    if kind != _FINE:
-        error = ConfigError(text)
-        error.on_all_ranks = True
-        raise error
+    error = ConfigError(text)
+    error.on_all_ranks = True
+    raise error
+
+
+def _let_all_read(store: Any, rank: int, size: int) -> None:
+    """The store with the verdict goes when rank 0 does."""
+    deadline = time.monotonic() + _SECONDS_TO_READ
+    with suppress(dist.DistError):
+        read = store.add("read", 1)
+        while rank == 0 and read < size and time.monotonic() < deadline:
+            time.sleep(0.05)
+            read = store.add("read", 0)
 
 
 def _verdict(store: Any, size: int) -> str:

@@ -67,7 +67,8 @@ def who_is_missing(
     if silent:
         return Missing("silent", tuple(silent))
     if now - max(seen.moved for seen in ranks) > timeout:
-        behind = tuple(rank for rank, seen in enumerate(ranks) if seen.work)
+        # when contact is lost, who is at work has not noticed yet
+        behind = tuple(rank for rank, seen in enumerate(ranks) if seen.work and timeout)
         if not behind:
             least = min(seen.moves for seen in ranks)
             behind = tuple(rank for rank, seen in enumerate(ranks) if seen.moves == least)

@@ -82,12 +82,17 @@ class Watch:
     def __enter__(self) -> "Watch":
         if self._world.size == 1:
             return self
-        self._hosts = self._world.gather(socket.gethostname())
-        store = self._connect()
-        if self._world.is_first:
-            store.set(_FATES, "\n")
-        self._tell(store, 0)
-        self._world.barrier()  # from now on every key is there
+        try:
+            self._hosts = self._world.gather(socket.gethostname())
+            store = self._connect()
+            if self._world.is_first:
+                store.set(_FATES, "\n")
+            self._tell(store, 0)
+            self._world.barrier()  # from now on every key is there
+        except RuntimeError as error:
+            if not is_lost_contact(error):
+                raise
+            raise LostRankError(_lost_contact(self._world, error)) from error
         self._heard_of_first = now = time.monotonic()
         self._seen = [Seen(heard=now, moved=now) for _ in self._hosts]
         for action, arguments in ((self._beat, (store,)), (self._judge, ())):

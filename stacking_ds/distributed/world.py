@@ -166,14 +166,19 @@ class _Work:
             self.thread.start()
 
     def _run_beside(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)  # each thread has its own
-        self._run()
+        try:
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)  # each thread has its own
+            self._result = self._action()
+        except Exception as error:  # noqa: BLE001 - handed to every rank, raised there
+            self._failure = error
+        except BaseException as error:  # noqa: BLE001 - an exit in a thread would look like success
+            self._failure = RuntimeError(f"{type(error).__name__}: {error}")
 
     def _run(self) -> None:
         try:
             self._result = self._action()
-        except Exception as error:  # noqa: BLE001 - handed to every rank, raised there
+        except Exception as error:  # noqa: BLE001 - raised where it is looked at
             self._failure = error
 
     def look(self) -> tuple[bool, Any, Exception | None]:
