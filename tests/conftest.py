@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 
 import numpy as np
 import pytest
@@ -12,6 +13,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+    # who starts the tests in the background, or with nohup, has these ignored, and what tests start
+    # would inherit that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
