@@ -45,6 +45,9 @@ def slurm(hosts: Hosts) -> Iterator[Slurm]:
 @pytest.fixture(autouse=True)
 def _order(request: pytest.FixtureRequest) -> Iterator[None]:
     """End what the test leaves running, and mend what it broke."""
+    if "slurm" in request.fixturenames:
+        # tests without SLURM crash hosts too, and its daemons with them
+        request.getfixturevalue("slurm").mend()
     yield
     if "slurm" in request.fixturenames:
         request.getfixturevalue("slurm").mend()
