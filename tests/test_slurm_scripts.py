@@ -167,8 +167,8 @@ def test_the_command_is_the_checkouts_wherever_a_person_stands(site: Site) -> No
     code = 'source "$1"; echo "$STACKING_DS"'
     words = ("-c", code, "bash", SLURM / "site.sh")
     assert site.bash(*words, STACKING_DS="").stdout == f"{SLURM.parent}/.venv/bin/stacking-ds\n"
-    stands = site.bash(*words, STACKING_DS="", STACKING_DS_HOME="", SLURM_SUBMIT_DIR="/home/me")
-    assert stands.stdout == "/home/me/.venv/bin/stacking-ds\n"
+    stands = site.bash(*words, STACKING_DS="", STACKING_DS_HOME="", SLURM_SUBMIT_DIR="/somewhere")
+    assert stands.stdout == "/somewhere/.venv/bin/stacking-ds\n"
 
 
 def test_submit_keeps_the_persons_folder_and_finds_the_scripts(site: Site) -> None:
