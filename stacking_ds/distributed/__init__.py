@@ -1,12 +1,11 @@
 """Ranks: who they are, what they say to one another, when they stop, and who is missing."""
 
-from stacking_ds.distributed.joining import DEFAULT_TIMEOUT, start, stop
+from stacking_ds.distributed.joining import start, stop
 from stacking_ds.distributed.stop_flag import StopFlag
 from stacking_ds.distributed.watch import Watch, is_lost_contact, is_raised_by_all
 from stacking_ds.distributed.world import Pulse, World
 
 __all__ = [
-    "DEFAULT_TIMEOUT",
     "Pulse",
     "StopFlag",
     "Watch",

@@ -17,9 +17,9 @@ from stacking_ds.distributed.watch import is_lost_contact
 from stacking_ds.distributed.world import World
 from stacking_ds.errors import ConfigError, LostRankError
 
-__all__ = ["DEFAULT_TIMEOUT", "start", "stop"]
+__all__ = ["start", "stop"]
 
-DEFAULT_TIMEOUT = timedelta(minutes=10)
+_TIMEOUT = timedelta(minutes=10)
 # a watch, which names who is missing, is to speak before a collective gives up
 _AFTER_THE_WATCH = timedelta(seconds=30)
 _GROUP_TIMEOUTS = ("default_pg_timeout", "default_pg_nccl_timeout")
@@ -27,7 +27,7 @@ _added: set[str] = set()
 _timeouts_before: dict[str, Any] = {}
 
 
-def start(timeout: timedelta = DEFAULT_TIMEOUT) -> World:
+def start(timeout: timedelta = _TIMEOUT) -> World:
     """Join the process group (nccl on CUDA, gloo elsewhere) and return this process's place.
 
     Works under the deepspeed launcher, torchrun, srun, mpirun, and as a plain single process.

@@ -1,5 +1,5 @@
 """On the PYTHONPATH of a run, holds its ranks where HOLD says, until HOLD_FOLDER or a signal
-releases them: HOLD="step:5,boundary:7,save:3,restore:3".
+releases them: HOLD="step:5,boundary:7,save:3".
 
 A rank that has come there writes PLACE-STEP.rankN into the folder, and goes on when it is asked to
 stop or when PLACE-STEP.released is there, which the first to be asked to stop writes. So each place
