@@ -20,6 +20,7 @@ ORDER = (
         "bundled",
         "text_table",
         "host_memory",
+        "small_files",
         "stop_request",
         "launched",
         "node_scratch",
