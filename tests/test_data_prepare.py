@@ -275,7 +275,7 @@ def test_the_vocabulary_is_learned_from_the_start_of_every_unit_and_not_from_wha
     texts = [f"{number} {text}" for number, text in enumerate(prose.documents(80))]
     source = write_json_lines(tmp_path / "a.jsonl", [texts[0], *texts])
     corpus = open_corpus([source], [])
-    plan = make_plan(corpus, "text", 10_000)
+    plan = make_plan(corpus, Reading(), 10_000)
     assert len(plan.units) > 5
 
     def sample(characters, limit=2**62):
@@ -319,12 +319,12 @@ def test_plans_share_small_files_and_cut_large_ones(tmp_path):
     prose.write_text(tmp_path / "zlarge.txt", 60)
     prose.write_text(tmp_path / "heldout.txt", 3)
     names = [str(tmp_path / "small-*.txt"), str(tmp_path / "zlarge.txt")]
-    plan = make_plan(open_corpus(names, [str(tmp_path / "heldout.txt")]), "text", 20_000)
+    plan = make_plan(open_corpus(names, [str(tmp_path / "heldout.txt")]), Reading(), 20_000)
     assert [unit.heldout for unit in plan.units] == [True] + [False] * (len(plan.units) - 1)
     assert len(plan.units[1].segments) > 2
     assert len([1 for unit in plan.units if unit.segments[0].source == 2]) >= 3
     assert plan.source_bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
-    assert make_plan(open_corpus(names, []), "text").units[0].source_bytes == (
+    assert make_plan(open_corpus(names, []), Reading()).units[0].source_bytes == (
         plan.source_bytes - (tmp_path / "heldout.txt").stat().st_size
     )
 

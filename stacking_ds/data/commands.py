@@ -25,8 +25,9 @@ def add_prepare(parser: argparse.ArgumentParser) -> None:
         "sources",
         nargs="+",
         metavar="SOURCE",
-        help=".txt (blank line = new document), .jsonl, either .gz, .parquet or .arrow files, "
-        "folders or globs; hf:NAME[:CONFIG][@SPLIT] for a Hugging Face dataset; `embedded` for the "
+        help="files, folders or globs: .txt (see --documents), .jsonl, .ndjson, .json, .csv, .tsv, "
+        "each also .gz, .bz2, .xz or .zst; .parquet, .arrow (in a folder .json, .csv and .tsv are "
+        "left alone); hf:NAME[:CONFIG][@SPLIT] for a Hugging Face dataset; `embedded` for the "
         "English prose that a Python installation carries",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
@@ -43,6 +44,13 @@ def add_prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--licence", help="the text's licence, for the manifest")
     parser.add_argument(
         "--text-key", default="text", help="key or column of the text (%(default)s)"
+    )
+    parser.add_argument(
+        "--documents",
+        choices=("blank-line", "line", "file"),
+        default="blank-line",
+        help="what a document of a .txt file is: what stands between blank lines, a line, or the "
+        "file (%(default)s)",
     )
     parser.add_argument(
         "--bad-documents",
@@ -68,6 +76,7 @@ def add_prepare(parser: argparse.ArgumentParser) -> None:
 
 
 def _prepare(options: argparse.Namespace) -> int:
+    from stacking_ds.data.prepare.first_look import odd_documents
     from stacking_ds.data.prepare.run import prepare
 
     started = time.monotonic()
@@ -82,11 +91,13 @@ def _prepare(options: argparse.Namespace) -> int:
             heldout_fraction=options.heldout_fraction,
             licence=options.licence,
             text_key=options.text_key,
+            documents=options.documents,
             bad_documents=options.bad_documents,
             download=options.download,
             workers=len(os.sched_getaffinity(0)) if options.workers is None else options.workers,
             part=part,
             progress=display,
+            say=display.say,
         )
     seconds = time.monotonic() - started
     if prepared.manifest is None:
@@ -106,6 +117,8 @@ def _prepare(options: argparse.Namespace) -> int:
             f"left out, {rejected.reason}: {rejected.documents:,} documents, the first at "
             f"{', '.join(rejected.first[:3])}"
         )
+    if odd := odd_documents(prepared.manifest):
+        print(odd, file=sys.stderr)
     return 0
 
 
@@ -168,6 +181,10 @@ class _Display:
         if not self._terminal and time.monotonic() - self._last > _SECONDS_BETWEEN_LINES:
             self._last = time.monotonic()
             print(self._line(now, self._last - self._started), file=sys.stderr, flush=True)
+
+    def say(self, sentence: str) -> None:
+        """A line that the bar goes on below."""
+        self._bar.write(sentence, file=sys.stdout)
 
     def __enter__(self) -> "_Display":
         return self

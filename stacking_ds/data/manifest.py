@@ -12,6 +12,7 @@ __all__ = [
     "MANIFEST_NAME",
     "UNFINISHED_NAME",
     "DataManifest",
+    "DocumentRule",
     "DuplicatesFile",
     "PrepareRequest",
     "Record",
@@ -29,6 +30,8 @@ MANIFEST_NAME = "manifest.json"
 # the folder inside a prepared one that is there until all is done
 UNFINISHED_NAME = ".unfinished"
 SplitName = Literal["train", "heldout"]
+# what a document of a .txt file is: what stands between blank lines, a line, or the file
+DocumentRule = Literal["blank-line", "line", "file"]
 
 
 class Record(BaseModel):
@@ -46,6 +49,7 @@ class PrepareRequest(Record):
     heldout_fraction: float
     vocabulary: str
     text_key: str
+    documents: DocumentRule = "blank-line"
 
 
 class SourceFile(Record):
