@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -67,7 +68,9 @@ def export_to_hugging_face(
             f"the tokenizer in {tokenizer_dir} has {len(tokenizer['model']['vocab'])} tokens, the "
             f"model {config.vocab_size}; export with the tokenizer the model was trained with"
         )
-    out_dir = out_dir.resolve()  # behind a link, the folder is replaced and not the link
+    out_dir = Path(
+        os.path.realpath(out_dir)
+    )  # behind a link, the folder is replaced and not the link
     _check_replaceable(out_dir)
 
     partial = out_dir.with_name(f".{out_dir.name}.partial")

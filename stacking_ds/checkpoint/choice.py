@@ -1,5 +1,6 @@
 """Which checkpoint a person means: a run's newest, one by its name, or a folder by its path."""
 
+import os
 from pathlib import Path
 
 from stacking_ds.checkpoint.folders import folder_name, latest, saved_steps
@@ -57,8 +58,9 @@ def _none_yet(run_dir: Path) -> CheckpointError:
 
 def is_checkpoint(place: Path) -> bool:
     """Is it a checkpoint's folder, rather than the run that has it? A damaged one is one too."""
-    step = place.resolve().name.removeprefix("step_")
-    named = step.isdigit() and place.resolve().name == folder_name(int(step))
+    name = os.path.basename(os.path.realpath(place))
+    step = name.removeprefix("step_")
+    named = step.isdigit() and name == folder_name(int(step))
     return place.is_dir() and (named or any(place.glob("rank_*.safetensors")))
 
 

@@ -1,5 +1,6 @@
 """`RunConfig`: everything a run is; strict and frozen."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -124,8 +125,8 @@ class RunConfig(Section):
     def with_absolute_paths(self) -> "RunConfig":
         """The same run, whatever the working directory it is looked at from."""
         json = Path(self.engine.deepspeed)
-        deepspeed = str(json.resolve()) if json.is_file() else self.engine.deepspeed
-        path = str(Path(self.data.path).resolve())
+        deepspeed = os.path.realpath(json) if json.is_file() else self.engine.deepspeed
+        path = os.path.realpath(self.data.path)
         return self.model_copy(
             update={
                 "data": self.data.model_copy(update={"path": path}),

@@ -7,6 +7,7 @@ again goes on, and the folder is then the same, to the byte, as if nothing had h
 """
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,7 +153,7 @@ def prepare(
         software=software(),
     )
     job = Job(
-        out_dir=str(out_dir.resolve()),
+        out_dir=os.path.realpath(out_dir),
         sources=names,
         heldout_sources=tuple(heldout_sources),
         download=download,
