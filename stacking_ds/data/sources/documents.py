@@ -9,6 +9,7 @@ from stacking_ds.data.manifest import DocumentRule, Record, SplitName
 
 __all__ = [
     "MAX_DOCUMENT_BYTES",
+    "NO_TEXT",
     "Document",
     "Fault",
     "Item",
@@ -24,6 +25,7 @@ __all__ = [
 # A line, or a document of a .txt file, beyond this is a mistake (a base64 dump, a file without
 # newlines), and would make memory grow with it.
 MAX_DOCUMENT_BYTES = 64 * 2**20
+NO_TEXT = "no text"
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +142,7 @@ def text_of_row(row: Any, key: str) -> str | tuple[str, str]:
         return ""  # as in a table: a document without words
     if not isinstance(text, str):
         found = f"the keys {sorted(row)[:20]}" if isinstance(row, dict) else type(row).__name__
-        return "no text", f"has no string under the key {key!r} (it has {found})"
+        return NO_TEXT, f"has no string under the key {key!r} (it has {found})"
     return text
 
 
