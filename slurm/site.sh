@@ -24,12 +24,6 @@ if [ -n "${SLURM_JOB_ID:-}" ]; then  # not where submit.sh reads this: sbatch wo
 
     # Threads of a rank on the CPU: its cores.
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus ? cpus : 1))}
-
-    # What kernels are compiled to stays on the node: a thousand ranks must not meet in one home
-    # directory.
-    scratch=${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/stacking-ds-$(id -u)
-    export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$scratch/triton}
-    export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$scratch/inductor}
 fi
 
 # For submit.sh alone, which hands them to sbatch: what every job asks for, a job that trains or

@@ -67,7 +67,7 @@ def _dry_run(options: argparse.Namespace) -> int:
 
 
 def _train_on_ranks(options: argparse.Namespace, request: StopRequest) -> int:
-    keep_caches_on_node()
+    keep_caches_on_node(_say_on_first_of_node)
     # a lost connection is one sentence of ours, not a page of c10d's from every rank
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # DeepSpeed, imported while there is a process group, would keep it and its threads for ever
