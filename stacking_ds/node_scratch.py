@@ -42,8 +42,8 @@ def _private_folder(say: Callable[[str], None]) -> Path | None:
     except OSError:
         return None  # nothing can be written there, so that nothing is found there either
     say(
-        f"{root} is not a folder of yours alone, so kernels are compiled anew into {fresh}: have it "
-        f"removed, or set TMPDIR to a folder of your own"
+        f"{root} is not a folder of yours alone, so kernels are compiled anew into {fresh}: have "
+        f"it removed, or set TMPDIR to a folder of your own"
     )
     return fresh
 

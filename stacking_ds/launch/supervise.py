@@ -45,9 +45,9 @@ def _warn_of_secrets(request: Request) -> None:
     names = secret_names(parse_assignments(request.env), os.environ)
     if names:
         say(
-            f"warning: {', '.join(names)} would be on command lines, which `ps` shows to every user "
-            f"of every host; put the secret into a file that only you can read (Hugging Face: "
-            f"HF_TOKEN_PATH names one)"
+            f"warning: {', '.join(names)} would be on command lines, which `ps` shows to every "
+            f"user of every host; put the secret into a file that only you can read (Hugging "
+            f"Face: HF_TOKEN_PATH names one)"
         )
 
 
