@@ -1,5 +1,6 @@
 """Find the JSONs, recipes and batch scripts of the package, in a checkout or a wheel."""
 
+import os
 from pathlib import Path
 
 import stacking_ds
@@ -40,12 +41,14 @@ def _folder(name: str) -> Path:
 
 
 def _find(name: str, folder: Path, suffix: str, what: str) -> Path:
-    given = Path(name).expanduser()
-    if given.suffix == suffix and given.is_file():
-        return given
+    # what is there and cannot be read is told by whoever reads it
+    given = os.path.expanduser(name)
+    if given.endswith(suffix) and os.path.lexists(given):
+        return Path(given)
     bundled = {path.stem: path for path in sorted(folder.glob(f"*{suffix}"))}
     stem = name.removesuffix(suffix)
     if stem in bundled:
         return bundled[stem]
     known = ", ".join(bundled) or f"none found in {folder}"
-    raise ConfigError(f"no {what} {name!r}: give a path to a {suffix} file, or one of {known}")
+    short = name if len(name) <= 200 else f"{name[:200]}..."
+    raise ConfigError(f"no {what} {short!r}: give a path to a {suffix} file, or one of {known}")

@@ -37,7 +37,8 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="override a key of the recipe, e.g. optimizer.learning_rate=1e-3; repeatable",
+        help="override a key of the recipe, e.g. optimizer.learning_rate=1e-3; repeatable, the "
+        "last one for a key wins",
     )
     parser.add_argument(
         "--resume", action="store_true", help="go on with the run in --run-dir if there is one"

@@ -21,6 +21,7 @@ ORDER = (
         "text_table",
         "host_memory",
         "small_files",
+        "yaml_text",
         "stop_request",
         "launched",
         "node_scratch",
