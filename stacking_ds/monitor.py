@@ -12,7 +12,7 @@ import resource
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -25,6 +25,8 @@ from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignor
 from torch.utils.tensorboard.summary import histogram
 from tqdm import tqdm
 
+from stacking_ds.errors import CheckpointError
+from stacking_ds.small_files import DamagedFileError, PassedOver, is_count, read_json_lines
 from stacking_ds.stages import Stage, StageSchedule
 
 __all__ = [
@@ -60,7 +62,7 @@ class Monitor:
         if not enabled:
             return
         self._schedule = schedule
-        _drop_after(run_dir / METRICS_FILE, completed_steps)
+        damage = _drop_after(run_dir / METRICS_FILE, completed_steps)
         failing: set[Path] = set()
         self._log = _Appended(run_dir / "train.log", failing)
         self._log_handlers = _open_logs(self._log)
@@ -69,6 +71,8 @@ class Monitor:
         self._metrics.add(b"")
         self._tensorboard.add(_first_events(completed_steps + 1))
         self._bars = _Bars(schedule, completed_steps)
+        if damage is not None:
+            logger.warning(damage)
 
     def stage(self, stage: Stage, completed_steps: int) -> None:
         """Announce the stage that trains from now on."""
@@ -138,7 +142,7 @@ class _Appended:
             self._held += piece
         try:
             self._path.parent.mkdir(exist_ok=True)
-            with self._path.open("ab") as file:
+            with open(self._path, "ab", opener=_at_once) as file:
                 size = file.seek(0, os.SEEK_END)
                 if self._whole is not None:
                     size = file.truncate(min(size, self._whole))
@@ -160,6 +164,11 @@ class _Appended:
                 self._path,
                 error.strerror or error,
             )
+
+
+def _at_once(path: str, flags: int) -> int:
+    # a FIFO that nobody reads would be waited for
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY, 0o666)
 
 
 class _Console(logging.StreamHandler[TextIO]):
@@ -221,28 +230,43 @@ def _finite_or_none(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_metrics(run_dir: Path) -> Iterator[dict[str, Any]]:
-    """The lines of `metrics.jsonl`; a last line cut off by a crash is left out."""
-    path = run_dir / METRICS_FILE
-    if not path.is_file():
+def read_metrics(
+    run_dir: Path,
+    passed_over: PassedOver | None = None,
+    is_record: Callable[[dict[str, Any]], bool] = lambda line: True,
+) -> Iterator[dict[str, Any]]:
+    """The lines of `metrics.jsonl` that have a step, and of which `is_record` holds. Others, such
+    as a last one that a crash has cut off, are left out and added to `passed_over`.
+
+    Raises:
+        CheckpointError: it is no regular file.
+    """
+    try:
+        yield from read_json_lines(
+            run_dir / METRICS_FILE,
+            passed_over,
+            lambda line: is_count(line.get("step")) and is_record(line),
+        )
+    except FileNotFoundError:
         return
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            return
+    except DamagedFileError as damage:
+        raise CheckpointError(f"{damage}; move it aside and try again") from None
 
 
-def _drop_after(path: Path, completed_steps: int) -> None:
-    if not path.is_file():
-        return
-    kept = [line for line in read_metrics(path.parent) if line["step"] <= completed_steps]
+def _drop_after(path: Path, completed_steps: int) -> str | None:
+    """Leave the records up to that step; a sentence on the lines that were none."""
+    if not os.path.lexists(path):
+        return None
+    passed_over = PassedOver(path)
+    lines = read_metrics(path.parent, passed_over)
+    kept = [line for line in lines if line["step"] <= completed_steps]
     temporary = path.with_suffix(".tmp")
     try:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:  # a full disk is told of without a path
         raise OSError(error.errno, error.strerror, str(path)) from None
+    return passed_over.sentence
 
 
 def _events_name() -> str:

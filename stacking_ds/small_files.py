@@ -28,8 +28,8 @@ _MOST_BYTES = 2**30
 _LONGEST_LINE_BYTES = 2**24
 # far deeper than what is written here, and far from what json, pydantic or repr cannot follow
 _DEEPEST = 64
-# what no name of a regular file leads to, whoever asks
-_NO_FILE = {errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.ENOTDIR, errno.EISDIR}
+# what links in a circle, or to a name that none can have, lead to, and a device without a driver
+_NO_FILE = {errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.ENODEV}
 
 
 class DamagedFileError(ValueError):
