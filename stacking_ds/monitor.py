@@ -12,7 +12,7 @@ import resource
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -25,19 +25,14 @@ from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignor
 from torch.utils.tensorboard.summary import histogram
 from tqdm import tqdm
 
-from stacking_ds.errors import CheckpointError
-from stacking_ds.small_files import DamagedFileError, PassedOver, is_count, read_json_lines
+from stacking_ds.metrics_file import METRICS_FILE, drop_after
 from stacking_ds.stages import Stage, StageSchedule
 
 __all__ = [
-    "METRICS_FILE",
     "Monitor",
     "measure_matmul_peak",
     "peak_memory_gib",
-    "read_metrics",
 ]
-
-METRICS_FILE = "metrics.jsonl"
 
 _MOST_HELD_BYTES = 2**24
 _EDGES = 1e-12 * 1.1 ** np.arange(774)
@@ -62,7 +57,7 @@ class Monitor:
         if not enabled:
             return
         self._schedule = schedule
-        damage = _drop_after(run_dir / METRICS_FILE, completed_steps)
+        damage = drop_after(run_dir, completed_steps)
         failing: set[Path] = set()
         self._log = _Appended(run_dir / "train.log", failing)
         self._log_handlers = _open_logs(self._log)
@@ -228,45 +223,6 @@ class _Bars:
 
 def _finite_or_none(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def read_metrics(
-    run_dir: Path,
-    passed_over: PassedOver | None = None,
-    is_record: Callable[[dict[str, Any]], bool] = lambda line: True,
-) -> Iterator[dict[str, Any]]:
-    """The lines of `metrics.jsonl` that have a step, and of which `is_record` holds. Others, such
-    as a last one that a crash has cut off, are left out and added to `passed_over`.
-
-    Raises:
-        CheckpointError: it is no regular file.
-    """
-    try:
-        yield from read_json_lines(
-            run_dir / METRICS_FILE,
-            passed_over,
-            lambda line: is_count(line.get("step")) and is_record(line),
-        )
-    except FileNotFoundError:
-        return
-    except DamagedFileError as damage:
-        raise CheckpointError(f"{damage}; move it aside and try again") from None
-
-
-def _drop_after(path: Path, completed_steps: int) -> str | None:
-    """Leave the records up to that step; a sentence on the lines that were none."""
-    if not os.path.lexists(path):
-        return None
-    passed_over = PassedOver(path)
-    lines = read_metrics(path.parent, passed_over)
-    kept = [line for line in lines if line["step"] <= completed_steps]
-    temporary = path.with_suffix(".tmp")
-    try:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:  # a full disk is told of without a path
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    return passed_over.sentence
 
 
 def _events_name() -> str:

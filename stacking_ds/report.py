@@ -1,14 +1,13 @@
 """A run as a table for people."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from stacking_ds import attempts, run_directory
 from stacking_ds.errors import CheckpointError, UserError
-from stacking_ds.monitor import METRICS_FILE, read_metrics
-from stacking_ds.small_files import PassedOver, is_count
+from stacking_ds.metrics_file import METRICS_FILE, read_metrics
+from stacking_ds.small_files import PassedOver, is_count, is_number
 from stacking_ds.stages import Stage
 
 __all__ = ["run_table"]
@@ -26,7 +25,6 @@ _COLUMNS = (
 _FLOOR = "eval/unigram_mlm_loss"
 _COUNTS = ("stage", "num_hidden_layers", "stage/tokens")
 _NUMBERS = ("stage/train_seconds", "stage/boundary_seconds", "wall_seconds")
-_LOSSES = ("train/loss", "eval/mlm_loss", _FLOOR)
 
 
 def run_table(run_dir: Path) -> str:
@@ -89,15 +87,9 @@ def _is_told(line: dict[str, Any], stages: Sequence[Stage]) -> bool:
         all(is_count(line.get(key)) for key in _COUNTS)
         and line["stage"] < len(stages)
         and stages[line["stage"]].start_step < line["step"] <= stages[line["stage"]].end_step
-        and all(_is_number(line.get(key)) for key in _NUMBERS)
+        and all(is_number(line.get(key)) for key in _NUMBERS)
         and line["stage/train_seconds"] > 0
-        and all(_is_number(line[key]) for key in _LOSSES if line.get(key) is not None)
     )
-
-
-def _is_number(value: Any) -> bool:
-    # a float that is not finite was written as null, and a whole number may be too large for one
-    return (isinstance(value, float) and math.isfinite(value)) or is_count(value)
 
 
 def _row(line: dict[str, Any], steps: int) -> tuple[str, ...]:

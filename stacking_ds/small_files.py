@@ -6,6 +6,7 @@ cannot be read (a permission, a stale handle) stays an OSError; everything else 
 
 import errno
 import json
+import math
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ __all__ = [
     "DamagedFileError",
     "PassedOver",
     "is_count",
+    "is_number",
     "open_regular",
     "parse_json",
     "read_bytes",
@@ -144,6 +146,13 @@ def _is_too_deep(value: Any) -> bool:
 def is_count(value: Any) -> bool:
     """Is it a whole number from 0 on, no larger than any that is counted to?"""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def is_number(value: Any) -> bool:
+    """Is it a finite number, and no whole one that is too large for a float?"""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 def read_json(path: Path, most_bytes: int = _MOST_BYTES) -> Any:

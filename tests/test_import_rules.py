@@ -12,7 +12,7 @@ PACKAGE = REPOSITORY / "stacking_ds"
 
 # A module imports from lines above its own, or from its own folder; never from its neighbours.
 ORDER = (
-    ("errors",),
+    ("errors", "small_files"),
     (
         "stages",
         "phases",
@@ -20,7 +20,7 @@ ORDER = (
         "bundled",
         "text_table",
         "host_memory",
-        "small_files",
+        "metrics_file",
         "stop_request",
         "launched",
         "node_scratch",

@@ -15,7 +15,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from stacking_ds.errors import CheckpointError
-from stacking_ds.monitor import Monitor, measure_matmul_peak, peak_memory_gib, read_metrics
+from stacking_ds.metrics_file import read_metrics
+from stacking_ds.monitor import Monitor, measure_matmul_peak, peak_memory_gib
 from stacking_ds.stages import StageSchedule
 
 SCHEDULE = StageSchedule.from_depths([(2, 3), (4, 3)])
