@@ -12,7 +12,7 @@ PACKAGE = REPOSITORY / "stacking_ds"
 
 # A module imports from lines above its own, or from its own folder; never from its neighbours.
 ORDER = (
-    ("errors",),
+    ("errors", "small_files"),
     (
         "stages",
         "phases",
@@ -20,8 +20,8 @@ ORDER = (
         "bundled",
         "text_table",
         "host_memory",
-        "small_files",
         "yaml_text",
+        "metrics_file",
         "stop_request",
         "launched",
         "node_scratch",
