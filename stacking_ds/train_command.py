@@ -84,6 +84,8 @@ def _train_on_ranks(options: argparse.Namespace, request: StopRequest) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # DeepSpeed, imported while there is a process group, would keep it and its threads for ever
     import stacking_ds.trainer  # noqa: F401
+
+    request.raise_if_interrupted()
     from stacking_ds import distributed
     from stacking_ds.config import ClusterSection
     from stacking_ds.host_memory import keep_freed_memory
@@ -132,7 +134,9 @@ def _train_in_world(
     from stacking_ds.doctor.alike import require_alike
     from stacking_ds.trainer import train
 
+    request.raise_if_interrupted()
     job: Job = world.on_all(lambda: _checked_job(options, world.size))
+    request.raise_if_interrupted()
     run_dir = _run_dir(options, job)
     require_alike(world, job, run_dir)
     places.append(run_dir)

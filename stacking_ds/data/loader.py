@@ -32,6 +32,7 @@ from stacking_ds.data.shards import TokenShards
 from stacking_ds.errors import ConfigError, DataError
 from stacking_ds.host_memory import keep_freed_memory
 from stacking_ds.phases import Phase
+from stacking_ds.stop_request import STOP_SIGNALS
 
 __all__ = [
     "EvaluationSteps",
@@ -292,7 +293,7 @@ def end_workers(batches: Any) -> None:
 
 def _start_worker(worker: int) -> None:
     # Ctrl-C and SLURM signal every process; a worker that dies of it would take the rank along
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     # Memory given back after every batch comes anew page by page, a fifth of a worker's time.
     keep_freed_memory()
