@@ -19,9 +19,9 @@ from stacking_ds.launched import (
 )
 from stacking_ds.node_scratch import keep_caches_on_node
 from stacking_ds.stop_request import StopRequest
+from stacking_ds.which_run import add_run_options, config_of, run_dir_of
 
 if TYPE_CHECKING:
-    from stacking_ds.config import RunConfig
     from stacking_ds.distributed import World
     from stacking_ds.job import Job
 
@@ -30,18 +30,7 @@ __all__ = ["add_train"]
 
 def add_train(parser: argparse.ArgumentParser) -> None:
     """Give `parser` the options of `train`; sets `command`, which returns the exit code."""
-    parser.add_argument("--recipe", required=True, help="a bundled recipe's name, or a .yaml file")
-    parser.add_argument("--run-dir", type=Path, help="where the run lives (runs/<recipe's name>)")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override a key of the recipe, e.g. optimizer.learning_rate=1e-3; repeatable",
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="go on with the run in --run-dir if there is one"
-    )
+    add_run_options(parser)
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -79,7 +68,7 @@ def _train_on_ranks(options: argparse.Namespace, request: StopRequest) -> int:
     # a recipe that one node lacks must not keep the others waiting for its ranks
     cluster = ClusterSection()
     with suppress(UserError):
-        cluster = _config(options).cluster
+        cluster = config_of(options).cluster
     places: list[Path] = []
     world = distributed.start(timedelta(seconds=cluster.timeout_seconds))
     if world.device.type == "cpu":
@@ -121,25 +110,19 @@ def _train_in_world(
     from stacking_ds.trainer import train
 
     job: Job = world.on_all(lambda: _checked_job(options, world.size))
-    run_dir = options.run_dir or Path("runs") / job.config.name
+    run_dir = run_dir_of(options)
     require_alike(world, job, run_dir)
     places.append(run_dir)
-    train(job, world, run_dir, resume=options.resume, request=request)
+    train(job, world, run_dir, resume=bool(options.resume), request=request)
     if world.is_first:
         with suppress(OSError):  # a launcher that was told to stop reads no more
             print(f"see `stacking-ds report {run_dir}`", flush=True)
 
 
-def _config(options: argparse.Namespace) -> "RunConfig":
-    from stacking_ds.recipe import load_run_config
-
-    return load_run_config(options.recipe, options.set)
-
-
 def _checked_job(options: argparse.Namespace, world_size: int) -> "Job":
     from stacking_ds.job import Job
 
-    job = Job.check(_config(options))
+    job = Job.check(config_of(options))
     for phase in job.phases.phases:
         job.ds_config(world_size, phase)
     job.lay_out_rows(_say_on_first_of_node, len(os.sched_getaffinity(0)))
