@@ -56,7 +56,11 @@ def _parser() -> argparse.ArgumentParser:
         ("prepare", "text to token shards", add_prepare),
         ("train", "train a recipe, growing from stage to stage", add_train),
         ("data", "inspect prepared shards, or lay out their rows", add_data),
-        ("checkpoint", "list, verify or inspect a run's checkpoints", add_checkpoint),
+        (
+            "checkpoint",
+            "list, verify or inspect a run's checkpoints, or choose from which to go on",
+            add_checkpoint,
+        ),
         ("evaluate", "held-out loss of a run's checkpoint", _add_evaluate),
         ("export", "a run's model as a Hugging Face folder", _add_export),
         ("report", "what happened in a run, as a table", _add_report),
@@ -79,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--checkpoint", help="e.g. step_00001000; the newest if not given")
+    parser.add_argument("--checkpoint", help="e.g. 1000; the newest if not given")
     parser.add_argument("--data", help="token shards to evaluate on; the run's own if not given")
     parser.set_defaults(command=_evaluate)
 
@@ -103,26 +107,34 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--checkpoint", help="e.g. step_00001000; the newest if not given")
-    parser.add_argument("--data", help="token shards whose tokenizer to export; default the run's")
+    parser.add_argument("--checkpoint", help="e.g. 1000; the newest if not given")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help="prepared folder whose tokenizer to export; default the run's",
+    )
     parser.add_argument("--out", type=Path, help="folder to write (RUN_DIR/export)")
     parser.set_defaults(command=_export)
 
 
 def _export(options: argparse.Namespace) -> int:
     from stacking_ds.from_checkpoint import export_run
+    from stacking_ds.run_directory import read_config
 
-    job = _job_of(options.run_dir, options.data)
-    print(f"exported: {export_run(job, options.run_dir, options.checkpoint, options.out)}")
+    config = read_config(options.run_dir)
+    place = export_run(config, options.run_dir, options.checkpoint, options.out, options.data)
+    print(f"exported: {place}")
     return 0
 
 
 def _job_of(run_dir: Path, data: str | None) -> "Job":
     from stacking_ds.job import Job
-    from stacking_ds.run_directory import read_config
+    from stacking_ds.run_directory import read_config, require_shards
 
     config = read_config(run_dir)
-    if data is not None:
+    if data is None:
+        require_shards(run_dir, config, "--data FOLDER")
+    else:
         section = config.data.model_copy(update={"path": data})
         config = config.model_copy(update={"data": section})
     return Job.check(config)

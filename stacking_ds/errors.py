@@ -12,6 +12,7 @@ __all__ = [
     "LostRankError",
     "NonFiniteError",
     "StageError",
+    "UnreadableError",
     "UserError",
     "is_mendable",
 ]
@@ -52,6 +53,11 @@ class StageError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint or a run directory that is missing, damaged or belongs to another run."""
+
+
+class UnreadableError(CheckpointError):
+    """A checkpoint that may be whole, of which something cannot be read: a permission is missing,
+    or a file system fails."""
 
 
 class NonFiniteError(RuntimeError):

@@ -4,13 +4,16 @@ from pathlib import Path
 
 import torch
 
-from stacking_ds import checkpoint
+from stacking_ds import checkpoint, run_tokenizer
 from stacking_ds.checkpoint.choice import choose
+from stacking_ds.config import RunConfig
 from stacking_ds.distributed import World
 from stacking_ds.evaluate.heldout import HeldOut, evaluate_heldout
 from stacking_ds.export import export_to_hugging_face
 from stacking_ds.job import Job
 from stacking_ds.model.bert import BertForPreTraining
+from stacking_ds.model.config import BertConfig
+from stacking_ds.model.names import WORD_EMBEDDINGS
 
 __all__ = ["export_if_missing", "export_run", "load_model", "run_heldout"]
 
@@ -36,21 +39,29 @@ def run_heldout(job: Job, found: Path, world: World) -> HeldOut:
     return evaluate_heldout(model, job.heldout_steps(world.rank, world.size, phase), world)
 
 
-def export_run(job: Job, run_dir: Path, name: str | None = None, out: Path | None = None) -> Path:
+def export_run(
+    config: RunConfig,
+    run_dir: Path,
+    name: str | None = None,
+    out: Path | None = None,
+    data: Path | None = None,
+) -> Path:
     """Write a checkpoint of the run as a Hugging Face folder (`RUN_DIR/export`); its path.
 
-    One parameter after the other, so that no model is in memory.
+    One parameter after the other, so that no model is in memory. The tokenizer is the run's own, or
+    that of the prepared folder `data`; token shards are not needed.
     """
     found = choose(run_dir, name)
     manifest = checkpoint.read_manifest(found)
-    job.require_vocabulary(manifest.vocabulary_sha256, found)
-    target = out or run_dir / "export"
-    export_to_hugging_face(
-        checkpoint.read_parameters(found),
-        job.model_config(manifest.num_hidden_layers),
-        job.shards.folder,
-        target,
+    tokenizer = run_tokenizer.choose(run_dir, config, manifest.vocabulary_sha256, data)
+    vocab_size, _ = manifest.parameters[WORD_EMBEDDINGS].shape
+    model = BertConfig(
+        vocab_size=vocab_size,
+        num_hidden_layers=manifest.num_hidden_layers,
+        **config.model.model_dump(),
     )
+    target = out or run_dir / "export"
+    export_to_hugging_face(checkpoint.read_parameters(found), model, tokenizer, target)
     return target
 
 
@@ -58,4 +69,4 @@ def export_if_missing(job: Job, run_dir: Path) -> str | None:
     """Export the finished run, as its recipe asks for; what was done, for people, if anything."""
     if (run_dir / "export").exists() or not job.config.checkpoint.export_at_end:
         return None
-    return f"exported for Hugging Face: {export_run(job, run_dir)}"
+    return f"exported for Hugging Face: {export_run(job.config, run_dir)}"

@@ -19,9 +19,9 @@ from stacking_ds.launched import (
 )
 from stacking_ds.node_scratch import keep_caches_on_node
 from stacking_ds.stop_request import StopRequest
+from stacking_ds.which_run import add_run_options, config_of, run_dir_of
 
 if TYPE_CHECKING:
-    from stacking_ds.config import RunConfig
     from stacking_ds.distributed import World
     from stacking_ds.job import CheckedRecipe, Job
 
@@ -30,19 +30,7 @@ __all__ = ["add_train"]
 
 def add_train(parser: argparse.ArgumentParser) -> None:
     """Give `parser` the options of `train`; sets `command`, which returns the exit code."""
-    parser.add_argument("--recipe", required=True, help="a bundled recipe's name, or a .yaml file")
-    parser.add_argument("--run-dir", type=Path, help="where the run lives (runs/<recipe's name>)")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override a key of the recipe, e.g. optimizer.learning_rate=1e-3; repeatable, the "
-        "last one for a key wins",
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="go on with the run in --run-dir if there is one"
-    )
+    add_run_options(parser)
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -72,7 +60,7 @@ def _dry_run(options: argparse.Namespace) -> int:
 
     check = _checked_recipe if options.without_data else _checked_job
     checked = check(options, world_size_from_environment())
-    run_directory.check(_run_dir(options, checked), checked.config, resume=options.resume)
+    run_directory.check(run_dir_of(options), checked.config, resume=bool(options.resume))
     if rank_from_environment() == 0:
         print(f"{checked.config.to_yaml()}\n{checked.draw()}")
     return 0
@@ -93,7 +81,7 @@ def _train_on_ranks(options: argparse.Namespace, request: StopRequest) -> int:
     # a recipe that one node lacks must not keep the others waiting for its ranks
     cluster = ClusterSection()
     with suppress(UserError):
-        cluster = _config(options).cluster
+        cluster = config_of(options).cluster
     places: list[Path] = []
     world = distributed.start(timedelta(seconds=cluster.timeout_seconds))
     if world.device.type == "cpu":
@@ -137,29 +125,19 @@ def _train_in_world(
     request.raise_if_interrupted()
     job: Job = world.on_all(lambda: _checked_job(options, world.size))
     request.raise_if_interrupted()
-    run_dir = _run_dir(options, job)
+    run_dir = run_dir_of(options)
     require_alike(world, job, run_dir)
     places.append(run_dir)
-    train(job, world, run_dir, resume=options.resume, request=request)
+    train(job, world, run_dir, resume=bool(options.resume), request=request)
     if world.is_first:
         with suppress(OSError):  # a launcher that was told to stop reads no more
             print(f"see `stacking-ds report {run_dir}`", flush=True)
 
 
-def _config(options: argparse.Namespace) -> "RunConfig":
-    from stacking_ds.recipe import load_run_config
-
-    return load_run_config(options.recipe, options.set)
-
-
-def _run_dir(options: argparse.Namespace, recipe: "CheckedRecipe") -> Path:
-    return options.run_dir or Path("runs") / recipe.config.name
-
-
 def _checked_recipe(options: argparse.Namespace, world_size: int) -> "CheckedRecipe":
     from stacking_ds.job import CheckedRecipe
 
-    recipe = CheckedRecipe.check(_config(options))
+    recipe = CheckedRecipe.check(config_of(options))
     recipe.require_ds_configs(world_size)
     return recipe
 
@@ -167,7 +145,7 @@ def _checked_recipe(options: argparse.Namespace, world_size: int) -> "CheckedRec
 def _checked_job(options: argparse.Namespace, world_size: int) -> "Job":
     from stacking_ds.job import Job
 
-    job = Job.check(_config(options))
+    job = Job.check(config_of(options))
     job.require_ds_configs(world_size)
     job.lay_out_rows(_say_on_first_of_node, len(os.sched_getaffinity(0)))
     return job

@@ -27,12 +27,11 @@ from stacking_ds.evaluate.heldout import HeldOutPasses
 from stacking_ds.from_checkpoint import export_if_missing
 from stacking_ds.job import Job
 from stacking_ds.kernels.choice import choose_compute
-from stacking_ds.kernels.compute import Compute
 from stacking_ds.meter import Interval, StepResult, TrainState, metrics_line
 from stacking_ds.model.loss import pretraining_loss
 from stacking_ds.monitor import Monitor, measure_matmul_peak, peak_memory_gib
 from stacking_ds.phases import Phase
-from stacking_ds.resume import enter, recorded
+from stacking_ds.resume import claim, enter, recorded
 from stacking_ds.stage_manager import StageManager
 from stacking_ds.stages import Stage
 from stacking_ds.stop_request import StopRequest
@@ -68,15 +67,23 @@ def train(
     with ExitStack() as held:
         request = request or held.enter_context(StopRequest())
         found, state = enter(job, world, run_dir, resume, held)
+        stages = StageManager(job, world, compute)
+        held.callback(stages.close)
+        if state.step < job.schedule.total_steps:
+            stages.begin(found, job.schedule.stages[state.stage_index])
+        # all that may be refused has been looked at: what is written goes back to `found` only now
+        claim(job, world, run_dir)
         monitor = held.enter_context(
             Monitor(run_dir, job.schedule, completed_steps=state.step, enabled=world.is_first)
         )
         held.enter_context(recorded(run_dir, world, job.schedule.total_steps))
+        held.callback(stages.close)  # before the records say that the attempt has ended
         if state.step < job.schedule.total_steps:
-            run = _Run(job, world, compute, run_dir, state, monitor, started)
-            held.callback(run.stages.close)
+            if found is not None:
+                monitor.say(f"resumed from {found}")
+            run = _Run(job, world, stages, run_dir, state, monitor, started)
             try:
-                run.train(found, request)
+                run.train(request)
             except (NonFiniteError, StageError) as error:
                 error.on_all_ranks = True
                 with suppress(CheckpointError):
@@ -97,7 +104,7 @@ class _Run:
         self,
         job: Job,
         world: World,
-        compute: Compute,
+        stages: StageManager,
         run_dir: Path,
         state: TrainState,
         monitor: Monitor,
@@ -106,19 +113,14 @@ class _Run:
         self.job, self.world, self.run_dir = job, world, run_dir
         self.state, self.monitor = state, monitor
         self.clock_start = started - state.wall_seconds
-        self.stages = StageManager(job, world, compute)
+        self.stages = stages
         self.heldout = HeldOutPasses(job, world)
         self.interval = Interval()
 
     # ---------------------------------------------------------------- the story
 
-    def train(self, found: Path | None, request: StopRequest) -> None:
+    def train(self, request: StopRequest) -> None:
         present = self.job.schedule.stages[self.state.stage_index]
-        if found:
-            self.stages.restore(found, present)
-            self.monitor.say(f"resumed from {found}")
-        else:
-            self.stages.start(present)
         self.monitor.say(self.job.draw())
         request.hold_all()
         stop = StopFlag(self.world, request)

@@ -79,7 +79,7 @@ def test_missing_truncated_and_altered_files_are_named(folder):
     with pytest.raises(DataError, match=r"train-00000-001\.arrow is not a readable token shard"):
         TokenShards.open(folder).split("train")
     path.unlink()
-    with pytest.raises(DataError, match=r"train-00000-001\.arrow cannot be read: No such file"):
+    with pytest.raises(DataError, match=r"train-00000-001\.arrow is missing; bring it back"):
         TokenShards.open(folder)
 
 
@@ -124,7 +124,7 @@ def test_documents_that_do_not_count_are_known_by_file(tmp_path):
     with pytest.raises(DataError, match=r"train-duplicates\.arrow is not a readable list"):
         TokenShards.open(tmp_path).split("train")
     path.unlink()
-    with pytest.raises(DataError, match=r"train-duplicates\.arrow cannot be read: No such file"):
+    with pytest.raises(DataError, match=r"train-duplicates\.arrow is missing; bring it back"):
         TokenShards.open(tmp_path)
 
 

@@ -333,7 +333,7 @@ def _export(_: World, job: Job, run_dir: Path) -> float:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    export_run(job, run_dir)
+    export_run(job.config, run_dir)
     over.set()
     watcher.join()
     return peak - before

@@ -98,6 +98,23 @@ def test_the_job_ends_as_the_run_did(
 
 
 @pytest.mark.parametrize(
+    ("words", "train"),
+    [
+        (("base", "r", "--set", "a=1"), "--recipe base --run-dir r --resume --set a=1"),
+        (("--resume", "r", "--set", "a=1"), "--resume r --set a=1"),
+    ],
+)
+def test_a_run_is_named_by_its_recipe_or_by_itself(
+    site: Site, words: tuple[str, ...], train: str
+) -> None:
+    site.program("srun", f'echo "${{@: -{len(train.split()) + 1}}}" >{site.folder}/trained')
+    site.program("stacking-ds", f'echo "$@" >{site.folder}/asked; exit 3')
+    assert site.bash(SLURM / "pretrain.sbatch", *words, **site.job).returncode == 0
+    assert (site.folder / "trained").read_text() == f"train {train}\n"
+    assert (site.folder / "asked").read_text() == "again r --exit-status 0\n"
+
+
+@pytest.mark.parametrize(
     ("job", "requeued"),
     [
         (ending("TimeLimit"), True),

@@ -16,8 +16,6 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from safetensors.torch import save_file
-
 from stacking_ds.checkpoint.folders import (
     begin,
     folder_name,
@@ -35,6 +33,7 @@ from stacking_ds.checkpoint.manifest import (
     checksum,
     package_versions,
 )
+from stacking_ds.checkpoint.tensor_file import save_file
 from stacking_ds.distributed import World
 from stacking_ds.errors import CheckpointError
 from stacking_ds.fragments import Fragment

@@ -10,7 +10,7 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from stacking_ds.checkpoint.folders import fall_back
-from stacking_ds.errors import CheckpointError
+from stacking_ds.errors import CheckpointError, UnreadableError
 from stacking_ds.fragments import Cut
 
 __all__ = [
@@ -132,7 +132,8 @@ def package_versions() -> dict[str, str]:
 
 def read_manifest(folder: Path) -> Manifest:
     """Raises:
-    CheckpointError: the manifest is missing, damaged or of another format.
+    UnreadableError: the manifest is there and cannot be read.
+    CheckpointError: it is missing, damaged or of another format.
     """
     path = folder / "manifest.json"
     try:
@@ -142,7 +143,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path} cannot be read ({error.strerror}); {fall_back(folder)}"
         ) from None
     except OSError as error:
-        raise CheckpointError(
+        raise UnreadableError(
             f"{path} cannot be read ({error.strerror}); mend access to it and try again"
         ) from None
     except ValueError as error:

@@ -19,7 +19,7 @@ import torch
 
 from stacking_ds.checkpoint.folders import fall_back
 from stacking_ds.checkpoint.manifest import Manifest, RankFile, checksum
-from stacking_ds.errors import CheckpointError
+from stacking_ds.errors import CheckpointError, UnreadableError
 
 __all__ = ["FragmentReader"]
 
@@ -39,7 +39,8 @@ class FragmentReader:
         """Copy the elements [start, stop) of `name` into `view`, a 1-D tensor of as many.
 
         Raises:
-            CheckpointError: a file is missing, damaged where it is read, or cannot be read.
+            UnreadableError: a file is there and cannot be read.
+            CheckpointError: it is missing, or damaged where it is read.
         """
         cut = self._manifest.parameters[name].cut
         try:
@@ -53,13 +54,11 @@ class FragmentReader:
         except _DamageError as damage:
             raise CheckpointError(f"{damage}; {fall_back(self._folder)}") from None
         except OSError as error:
-            raise CheckpointError(
-                f"{error.filename} cannot be read ({error.strerror}); mend access to it and try "
-                f"again"
-            ) from None
+            raise self._unreadable(rank, error) from None
 
-    def problems(self) -> Iterator[str]:
-        """Read every byte of every file; a sentence for each file that is not as it was written."""
+    def problems(self) -> Iterator[CheckpointError]:
+        """Read every byte of every file; an error for each that is not as it was written, and an
+        `UnreadableError` for each of which nobody knows."""
         for rank in range(self._manifest.world_size):
             try:
                 file = self._open(rank)
@@ -69,12 +68,18 @@ class FragmentReader:
                     for key in self._manifest.keys if low < high else ():
                         file.find(f"{key}/{name}", high - low)
             except _DamageError as damage:
-                yield str(damage)
+                yield CheckpointError(str(damage))
             except OSError as error:
-                yield f"{error.filename} cannot be read ({error.strerror})"
+                yield self._unreadable(rank, error)
 
     def _open(self, rank: int) -> "_VerifiedFile":
         return _VerifiedFile(self._folder, self._manifest.files[rank], self._manifest.chunk_bytes)
+
+    def _unreadable(self, rank: int, error: OSError) -> UnreadableError:
+        path = self._folder / self._manifest.files[rank].name  # not every error knows it
+        return UnreadableError(
+            f"{path} cannot be read ({error.strerror}); mend access to it and try again"
+        )
 
 
 class _DamageError(Exception):

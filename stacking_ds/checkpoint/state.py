@@ -100,9 +100,10 @@ def read_parameters(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
         yield name, whole
 
 
-def problems(folder: Path) -> list[str]:
-    """Everything that is wrong with a checkpoint, a sentence each; every byte of it is read."""
+def problems(folder: Path) -> list[CheckpointError]:
+    """Everything that is wrong with a checkpoint, every byte of which is read: damage, and an
+    `UnreadableError` for what cannot be read."""
     try:
         return list(FragmentReader(folder, read_manifest(folder)).problems())
     except CheckpointError as error:
-        return [str(error)]
+        return [error]

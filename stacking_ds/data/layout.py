@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from stacking_ds.data.examples import ExampleKind, Examples, concatenate
-from stacking_ds.data.manifest import SplitName, file_sha256
+from stacking_ds.data.manifest import SplitName, file_sha256, not_opened
 from stacking_ds.errors import DataError
 
 __all__ = [
@@ -168,5 +168,7 @@ def _map(folder: Path, record: PartRecord) -> _Part:
         column = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0).column("examples")
         fields = [field.to_numpy(zero_copy_only=True) for field in column.values.flatten()]
     except (OSError, KeyError, pa.ArrowException) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise not_opened(path, error) from error
         raise DataError(f"{path} is damaged ({error}); delete {folder}") from error
     return _Part(column.offsets.to_numpy(), Examples(*fields))

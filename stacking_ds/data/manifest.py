@@ -1,6 +1,7 @@
 """What a folder of token shards says about itself: `manifest.json`."""
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +23,7 @@ __all__ = [
     "SplitName",
     "VocabularyFile",
     "file_sha256",
+    "not_opened",
     "read_manifest",
 ]
 
@@ -148,7 +150,9 @@ def read_manifest(folder: Path) -> DataManifest:
             f"{folder} holds no prepared data ({MANIFEST_NAME} is missing); "
             "make it with `stacking-ds prepare`"
         ) from error
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise not_opened(path, error) from error
+    except UnicodeDecodeError as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     try:
         return DataManifest.model_validate_json(text)
@@ -163,6 +167,12 @@ def read_manifest(folder: Path) -> DataManifest:
         raise DataError(
             f"{path} is damaged or of another version: {place}: {first['msg']}"
         ) from error
+
+
+def not_opened(path: Path, error: OSError) -> DataError:
+    """The error for a file that may be whole, but that the system does not let us read."""
+    reason = os.strerror(error.errno or 0)  # Arrow words it otherwise
+    return DataError(f"{path} cannot be read ({reason}); mend access to it and try again")
 
 
 def file_sha256(path: Path) -> str:

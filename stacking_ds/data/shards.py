@@ -17,6 +17,7 @@ from stacking_ds.data.manifest import (
     SplitName,
     VocabularyFile,
     file_sha256,
+    not_opened,
     read_manifest,
 )
 from stacking_ds.data.tokenizer import SpecialIds, load_vocabulary, special_ids
@@ -178,8 +179,12 @@ def _check(path: Path, record: _RecordedFile, verify: bool) -> None:
                 f"{path} is not the file its manifest describes (its sha256 differs); delete the "
                 "folder and prepare it again"
             )
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{path} is missing; bring it back, or delete the folder and prepare it again"
+        ) from error
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+        raise not_opened(path, error) from error
 
 
 def _map(path: Path, record: ShardFile) -> ShardArrays:
@@ -194,6 +199,8 @@ def _map(path: Path, record: ShardFile) -> ShardArrays:
             batch.column("document_hash").to_numpy(),
         )
     except (OSError, KeyError, pa.ArrowException) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # what Arrow finds has none
+            raise not_opened(path, error) from error
         raise DataError(f"{path} is not a readable token shard: {error}") from error
     whole = _is_rising(arrays.token_offsets, len(arrays.tokens))
     if not (whole and _is_rising(arrays.sentence_offsets, len(arrays.sentence_lengths))):
@@ -215,6 +222,8 @@ def _read_duplicates(path: Path, split: TokenSplit) -> NDArray[np.int64]:
         column = pa.ipc.open_file(pa.memory_map(str(path))).read_all().column("document")
         documents: NDArray[np.int64] = column.to_numpy()
     except (OSError, KeyError, pa.ArrowException) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise not_opened(path, error) from error
         raise DataError(f"{path} is not a readable list of duplicates: {error}") from error
     if len(documents) and not 0 <= documents[0] <= documents[-1] < split.num_documents:
         raise DataError(f"{path} names documents that the {split.name} split does not have")
