@@ -162,7 +162,8 @@ def test_a_dead_loader_ends_the_run_instead_of_hanging_it(shards: Path, tmp_path
     finally:
         _kill(job)
     assert job.returncode == 1
-    assert "DataLoader worker" in output
+    assert f"stacking-ds: error: a loader process (pid {dead.pid}) was ended by SIGKILL" in output
+    assert "Traceback" not in output
 
 
 def _kill(job: subprocess.Popen[str]) -> None:

@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import threading
 import traceback
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,6 +34,7 @@ from stacking_ds.data.layout import (
     LayoutSpec,
     PartRecord,
 )
+from stacking_ds.data.orphans import end_with_parent
 from stacking_ds.data.packing import pack
 from stacking_ds.data.shard_writer import write_arrow, write_file
 from stacking_ds.data.shards import TokenSplit
@@ -238,7 +238,7 @@ def _collect(answers: Iterable[Connection]) -> _Parts:
 
 
 def _work(answer: Connection, write: _Write, groups: Sequence[_Group]) -> None:
-    _end_with_parent()
+    end_with_parent()
     try:
         answer.send({group[0]: write(group) for group in groups})
     except Exception as error:  # noqa: BLE001 - raised in the parent
@@ -257,18 +257,6 @@ def _stop_signals_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _end_with_parent() -> None:
-    """Nobody else ends a worker that hears no signals; it would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-
-    def wait() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=wait, name="parent", daemon=True).start()
 
 
 def _groups(split: TokenSplit) -> list[range]:
