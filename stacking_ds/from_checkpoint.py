@@ -7,25 +7,43 @@ import torch
 from stacking_ds import checkpoint
 from stacking_ds.checkpoint.choice import choose
 from stacking_ds.distributed import World
+from stacking_ds.errors import CheckpointError
 from stacking_ds.evaluate.heldout import HeldOut, evaluate_heldout
 from stacking_ds.export import export_to_hugging_face
 from stacking_ds.job import Job
-from stacking_ds.model.bert import BertForPreTraining
+from stacking_ds.model.bert import BertForPreTraining, parameter_shapes
+from stacking_ds.model.config import BertConfig
 
 __all__ = ["export_if_missing", "export_run", "load_model", "run_heldout"]
 
 
 def load_model(job: Job, found: Path) -> BertForPreTraining:
     """The fp32 model of a checkpoint, on the CPU."""
-    manifest = checkpoint.read_manifest(found)
-    job.require_vocabulary(manifest.vocabulary_sha256, found)
-    model = BertForPreTraining(job.model_config(manifest.num_hidden_layers), seed=0)
+    model = BertForPreTraining(_model_config(job, found), seed=0)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in checkpoint.read_parameters(found):
-            parameters.pop(name).copy_(tensor)
-    assert not parameters, f"{found} lacks {sorted(parameters)}"
+            parameters[name].copy_(tensor)
     return model
+
+
+def _model_config(job: Job, found: Path) -> BertConfig:
+    """The model of a checkpoint, of whose parameters it has each and no others.
+
+    Raises:
+        CheckpointError: it is not a model of the run's, or speaks another vocabulary.
+    """
+    manifest = checkpoint.read_manifest(found)
+    job.require_vocabulary(manifest.vocabulary_sha256, found)
+    depth = manifest.num_hidden_layers
+    if depth > len(manifest.parameters):  # before a model of so many layers is made
+        raise CheckpointError(
+            f"{found} is damaged: it says that it has {depth:,} layers, and has "
+            f"{len(manifest.parameters):,} parameters; {checkpoint.fall_back(found)}"
+        )
+    config = job.model_config(depth)
+    checkpoint.require_shapes(found, manifest, parameter_shapes(config))
+    return config
 
 
 def run_heldout(job: Job, found: Path, world: World) -> HeldOut:
@@ -42,12 +60,10 @@ def export_run(job: Job, run_dir: Path, name: str | None = None, out: Path | Non
     One parameter after the other, so that no model is in memory.
     """
     found = choose(run_dir, name)
-    manifest = checkpoint.read_manifest(found)
-    job.require_vocabulary(manifest.vocabulary_sha256, found)
     target = out or run_dir / "export"
     export_to_hugging_face(
         checkpoint.read_parameters(found),
-        job.model_config(manifest.num_hidden_layers),
+        _model_config(job, found),
         job.shards.folder,
         target,
     )
