@@ -208,7 +208,9 @@ def read_manifest(folder: Path) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(ascii(part) for part in first["loc"]).replace("'", "") or "the file"
-        raise _damaged(folder, f"{where[:100]}: {first['msg']}") from None
+        raise _damaged(
+            folder, f"{where[:100]}: {first['msg'].removeprefix('Value error, ')}"
+        ) from None
     if step_of(folder) not in (None, manifest.step):
         raise _damaged(folder, f"it is that of step {manifest.step}")
     return manifest
