@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from stacking_ds import attempts, checkpoint, run_directory
 from stacking_ds.distributed import World, is_lost_contact
@@ -72,7 +73,8 @@ def _state_of(found: Path, job: Job) -> TrainState:
             f"run's own, go back to that version, or start another run"
         )
     try:
-        state = TrainState(**manifest.train_state)
+        found_state: dict[str, Any] = manifest.train_state
+        state = TrainState(**found_state)
         _require_sense(state, manifest, job.schedule)
     except (TypeError, ValueError) as error:
         raise CheckpointError(

@@ -151,7 +151,7 @@ class Manifest(Contents):
 
     def tensors_of(self, rank: int) -> dict[str, int]:
         """The tensors in the file of `rank`, and how many elements each has."""
-        found = {}
+        found: dict[str, int] = {}
         for name, parameter in self.parameters.items():
             low, high = parameter.cut.interval(rank)
             if low < high:

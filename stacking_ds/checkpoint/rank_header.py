@@ -18,7 +18,7 @@ _ELEMENT_BYTES = 4
 _MOST_HEADER_BYTES = 100_000_000
 
 
-def header_end(length: bytes, size_bytes: int) -> int:
+def header_end(length: bytes | bytearray, size_bytes: int) -> int:
     """The place in a file of `size_bytes` where the header ends, by its first bytes.
 
     Raises:
@@ -30,7 +30,9 @@ def header_end(length: bytes, size_bytes: int) -> int:
     return end
 
 
-def read_header(header: bytes, start: int, size_bytes: int) -> dict[str, tuple[int, int]]:
+def read_header(
+    header: bytes | bytearray, start: int, size_bytes: int
+) -> dict[str, tuple[int, int]]:
     """Name to first byte and number of elements, of 1-D fp32 tensors that fill the bytes from
     `start` to `size_bytes` and share none.
 

@@ -188,9 +188,8 @@ def read_manifest(folder: Path) -> DataManifest:
             ) from error
         first = error.errors()[0]
         place = ".".join(ascii(part).strip("'") for part in first["loc"])[:100] or "the file"
-        raise DataError(
-            f"{path} is damaged or of another version: {place}: {first['msg'].removeprefix('Value error, ')}"
-        ) from error
+        reason = first["msg"].removeprefix("Value error, ")
+        raise DataError(f"{path} is damaged or of another version: {place}: {reason}") from error
 
 
 def file_sha256(path: Path) -> str:
