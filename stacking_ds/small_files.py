@@ -10,8 +10,9 @@ import math
 import os
 import stat
 from collections.abc import Callable, Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 __all__ = [
     "DamagedFileError",
@@ -65,7 +66,7 @@ class PassedOver:
         return f"{self.path}: passed over {what} no record ({where} {self._first:,})"
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Open a regular file for reading bytes; never waits for a writer.
 
     Raises:
@@ -111,7 +112,7 @@ def read_text(path: Path, most_bytes: int = _MOST_BYTES) -> str:
         raise DamagedFileError(path, f"byte {error.start} is not UTF-8") from None
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes | bytearray) -> Any:
     """The value of a JSON text.
 
     Raises:
