@@ -2,7 +2,6 @@
 report · bench`."""
 
 import argparse
-import dataclasses
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -136,7 +135,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     try:
         result = run_heldout(job, found, world)
         if world.is_first:
-            print(json.dumps({"checkpoint": str(found), **dataclasses.asdict(result)}))
+            print(json.dumps({"checkpoint": str(found), **result.record()}))
+        result.require_finite(f"of {found}")
     finally:
         distributed.stop()
     return 0
@@ -151,10 +151,14 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from stacking_ds.from_checkpoint import export_run
+    from stacking_ds.checkpoint.choice import choose
+    from stacking_ds.from_checkpoint import export_run, warning_of
 
     job = _job_of(options.run_dir, options.data)
     print(f"exported: {export_run(job, options.run_dir, options.checkpoint, options.out)}")
+    warning = warning_of(options.run_dir, choose(options.run_dir, options.checkpoint))
+    if warning:
+        print(f"stacking-ds: warning: {warning}", file=sys.stderr)
     return 0
 
 

@@ -7,12 +7,14 @@ import torch
 from stacking_ds import checkpoint
 from stacking_ds.checkpoint.choice import choose
 from stacking_ds.distributed import World
+from stacking_ds.divergence import judge
 from stacking_ds.evaluate.heldout import HeldOut, evaluate_heldout
 from stacking_ds.export import export_to_hugging_face
 from stacking_ds.job import Job
 from stacking_ds.model.bert import BertForPreTraining
+from stacking_ds.monitor import read_metrics
 
-__all__ = ["export_if_missing", "export_run", "load_model", "run_heldout"]
+__all__ = ["export_if_missing", "export_run", "load_model", "run_heldout", "warning_of"]
 
 
 def load_model(job: Job, found: Path) -> BertForPreTraining:
@@ -52,6 +54,12 @@ def export_run(job: Job, run_dir: Path, name: str | None = None, out: Path | Non
         target,
     )
     return target
+
+
+def warning_of(run_dir: Path, found: Path) -> str | None:
+    """What the run's losses up to the checkpoint `found` warn of, for people, if of anything."""
+    step = checkpoint.read_manifest(found).step
+    return judge(line for line in read_metrics(run_dir) if line["step"] <= step).warning
 
 
 def export_if_missing(job: Job, run_dir: Path) -> str | None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from stacking_ds import attempts, run_directory
+from stacking_ds.divergence import judge
 from stacking_ds.errors import CheckpointError
 from stacking_ds.monitor import read_metrics
 
@@ -15,7 +16,7 @@ _COLUMNS = (
     "layers",
     "steps",
     "tokens",
-    "train loss",
+    "train MLM loss",
     "held-out MLM loss",
     "tokens/s",
     "boundary s",
@@ -41,12 +42,13 @@ def run_table(run_dir: Path) -> str:
     ]
     last = last_of_stage[max(last_of_stage)]
     lines = [_aligned([_COLUMNS, *rows]), ""]
-    floors = [line[_FLOOR] for line in lines_so_far if _FLOOR in line]
+    floors = [line[_FLOOR] for line in lines_so_far if line.get(_FLOOR) is not None]
     if floors:
         lines.append(
             f"unigram floor: {floors[-1]:.3f} held-out MLM loss of word "
             f"frequencies alone, on the same masked tokens"
         )
+    lines.append(f"state: {judge(lines_so_far).sentence}")
     steps = [
         line["step"] - schedule.stages[index].start_step for index, line in last_of_stage.items()
     ]
@@ -65,18 +67,23 @@ def run_table(run_dir: Path) -> str:
 
 
 def _row(line: dict[str, Any], steps: int) -> tuple[str, ...]:
-    heldout = line.get("eval/mlm_loss")
     boundary = line["stage/boundary_seconds"]
     return (
         str(line["stage"]),
         str(line["num_hidden_layers"]),
         str(steps),
         f"{line['stage/tokens']:,}",
-        f"{line['train/loss']:.3f}",
-        "-" if heldout is None else f"{heldout:.3f}",
+        _shown(line, "train/mlm_loss"),
+        _shown(line, "eval/mlm_loss"),
         f"{line['stage/tokens'] / line['stage/train_seconds']:,.0f}",
         f"{boundary:.2f}" if line["stage"] else "-",
     )
+
+
+def _shown(line: dict[str, Any], name: str) -> str:
+    if name not in line:
+        return "-"
+    return "not finite" if line[name] is None else f"{line[name]:,.3f}"
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
