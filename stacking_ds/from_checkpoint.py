@@ -52,6 +52,7 @@ def export_run(job: Job, run_dir: Path, name: str | None = None, out: Path | Non
         job.model_config(manifest.num_hidden_layers),
         job.shards.folder,
         target,
+        longest_tokens=job.phases.longest(manifest.step),
     )
     return target
 
