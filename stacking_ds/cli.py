@@ -2,7 +2,6 @@
 report · slurm · bench`."""
 
 import argparse
-import dataclasses
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -99,7 +98,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     try:
         result = run_heldout(job, found, world)
         if world.is_first:
-            print(json.dumps({"checkpoint": str(found), **dataclasses.asdict(result)}))
+            print(json.dumps({"checkpoint": str(found), **result.record()}))
+        result.require_finite(f"of {found}")
     finally:
         distributed.stop()
     return 0
@@ -118,12 +118,16 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from stacking_ds.from_checkpoint import export_run
+    from stacking_ds.checkpoint.choice import choose
+    from stacking_ds.from_checkpoint import export_run, warning_of
     from stacking_ds.run_directory import read_config
 
     config = read_config(options.run_dir)
     place = export_run(config, options.run_dir, options.checkpoint, options.out, options.data)
     print(f"exported: {place}")
+    warning = warning_of(options.run_dir, choose(options.run_dir, options.checkpoint))
+    if warning:
+        print(f"stacking-ds: warning: {warning}", file=sys.stderr)
     return 0
 
 

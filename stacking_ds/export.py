@@ -38,6 +38,8 @@ def export_to_hugging_face(
     config: BertConfig,
     tokenizer_dir: Path,
     out_dir: Path,
+    *,
+    longest_tokens: int | None = None,
 ) -> None:
     """Write the model and its tokenizer into `out_dir`.
 
@@ -50,6 +52,8 @@ def export_to_hugging_face(
         config: the model's sizes.
         tokenizer_dir: folder with the `tokenizer.json` and `vocab.txt` of the training data.
         out_dir: new, empty, or an earlier export.
+        longest_tokens: the longest rows that trained the model, to which its tokenizer is to cut
+            text: the embeddings of later positions are as random as they began. None: all were.
 
     Raises:
         ConfigError: a pre-LN model, or an `out_dir` with something else in it.
@@ -76,7 +80,10 @@ def export_to_hugging_face(
         partial.mkdir(parents=True)
         _write_weights(partial / "model.safetensors", tensors, config)
         _write_json(partial / "config.json", _model_json(config, tokenizer))
-        _write_json(partial / "tokenizer_config.json", _tokenizer_json(config, tokenizer))
+        _write_json(
+            partial / "tokenizer_config.json",
+            _tokenizer_json(tokenizer, longest_tokens or config.max_position_embeddings),
+        )
         for name in ("tokenizer.json", "vocab.txt"):
             shutil.copyfile(tokenizer_dir / name, partial / name)
         for path in (*partial.iterdir(), partial):
@@ -163,14 +170,14 @@ def _model_json(config: BertConfig, tokenizer: dict[str, Any]) -> dict[str, Any]
     }
 
 
-def _tokenizer_json(config: BertConfig, tokenizer: dict[str, Any]) -> dict[str, Any]:
+def _tokenizer_json(tokenizer: dict[str, Any], longest_tokens: int) -> dict[str, Any]:
     normalizer = tokenizer["normalizer"]
     return {
         "tokenizer_class": "BertTokenizer",
         "do_lower_case": normalizer["lowercase"],
         "strip_accents": normalizer["strip_accents"],
         "tokenize_chinese_chars": normalizer["handle_chinese_chars"],
-        "model_max_length": config.max_position_embeddings,
+        "model_max_length": longest_tokens,
         **_SPECIAL_TOKENS,
     }
 

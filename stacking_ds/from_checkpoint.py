@@ -8,15 +8,17 @@ from stacking_ds import checkpoint, run_tokenizer
 from stacking_ds.checkpoint.choice import choose
 from stacking_ds.config import RunConfig
 from stacking_ds.distributed import World
+from stacking_ds.divergence import judge
 from stacking_ds.errors import CheckpointError
 from stacking_ds.evaluate.heldout import HeldOut, evaluate_heldout
 from stacking_ds.export import export_to_hugging_face
 from stacking_ds.job import Job
+from stacking_ds.metrics_file import read_metrics
 from stacking_ds.model.bert import BertForPreTraining, parameter_shapes
 from stacking_ds.model.config import BertConfig
 from stacking_ds.model.names import WORD_EMBEDDINGS
 
-__all__ = ["export_if_missing", "export_run", "load_model", "run_heldout"]
+__all__ = ["export_if_missing", "export_run", "load_model", "run_heldout", "warning_of"]
 
 
 def load_model(job: Job, found: Path) -> BertForPreTraining:
@@ -78,8 +80,20 @@ def export_run(
     vocab_size = table.shape[0] if table is not None and table.shape else 1
     model = _model_config(found, manifest, config, vocab_size)
     target = out or run_dir / "export"
-    export_to_hugging_face(checkpoint.read_parameters(found), model, tokenizer, target)
+    export_to_hugging_face(
+        checkpoint.read_parameters(found),
+        model,
+        tokenizer,
+        target,
+        longest_tokens=config.phase_schedule().longest(manifest.step),
+    )
     return target
+
+
+def warning_of(run_dir: Path, found: Path) -> str | None:
+    """What the run's losses up to the checkpoint `found` warn of, for people, if of anything."""
+    step = checkpoint.read_manifest(found).step
+    return judge(line for line in read_metrics(run_dir) if line["step"] <= step).warning
 
 
 def export_if_missing(job: Job, run_dir: Path) -> str | None:

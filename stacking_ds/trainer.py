@@ -94,6 +94,7 @@ def train(
         else:
             monitor.say(f"{run_dir} is complete at step {state.step}; re-using it")
         if state.step == job.schedule.total_steps:
+            monitor.conclude()
             # if this is where the run is cut off, the next call makes up for it
             exported = world.on_first(lambda: export_if_missing(job, run_dir))
             if exported is not None:
@@ -184,6 +185,7 @@ class _Run:
         if evaluating or saving or stopping or _due(step, config.logging.every_steps):
             found = self.heldout.metrics(self.stages.engine, phase) if evaluating else {}
             self.record(stage, phase, found)
+            self.require_finite("held-out loss", sum(found.values()))
         finished = step == self.job.schedule.total_steps
         if evaluating and not stopping and not finished:
             stopping = stop.agreed()  # an evaluation may have taken as long as many steps
@@ -239,11 +241,11 @@ class _Run:
 
     def require_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
-            stage = self.job.schedule.at(self.state.step)
+            stage = self.job.schedule.stages[self.state.stage_index]
             raise NonFiniteError(
                 f"the {what} is {value} after {self.state.step} steps (stage {stage.index}, "
-                f"{stage.num_hidden_layers} layers); no checkpoint was written with it. Start "
-                f"again with a lower optimizer.learning_rate, more schedule.warmup_steps or "
+                f"{stage.num_hidden_layers} layers); nothing is saved after that. Start again "
+                f"with a lower optimizer.learning_rate, more schedule.warmup_steps or "
                 f"engine.precision=fp32"
             )
 
@@ -264,7 +266,7 @@ class _Run:
         self.state.count(result, phase.global_batch_size, seconds)
         self.world.pulse.step = self.state.step
         self.interval.count(result, seconds, waited)
-        self.monitor.step(self.state.step, result.loss)
+        self.monitor.step(self.state.step, result.mlm_loss)
 
     def record(self, stage: Stage, phase: Phase, evaluation: Mapping[str, float]) -> None:
         self.state.wall_seconds = time.perf_counter() - self.clock_start

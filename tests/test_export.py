@@ -177,6 +177,16 @@ def test_the_tokenizer_gives_the_same_ids(tmp_path: Path, lowercase: bool) -> No
     assert (loaded.pad_token_id, loaded.mask_token_id, loaded.model_max_length) == (1, 4, 32)
 
 
+def test_text_is_cut_to_the_length_that_was_trained(tmp_path: Path, data: Path) -> None:
+    out = tmp_path / "export"
+    export_to_hugging_face(_tensors().items(), CONFIG, data, out, longest_tokens=8)
+    loaded = transformers.AutoTokenizer.from_pretrained(out)
+    assert loaded.model_max_length == 8
+    assert len(loaded("the stack " * 20, truncation=True)["input_ids"]) == 8
+    config = transformers.AutoConfig.from_pretrained(out)
+    assert config.max_position_embeddings == 32, "the weights have so many"
+
+
 def test_pre_layer_norm_is_refused(tmp_path: Path, data: Path) -> None:
     config = replace(CONFIG, layer_norm_position="pre")
     with pytest.raises(ConfigError, match="layer_norm_position='pre' cannot be exported"):

@@ -25,6 +25,8 @@ ORDER = (
         "launched",
         "node_scratch",
         "attempts",
+        "divergence",
+        "tensorboard_events",
     ),
     ("config", "stop_request"),
     ("recipe", "ending"),
