@@ -17,7 +17,7 @@ from stacking_ds.data.prepare.vocabulary import VocabularySample
 from stacking_ds.data.sentences import split_sentences
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.data.sources.documents import Reading
-from stacking_ds.data.tokenizer import build_tokenizer, train_wordpiece
+from stacking_ds.data.tokenizer import UNCASED, build_tokenizer, train_wordpiece
 from stacking_ds.errors import DataError
 from tests import prose
 
@@ -85,6 +85,45 @@ def test_a_folder_with_something_else_is_refused(tmp_path):
     with pytest.raises(DataError, match="notes exists and is not prepared data"):
         prepare(text, tmp_path / "notes", vocab_size=300)
     assert (tmp_path / "notes" / "diary.txt").read_text() == "mine"
+
+
+def test_what_becomes_of_capitals_and_accents_is_part_of_what_was_asked_for(tmp_path):
+    text = str(prose.write_text(tmp_path / "a.txt", 40))
+    out, options = tmp_path / "out", {"vocab_size": 300, "heldout_fraction": 0.2}
+    first = prepare(text, out, **options, cased=True)
+    assert str(first.manifest.request.normalization) == "cased"
+    assert any(token.startswith("T") for token in TokenShards.open(out).vocabulary)
+    assert prepare(text, out, **options, cased=True).reused
+    with pytest.raises(DataError, match=r"\(normalization is cased there and uncased here\)"):
+        prepare(text, out, **options)
+    # one that goes on, as a process of several, reads it from the folder
+    other = tmp_path / "other"
+    small = options | {"unit_bytes": 5000, "shard_characters": 2000}
+    assert prepare(text, other, **small, cased=True, part=(1, 2)).manifest is None
+    with pytest.raises(DataError, match=r"normalization is cased there and uncased, accents kept"):
+        prepare(text, other, **small, keep_accents=True)
+    prepare(text, other, **small, cased=True)
+    assert decoded(other, "train") == decoded(out, "train")
+    assert any("The " in document for document in decoded(other, "train"))
+
+
+def test_folders_of_earlier_versions_are_uncased(tmp_path):
+    text = str(prose.write_text(tmp_path / "a.txt", 40))
+    options = {"vocab_size": 300, "heldout_fraction": 0.2}
+    prepare(text, tmp_path / "out", **options)
+    path = tmp_path / "out" / "manifest.json"
+    content = json.loads(path.read_text())
+    del content["request"]["normalization"]
+    for split in ("train", "heldout"):
+        for file in (*content[split]["shards"], content[split]["duplicates"]):
+            del file["unknown_tokens"]
+    path.write_text(json.dumps(content))
+    old = prepare(text, tmp_path / "out", **options)
+    assert old.reused
+    assert old.manifest.train.unknown_share is None
+    assert TokenShards.open(tmp_path / "out").manifest.request.normalization == UNCASED
+    with pytest.raises(DataError, match="normalization is uncased there and cased here"):
+        prepare(text, tmp_path / "out", **options, cased=True)
 
 
 def test_documents_stay_whole_and_on_their_side(tmp_path):

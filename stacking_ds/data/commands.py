@@ -30,10 +30,14 @@ def add_prepare(parser: argparse.ArgumentParser) -> None:
         "English prose that a Python installation carries",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--vocab", type=Path, help="vocab.txt or tokenizer.json to use")
+    parser.add_argument(
+        "--vocab", type=Path, help="vocab.txt, tokenizer.json or folder of a tokenizer to use"
+    )
     parser.add_argument(
         "--vocab-size", type=int, default=8192, help="size of the vocabulary to train (%(default)s)"
     )
+    parser.add_argument("--cased", action="store_true", help="keep capital letters and accents")
+    parser.add_argument("--keep-accents", action="store_true", help="strip no accents")
     parser.add_argument(
         "--heldout", nargs="+", default=[], metavar="SOURCE", help="what to hold out; else a share"
     )
@@ -78,6 +82,8 @@ def _prepare(options: argparse.Namespace) -> int:
             options.out,
             vocabulary=options.vocab,
             vocab_size=options.vocab_size,
+            cased=options.cased,
+            keep_accents=options.keep_accents,
             heldout_sources=options.heldout,
             heldout_fraction=options.heldout_fraction,
             licence=options.licence,
@@ -111,7 +117,7 @@ def _prepare(options: argparse.Namespace) -> int:
 
 def _summary(manifest: "DataManifest") -> str:
     return (
-        f"vocabulary {manifest.vocab_size:,}; train "
+        f"vocabulary {manifest.vocab_size:,}, {manifest.request.normalization}; train "
         f"{manifest.train.documents:,} documents, {manifest.train.tokens:,} tokens; held out "
         f"{manifest.heldout.documents:,} documents, {manifest.heldout.tokens:,} tokens; "
         f"{manifest.duplicate_documents:,} duplicates do not count"

@@ -33,7 +33,8 @@ def as_text(name: str, facts: Any) -> str:
 def _folder(facts: FolderFacts) -> list[str]:
     lines = {
         "folder": facts.folder,
-        "vocabulary": f"{facts.vocab_size:,} tokens, sha256 {facts.vocabulary_sha256[:16]}",
+        "vocabulary": f"{facts.vocab_size:,} tokens, {facts.normalization}, sha256 "
+        f"{facts.vocabulary_sha256[:16]}",
         "text": f"{readable_size(facts.text_bytes)}, {facts.bytes_per_token:.2f} bytes a token, "
         "duplicates included",
         "licence": facts.licence or "-",

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from stacking_ds.data.tokenizer import UNCASED, Normalization
 from stacking_ds.errors import DataError
 
 __all__ = [
@@ -46,6 +47,8 @@ class PrepareRequest(Record):
     heldout_fraction: float
     vocabulary: str
     text_key: str
+    normalization: Normalization = UNCASED
+    """Folders of earlier versions, which do not say, are uncased."""
 
 
 class SourceFile(Record):
@@ -71,7 +74,8 @@ class Rejected(Record):
 
 
 class ShardFile(Record):
-    """One Arrow file of a split, duplicates included."""
+    """One Arrow file of a split, duplicates included. `unknown_tokens` are those that are [UNK];
+    None where nobody counted, as in earlier versions and in lists of duplicates."""
 
     name: str
     size_bytes: int
@@ -79,6 +83,7 @@ class ShardFile(Record):
     documents: int
     sentences: int
     tokens: int
+    unknown_tokens: int | None = None
 
 
 class DuplicatesFile(ShardFile):
@@ -94,6 +99,15 @@ class SplitManifest(Record):
     tokens: int
     shards: tuple[ShardFile, ...]
     duplicates: DuplicatesFile
+
+    @property
+    def unknown_share(self) -> float | None:
+        """How much of the tokens of all files is [UNK]; None where an earlier version wrote one."""
+        counts = [shard.unknown_tokens for shard in self.shards]
+        if None in counts:
+            return None
+        tokens = sum(shard.tokens for shard in self.shards)
+        return sum(count or 0 for count in counts) / max(tokens, 1)
 
 
 class VocabularyFile(Record):
