@@ -126,6 +126,37 @@ def test_folders_of_earlier_versions_are_uncased(tmp_path):
         prepare(text, tmp_path / "out", **options, cased=True)
 
 
+def test_text_that_the_vocabulary_does_not_spell_is_told(tmp_path, capsys):
+    vocabulary = tmp_path / "vocab.txt"
+    tokens = train_wordpiece(prose.documents(20), 300)
+    vocabulary.write_text("".join(f"{token}\n" for token in tokens), "utf-8")
+    heldout = write_json_lines(tmp_path / "b.jsonl", ["漢字 The end."])
+    shares = {
+        "good": (["The baker sells bread."], "0.000% of the tokens of train, 33.333% of"),
+        "all": (["漢字 " * 40, "字" * 80], "100.000% of the tokens of train, 33"),
+        "some": (["漢 " + "The baker sells bread. " * 9], r"1\.\d+% of the tokens of train"),
+    }
+    for name, (texts, share) in shares.items():
+        source = write_json_lines(tmp_path / f"{name}.jsonl", texts)
+        command = ["prepare", source, "--heldout", heldout, "--vocab", str(vocabulary)]
+        out = tmp_path / name
+        assert main([*command, "--out", str(out), "--workers", "1"]) == 0
+        said = capsys.readouterr()
+        assert re.search(rf"^\[UNK\]: {share}", said.out, re.MULTILINE), said.out
+        assert re.search(r"^warning: [\d.]+% of the tokens, more than 1%, are \[UNK\]", said.err)
+        assert "take a vocabulary of its language" in said.err
+        shards = TokenShards.open(out)
+        counts = shards.split("train").unigram_counts()
+        assert shards.manifest.train.unknown_share == counts[1] / counts.sum()
+        main(["data", "inspect", str(out)])
+        assert "% of the tokens, more than 1%, are [UNK]" in capsys.readouterr().out
+    text = str(prose.write_text(tmp_path / "a.txt", 40))
+    assert main(["prepare", text, "--out", str(tmp_path / "fine"), "--vocab-size", "300"]) == 0
+    said = capsys.readouterr()
+    assert "[UNK]: 0.0" in said.out
+    assert "warning" not in said.err
+
+
 def test_documents_stay_whole_and_on_their_side(tmp_path):
     texts = list(prose.documents(100))
     source = write_json_lines(tmp_path / "a.jsonl", texts)

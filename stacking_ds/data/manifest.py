@@ -11,6 +11,7 @@ from stacking_ds.errors import DataError
 
 __all__ = [
     "MANIFEST_NAME",
+    "MANY_UNKNOWN",
     "UNFINISHED_NAME",
     "DataManifest",
     "DuplicatesFile",
@@ -29,6 +30,8 @@ __all__ = [
 MANIFEST_NAME = "manifest.json"
 # the folder inside a prepared one that is there until all is done
 UNFINISHED_NAME = ".unfinished"
+MANY_UNKNOWN = 0.01
+"""The share of [UNK] above which people are warned; English has a thousandth of that."""
 SplitName = Literal["train", "heldout"]
 
 
