@@ -67,13 +67,14 @@ def test_a_run_half_way_says_so(run_dir: Path) -> None:
 @pytest.mark.parametrize(("loss", "cell"), [(6.9, "6.900"), (None, "not finite")])
 def test_a_run_that_has_diverged_says_so(run_dir: Path, loss: float | None, cell: str) -> None:
     _write(run_dir, (4, 0, 1, 6.125), (7, 1, 2, 6.0))
-    line = {**json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1]), "step": 9}
+    last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    line = {**last, "step": 9, "stage": 2, "num_hidden_layers": 4}
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(line | {"eval/mlm_loss": loss, "eval/unigram_mlm_loss": None}))
         file.write("\n")
         file.write(json.dumps(line | {"step": 10, "eval/mlm_loss": loss}) + "\n")
     text = run_table(run_dir)
-    assert f" {cell} " in text.splitlines()[2]
+    assert f" {cell} " in text.splitlines()[3]
     assert "state: diverged: held-out MLM loss is " in text
 
 
