@@ -25,6 +25,7 @@ from stacking_ds.config import RunConfig, changed_keys
 from stacking_ds.distributed import World
 from stacking_ds.errors import CheckpointError, ConfigError
 from stacking_ds.recipe import load_run_config
+from stacking_ds.small_files import DamagedFileError, read_bytes, without_waiting
 
 __all__ = ["check", "lock", "read_config", "require_shared", "write_config"]
 
@@ -82,7 +83,9 @@ def lock(run_dir: Path, patience_seconds: float = 0.0) -> IO[str]:
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        file = (run_dir / _LOCK).open("a", encoding="utf-8")
+        file = open(  # noqa: SIM115 - open for as long as the run is locked
+            run_dir / _LOCK, "a", encoding="utf-8", opener=without_waiting
+        )
     except OSError as error:
         raise _not_writable(run_dir, error) from None
     try:
@@ -122,8 +125,8 @@ def _sign(file: IO[str]) -> None:
 
 def _signature(run_dir: Path) -> bytes | None:
     try:
-        return (run_dir / _LOCK).read_bytes()
-    except OSError:
+        return read_bytes(run_dir / _LOCK)
+    except (OSError, DamagedFileError):
         return None
 
 
