@@ -163,8 +163,8 @@ def _read_tokenizer(folder: Path) -> dict[str, Any]:
     if not right or not all(each is None or isinstance(each, bool) for each in switches):
         raise DataError(
             f"{folder / 'tokenizer.json'} is damaged: its special tokens have no ids of their own, "
-            f"or a switch of its normalizer is neither on nor off; prepare the data anew or restore "
-            f"the file"
+            f"or a switch of its normalizer is neither on nor off; prepare the data anew or "
+            f"restore the file"
         )
     return tokenizer
 
