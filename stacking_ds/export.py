@@ -13,6 +13,7 @@ from stacking_ds.checkpoint.tensor_file import little_endian_bytes, safetensors_
 from stacking_ds.errors import CheckpointError, ConfigError, DataError
 from stacking_ds.model.bert import parameter_shapes
 from stacking_ds.model.config import BertConfig
+from stacking_ds.small_files import is_count, read_json
 
 __all__ = ["export_to_hugging_face"]
 
@@ -23,6 +24,8 @@ _SPECIAL_TOKENS = {
     "cls_token": "[CLS]",
     "mask_token": "[MASK]",
 }
+
+_SWITCHES = ("lowercase", "strip_accents", "handle_chinese_chars")
 
 _FILES = {
     "config.json",
@@ -132,9 +135,11 @@ def _read_tokenizer(folder: Path) -> dict[str, Any]:
         if not (folder / name).is_file():
             raise DataError(f"{folder / name} is missing; point to the folder of prepared data")
     try:
-        tokenizer: dict[str, Any] = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+        tokenizer: dict[str, Any] = read_json(folder / "tokenizer.json")
         kinds = tokenizer["model"]["type"], tokenizer["normalizer"]["type"]
-        special = [tokenizer["model"]["vocab"][token] for token in _SPECIAL_TOKENS.values()]
+        vocabulary = tokenizer["model"]["vocab"]
+        special = [vocabulary[token] for token in _SPECIAL_TOKENS.values()]
+        switches = [tokenizer["normalizer"][name] for name in _SWITCHES]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{folder / 'tokenizer.json'} is not a BERT tokenizer ({error!r}); prepare the data "
@@ -145,7 +150,13 @@ def _read_tokenizer(folder: Path) -> dict[str, Any]:
             f"{folder / 'tokenizer.json'} is made of {kinds}, and BERT's of WordPiece with a "
             f"BertNormalizer; export needs the tokenizer that prepared the data"
         )
-    assert len(set(special)) == len(special)
+    right = all(map(is_count, special)) and len(set(special)) == len(special)
+    if not right or not all(each is None or isinstance(each, bool) for each in switches):
+        raise DataError(
+            f"{folder / 'tokenizer.json'} is damaged: its special tokens have no ids of their own, "
+            f"or a switch of its normalizer is neither on nor off; prepare the data anew or "
+            f"restore the file"
+        )
     return tokenizer
 
 
