@@ -25,6 +25,7 @@ from stacking_ds.config import RunConfig, changed_keys
 from stacking_ds.distributed import World
 from stacking_ds.errors import CheckpointError, ConfigError
 from stacking_ds.recipe import load_run_config
+from stacking_ds.text_table import first_of
 
 __all__ = ["check", "lock", "read_config", "require_shared", "write_config"]
 
@@ -53,8 +54,8 @@ def check(run_dir: Path, config: RunConfig, *, resume: bool) -> None:
         changes = changed_keys(read_config(run_dir), config)
         if changes:
             raise CheckpointError(
-                f"{run_dir} holds another run ({'; '.join(changes)}); use the recipe it was "
-                f"started with, or choose another --run-dir"
+                f"{run_dir} holds another run ({first_of(changes, between='; ')}); use the recipe "
+                f"it was started with, or choose another --run-dir"
             )
     elif run_dir.is_dir():
         found = {path.name for path in run_dir.iterdir()} - {_UNFINISHED, _LOCK, ATTEMPTS_FILE}

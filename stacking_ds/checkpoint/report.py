@@ -18,7 +18,7 @@ from stacking_ds.checkpoint.state import read_parameters
 from stacking_ds.config import RunConfig
 from stacking_ds.errors import CheckpointError
 from stacking_ds.optim.schedule import LearningRateSchedule
-from stacking_ds.text_table import aligned, readable_size
+from stacking_ds.text_table import aligned, first_of, readable_size
 
 __all__ = ["contents", "listed", "listing", "parameter_lines", "verify"]
 
@@ -199,7 +199,7 @@ def _way_out(damaged: Sequence[Path], whole: dict[Path, bool], say: Say) -> str:
     else:
         return "no checkpoint is whole: start the run again with another --run-dir"
     if folder == newest:
-        names = ", ".join(path.name for path in damaged)
+        names = first_of([path.name for path in damaged])
         return f"`latest` names {folder.name}, so --resume goes on from it; {names} may be deleted"
     return f"write {folder.name} into {root / 'latest'} and use --resume: it goes on from there"
 
