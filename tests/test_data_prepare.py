@@ -429,4 +429,4 @@ def test_batch_jobs_get_lines_instead_of_a_bar(tmp_path, capsys, monkeypatch):
     rest = r"0\.\d of 0\.\d MB at [\d.]+ MB/s, 100%, 0 s left$"
     for what in ("vocabulary, pass 1 of 2", "vocabulary, pass 2 of 2", "tokenizing"):
         assert re.search(rf"^{what}: \d+ documents, {rest}", said.err, re.MULTILINE), said.err
-    assert re.search(r"^prepared in \d+ s \([\d.]+ MB/s of text\): .* 0 duplicates", said.out)
+    assert re.search(r"^prepared in \d+ s \([\d.]+ MB/s of text\): .* 0 duplicates", said.out, re.M)
