@@ -14,6 +14,7 @@ from stacking_ds.errors import CheckpointError, ConfigError, DataError
 from stacking_ds.model.bert import parameter_shapes
 from stacking_ds.model.config import BertConfig
 from stacking_ds.small_files import is_count, read_json
+from stacking_ds.text_table import first_of
 
 __all__ = ["export_to_hugging_face"]
 
@@ -123,10 +124,10 @@ def _write_weights(
             file.seek(place)
             file.write(little_endian_bytes(tensor))
     if places or surplus:
+        missing, others = (first_of(list(map(repr, sorted(names)))) for names in (places, surplus))
         raise CheckpointError(
             f"the tensors are not those of a model of {config.num_hidden_layers} layers: missing "
-            f"{sorted(places)}, unknown or twice {sorted(surplus)}; export with the checkpoint's "
-            f"own config"
+            f"[{missing}], unknown or twice [{others}]; export with the checkpoint's own config"
         )
 
 

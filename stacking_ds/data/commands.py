@@ -177,24 +177,27 @@ def _part(text: str) -> tuple[int, int]:
 
 
 class _Display:
-    """A bar on a terminal, else a line now and then."""
+    """A bar on a terminal, else a line now and then; of each reading of the sources, which are two
+    for a vocabulary that is trained, and one for the shards."""
 
     def __init__(self) -> None:
         from tqdm import tqdm
 
         self._terminal = sys.stderr.isatty()
         self._bar = tqdm(unit="B", unit_scale=True, disable=not self._terminal)
-        self._task, self._read = "", 0
+        self._task, self._reading, self._read = "", 0, 0
         self._started = self._last = time.monotonic()
 
     def __call__(self, now: "Progress") -> None:
-        if now.task != self._task or now.source_bytes < self._read:  # a vocabulary reads twice
+        begins_again = now.task == "vocabulary" and now.source_bytes < self._read
+        if now.task != self._task or begins_again:
+            self._reading = self._reading + 1 if now.task == self._task else 1
             self._task = now.task
             self._bar.reset(now.total_bytes)
             self._bar.initial = self._bar.n = now.kept_bytes
             self._started = self._last = time.monotonic()
         self._read = now.source_bytes
-        self._bar.set_description(f"{now.task}: {now.documents:,} documents", refresh=False)
+        self._bar.set_description(f"{self._what(now)}: {now.documents:,} documents", refresh=False)
         self._bar.update(max(0, now.source_bytes - self._bar.n))
         if not self._terminal and time.monotonic() - self._last > _SECONDS_BETWEEN_LINES:
             self._last = time.monotonic()
@@ -206,11 +209,17 @@ class _Display:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
+    def _what(self, now: "Progress") -> str:
+        return (
+            f"vocabulary, pass {self._reading} of 2" if now.task == "vocabulary" else "tokenizing"
+        )
+
     def _line(self, now: "Progress", seconds: float) -> str:
-        line = f"{now.task}: {now.documents:,} documents, {now.source_bytes / 1e6:,.0f} MB"
+        line = f"{self._what(now)}: {now.documents:,} documents, {now.source_bytes / 1e6:,.1f}"
+        line += f" of {now.total_bytes / 1e6:,.1f} MB" if now.total_bytes else " MB"
         speed = max(0, now.source_bytes - now.kept_bytes) / seconds
         line += f" at {speed / 1e6:.1f} MB/s"
         if now.total_bytes and speed:
             left = max(0, now.total_bytes - now.source_bytes) / speed
-            line += f", {now.source_bytes / now.total_bytes:.0%}, {left:,.0f} s left"
+            line += f", {min(1, now.source_bytes / now.total_bytes):.0%}, {left:,.0f} s left"
         return line
