@@ -28,7 +28,7 @@ ORDER = (
         "attempts",
     ),
     ("config",),
-    ("recipe", "ending"),
+    ("recipe", "ending", "ds_json"),
     ("distributed",),
     ("kernels",),
     ("data", "model", "optim", "growth"),
