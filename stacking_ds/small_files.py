@@ -71,16 +71,14 @@ def read_text(path: Path, most_bytes: int = _MOST_BYTES) -> str:
         raise DamagedFileError(path, f"byte {error.start} is not UTF-8") from None
 
 
-def parse_json(
-    text: str | bytes, object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None
-) -> Any:
-    """The value of a JSON text; `object_pairs_hook` as for `json.loads`.
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text.
 
     Raises:
         ValueError: it is no JSON, or nested deeper than Python can follow.
     """
     try:
-        return json.loads(text, object_pairs_hook=object_pairs_hook)
+        return json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 

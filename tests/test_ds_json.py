@@ -191,6 +191,7 @@ _REFUSED: list[dict[str, Any]] = [
     _zero(3, stage3_prefetch_bucket_size=-1),
     _zero(3, sub_group_size=float("nan")),
     _zero(3, leaf_module={"names": ["encoder"]}),
+    _zero(3, stage3_module_granularity_threshold=100),
     _offload(2, pin_memory="no"),
     _offload(3, ratio=2),
     {"fp16": {"loss_scale_window": 0}},

@@ -5,7 +5,7 @@ from typing import Any
 
 from stacking_ds.bundled import ds_config_path
 from stacking_ds.errors import ConfigError
-from stacking_ds.small_files import DamagedFileError, parse_json, read_text
+from stacking_ds.small_files import DamagedFileError, read_text
 
 __all__ = ["load_ds_config"]
 
@@ -27,7 +27,7 @@ def load_ds_config(path_or_name: str) -> dict[str, Any]:
     path = ds_config_path(path_or_name)
     try:
         text = read_text(path, _MOST_BYTES).removeprefix("\ufeff")
-        raw = parse_json(text, object_pairs_hook=_each_key_once)
+        raw = json.loads(text, object_pairs_hook=_each_key_once)
         reason = "" if isinstance(raw, dict) else "it must be an object in braces"
     except OSError as error:
         reason = str(error.strerror)
@@ -35,7 +35,7 @@ def load_ds_config(path_or_name: str) -> dict[str, Any]:
         reason = error.reason
     except (json.JSONDecodeError, _TwiceError) as error:
         reason = str(error)
-    except ValueError:  # Python's limit of digits, or of depth
+    except (ValueError, RecursionError):  # Python's limit of digits, or of depth
         reason = "it holds a number of thousands of digits, or is nested too deeply"
     if not reason and _is_deeper(raw, _DEEPEST):
         reason = f"it is nested deeper than {_DEEPEST} levels"

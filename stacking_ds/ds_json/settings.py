@@ -96,6 +96,7 @@ _ALSO_KNOWN = {
     "fp16": ("enabled",),
 }
 
+_GATHERS_ITSELF = "the model says itself which of its modules ZeRO 3 gathers whole"
 _NOT_SHARDED_SO = "growth and checkpoints do not read state laid out that way"
 # section -> key -> (the values that are right, why)
 _ONLY: Mapping[str, Mapping[str, tuple[tuple[Any, ...], str]]] = {
@@ -108,7 +109,9 @@ _ONLY: Mapping[str, Mapping[str, tuple[tuple[Any, ...], str]]] = {
         "cpu_offload_param": ((None, False), _NOT_SHARDED_SO),
         "offload_param": ((None, {"device": "none"}), _NOT_SHARDED_SO),
         "zenflow": ((None,), _NOT_SHARDED_SO),
-        "leaf_module": (({},), "the model says itself which modules are gathered whole"),
+        "leaf_module": (({},), _GATHERS_ITSELF),
+        "module_granularity_threshold": ((0,), _GATHERS_ITSELF),
+        "stage3_module_granularity_threshold": ((0,), _GATHERS_ITSELF),
         "zero_hpz_partition_size": ((1,), _NOT_SHARDED_SO),
         "zero_quantized_weights": ((False,), _NOT_SHARDED_SO),
         "zero_quantized_nontrainable_weights": ((False,), _NOT_SHARDED_SO),

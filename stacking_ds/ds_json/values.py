@@ -113,7 +113,6 @@ _STAGE_3: Mapping[str, Rule] = {
     "model_persistence_threshold": _ELEMENTS,
     "max_live_parameters": _ELEMENTS,
     "max_reuse_distance": _ELEMENTS,
-    "module_granularity_threshold": _ELEMENTS,
     "gather_16bit_weights_on_model_save": _SWITCH,
     "use_all_reduce_for_fetch_params": _SWITCH,
     "allgather_sequential": _SWITCH,
