@@ -29,7 +29,7 @@ ORDER = (
         "tensorboard_events",
     ),
     ("config", "stop_request"),
-    ("recipe", "ending"),
+    ("recipe", "ending", "ds_json"),
     ("distributed",),
     ("kernels",),
     ("data", "model", "optim", "growth"),
