@@ -3,21 +3,24 @@
 import errno
 
 __all__ = [
+    "EXIT_FAILURE",
     "EXIT_LOST_RANK",
     "EXIT_NOT_FINITE",
     "EXIT_USER_ERROR",
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "LoaderError",
     "LostRankError",
     "NonFiniteError",
     "StageError",
+    "UnreadableError",
     "UserError",
     "is_mendable",
 ]
 
-EXIT_USER_ERROR, EXIT_NOT_FINITE, EXIT_LOST_RANK = 2, 3, 4
-"""What a program ends with; 1 is any other failure."""
+EXIT_FAILURE, EXIT_USER_ERROR, EXIT_NOT_FINITE, EXIT_LOST_RANK = 1, 2, 3, 4
+"""What a program ends with."""
 
 _MENDABLE = {
     errno.ENOSPC,
@@ -57,10 +60,19 @@ class CheckpointError(UserError):
     """A checkpoint or a run directory that is missing, damaged or belongs to another run."""
 
 
+class UnreadableError(CheckpointError):
+    """A checkpoint that may be whole, of which something cannot be read: a permission is missing,
+    or a file system fails."""
+
+
 class NonFiniteError(RuntimeError):
     """The loss or the gradient became NaN or infinite; the weights were not updated with it."""
 
     on_all_ranks = True
+
+
+class LoaderError(RuntimeError):
+    """A process that builds batches has ended or hangs; another attempt may fare better."""
 
 
 class LostRankError(RuntimeError):

@@ -1,19 +1,21 @@
 """A trained model as a folder that Hugging Face's `transformers` loads."""
 
 import json
-import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from stacking_ds.checkpoint.folders import sync
+from stacking_ds.checkpoint.tensor_file import little_endian_bytes, safetensors_header
 from stacking_ds.errors import CheckpointError, ConfigError, DataError
 from stacking_ds.model.bert import parameter_shapes
 from stacking_ds.model.config import BertConfig
+from stacking_ds.small_files import is_count, read_json
+from stacking_ds.text_table import first_of
 
 __all__ = ["export_to_hugging_face"]
 
@@ -24,6 +26,8 @@ _SPECIAL_TOKENS = {
     "cls_token": "[CLS]",
     "mask_token": "[MASK]",
 }
+
+_SWITCHES = ("lowercase", "strip_accents", "handle_chinese_chars")
 
 _FILES = {
     "config.json",
@@ -39,6 +43,8 @@ def export_to_hugging_face(
     config: BertConfig,
     tokenizer_dir: Path,
     out_dir: Path,
+    *,
+    longest_tokens: int | None = None,
 ) -> None:
     """Write the model and its tokenizer into `out_dir`.
 
@@ -51,6 +57,8 @@ def export_to_hugging_face(
         config: the model's sizes.
         tokenizer_dir: folder with the `tokenizer.json` and `vocab.txt` of the training data.
         out_dir: new, empty, or an earlier export.
+        longest_tokens: the longest rows that trained the model, to which its tokenizer is to cut
+            text: the embeddings of later positions are as random as they began. None: all were.
 
     Raises:
         ConfigError: a pre-LN model, or an `out_dir` with something else in it.
@@ -68,9 +76,8 @@ def export_to_hugging_face(
             f"the tokenizer in {tokenizer_dir} has {len(tokenizer['model']['vocab'])} tokens, the "
             f"model {config.vocab_size}; export with the tokenizer the model was trained with"
         )
-    out_dir = Path(
-        os.path.realpath(out_dir)
-    )  # behind a link, the folder is replaced and not the link
+    # behind a link, the folder is replaced and not the link
+    out_dir = Path(os.path.realpath(out_dir))
     _check_replaceable(out_dir)
 
     partial = out_dir.with_name(f".{out_dir.name}.partial")
@@ -79,7 +86,10 @@ def export_to_hugging_face(
         partial.mkdir(parents=True)
         _write_weights(partial / "model.safetensors", tensors, config)
         _write_json(partial / "config.json", _model_json(config, tokenizer))
-        _write_json(partial / "tokenizer_config.json", _tokenizer_json(config, tokenizer))
+        _write_json(
+            partial / "tokenizer_config.json",
+            _tokenizer_json(tokenizer, longest_tokens or config.max_position_embeddings),
+        )
         for name in ("tokenizer.json", "vocab.txt"):
             shutil.copyfile(tokenizer_dir / name, partial / name)
         for path in (*partial.iterdir(), partial):
@@ -99,7 +109,7 @@ def _write_weights(
     """Write a safetensors file, whose header says beforehand where each tensor will stand."""
     # Tied tensors stand under their first name only: `transformers` ties them on loading.
     shapes = parameter_shapes(config)
-    header, places = _safetensors_header(shapes)
+    header, places = safetensors_header(shapes, format="pt")
     surplus = []
     with path.open("wb") as file:
         file.write(header)
@@ -113,30 +123,14 @@ def _write_weights(
                     f"{name} has shape {tuple(tensor.shape)} where the config says {shapes[name]}; "
                     f"export with the checkpoint's own config"
                 )
-            assert tensor.dtype == torch.float32, name
-            assert tensor.device.type == "cpu", name
             file.seek(place)
-            values = tensor.detach().contiguous().numpy()
-            file.write(values.astype("<f4", copy=False).data)
+            file.write(little_endian_bytes(tensor))
     if places or surplus:
+        missing, others = (first_of(list(map(repr, sorted(names)))) for names in (places, surplus))
         raise CheckpointError(
             f"the tensors are not those of a model of {config.num_hidden_layers} layers: missing "
-            f"{sorted(places)}, unknown or twice {sorted(surplus)}; export with the checkpoint's "
-            f"own config"
+            f"[{missing}], unknown or twice [{others}]; export with the checkpoint's own config"
         )
-
-
-def _safetensors_header(shapes: Mapping[str, tuple[int, ...]]) -> tuple[bytes, dict[str, int]]:
-    """A file's bytes before its numbers, and the place in the file of each fp32 tensor."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    places, end = {}, 0
-    for name, shape in shapes.items():
-        places[name], end = end, end + 4 * math.prod(shape)
-        entries[name] = {"dtype": "F32", "shape": shape, "data_offsets": [places[name], end]}
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that the numbers are aligned
-    header = len(text).to_bytes(8, "little") + text
-    return header, {name: len(header) + place for name, place in places.items()}
 
 
 def _read_tokenizer(folder: Path) -> dict[str, Any]:
@@ -144,9 +138,11 @@ def _read_tokenizer(folder: Path) -> dict[str, Any]:
         if not (folder / name).is_file():
             raise DataError(f"{folder / name} is missing; point to the folder of prepared data")
     try:
-        tokenizer: dict[str, Any] = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+        tokenizer: dict[str, Any] = read_json(folder / "tokenizer.json")
         kinds = tokenizer["model"]["type"], tokenizer["normalizer"]["type"]
-        special = [tokenizer["model"]["vocab"][token] for token in _SPECIAL_TOKENS.values()]
+        vocabulary = tokenizer["model"]["vocab"]
+        special = [vocabulary[token] for token in _SPECIAL_TOKENS.values()]
+        switches = [tokenizer["normalizer"][name] for name in _SWITCHES]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{folder / 'tokenizer.json'} is not a BERT tokenizer ({error!r}); prepare the data "
@@ -157,7 +153,13 @@ def _read_tokenizer(folder: Path) -> dict[str, Any]:
             f"{folder / 'tokenizer.json'} is made of {kinds}, and BERT's of WordPiece with a "
             f"BertNormalizer; export needs the tokenizer that prepared the data"
         )
-    assert len(set(special)) == len(special)
+    right = all(map(is_count, special)) and len(set(special)) == len(special)
+    if not right or not all(each is None or isinstance(each, bool) for each in switches):
+        raise DataError(
+            f"{folder / 'tokenizer.json'} is damaged: its special tokens have no ids of their own, "
+            f"or a switch of its normalizer is neither on nor off; prepare the data anew or "
+            f"restore the file"
+        )
     return tokenizer
 
 
@@ -182,14 +184,14 @@ def _model_json(config: BertConfig, tokenizer: dict[str, Any]) -> dict[str, Any]
     }
 
 
-def _tokenizer_json(config: BertConfig, tokenizer: dict[str, Any]) -> dict[str, Any]:
+def _tokenizer_json(tokenizer: dict[str, Any], longest_tokens: int) -> dict[str, Any]:
     normalizer = tokenizer["normalizer"]
     return {
         "tokenizer_class": "BertTokenizer",
         "do_lower_case": normalizer["lowercase"],
         "strip_accents": normalizer["strip_accents"],
         "tokenize_chinese_chars": normalizer["handle_chinese_chars"],
-        "model_max_length": config.max_position_embeddings,
+        "model_max_length": longest_tokens,
         **_SPECIAL_TOKENS,
     }
 

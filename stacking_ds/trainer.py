@@ -9,17 +9,19 @@ layers  |     3     |     6     |           12            |
 
 import math
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from stacking_ds.data.batches import RankStep
 from stacking_ds.data.counter_random import derive_key
-from stacking_ds.data.loader import end_workers, load_steps
+from stacking_ds.data.loader import load_steps
+from stacking_ds.data.prefetch import Patience
 from stacking_ds.distributed import StopFlag, World
 from stacking_ds.engine import set_learning_rate, take_step
 from stacking_ds.errors import CheckpointError, NonFiniteError, StageError
@@ -27,12 +29,11 @@ from stacking_ds.evaluate.heldout import HeldOutPasses
 from stacking_ds.from_checkpoint import export_if_missing
 from stacking_ds.job import Job
 from stacking_ds.kernels.choice import choose_compute
-from stacking_ds.kernels.compute import Compute
 from stacking_ds.meter import Interval, StepResult, TrainState, metrics_line
 from stacking_ds.model.loss import pretraining_loss
 from stacking_ds.monitor import Monitor, measure_matmul_peak, peak_memory_gib
 from stacking_ds.phases import Phase
-from stacking_ds.resume import enter, recorded
+from stacking_ds.resume import claim, enter, recorded
 from stacking_ds.stage_manager import StageManager
 from stacking_ds.stages import Stage
 from stacking_ds.stop_request import StopRequest
@@ -68,15 +69,23 @@ def train(
     with ExitStack() as held:
         request = request or held.enter_context(StopRequest())
         found, state = enter(job, world, run_dir, resume, held)
+        stages = StageManager(job, world, compute)
+        held.callback(stages.close)
+        if state.step < job.schedule.total_steps:
+            stages.begin(found, job.schedule.stages[state.stage_index])
+        # all that may be refused has been looked at: what is written goes back to `found` only now
+        claim(job, world, run_dir)
         monitor = held.enter_context(
             Monitor(run_dir, job.schedule, completed_steps=state.step, enabled=world.is_first)
         )
         held.enter_context(recorded(run_dir, world, job.schedule.total_steps))
+        held.callback(stages.close)  # before the records say that the attempt has ended
         if state.step < job.schedule.total_steps:
-            run = _Run(job, world, compute, run_dir, state, monitor, started)
-            held.callback(run.stages.close)
+            if found is not None:
+                monitor.say(f"resumed from {found}")
+            run = _Run(job, world, stages, run_dir, state, monitor, request, started)
             try:
-                run.train(found, request)
+                run.train()
             except (NonFiniteError, StageError) as error:
                 error.on_all_ranks = True
                 with suppress(CheckpointError):
@@ -85,6 +94,7 @@ def train(
         else:
             monitor.say(f"{run_dir} is complete at step {state.step}; re-using it")
         if state.step == job.schedule.total_steps:
+            monitor.conclude()
             # if this is where the run is cut off, the next call makes up for it
             exported = world.on_first(lambda: export_if_missing(job, run_dir))
             if exported is not None:
@@ -97,31 +107,27 @@ class _Run:
         self,
         job: Job,
         world: World,
-        compute: Compute,
+        stages: StageManager,
         run_dir: Path,
         state: TrainState,
         monitor: Monitor,
+        request: StopRequest,
         started: float,
     ) -> None:
         self.job, self.world, self.run_dir = job, world, run_dir
-        self.state, self.monitor = state, monitor
+        self.state, self.monitor, self.request = state, monitor, request
         self.clock_start = started - state.wall_seconds
-        self.stages = StageManager(job, world, compute)
+        self.stages = stages
         self.heldout = HeldOutPasses(job, world)
         self.interval = Interval()
 
     # ---------------------------------------------------------------- the story
 
-    def train(self, found: Path | None, request: StopRequest) -> None:
+    def train(self) -> None:
         present = self.job.schedule.stages[self.state.stage_index]
-        if found:
-            self.stages.restore(found, present)
-            self.monitor.say(f"resumed from {found}")
-        else:
-            self.stages.start(present)
         self.monitor.say(self.job.draw())
-        request.hold_all()
-        stop = StopFlag(self.world, request)
+        self.request.hold_all()
+        stop = StopFlag(self.world, self.request)
         for stage in self.job.schedule.remaining(self.state.step):
             if stage.index > present.index:
                 self.cross_boundary(present, stage)
@@ -152,7 +158,9 @@ class _Run:
             with self.batches(phase, end_step) as batches:
                 while self.state.step < end_step:
                     started = time.perf_counter()
+                    self.world.pulse.loading = True
                     rank_step = next(batches)
+                    self.world.pulse.loading = False
                     waited = time.perf_counter() - started
                     result = self.train_step(rank_step)
                     self.count(result, phase, time.perf_counter() - started, waited)
@@ -177,6 +185,7 @@ class _Run:
         if evaluating or saving or stopping or _due(step, config.logging.every_steps):
             found = self.heldout.metrics(self.stages.engine, phase) if evaluating else {}
             self.record(stage, phase, found)
+            self.require_finite("held-out loss", sum(found.values()))
         finished = step == self.job.schedule.total_steps
         if evaluating and not stopping and not finished:
             stopping = stop.agreed()  # an evaluation may have taken as long as many steps
@@ -232,34 +241,32 @@ class _Run:
 
     def require_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
-            stage = self.job.schedule.at(self.state.step)
+            stage = self.job.schedule.stages[self.state.stage_index]
             raise NonFiniteError(
                 f"the {what} is {value} after {self.state.step} steps (stage {stage.index}, "
-                f"{stage.num_hidden_layers} layers); no checkpoint was written with it. Start "
-                f"again with a lower optimizer.learning_rate, more schedule.warmup_steps or "
+                f"{stage.num_hidden_layers} layers); nothing is saved after that. Start again "
+                f"with a lower optimizer.learning_rate, more schedule.warmup_steps or "
                 f"engine.precision=fp32"
             )
 
-    @contextmanager
-    def batches(self, phase: Phase, end_step: int) -> Iterator[Iterator[RankStep]]:
-        batches = iter(
+    def batches(self, phase: Phase, end_step: int) -> closing[Any]:
+        """An iterator over this rank's share of the steps up to `end_step`."""
+        request, seconds = self.request, self.job.config.cluster.timeout_seconds
+        return closing(
             load_steps(
                 self.job.training_steps(self.world.rank, self.world.size, phase),
                 range(self.state.step, end_step),
                 workers=self.job.config.data.loader_workers,
                 pin_memory=self.world.device.type == "cuda",
+                patience=Patience(seconds, lambda: request.made),
             )
         )
-        try:
-            yield batches
-        finally:
-            end_workers(batches)
 
     def count(self, result: StepResult, phase: Phase, seconds: float, waited: float) -> None:
         self.state.count(result, phase.global_batch_size, seconds)
         self.world.pulse.step = self.state.step
         self.interval.count(result, seconds, waited)
-        self.monitor.step(self.state.step, result.loss)
+        self.monitor.step(self.state.step, result.mlm_loss)
 
     def record(self, stage: Stage, phase: Phase, evaluation: Mapping[str, float]) -> None:
         self.state.wall_seconds = time.perf_counter() - self.clock_start

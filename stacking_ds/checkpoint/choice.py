@@ -1,10 +1,12 @@
-"""Which checkpoint a person means: a run's newest, one by its name, or a folder by its path."""
+"""Which checkpoint a person means: a run's newest, one by its name or step, or a folder by its
+path."""
 
 import os
 from pathlib import Path
 
 from stacking_ds.checkpoint.folders import folder_name, latest, saved_steps
 from stacking_ds.errors import CheckpointError
+from stacking_ds.text_table import first_of
 
 __all__ = ["choose", "choose_all", "is_checkpoint", "require_run"]
 
@@ -12,7 +14,7 @@ __all__ = ["choose", "choose_all", "is_checkpoint", "require_run"]
 def choose(place: Path, name: str | None = None) -> Path:
     """The checkpoint `name` of the run `place`, or its newest; or `place` itself if it is one.
 
-    It is there, but whether it is whole is not asked.
+    A name is that of a folder, or just its step. It is there, but whether it is whole is not asked.
 
     Raises:
         CheckpointError: there is none; the message lists those that are there.
@@ -20,7 +22,7 @@ def choose(place: Path, name: str | None = None) -> Path:
     if is_checkpoint(place):
         if name is not None:
             raise CheckpointError(
-                f"{place} is a checkpoint already; leave out --checkpoint {name}, or give its run"
+                f"{place} is a checkpoint already; leave out {name}, or give its run"
             )
         return place
     require_run(place)
@@ -30,9 +32,11 @@ def choose(place: Path, name: str | None = None) -> Path:
             raise _none_yet(place)
         return found
     there = [folder_name(step) for step in saved_steps(place)]
+    if name.isdecimal():
+        name = folder_name(int(name))
     if name not in there:
         raise CheckpointError(
-            f"{place} has no checkpoint {name!r}; there is: {', '.join(there) or 'none'}"
+            f"{place} has no checkpoint {name!r}; there is: {first_of(there) or 'none'}"
         )
     return place / "checkpoints" / name
 

@@ -7,43 +7,35 @@ again goes on, and the folder is then the same, to the byte, as if nothing had h
 """
 
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from stacking_ds.data.given_vocabulary import read_vocabulary
 from stacking_ds.data.manifest import (
     MANIFEST_NAME,
     DataManifest,
     DocumentRule,
     PrepareRequest,
-    VocabularyFile,
-    file_sha256,
 )
 from stacking_ds.data.prepare.checks import check_corpus, check_folder_name, check_numbers
-from stacking_ds.data.prepare.finish import empty_split, finish_splits, no_training_text
+from stacking_ds.data.prepare.finish import empty_split, finish_splits
 from stacking_ds.data.prepare.first_look import say_what_documents_are, text_paths
 from stacking_ds.data.prepare.folder import (
     Settings,
     Started,
     UnfinishedFolder,
     UnitRecord,
-    software,
 )
 from stacking_ds.data.prepare.plan import Corpus, make_plan, open_corpus
 from stacking_ds.data.prepare.reuse import adopt, check_request, reusable
-from stacking_ds.data.prepare.session import Job, Session, hash_limit, reading_of, unwritable
+from stacking_ds.data.prepare.session import Job, Session, reading_of, unwritable
 from stacking_ds.data.prepare.unit import SPLITS, BadDocuments, Rejections
-from stacking_ds.data.prepare.vocabulary import VocabularySample
+from stacking_ds.data.prepare.vocabulary import train_vocabulary, write_vocabulary
 from stacking_ds.data.prepare.workers import do_in_workers
 from stacking_ds.data.shard_writer import sync_folder, write_file
 from stacking_ds.data.sources.documents import MAX_DOCUMENT_BYTES, Reading
-from stacking_ds.data.tokenizer import (
-    build_tokenizer,
-    load_vocabulary,
-    train_wordpiece,
-    vocabulary_sha256,
-)
+from stacking_ds.data.tokenizer import vocabulary_sha256
 from stacking_ds.errors import DataError
 
 __all__ = ["SHARD_CHARACTERS", "Prepared", "Progress", "prepare"]
@@ -56,9 +48,10 @@ SHARD_CHARACTERS = 128 * 2**20
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a running `prepare` is. `task` is "vocabulary" or "shards"; `source_bytes` counts
-    the bytes of the sources as they lie there, of `total_bytes`, None if that is unknown;
-    `kept_bytes` of them an earlier run had done."""
+    """How far a running `prepare` is. `task` is "vocabulary", which reads twice from the start, or
+    "shards"; `source_bytes` counts the bytes of the sources as they lie there, of `total_bytes` (of
+    a vocabulary about as many), None if that is unknown; `kept_bytes` of them an earlier run had
+    done."""
 
     task: str
     documents: int
@@ -96,6 +89,8 @@ def prepare(
     *,
     vocabulary: Path | None = None,
     vocab_size: int = 8192,
+    cased: bool = False,
+    keep_accents: bool = False,
     heldout_sources: Sequence[str] = (),
     heldout_fraction: float = 0.02,
     licence: str | None = None,
@@ -114,10 +109,13 @@ def prepare(
     """Makes token shards in `out_dir`, goes on making them, or finds that it already holds them.
 
     The vocabulary is read from `vocabulary`, or trained to `vocab_size` on about 128 Mi characters
-    of the training documents. Held out are: all documents of `heldout_sources`, those a source
-    itself holds out, and, when there are no `heldout_sources`, the `heldout_fraction` of the
-    documents of other sources whose hash falls lowest, so that a document stays on its side
-    whatever is added to the corpus. Exact duplicates do not count, over both splits.
+    of the training documents. Text is lowercased and stripped of its accents, unless it is `cased`,
+    which keeps both, or told to `keep_accents`; a given tokenizer.json says so itself.
+
+    Held out are: all documents of `heldout_sources`, those a source itself holds out, and, when
+    there are no `heldout_sources`, the `heldout_fraction` of the documents of other sources whose
+    hash falls lowest, so that a document stays on its side whatever is added to the corpus. Exact
+    duplicates do not count, over both splits.
 
     `text_key` is the key or column of the text; `documents` what a document of a .txt file is, and
     `say` is told how many that makes, by a first look. `bad_documents`: "refuse" raises for the
@@ -135,7 +133,7 @@ def prepare(
     corpus = open_corpus(names, heldout_sources, download=download)
     check_corpus(corpus, heldout_fraction, documents)
     check_folder_name(out_dir)
-    given = None if vocabulary is None else load_vocabulary(vocabulary)
+    given, normalization = read_vocabulary(vocabulary, cased=cased, keep_accents=keep_accents)
     heldout_lines, lines = corpus.identity()
     request = PrepareRequest(
         sources=lines,
@@ -144,21 +142,10 @@ def prepare(
         vocabulary=f"trained:{vocab_size}" if given is None else vocabulary_sha256(given),
         text_key=text_key,
         documents=documents,
+        normalization=normalization,
     )
-    settings = Settings(
-        unit_bytes=unit_bytes,
-        shard_characters=shard_characters,
-        max_document_bytes=max_document_bytes,
-        download=download,
-        software=software(),
-    )
-    job = Job(
-        out_dir=os.path.realpath(out_dir),
-        sources=names,
-        heldout_sources=tuple(heldout_sources),
-        download=download,
-        bad_documents=bad_documents,
-    )
+    settings = Settings.here(unit_bytes, shard_characters, max_document_bytes, download)
+    job = Job.of(out_dir, names, heldout_sources, download, bad_documents)
     how = _How(vocab_size, workers, part, licence, progress or (lambda _: None), say)
     return _Run(corpus, request, settings, job, how)(given)
 
@@ -246,21 +233,13 @@ class _Run:
         if self.folder.vocabulary() is not None:
             return
         if given is None:
-
-            def report(documents: int, source_bytes: int) -> None:
-                self.how.progress(Progress("vocabulary", documents, source_bytes, None))
-
-            sample = VocabularySample(
+            given = train_vocabulary(
                 self.corpus,
-                started.plan,
-                self._reading,
-                hash_limit=hash_limit(self.request.heldout_fraction, self.corpus),
-                bad_documents=self.job.bad_documents,
-                report=report,
+                started,
+                self.how.vocab_size,
+                self.job.bad_documents,
+                lambda *now: self.how.progress(Progress("vocabulary", *now)),
             )
-            if next(iter(sample), None) is None:
-                raise no_training_text(self.request, bool(text_paths(self.corpus)))
-            given = train_wordpiece(sample, self.how.vocab_size)
         self.folder.keep_vocabulary(given)
 
     def _do_units(self, started: Started, units: range) -> None:
@@ -315,7 +294,7 @@ class _Run:
             sources=self.corpus.contents(started.plan, hashes),
             vocab_size=len(vocabulary),
             vocabulary_sha256=vocabulary_sha256(vocabulary),
-            vocabulary_files=_write_vocabulary(folder, vocabulary),
+            vocabulary_files=write_vocabulary(folder, vocabulary, self.request.normalization),
             rejected=rejected,
             text_bytes=sum(chunk.text_bytes for chunk in chunks),
             train=train,
@@ -325,20 +304,3 @@ class _Run:
         write_file(folder.path / MANIFEST_NAME, manifest.to_json().encode(), folder.temporary)
         folder.remove_notes()
         return manifest
-
-
-def _write_vocabulary(
-    folder: UnfinishedFolder, vocabulary: Sequence[str]
-) -> tuple[VocabularyFile, ...]:
-    contents = {
-        "tokenizer.json": build_tokenizer(vocabulary).to_str(pretty=True),
-        "vocab.txt": "".join(f"{token}\n" for token in vocabulary),
-    }
-    found = []
-    for name, text in contents.items():
-        path = folder.path / name
-        write_file(path, text.encode(), folder.temporary)
-        found.append(
-            VocabularyFile(name=name, size_bytes=path.stat().st_size, sha256=file_sha256(path))
-        )
-    return tuple(found)
