@@ -25,17 +25,14 @@ from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignor
 from torch.utils.tensorboard.summary import histogram
 from tqdm import tqdm
 
+from stacking_ds.metrics_file import METRICS_FILE, drop_after
 from stacking_ds.stages import Stage, StageSchedule
 
 __all__ = [
-    "METRICS_FILE",
     "Monitor",
     "measure_matmul_peak",
     "peak_memory_gib",
-    "read_metrics",
 ]
-
-METRICS_FILE = "metrics.jsonl"
 
 _MOST_HELD_BYTES = 2**24
 _EDGES = 1e-12 * 1.1 ** np.arange(774)
@@ -60,7 +57,7 @@ class Monitor:
         if not enabled:
             return
         self._schedule = schedule
-        _drop_after(run_dir / METRICS_FILE, completed_steps)
+        damage = drop_after(run_dir, completed_steps)
         failing: set[Path] = set()
         self._log = _Appended(run_dir / "train.log", failing)
         self._log_handlers = _open_logs(self._log)
@@ -69,6 +66,8 @@ class Monitor:
         self._metrics.add(b"")
         self._tensorboard.add(_first_events(completed_steps + 1))
         self._bars = _Bars(schedule, completed_steps)
+        if damage is not None:
+            logger.warning(damage)
 
     def stage(self, stage: Stage, completed_steps: int) -> None:
         """Announce the stage that trains from now on."""
@@ -138,7 +137,7 @@ class _Appended:
             self._held += piece
         try:
             self._path.parent.mkdir(exist_ok=True)
-            with self._path.open("ab") as file:
+            with open(self._path, "ab", opener=_at_once) as file:
                 size = file.seek(0, os.SEEK_END)
                 if self._whole is not None:
                     size = file.truncate(min(size, self._whole))
@@ -160,6 +159,11 @@ class _Appended:
                 self._path,
                 error.strerror or error,
             )
+
+
+def _at_once(path: str, flags: int) -> int:
+    # a FIFO that nobody reads would be waited for
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY, 0o666)
 
 
 class _Console(logging.StreamHandler[TextIO]):
@@ -219,30 +223,6 @@ class _Bars:
 
 def _finite_or_none(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def read_metrics(run_dir: Path) -> Iterator[dict[str, Any]]:
-    """The lines of `metrics.jsonl`; a last line cut off by a crash is left out."""
-    path = run_dir / METRICS_FILE
-    if not path.is_file():
-        return
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            return
-
-
-def _drop_after(path: Path, completed_steps: int) -> None:
-    if not path.is_file():
-        return
-    kept = [line for line in read_metrics(path.parent) if line["step"] <= completed_steps]
-    temporary = path.with_suffix(".tmp")
-    try:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:  # a full disk is told of without a path
-        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def _events_name() -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from stacking_ds import attempts
 from stacking_ds.ending import tell
-from stacking_ds.errors import LostRankError, UserError
+from stacking_ds.errors import ConfigError, LostRankError, UserError
 from stacking_ds.launched import (
     local_rank_from_environment,
     rank_from_environment,
@@ -23,7 +23,7 @@ from stacking_ds.which_run import add_run_options, config_of, run_dir_of
 
 if TYPE_CHECKING:
     from stacking_ds.distributed import World
-    from stacking_ds.job import Job
+    from stacking_ds.job import CheckedRecipe, Job
 
 __all__ = ["add_train"]
 
@@ -36,12 +36,19 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="check recipe and data, lay out its rows, show the schedule, and stop",
     )
+    parser.add_argument(
+        "--without-data",
+        action="store_true",
+        help="with --dry-run: check what can be checked before the token shards are there",
+    )
     # launchers pass it; the environment says the same
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parser.set_defaults(command=_train)
 
 
 def _train(options: argparse.Namespace) -> int:
+    if options.without_data and not options.dry_run:
+        raise ConfigError("--without-data is for --dry-run: training needs the token shards")
     with StopRequest() as request:  # torch takes seconds to import, and SLURM may signal meanwhile
         if options.dry_run:
             return _dry_run(options)
@@ -49,14 +56,19 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _dry_run(options: argparse.Namespace) -> int:
-    job = _checked_job(options, world_size_from_environment())
+    from stacking_ds import run_directory
+
+    check = _checked_recipe if options.without_data else _checked_job
+    checked = check(options, world_size_from_environment())
+    run_dir = run_dir_of(options, checked.config)
+    run_directory.check(run_dir, checked.config, resume=bool(options.resume))
     if rank_from_environment() == 0:
-        print(f"{job.config.to_yaml()}\n{job.draw()}")
+        print(f"{checked.config.to_yaml()}\n{checked.draw()}")
     return 0
 
 
 def _train_on_ranks(options: argparse.Namespace, request: StopRequest) -> int:
-    keep_caches_on_node()
+    keep_caches_on_node(_say_on_first_of_node)
     # a lost connection is one sentence of ours, not a page of c10d's from every rank
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # DeepSpeed, imported while there is a process group, would keep it and its threads for ever
@@ -110,7 +122,7 @@ def _train_in_world(
     from stacking_ds.trainer import train
 
     job: Job = world.on_all(lambda: _checked_job(options, world.size))
-    run_dir = run_dir_of(options)
+    run_dir = run_dir_of(options, job.config)
     require_alike(world, job, run_dir)
     places.append(run_dir)
     train(job, world, run_dir, resume=bool(options.resume), request=request)
@@ -119,12 +131,23 @@ def _train_in_world(
             print(f"see `stacking-ds report {run_dir}`", flush=True)
 
 
+def _checked_recipe(options: argparse.Namespace, world_size: int) -> "CheckedRecipe":
+    from stacking_ds.job import CheckedRecipe
+
+    recipe = CheckedRecipe.check(config_of(options))
+    recipe.require_ds_configs(world_size)
+    return recipe
+
+
 def _checked_job(options: argparse.Namespace, world_size: int) -> "Job":
     from stacking_ds.job import Job
+    from stacking_ds.run_directory import require_shards
 
-    job = Job.check(config_of(options))
-    for phase in job.phases.phases:
-        job.ds_config(world_size, phase)
+    config = config_of(options)
+    if options.recipe is None:
+        require_shards(run_dir_of(options, config), config, "--set data.path=FOLDER")
+    job = Job.check(config)
+    job.require_ds_configs(world_size)
     job.lay_out_rows(_say_on_first_of_node, len(os.sched_getaffinity(0)))
     return job
 

@@ -38,7 +38,7 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("optimizer.learnign_rate=1", "did you mean learning_rate"),
+        ("optimizer.learnign_rate=1", "did you mean optimizer.learning_rate?"),
         ("stages.1.num_hidden_layers=1", "depths must grow"),
         ("data.path=nowhere", "nowhere holds no prepared data"),
         ("data.sequence_length=64", "max_position_embeddings"),
@@ -46,7 +46,10 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
         ("schedule.warmup_steps=11", "warmup_steps=11"),
         ("engine.deepspeed=zero9", "zero0, zero1, zero2"),
         ("model.num_attention_heads=5", "not divisible"),
-        ("optimizer={name: lamb, learning_rate: 1e-3, lamb: {max_coef: 1}}", "mean max_coeff?"),
+        (
+            "optimizer={name: lamb, learning_rate: 1e-3, lamb: {max_coef: 1}}",
+            "mean optimizer.lamb.max_coeff?",
+        ),
         ("optimizer={name: lamb, learning_rate: 1e-3, lamb: {kernel: apex}}", "ZeRO 0 alone"),
         ("optimizer={name: adamw, learning_rate: 1e-3, lamb: {}}", "does not go with name=adamw"),
         ("engine={deepspeed: zero3, cuda_graphs: true}", "which ZeRO 3 (zero3) moves"),

@@ -206,13 +206,16 @@ def test_options_that_cannot_be_used_are_refused(text, tmp_path, capsys):
     small = recipe(tmp_path)
     for arguments, message in (
         (("--recipe", "nowhere.yaml"), "nowhere.yaml"),
-        ((*small, "--set", "data.pakcing=true"), "did you mean packing?"),
+        ((*small, "--set", "data.pakcing=true"), "did you mean data.packing?"),
         ((*small, "--set", "phases.0.from_step=99"), "phase 2 starts at step 8, not after"),
         ((*small, "--set", "phases.1.from_step=99"), "is not before the end of the run at step 10"),
         (("--set", "data.packing=true"), "--set data.packing=true overrides a recipe; give"),
         ((*small, "--packing"), "--packing is for use without a recipe; write --set data.packing"),
         ((*small, "--sequence-length", 16), "write --set data.sequence_length=16"),
-        (("--sequence-length", 7), "--sequence-length is 7: Input should be greater than or equal"),
+        (
+            ("--sequence-length", 7),
+            "--sequence-length is 7, but sequence_length must be at least 8",
+        ),
         (("--examples-shown", -1), "--examples-shown is -1; it must be at least 0"),
         (("--workers", 0), "--workers is 0; it must be at least 1"),
     ):

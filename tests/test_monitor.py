@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import resource
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,9 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from stacking_ds.monitor import Monitor, measure_matmul_peak, peak_memory_gib, read_metrics
+from stacking_ds.errors import CheckpointError
+from stacking_ds.metrics_file import read_metrics
+from stacking_ds.monitor import Monitor, measure_matmul_peak, peak_memory_gib
 from stacking_ds.stages import StageSchedule
 
 SCHEDULE = StageSchedule.from_depths([(2, 3), (4, 3)])
@@ -73,6 +76,30 @@ def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path: Path) -> None:
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
     _write(tmp_path, range(4, 5), completed_steps=3)
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("damage", [b"\xff\x00", b"[" * 100_000, b"[1]", b'{"step": "2"}', b"\0"])
+def test_a_damaged_line_costs_that_line_and_is_told(tmp_path: Path, damage: bytes) -> None:
+    _write(tmp_path, range(1, 4))
+    path = tmp_path / "metrics.jsonl"
+    first, *rest = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([first, damage, *rest, b""]))
+    _write(tmp_path, range(4, 5), completed_steps=3)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4]
+    said = f"{path}: passed over 1 line, which is no record (line 2)"
+    assert (tmp_path / "train.log").read_text().count(said) == 1
+
+
+@pytest.mark.timeout(20)
+def test_no_fifo_is_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "train.log")
+    _write(tmp_path, range(1, 4))
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
+    assert f"are not written to {tmp_path / 'train.log'}" in capsys.readouterr().err
+    (tmp_path / "metrics.jsonl").unlink()
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(CheckpointError, match="is damaged: it is not a regular file; move it"):
+        _write(tmp_path, range(4, 5), completed_steps=3)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -1,7 +1,9 @@
 """The table of a run: true to its metrics, also for a run that is half way."""
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -74,3 +76,63 @@ def test_attempts_are_told_of_when_there_were_several(run_dir: Path) -> None:
     attempts.begun(run_dir, 1, 2, ["node1"])
     attempts.ended(run_dir, "complete", 2, "")
     assert "3 attempts: 1 stopped, 1 killed, 1 complete" in run_table(run_dir)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\xff\x00",
+        b"[" * 100_000,
+        b"[1]",
+        b"null",
+        b'{"step": 2}',
+        b'{"step": ' + b"9" * 5000 + b"}",
+    ],
+    ids=lambda line: line[:20].decode(errors="replace"),
+)
+def test_what_is_no_line_of_metrics_is_passed_over_and_told(run_dir: Path, line: bytes) -> None:
+    _write(run_dir, (3, 0, 1, None), (4, 0, 1, 6.125))
+    whole = run_table(run_dir)
+    path = run_dir / "metrics.jsonl"
+    first, second = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([first, line, second, b""]))
+    assert run_table(run_dir) == f"{whole}\n{path}: passed over 1 line, which is no record (line 2)"
+    path.write_bytes(line)
+    with pytest.raises(CheckpointError, match=r"no metrics yet; train it first \(.* passed over 1"):
+        run_table(run_dir)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"stage": 99},
+        {"stage": -1},
+        {"stage": 1},  # it is a step of stage 0
+        {"step": 10**6},
+        {"stage/train_seconds": 0.0},
+        {"stage/tokens": 1e999},
+        {"train/loss": "7"},
+        {"wall_seconds": float("nan")},
+        {"num_hidden_layers": [1]},
+    ],
+    ids=str,
+)
+def test_a_line_that_cannot_be_true_is_passed_over(run_dir: Path, change: dict[str, Any]) -> None:
+    _write(run_dir, (3, 0, 1, None), (4, 0, 1, 6.125))
+    path = run_dir / "metrics.jsonl"
+    line = {**json.loads(path.read_text().splitlines()[0]), **change}
+    path.write_text(json.dumps(line) + "\n" + path.read_text())
+    assert "passed over 1 line, which is no record (line 1)" in run_table(run_dir)
+
+
+@pytest.mark.timeout(20)
+def test_a_run_whose_attempts_are_no_file_is_told_of(run_dir: Path) -> None:
+    _write(run_dir, (2, 0, 1, 6.0))
+    os.mkfifo(run_dir / "attempts.jsonl")
+    assert "attempts.jsonl is damaged: it is not a regular file; move it aside" in run_table(
+        run_dir
+    )
+    (run_dir / "metrics.jsonl").unlink()
+    os.mkfifo(run_dir / "metrics.jsonl")
+    with pytest.raises(CheckpointError, match=r"metrics.jsonl is damaged: it is not a regular"):
+        run_table(run_dir)
