@@ -8,27 +8,44 @@ from stacking_ds import checkpoint, run_tokenizer
 from stacking_ds.checkpoint.choice import choose
 from stacking_ds.config import RunConfig
 from stacking_ds.distributed import World
+from stacking_ds.errors import CheckpointError
 from stacking_ds.evaluate.heldout import HeldOut, evaluate_heldout
 from stacking_ds.export import export_to_hugging_face
 from stacking_ds.job import Job
-from stacking_ds.model.bert import BertForPreTraining
+from stacking_ds.model.bert import BertForPreTraining, parameter_shapes
 from stacking_ds.model.config import BertConfig
-from stacking_ds.model.names import WORD_EMBEDDINGS
 
 __all__ = ["export_if_missing", "export_run", "load_model", "run_heldout"]
 
 
 def load_model(job: Job, found: Path) -> BertForPreTraining:
     """The fp32 model of a checkpoint, on the CPU."""
-    manifest = checkpoint.read_manifest(found)
-    job.require_vocabulary(manifest.vocabulary_sha256, found)
-    model = BertForPreTraining(job.model_config(manifest.num_hidden_layers), seed=0)
+    job.require_vocabulary(checkpoint.read_manifest(found).vocabulary_sha256, found)
+    model_config = _model_config(job.config, job.shards.manifest.vocab_size, found)
+    model = BertForPreTraining(model_config, seed=0)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in checkpoint.read_parameters(found):
-            parameters.pop(name).copy_(tensor)
-    assert not parameters, f"{found} lacks {sorted(parameters)}"
+            parameters[name].copy_(tensor)
     return model
+
+
+def _model_config(run: RunConfig, vocab_size: int, found: Path) -> BertConfig:
+    """The model of a checkpoint, of whose parameters it has each and no others.
+
+    Raises:
+        CheckpointError: it is not a model of the run's.
+    """
+    manifest = checkpoint.read_manifest(found)
+    depth = manifest.num_hidden_layers
+    if depth > len(manifest.parameters):  # before a model of so many layers is made
+        raise CheckpointError(
+            f"{found} is damaged: it says that it has {depth:,} layers, and has "
+            f"{len(manifest.parameters):,} parameters; {checkpoint.fall_back(found)}"
+        )
+    config = BertConfig(vocab_size=vocab_size, num_hidden_layers=depth, **run.model.model_dump())
+    checkpoint.require_shapes(found, manifest, parameter_shapes(config))
+    return config
 
 
 def run_heldout(job: Job, found: Path, world: World) -> HeldOut:
@@ -52,14 +69,10 @@ def export_run(
     that of the prepared folder `data`; token shards are not needed.
     """
     found = choose(run_dir, name)
-    manifest = checkpoint.read_manifest(found)
-    tokenizer = run_tokenizer.choose(run_dir, config, manifest.vocabulary_sha256, data)
-    vocab_size, _ = manifest.parameters[WORD_EMBEDDINGS].shape
-    model = BertConfig(
-        vocab_size=vocab_size,
-        num_hidden_layers=manifest.num_hidden_layers,
-        **config.model.model_dump(),
+    tokenizer = run_tokenizer.choose(
+        run_dir, config, checkpoint.read_manifest(found).vocabulary_sha256, data
     )
+    model = _model_config(config, run_tokenizer.vocab_size(tokenizer), found)
     target = out or run_dir / "export"
     export_to_hugging_face(checkpoint.read_parameters(found), model, tokenizer, target)
     return target

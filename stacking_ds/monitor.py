@@ -26,6 +26,7 @@ from torch.utils.tensorboard.summary import histogram
 from tqdm import tqdm
 
 from stacking_ds.metrics_file import METRICS_FILE, drop_after
+from stacking_ds.small_files import without_waiting
 from stacking_ds.stages import Stage, StageSchedule
 
 __all__ = [
@@ -137,7 +138,7 @@ class _Appended:
             self._held += piece
         try:
             self._path.parent.mkdir(exist_ok=True)
-            with open(self._path, "ab", opener=_at_once) as file:
+            with open(self._path, "ab", opener=without_waiting) as file:
                 size = file.seek(0, os.SEEK_END)
                 if self._whole is not None:
                     size = file.truncate(min(size, self._whole))
@@ -159,11 +160,6 @@ class _Appended:
                 self._path,
                 error.strerror or error,
             )
-
-
-def _at_once(path: str, flags: int) -> int:
-    # a FIFO that nobody reads would be waited for
-    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY, 0o666)
 
 
 class _Console(logging.StreamHandler[TextIO]):

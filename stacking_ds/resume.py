@@ -7,14 +7,17 @@ enter (look, lock) -> the engine is built and filled -> claim (write) -> the att
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from stacking_ds import attempts, checkpoint, run_directory, run_tokenizer
 from stacking_ds.distributed import World, is_lost_contact
 from stacking_ds.errors import CheckpointError, NonFiniteError, UserError, is_mendable
 from stacking_ds.job import Job
 from stacking_ds.meter import TrainState
+from stacking_ds.stages import StageSchedule
 
 __all__ = ["claim", "enter", "recorded"]
 
@@ -90,12 +93,34 @@ def _state_of(found: Path, job: Job) -> TrainState:
             f"run's own, go back to that version, or start another run"
         )
     try:
-        return TrainState(**manifest.train_state)
-    except TypeError as error:
+        found_state: dict[str, Any] = manifest.train_state
+        state = TrainState(**found_state)
+        _require_sense(state, manifest, job.schedule)
+    except (TypeError, ValueError) as error:
         raise CheckpointError(
             f"{found / 'manifest.json'} is damaged or of another version ({error}); "
             f"{checkpoint.fall_back(found)}"
         ) from None
+    return state
+
+
+def _require_sense(
+    state: TrainState, manifest: checkpoint.Manifest, schedule: StageSchedule
+) -> None:
+    """Raises:
+    TypeError: a count is no whole number.
+    ValueError: the state is not that of the checkpoint's step and depth.
+    """
+    for field in fields(state):
+        if field.type is int and not isinstance(getattr(state, field.name), int):
+            raise TypeError(f"{field.name} is no whole number")
+    if state.stage_index >= len(schedule.stages):
+        raise ValueError(f"there is no stage {state.stage_index}")
+    stage = schedule.stages[state.stage_index]
+    if state.step != manifest.step or not stage.start_step <= state.step <= stage.end_step:
+        raise ValueError(f"step {state.step} is none of stage {stage.index}")
+    if manifest.num_hidden_layers != stage.num_hidden_layers:
+        raise ValueError(f"stage {stage.index} has not {manifest.num_hidden_layers} layers")
 
 
 @contextmanager

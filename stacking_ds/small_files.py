@@ -10,8 +10,9 @@ import math
 import os
 import stat
 from collections.abc import Callable, Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 __all__ = [
     "DamagedFileError",
@@ -24,6 +25,7 @@ __all__ = [
     "read_json",
     "read_json_lines",
     "read_text",
+    "without_waiting",
 ]
 
 _MOST_BYTES = 2**30
@@ -65,7 +67,7 @@ class PassedOver:
         return f"{self.path}: passed over {what} no record ({where} {self._first:,})"
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Open a regular file for reading bytes; never waits for a writer.
 
     Raises:
@@ -82,6 +84,12 @@ def open_regular(path: Path) -> BinaryIO:
         os.close(descriptor)
         raise DamagedFileError(path, "it is not a regular file")
     return os.fdopen(descriptor, "rb")
+
+
+def without_waiting(path: str, flags: int) -> int:
+    """An `opener` for what is written: a FIFO that nobody reads is an OSError, and not waited
+    for."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY, 0o666)
 
 
 def read_bytes(path: Path, most_bytes: int = _MOST_BYTES) -> bytes:
@@ -111,7 +119,7 @@ def read_text(path: Path, most_bytes: int = _MOST_BYTES) -> str:
         raise DamagedFileError(path, f"byte {error.start} is not UTF-8") from None
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes | bytearray) -> Any:
     """The value of a JSON text.
 
     Raises:

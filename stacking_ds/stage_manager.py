@@ -235,7 +235,7 @@ class StageManager:
             seed_moments(self.engine, manifest.optimizer_step)
         checkpoint.load(found, fragments(self.engine), world=self._world)
         refresh(self.engine)
-        if manifest.config["engine"]["precision"] == "fp16":
+        if manifest.precision == "fp16":
             set_loss_scale(self.engine, manifest.loss_scale)
 
     def optimizer_metrics(self) -> tuple[dict[str, float], dict[str, list[float]]]:

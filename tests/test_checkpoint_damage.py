@@ -71,7 +71,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "flipped length": (lambda f: _flip(f / FILE, 0), f"{FILE} is damaged: the bytes from 0 on"),
     "flipped value": (lambda f: _flip(f / FILE, -1), f"{FILE} is damaged: the bytes from "),
     "missing": (lambda f: (f / FILE).unlink(), f"{FILE} cannot be read (No such file"),
-    "a folder": (_replace_by_a_folder, f"{FILE} cannot be read (Is a directory)"),
+    "a folder": (_replace_by_a_folder, f"{FILE} is damaged: it is not a regular file"),
     "no manifest": (
         lambda f: (f / "manifest.json").unlink(),
         "manifest.json cannot be read (No such file",
@@ -169,7 +169,7 @@ def test_a_manifest_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
     a = manifest.parameters["a"]
     for change, what in (
         ({"files": ()}, "0 files of 1 ranks"),
-        ({"files": (file.model_copy(update={"checksums": ("x",)}),)}, "1 of "),
+        ({"files": (file.model_copy(update={"checksums": ("0" * 32,)}),)}, "1 of "),
         ({"parameters": {"a": a.model_copy(update={"size": 5})}}, "not all elements of a are in"),
     ):
         (folder / "manifest.json").write_text(manifest.model_copy(update=change).to_json())

@@ -87,6 +87,10 @@ def test_another_file_in_a_shards_place_is_noticed(folder):
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["train"]["shards"][0]["documents"] += 1
     (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match="its documents are not those of its files without the dup"):
+        TokenShards.open(folder)
+    manifest["train"]["documents"] += 1
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(DataError, match=r"train-00000-000\.arrow holds .* not what its manifest"):
         TokenShards.open(folder).split("train")
 

@@ -15,6 +15,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from stacking_ds.errors import CheckpointError, UnreadableError
+from stacking_ds.small_files import DamagedFileError, read_text
 
 __all__ = [
     "begin",
@@ -27,11 +28,14 @@ __all__ = [
     "prune",
     "publish",
     "saved_steps",
+    "step_of",
     "sync",
     "use_command",
 ]
 
-_NAME = re.compile(r"step_(\d{8,})")
+_NAME = re.compile(r"step_([0-9]{8,18})")
+_HIDDEN = re.compile(rf"\.{_NAME.pattern}\.(?:partial|removed)")
+_MOST_POINTER_BYTES = 256
 
 
 def folder_name(step: int) -> str:
@@ -49,6 +53,12 @@ def _removed(folder: Path) -> Path:
 
 def _step_of(folder: Path) -> int | None:
     found = _NAME.fullmatch(folder.name)
+    return int(found[1]) if found else None
+
+
+def step_of(folder: Path) -> int | None:
+    """The step that a checkpoint's folder is named by, also a hidden one; None if by none."""
+    found = _NAME.fullmatch(folder.name) or _HIDDEN.fullmatch(folder.name)
     return int(found[1]) if found else None
 
 
@@ -76,9 +86,16 @@ def saved_steps(run_dir: Path) -> list[int]:
 
 
 def named_by_latest(root: Path) -> str | None:
-    """The name in `root`/latest; None before the run's first checkpoint."""
-    pointer = root / "latest"
-    return pointer.read_text(encoding="utf-8").strip() if pointer.exists() else None
+    """The name in `root`/latest; None before the run's first checkpoint.
+
+    Raises:
+        DamagedFileError: it is no text, or no regular file.
+        OSError: it cannot be read.
+    """
+    try:
+        return read_text(root / "latest", _MOST_POINTER_BYTES).strip()
+    except FileNotFoundError:
+        return None
 
 
 def latest(run_dir: Path) -> Path | None:
@@ -88,10 +105,19 @@ def latest(run_dir: Path) -> Path | None:
     since a folder is there only when it is whole.
 
     Raises:
-        CheckpointError: `latest` names a folder that is not there.
+        UnreadableError: nobody knows which one it is.
+        CheckpointError: `latest` is damaged, or names a folder that is not there.
     """
-    root = run_dir / "checkpoints"
-    name, steps = named_by_latest(root), saved_steps(run_dir)
+    root, steps = run_dir / "checkpoints", saved_steps(run_dir)
+    try:
+        name = named_by_latest(root)
+        wrong = f"names {name!r}, which is not there"
+    except DamagedFileError as damage:
+        name, wrong = "", f"is damaged: {damage.reason}"
+    except OSError as error:
+        raise UnreadableError(
+            f"{root / 'latest'} cannot be read ({error.strerror}); mend access to it and try again"
+        ) from None
     if name is None:
         return root / folder_name(steps[-1]) if steps else None
     folder = root / name
@@ -102,21 +128,20 @@ def latest(run_dir: Path) -> Path | None:
             return _removed(folder)
     others = ", ".join(map(folder_name, steps)) or "none"
     raise CheckpointError(
-        f"{root / 'latest'} names {name!r}, which is not there; say from which checkpoint to go on "
-        f"with `stacking-ds checkpoint use {shlex.quote(str(run_dir))} STEP` (there is: {others})"
+        f"{root / 'latest'} {wrong}; say from which checkpoint to go on with "
+        f"`stacking-ds checkpoint use {shlex.quote(str(run_dir))} STEP` (there is: {others})"
     )
 
 
 def fall_back(folder: Path) -> str:
     """What to do when the checkpoint `folder` cannot be used: the end of an error's sentence."""
-    root, named = folder.parent, re.search(_NAME, folder.name)
-    if root.name != "checkpoints" or named is None:
+    root, step = folder.parent, step_of(folder)
+    if root.name != "checkpoints" or step is None:
         return "bring it back from a copy, or use another checkpoint of its run"
-    step = int(named[1])
     others = [
         other
         for other in _steps_in(root)
-        if other != step and (root / folder_name(other) / "manifest.json").exists()
+        if other != step and os.path.isfile(root / folder_name(other) / "manifest.json")
     ]
     if not others:
         return "there is no other checkpoint, so start the run again with another --run-dir"

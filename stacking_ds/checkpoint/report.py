@@ -16,7 +16,7 @@ from stacking_ds.checkpoint.manifest import Manifest, Parameter, read_manifest
 from stacking_ds.checkpoint.state import problems as problems_of
 from stacking_ds.checkpoint.state import read_parameters
 from stacking_ds.config import RunConfig
-from stacking_ds.errors import CheckpointError, UnreadableError
+from stacking_ds.errors import CheckpointError, UnreadableError, UserError
 from stacking_ds.optim.schedule import LearningRateSchedule
 from stacking_ds.text_table import aligned, readable_size
 
@@ -58,7 +58,7 @@ def listed(run_dir: Path) -> list[dict[str, Any]]:
 def _on_disk(folder: Path) -> dict[str, Any]:
     written = datetime.fromtimestamp(folder.stat().st_mtime).astimezone()
     try:
-        size_bytes = sum(path.stat().st_size for path in folder.iterdir())
+        size_bytes = sum(path.lstat().st_size for path in folder.iterdir())
     except PermissionError:
         size_bytes = None
     return {
@@ -103,9 +103,12 @@ def _says(folder: Path) -> dict[str, Any]:
 def config_of(manifest: Manifest) -> RunConfig | None:
     """The run's recipe; None if another version wrote it, whose recipes are not ours."""
     try:
-        return RunConfig.model_validate_json(json.dumps(manifest.config))
-    except ValidationError:
+        config = RunConfig.model_validate_json(json.dumps(manifest.config))
+        if manifest.step > config.stage_schedule().total_steps:
+            return None
+    except (ValidationError, UserError):
         return None
+    return config
 
 
 def listing(run_dir: Path) -> str:

@@ -39,6 +39,7 @@ from stacking_ds.data.packing import pack
 from stacking_ds.data.shard_writer import write_arrow, write_file
 from stacking_ds.data.shards import TokenSplit
 from stacking_ds.errors import DataError
+from stacking_ds.small_files import DamagedFileError, read_bytes
 
 __all__ = ["find_layout", "open_layout", "require_documents"]
 
@@ -101,14 +102,14 @@ def _roots(split: TokenSplit) -> Iterator[Path]:
 
 def _read(folder: Path, spec: LayoutSpec, identity: str) -> Layout | None:
     try:
-        record = LayoutRecord.model_validate_json((folder / RECORD_NAME).read_bytes())
+        record = LayoutRecord.model_validate_json(read_bytes(folder / RECORD_NAME))
         sizes = [(folder / part.name).stat().st_size for part in record.parts]
         if (record.spec, record.identity) != (spec, identity):
             return None
         if sizes != [part.size_bytes for part in record.parts]:
             return None
         return Layout(folder, record)
-    except (OSError, ValidationError, DataError):
+    except (OSError, ValidationError, DamagedFileError, DataError):
         return None
 
 

@@ -10,13 +10,11 @@ import torch
 
 from stacking_ds.errors import CheckpointError
 
-__all__ = ["TIED_AT_HUGGING_FACE", "WORD_EMBEDDINGS", "from_hugging_face", "to_hugging_face"]
-
-WORD_EMBEDDINGS = "bert.embeddings.word_embeddings.weight"
+__all__ = ["TIED_AT_HUGGING_FACE", "from_hugging_face", "to_hugging_face"]
 
 # Hugging Face's second name -> the name under which we, and Hugging Face too, keep the values.
 TIED_AT_HUGGING_FACE = {
-    "cls.predictions.decoder.weight": WORD_EMBEDDINGS,
+    "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
     "cls.predictions.decoder.bias": "cls.predictions.bias",
 }
 

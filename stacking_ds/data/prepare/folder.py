@@ -32,6 +32,7 @@ from stacking_ds.data.prepare.unit import SPLITS, Chunk
 from stacking_ds.data.shard_writer import write_file
 from stacking_ds.data.tokenizer import load_vocabulary
 from stacking_ds.errors import DataError
+from stacking_ds.small_files import DamagedFileError, read_bytes
 
 __all__ = ["FileHash", "Settings", "Started", "UnfinishedFolder", "UnitRecord", "software"]
 
@@ -148,7 +149,7 @@ class UnfinishedFolder:
         path = self.path / shard.name
         try:
             return path.stat().st_size == shard.size_bytes and file_sha256(path) == shard.sha256
-        except OSError:
+        except (OSError, DamagedFileError):
             return False
 
     def remove_notes(self) -> None:
@@ -182,8 +183,8 @@ def _record_name(unit: int) -> str:
 def _read(path: Path, kind: type[_R]) -> _R | None:
     """The record in a file; None if it is not there or, after a machine's crash, not whole."""
     try:
-        return kind.model_validate_json(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValidationError):
+        return kind.model_validate_json(read_bytes(path))
+    except (FileNotFoundError, NotADirectoryError, DamagedFileError, ValidationError):
         return None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
