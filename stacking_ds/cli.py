@@ -2,7 +2,6 @@
 report · slurm · bench`."""
 
 import argparse
-import dataclasses
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -56,7 +55,11 @@ def _parser() -> argparse.ArgumentParser:
         ("prepare", "text to token shards", add_prepare),
         ("train", "train a recipe, growing from stage to stage", add_train),
         ("data", "inspect prepared shards, or lay out their rows", add_data),
-        ("checkpoint", "a run's checkpoints: list, verify, inspect, use one", add_checkpoint),
+        (
+            "checkpoint",
+            "list, verify or inspect a run's checkpoints, or choose from which to go on",
+            add_checkpoint,
+        ),
         ("evaluate", "held-out loss of a run's checkpoint", _add_evaluate),
         ("export", "a run's model as a Hugging Face folder", _add_export),
         ("report", "what happened in a run, as a table", _add_report),
@@ -95,7 +98,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     try:
         result = run_heldout(job, found, world)
         if world.is_first:
-            print(json.dumps({"checkpoint": str(found), **dataclasses.asdict(result)}))
+            print(json.dumps({"checkpoint": str(found), **result.record()}))
+        result.require_finite(f"of {found}")
     finally:
         distributed.stop()
     return 0
@@ -114,12 +118,16 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from stacking_ds.from_checkpoint import export_run
+    from stacking_ds.checkpoint.choice import choose
+    from stacking_ds.from_checkpoint import export_run, warning_of
     from stacking_ds.run_directory import read_config
 
     config = read_config(options.run_dir)
     place = export_run(config, options.run_dir, options.checkpoint, options.out, options.data)
     print(f"exported: {place}")
+    warning = warning_of(options.run_dir, choose(options.run_dir, options.checkpoint))
+    if warning:
+        print(f"stacking-ds: warning: {warning}", file=sys.stderr)
     return 0
 
 

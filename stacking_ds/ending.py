@@ -3,27 +3,28 @@
 import sys
 
 from stacking_ds.errors import (
+    EXIT_FAILURE,
     EXIT_LOST_RANK,
     EXIT_NOT_FINITE,
     EXIT_USER_ERROR,
+    LoaderError,
     LostRankError,
     NonFiniteError,
     UserError,
     is_mendable,
 )
 from stacking_ds.launched import local_rank_from_environment, rank_from_environment
+from stacking_ds.stop_request import INTERRUPTED
 
-__all__ = ["INTERRUPTED", "tell"]
-
-INTERRUPTED = 130
+__all__ = ["tell"]
 
 
 def tell(error: BaseException) -> int | None:
     """Say the error as a sentence, on rank 0 if all ranks have it, else on the rank that has it;
     the exit code. None for an error that is no user's, whose traceback says more.
 
-    0 done (or stopped when asked), 2 something the user can mend, 3 a loss that is not finite,
-    4 another rank is lost, 130 interrupted.
+    0 done (or stopped when asked), 1 a process of the loader is lost, 2 something the user can
+    mend, 3 a loss that is not finite, 4 another rank is lost, 130 interrupted.
     """
     everywhere = getattr(error, "on_all_ranks", False)
     if isinstance(error, UserError):
@@ -35,6 +36,9 @@ def tell(error: BaseException) -> int | None:
     if isinstance(error, NonFiniteError):
         _say(f"stacking-ds: error: {error}", everywhere)
         return EXIT_NOT_FINITE
+    if isinstance(error, LoaderError):
+        _say(f"stacking-ds: error: {error}", everywhere)
+        return EXIT_FAILURE
     if isinstance(error, LostRankError):
         if not error.said_elsewhere and _first_of_node():
             _say(f"stacking-ds: error: {error}", False)

@@ -3,12 +3,14 @@
 import errno
 
 __all__ = [
+    "EXIT_FAILURE",
     "EXIT_LOST_RANK",
     "EXIT_NOT_FINITE",
     "EXIT_USER_ERROR",
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "LoaderError",
     "LostRankError",
     "NonFiniteError",
     "StageError",
@@ -17,8 +19,8 @@ __all__ = [
     "is_mendable",
 ]
 
-EXIT_USER_ERROR, EXIT_NOT_FINITE, EXIT_LOST_RANK = 2, 3, 4
-"""What a program ends with; 1 is any other failure."""
+EXIT_FAILURE, EXIT_USER_ERROR, EXIT_NOT_FINITE, EXIT_LOST_RANK = 1, 2, 3, 4
+"""What a program ends with."""
 
 _MENDABLE = {
     errno.ENOSPC,
@@ -64,6 +66,10 @@ class NonFiniteError(RuntimeError):
     """The loss or the gradient became NaN or infinite; the weights were not updated with it."""
 
     on_all_ranks = True
+
+
+class LoaderError(RuntimeError):
+    """A process that builds batches has ended or hangs; another attempt may fare better."""
 
 
 class LostRankError(RuntimeError):

@@ -13,6 +13,8 @@ from stacking_ds.checkpoint.tensor_file import little_endian_bytes, safetensors_
 from stacking_ds.errors import CheckpointError, ConfigError, DataError
 from stacking_ds.model.bert import parameter_shapes
 from stacking_ds.model.config import BertConfig
+from stacking_ds.small_files import is_count, read_json
+from stacking_ds.text_table import first_of
 
 __all__ = ["export_to_hugging_face"]
 
@@ -23,6 +25,8 @@ _SPECIAL_TOKENS = {
     "cls_token": "[CLS]",
     "mask_token": "[MASK]",
 }
+
+_SWITCHES = ("lowercase", "strip_accents", "handle_chinese_chars")
 
 _FILES = {
     "config.json",
@@ -38,6 +42,8 @@ def export_to_hugging_face(
     config: BertConfig,
     tokenizer_dir: Path,
     out_dir: Path,
+    *,
+    longest_tokens: int | None = None,
 ) -> None:
     """Write the model and its tokenizer into `out_dir`.
 
@@ -50,6 +56,8 @@ def export_to_hugging_face(
         config: the model's sizes.
         tokenizer_dir: folder with the `tokenizer.json` and `vocab.txt` of the training data.
         out_dir: new, empty, or an earlier export.
+        longest_tokens: the longest rows that trained the model, to which its tokenizer is to cut
+            text: the embeddings of later positions are as random as they began. None: all were.
 
     Raises:
         ConfigError: a pre-LN model, or an `out_dir` with something else in it.
@@ -76,7 +84,10 @@ def export_to_hugging_face(
         partial.mkdir(parents=True)
         _write_weights(partial / "model.safetensors", tensors, config)
         _write_json(partial / "config.json", _model_json(config, tokenizer))
-        _write_json(partial / "tokenizer_config.json", _tokenizer_json(config, tokenizer))
+        _write_json(
+            partial / "tokenizer_config.json",
+            _tokenizer_json(tokenizer, longest_tokens or config.max_position_embeddings),
+        )
         for name in ("tokenizer.json", "vocab.txt"):
             shutil.copyfile(tokenizer_dir / name, partial / name)
         for path in (*partial.iterdir(), partial):
@@ -113,10 +124,10 @@ def _write_weights(
             file.seek(place)
             file.write(little_endian_bytes(tensor))
     if places or surplus:
+        missing, others = (first_of(list(map(repr, sorted(names)))) for names in (places, surplus))
         raise CheckpointError(
             f"the tensors are not those of a model of {config.num_hidden_layers} layers: missing "
-            f"{sorted(places)}, unknown or twice {sorted(surplus)}; export with the checkpoint's "
-            f"own config"
+            f"[{missing}], unknown or twice [{others}]; export with the checkpoint's own config"
         )
 
 
@@ -125,9 +136,11 @@ def _read_tokenizer(folder: Path) -> dict[str, Any]:
         if not (folder / name).is_file():
             raise DataError(f"{folder / name} is missing; point to the folder of prepared data")
     try:
-        tokenizer: dict[str, Any] = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+        tokenizer: dict[str, Any] = read_json(folder / "tokenizer.json")
         kinds = tokenizer["model"]["type"], tokenizer["normalizer"]["type"]
-        special = [tokenizer["model"]["vocab"][token] for token in _SPECIAL_TOKENS.values()]
+        vocabulary = tokenizer["model"]["vocab"]
+        special = [vocabulary[token] for token in _SPECIAL_TOKENS.values()]
+        switches = [tokenizer["normalizer"][name] for name in _SWITCHES]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{folder / 'tokenizer.json'} is not a BERT tokenizer ({error!r}); prepare the data "
@@ -138,7 +151,13 @@ def _read_tokenizer(folder: Path) -> dict[str, Any]:
             f"{folder / 'tokenizer.json'} is made of {kinds}, and BERT's of WordPiece with a "
             f"BertNormalizer; export needs the tokenizer that prepared the data"
         )
-    assert len(set(special)) == len(special)
+    right = all(map(is_count, special)) and len(set(special)) == len(special)
+    if not right or not all(each is None or isinstance(each, bool) for each in switches):
+        raise DataError(
+            f"{folder / 'tokenizer.json'} is damaged: its special tokens have no ids of their own, "
+            f"or a switch of its normalizer is neither on nor off; prepare the data anew or "
+            f"restore the file"
+        )
     return tokenizer
 
 
@@ -163,14 +182,14 @@ def _model_json(config: BertConfig, tokenizer: dict[str, Any]) -> dict[str, Any]
     }
 
 
-def _tokenizer_json(config: BertConfig, tokenizer: dict[str, Any]) -> dict[str, Any]:
+def _tokenizer_json(tokenizer: dict[str, Any], longest_tokens: int) -> dict[str, Any]:
     normalizer = tokenizer["normalizer"]
     return {
         "tokenizer_class": "BertTokenizer",
         "do_lower_case": normalizer["lowercase"],
         "strip_accents": normalizer["strip_accents"],
         "tokenize_chinese_chars": normalizer["handle_chinese_chars"],
-        "model_max_length": config.max_position_embeddings,
+        "model_max_length": longest_tokens,
         **_SPECIAL_TOKENS,
     }
 

@@ -8,21 +8,25 @@ from stacking_ds import checkpoint, run_tokenizer
 from stacking_ds.checkpoint.choice import choose
 from stacking_ds.config import RunConfig
 from stacking_ds.distributed import World
+from stacking_ds.divergence import judge
 from stacking_ds.errors import CheckpointError
 from stacking_ds.evaluate.heldout import HeldOut, evaluate_heldout
 from stacking_ds.export import export_to_hugging_face
 from stacking_ds.job import Job
+from stacking_ds.metrics_file import read_metrics
 from stacking_ds.model.bert import BertForPreTraining, parameter_shapes
 from stacking_ds.model.config import BertConfig
+from stacking_ds.model.names import WORD_EMBEDDINGS
 
-__all__ = ["export_if_missing", "export_run", "load_model", "run_heldout"]
+__all__ = ["export_if_missing", "export_run", "load_model", "run_heldout", "warning_of"]
 
 
 def load_model(job: Job, found: Path) -> BertForPreTraining:
     """The fp32 model of a checkpoint, on the CPU."""
-    job.require_vocabulary(checkpoint.read_manifest(found).vocabulary_sha256, found)
-    model_config = _model_config(job.config, job.shards.manifest.vocab_size, found)
-    model = BertForPreTraining(model_config, seed=0)
+    manifest = checkpoint.read_manifest(found)
+    job.require_vocabulary(manifest.vocabulary_sha256, found)
+    config = _model_config(found, manifest, job.config, job.shards.manifest.vocab_size)
+    model = BertForPreTraining(config, seed=0)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in checkpoint.read_parameters(found):
@@ -30,13 +34,14 @@ def load_model(job: Job, found: Path) -> BertForPreTraining:
     return model
 
 
-def _model_config(run: RunConfig, vocab_size: int, found: Path) -> BertConfig:
+def _model_config(
+    found: Path, manifest: checkpoint.Manifest, run: RunConfig, vocab_size: int
+) -> BertConfig:
     """The model of a checkpoint, of whose parameters it has each and no others.
 
     Raises:
-        CheckpointError: it is not a model of the run's.
+        CheckpointError: it is not a model of the run's, or of another vocabulary's size.
     """
-    manifest = checkpoint.read_manifest(found)
     depth = manifest.num_hidden_layers
     if depth > len(manifest.parameters):  # before a model of so many layers is made
         raise CheckpointError(
@@ -69,13 +74,26 @@ def export_run(
     that of the prepared folder `data`; token shards are not needed.
     """
     found = choose(run_dir, name)
-    tokenizer = run_tokenizer.choose(
-        run_dir, config, checkpoint.read_manifest(found).vocabulary_sha256, data
-    )
-    model = _model_config(config, run_tokenizer.vocab_size(tokenizer), found)
+    manifest = checkpoint.read_manifest(found)
+    tokenizer = run_tokenizer.choose(run_dir, config, manifest.vocabulary_sha256, data)
+    table = manifest.parameters.get(WORD_EMBEDDINGS)
+    vocab_size = table.shape[0] if table is not None and table.shape else 1
+    model = _model_config(found, manifest, config, vocab_size)
     target = out or run_dir / "export"
-    export_to_hugging_face(checkpoint.read_parameters(found), model, tokenizer, target)
+    export_to_hugging_face(
+        checkpoint.read_parameters(found),
+        model,
+        tokenizer,
+        target,
+        longest_tokens=config.phase_schedule().longest(manifest.step),
+    )
     return target
+
+
+def warning_of(run_dir: Path, found: Path) -> str | None:
+    """What the run's losses up to the checkpoint `found` warn of, for people, if of anything."""
+    step = checkpoint.read_manifest(found).step
+    return judge(line for line in read_metrics(run_dir) if line["step"] <= step).warning
 
 
 def export_if_missing(job: Job, run_dir: Path) -> str | None:

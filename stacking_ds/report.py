@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from stacking_ds import attempts, run_directory
+from stacking_ds.divergence import judge
 from stacking_ds.errors import CheckpointError, UserError
 from stacking_ds.metrics_file import METRICS_FILE, read_metrics
 from stacking_ds.small_files import PassedOver, is_count, is_number
@@ -17,7 +18,7 @@ _COLUMNS = (
     "layers",
     "steps",
     "tokens",
-    "train loss",
+    "train MLM loss",
     "held-out MLM loss",
     "tokens/s",
     "boundary s",
@@ -55,6 +56,7 @@ def run_table(run_dir: Path) -> str:
             f"unigram floor: {floors[-1]:.3f} held-out MLM loss of word "
             f"frequencies alone, on the same masked tokens"
         )
+    lines.append(f"state: {judge(lines_so_far).sentence}")
     steps = [
         line["step"] - schedule.stages[index].start_step for index, line in last_of_stage.items()
     ]
@@ -99,15 +101,17 @@ def _row(line: dict[str, Any], steps: int) -> tuple[str, ...]:
         str(line["num_hidden_layers"]),
         str(steps),
         f"{line['stage/tokens']:,}",
-        _shown(line.get("train/loss")),
-        _shown(line.get("eval/mlm_loss")),
+        _shown(line, "train/mlm_loss"),
+        _shown(line, "eval/mlm_loss"),
         f"{line['stage/tokens'] / line['stage/train_seconds']:,.0f}",
         f"{boundary:.2f}" if line["stage"] else "-",
     )
 
 
-def _shown(loss: float | None) -> str:
-    return "-" if loss is None else f"{loss:.3f}"
+def _shown(line: dict[str, Any], name: str) -> str:
+    if name not in line:
+        return "-"
+    return "not finite" if line[name] is None else f"{line[name]:,.3f}"
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -16,7 +16,7 @@ from stacking_ds.data.shards import TokenShards
 from stacking_ds.errors import CheckpointError, DataError
 from stacking_ds.small_files import DamagedFileError, read_text
 
-__all__ = ["choose", "keep", "vocab_size"]
+__all__ = ["choose", "keep"]
 
 _FOLDER, _SUMS, _VOCABULARY = "tokenizer", "SHA256SUMS", "vocab.txt"
 
@@ -60,7 +60,7 @@ def choose(run_dir: Path, config: RunConfig, vocabulary_sha256: str, data: Path 
     else:
         folder = data or Path(config.data.path)
         remedy = "give the prepared folder with --data"
-        if data is None and not os.path.lexists(folder / MANIFEST_NAME):
+        if data is None and not (folder / MANIFEST_NAME).exists():
             raise DataError(
                 f"{run_dir} keeps no tokenizer of its own, and its token shards are not in "
                 f"{folder}; {remedy}"
@@ -70,7 +70,7 @@ def choose(run_dir: Path, config: RunConfig, vocabulary_sha256: str, data: Path 
         path = folder / name
         try:
             found = file_sha256(path)
-        except (FileNotFoundError, DamagedFileError):
+        except FileNotFoundError:
             found = "missing"
         except OSError as error:
             raise not_opened(path, error) from None
@@ -81,11 +81,6 @@ def choose(run_dir: Path, config: RunConfig, vocabulary_sha256: str, data: Path 
             f"{run_dir} was trained with another vocabulary than that of {folder}; {remedy}"
         )
     return folder
-
-
-def vocab_size(folder: Path) -> int:
-    """The number of tokens of a verified tokenizer: its vocabulary has one a line."""
-    return (folder / _VOCABULARY).read_bytes().count(b"\n")
 
 
 def _kept_sums(folder: Path) -> Iterator[tuple[str, str]]:

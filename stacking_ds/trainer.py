@@ -9,17 +9,19 @@ layers  |     3     |     6     |           12            |
 
 import math
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from stacking_ds.data.batches import RankStep
 from stacking_ds.data.counter_random import derive_key
-from stacking_ds.data.loader import end_workers, load_steps
+from stacking_ds.data.loader import load_steps
+from stacking_ds.data.prefetch import Patience
 from stacking_ds.distributed import StopFlag, World
 from stacking_ds.engine import set_learning_rate, take_step
 from stacking_ds.errors import CheckpointError, NonFiniteError, StageError
@@ -81,9 +83,9 @@ def train(
         if state.step < job.schedule.total_steps:
             if found is not None:
                 monitor.say(f"resumed from {found}")
-            run = _Run(job, world, stages, run_dir, state, monitor, started)
+            run = _Run(job, world, stages, run_dir, state, monitor, request, started)
             try:
-                run.train(request)
+                run.train()
             except (NonFiniteError, StageError) as error:
                 error.on_all_ranks = True
                 with suppress(CheckpointError):
@@ -92,6 +94,7 @@ def train(
         else:
             monitor.say(f"{run_dir} is complete at step {state.step}; re-using it")
         if state.step == job.schedule.total_steps:
+            monitor.conclude()
             # if this is where the run is cut off, the next call makes up for it
             exported = world.on_first(lambda: export_if_missing(job, run_dir))
             if exported is not None:
@@ -108,10 +111,11 @@ class _Run:
         run_dir: Path,
         state: TrainState,
         monitor: Monitor,
+        request: StopRequest,
         started: float,
     ) -> None:
         self.job, self.world, self.run_dir = job, world, run_dir
-        self.state, self.monitor = state, monitor
+        self.state, self.monitor, self.request = state, monitor, request
         self.clock_start = started - state.wall_seconds
         self.stages = stages
         self.heldout = HeldOutPasses(job, world)
@@ -119,11 +123,11 @@ class _Run:
 
     # ---------------------------------------------------------------- the story
 
-    def train(self, request: StopRequest) -> None:
+    def train(self) -> None:
         present = self.job.schedule.stages[self.state.stage_index]
         self.monitor.say(self.job.draw())
-        request.hold_all()
-        stop = StopFlag(self.world, request)
+        self.request.hold_all()
+        stop = StopFlag(self.world, self.request)
         for stage in self.job.schedule.remaining(self.state.step):
             if stage.index > present.index:
                 self.cross_boundary(present, stage)
@@ -154,7 +158,9 @@ class _Run:
             with self.batches(phase, end_step) as batches:
                 while self.state.step < end_step:
                     started = time.perf_counter()
+                    self.world.pulse.loading = True
                     rank_step = next(batches)
+                    self.world.pulse.loading = False
                     waited = time.perf_counter() - started
                     result = self.train_step(rank_step)
                     self.count(result, phase, time.perf_counter() - started, waited)
@@ -179,6 +185,7 @@ class _Run:
         if evaluating or saving or stopping or _due(step, config.logging.every_steps):
             found = self.heldout.metrics(self.stages.engine, phase) if evaluating else {}
             self.record(stage, phase, found)
+            self.require_finite("held-out loss", sum(found.values()))
         finished = step == self.job.schedule.total_steps
         if evaluating and not stopping and not finished:
             stopping = stop.agreed()  # an evaluation may have taken as long as many steps
@@ -234,34 +241,32 @@ class _Run:
 
     def require_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
-            stage = self.job.schedule.at(self.state.step)
+            stage = self.job.schedule.stages[self.state.stage_index]
             raise NonFiniteError(
                 f"the {what} is {value} after {self.state.step} steps (stage {stage.index}, "
-                f"{stage.num_hidden_layers} layers); no checkpoint was written with it. Start "
-                f"again with a lower optimizer.learning_rate, more schedule.warmup_steps or "
+                f"{stage.num_hidden_layers} layers); nothing is saved after that. Start again "
+                f"with a lower optimizer.learning_rate, more schedule.warmup_steps or "
                 f"engine.precision=fp32"
             )
 
-    @contextmanager
-    def batches(self, phase: Phase, end_step: int) -> Iterator[Iterator[RankStep]]:
-        batches = iter(
+    def batches(self, phase: Phase, end_step: int) -> closing[Any]:
+        """An iterator over this rank's share of the steps up to `end_step`."""
+        request, seconds = self.request, self.job.config.cluster.timeout_seconds
+        return closing(
             load_steps(
                 self.job.training_steps(self.world.rank, self.world.size, phase),
                 range(self.state.step, end_step),
                 workers=self.job.config.data.loader_workers,
                 pin_memory=self.world.device.type == "cuda",
+                patience=Patience(seconds, lambda: request.made),
             )
         )
-        try:
-            yield batches
-        finally:
-            end_workers(batches)
 
     def count(self, result: StepResult, phase: Phase, seconds: float, waited: float) -> None:
         self.state.count(result, phase.global_batch_size, seconds)
         self.world.pulse.step = self.state.step
         self.interval.count(result, seconds, waited)
-        self.monitor.step(self.state.step, result.loss)
+        self.monitor.step(self.state.step, result.mlm_loss)
 
     def record(self, stage: Stage, phase: Phase, evaluation: Mapping[str, float]) -> None:
         self.state.wall_seconds = time.perf_counter() - self.clock_start

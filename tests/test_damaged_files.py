@@ -6,10 +6,12 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from stacking_ds.cli import main
+from tests.forging import Change, forge_manifest, put
 from tests.prose import tiny_shards
 from tests.runs import small_recipe
 
@@ -185,3 +187,45 @@ def test_what_is_passed_over_is_told_by_all_who_read_it(
     code, resumed = _answer("resume", capsys)
     assert code == 0
     assert "run/metrics.jsonl: passed over 1 line" in resumed
+
+
+def _set(*path: Any, to: Any) -> Change:
+    return lambda record: put(record, path, to)
+
+
+def _another_stage(record: dict[str, Any]) -> None:
+    record["train_state"]["stage_index"] = 0
+
+
+_FORGED: dict[str, tuple[Change, str]] = {
+    "a model of many layers": (_set("num_hidden_layers", to=10**11), "evaluate export resume"),
+    "a model of no layers": (
+        _set("num_hidden_layers", to=0),
+        "verify inspect evaluate export resume",
+    ),
+    "a shallower model": (_set("num_hidden_layers", to=1), "evaluate export resume"),
+    "another stage": (_another_stage, "resume"),
+    "no such stage": (_set("train_state", "stage_index", to=9), "resume"),
+    "half a step": (_set("train_state", "tokens_seen", to=0.5), "resume"),
+    "a state of another version": (_set("train_state", to={"step": 3, "epoch": 1}), "resume"),
+    "no keys": (_set("keys", to=[]), "verify inspect evaluate export resume"),
+    "a file elsewhere": (
+        _set("files", 0, "name", to="../../../../shards/vocab.txt"),
+        "verify inspect evaluate export resume",
+    ),
+    "another recipe": (_set("config", to={"stages": 1}), ""),
+    "a recipe of other steps": (_set("config", "stages", 0, "steps", to=10**18), ""),
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", _FORGED)
+def test_a_strangers_checkpoint_is_refused_or_used_as_what_it_is(
+    place: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change, refused_by = _FORGED[kind]
+    forge_manifest(place / "run/checkpoints/step_00000003", change)
+    for command in _FROM_CHECKPOINTS.split():
+        code, said = _answer(command, capsys)
+        assert code == (2 if command in refused_by.split() else 0), (command, said)
+        assert code == 0 or "step_00000003" in said

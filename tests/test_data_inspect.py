@@ -69,7 +69,7 @@ def test_the_numbers_of_a_folder_that_was_counted_by_hand(tmp_path, capsys):
 
     text, _ = run(capsys, "inspect", tmp_path, "--sequence-length", 8)
     for line in (
-        r"vocabulary  54 tokens, sha256 [0-9a-f]{16}",
+        r"vocabulary  54 tokens, uncased, sha256 [0-9a-f]{16}",
         r"text        252 bytes, 4\.00 bytes a token, duplicates included",
         r"a\.txt   2\.00 KiB  -",
         r"b              -  CC0      held out",

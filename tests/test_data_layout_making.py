@@ -3,7 +3,6 @@
 import hashlib
 import multiprocessing
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -16,16 +15,14 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-import torch
 
 from stacking_ds.data import layout_store
 from stacking_ds.data.layout import LAYOUT_VERSION, LayoutSpec
 from stacking_ds.data.layout_store import find_layout, open_layout
-from stacking_ds.data.loader import PretrainingData, PretrainingSteps, RowOptions, load_steps
+from stacking_ds.data.loader import PretrainingData, RowOptions
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.errors import DataError
 from stacking_ds.job import Job
-from stacking_ds.phases import PhaseSchedule
 from tests.runs import small_recipe
 from tests.token_shards import make_shards
 
@@ -151,27 +148,6 @@ def test_attention_counts_the_tokens_of_the_own_example(tmp_path):
     _, examples = found.examples_of(np.arange(found.num_rows))
     seen = np.repeat(examples.slots, examples.slots)
     assert found.mean_attended_slots == pytest.approx(seen.mean())
-
-
-def _count_open_files() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
-def test_a_step_of_many_micro_batches_keeps_few_files_open(tmp_path):
-    shards = make_shards(tmp_path, DOCUMENTS * 20)
-    options = RowOptions(sequence_length=24, mlm_probability=0.15, packed=True)
-    data = PretrainingData(shards, "train", options, seed=1)
-    steps = PretrainingSteps(data, PhaseSchedule.from_shapes([(0, 24, 300, 1)]).phases[0])
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    strategy = torch.multiprocessing.get_sharing_strategy()
-    resource.setrlimit(resource.RLIMIT_NOFILE, (_count_open_files() + 150, hard))
-    try:
-        torch.multiprocessing.set_sharing_strategy("file_descriptor")
-        loaded = list(load_steps(steps, range(4), workers=1, pin_memory=False))
-    finally:
-        torch.multiprocessing.set_sharing_strategy(strategy)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert [len(step.micro_batches) for step in loaded] == [300] * 4
 
 
 def test_a_run_lays_out_the_variants_that_it_reaches(tmp_path):

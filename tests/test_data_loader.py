@@ -2,6 +2,7 @@
 
 import itertools
 import pickle
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,13 @@ from hypothesis import strategies as st
 
 from stacking_ds.data.batch_split import rows_of_rank, split_batch
 from stacking_ds.data.batches import Batch, RankStep
-from stacking_ds.data.loader import EvaluationSteps, PretrainingData, PretrainingSteps, RowOptions
+from stacking_ds.data.loader import (
+    EvaluationSteps,
+    PretrainingData,
+    PretrainingSteps,
+    RowOptions,
+    load_steps,
+)
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.data.unigram import unigram_log_probabilities, unigram_mlm_loss
 from stacking_ds.errors import ConfigError, DataError
@@ -308,14 +315,13 @@ def test_masks_have_the_recipes_share(data):
     assert abs(masked - 0.8) < bound
 
 
-def test_steps_feed_a_data_loader_that_starts_anywhere(data):
+def test_steps_are_loaded_from_anywhere_on(data):
     steps = PretrainingSteps(data, phase(12, 5))
     straight = [steps[step] for step in range(20)]
     for start in (0, 13, 19):
-        loader = torch.utils.data.DataLoader(
-            steps, batch_size=None, sampler=range(start, 20), num_workers=2 * (start == 13)
-        )
-        resumed = list(loader)
+        loading = load_steps(steps, range(start, 20), workers=2 * (start == 13), pin_memory=False)
+        with closing(loading) as loader:
+            resumed = list(loader)
         assert all(isinstance(step, RankStep) for step in resumed)
         assert rows_of(resumed) == rows_of(straight[start:])
     again = pickle.loads(pickle.dumps(steps))
@@ -369,12 +375,10 @@ def test_token_positions_are_where_the_mask_is(data, rank):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="pinning memory needs a GPU")
-def test_data_loader_pins_whole_steps(data):
+def test_loading_pins_whole_steps(data):
     steps = PretrainingSteps(data, phase(12, 5))
-    loader = torch.utils.data.DataLoader(
-        steps, batch_size=None, sampler=range(2), num_workers=1, pin_memory=True
-    )
-    pinned = list(loader)
+    with closing(load_steps(steps, range(2), workers=1, pin_memory=True)) as loader:
+        pinned = list(loader)
     assert rows_of(pinned) == rows_of([steps[0], steps[1]])
     assert all(
         tensor is None or tensor.is_pinned()

@@ -29,6 +29,7 @@ def _write(run_dir: Path, *lines: tuple[int, int, int, float | None]) -> None:
             "stage": stage,
             "num_hidden_layers": depth,
             "train/loss": 7.25,
+            "train/mlm_loss": 6.5,
             "stage/tokens": 3000,
             "stage/train_seconds": 1.5,
             "stage/boundary_seconds": 0.25 if stage else 0.0,
@@ -43,11 +44,13 @@ def _write(run_dir: Path, *lines: tuple[int, int, int, float | None]) -> None:
 def test_a_row_a_stage(run_dir: Path) -> None:
     _write(run_dir, (3, 0, 1, None), (4, 0, 1, 6.125), (7, 1, 2, 6.0), (10, 2, 4, 5.875))
     rows = [line.split() for line in run_table(run_dir).splitlines()]
-    assert rows[1] == ["0", "1", "4", "3,000", "7.250", "6.125", "2,000", "-"]
-    assert rows[2] == ["1", "2", "3", "3,000", "7.250", "6.000", "2,000", "0.25"]
-    assert rows[3] == ["2", "4", "3", "3,000", "7.250", "5.875", "2,000", "0.25"]
+    assert rows[1] == ["0", "1", "4", "3,000", "6.500", "6.125", "2,000", "-"]
+    assert rows[2] == ["1", "2", "3", "3,000", "6.500", "6.000", "2,000", "0.25"]
+    assert rows[3] == ["2", "4", "3", "3,000", "6.500", "5.875", "2,000", "0.25"]
     text = run_table(run_dir)
+    assert "train MLM loss  held-out MLM loss" in run_table(run_dir), "like beside like"
     assert "unigram floor: 6.500" in text
+    assert "state: learning: held-out MLM loss is 5.875 at step 10" in text
     # 1 x 4 + 2 x 3 + 4 x 3 layers, against 4 x 10
     assert "layer-steps: 22 against 40" in text
     assert "45% fewer; a count of work, not a quality claim" in text
@@ -57,8 +60,22 @@ def test_a_row_a_stage(run_dir: Path) -> None:
 def test_a_run_half_way_says_so(run_dir: Path) -> None:
     _write(run_dir, (4, 0, 1, 6.125), (6, 1, 2, None))
     rows = [line.split() for line in run_table(run_dir).splitlines()]
-    assert rows[2][:6] == ["1", "2", "2", "3,000", "7.250", "-"]
+    assert rows[2][:6] == ["1", "2", "2", "3,000", "6.500", "-"]
     assert "steps: 6 of 10" in run_table(run_dir)
+
+
+@pytest.mark.parametrize(("loss", "cell"), [(6.9, "6.900"), (None, "not finite")])
+def test_a_run_that_has_diverged_says_so(run_dir: Path, loss: float | None, cell: str) -> None:
+    _write(run_dir, (4, 0, 1, 6.125), (7, 1, 2, 6.0))
+    last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    line = {**last, "step": 9, "stage": 2, "num_hidden_layers": 4}
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(line | {"eval/mlm_loss": loss, "eval/unigram_mlm_loss": None}))
+        file.write("\n")
+        file.write(json.dumps(line | {"step": 10, "eval/mlm_loss": loss}) + "\n")
+    text = run_table(run_dir)
+    assert f" {cell} " in text.splitlines()[3]
+    assert "state: diverged: held-out MLM loss is " in text
 
 
 def test_a_run_without_metrics_is_named(run_dir: Path) -> None:

@@ -47,6 +47,13 @@ def _stopped(world: World) -> None:
         _steps(world, lambda: os.kill(os.getpid(), signal.SIGSTOP))
 
 
+def _until_told(world: World, folder: Path) -> None:
+    with _watch(world):
+        while not world.any((folder / "enough").exists()):
+            (folder / f"under way {world.rank}").touch()
+            time.sleep(0.01)
+
+
 def _asleep(world: World) -> None:
     with _watch(world, timeout=6.0):
         _steps(world, lambda: time.sleep(1000))
@@ -101,6 +108,21 @@ def test_the_rank_that_is_lost_is_named_and_the_others_end(
         assert 0 not in codes
     assert said in _log(tmp_path, 0)
     assert "after step 5" in _log(tmp_path, 0)
+
+
+@pytest.mark.slow
+def test_a_job_that_was_suspended_as_a_whole_goes_on(tmp_path: Path) -> None:
+    with spawn_ranks(_until_told, RANKS, tmp_path, tmp_path) as processes:
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.glob("under way *"))) < RANKS and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for number, seconds in ((signal.SIGSTOP, 8.0), (signal.SIGCONT, 5.0)):
+            for process in processes:
+                os.kill(process.pid or 0, number)
+            time.sleep(seconds)
+        (tmp_path / "enough").touch()
+        codes = _codes(processes, seconds=30)
+    assert codes == [0] * RANKS, [_log(tmp_path, rank) for rank in range(RANKS)]
 
 
 @pytest.mark.slow

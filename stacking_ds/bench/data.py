@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import count
@@ -153,7 +154,7 @@ def measure_masking(shards: TokenShards, rounds: int) -> dict[str, Any]:
 
 
 def measure_loader(shards: TokenShards, workers: int, seconds: float) -> dict[str, Any]:
-    """Real tokens a second that torch's DataLoader hands on, packed and masked, by wall clock, and
+    """Real tokens a second that the loader hands on, packed and masked, by wall clock, and
     what one process builds in its own CPU time."""
     cases = []
     for length in _SEQUENCE_LENGTHS:
@@ -218,16 +219,14 @@ def _cpu_seconds(work: Callable[..., object], *arguments: object) -> float:
 
 
 def _loaded(steps: PretrainingSteps, workers: int, seconds: float) -> float:
-    loader = load_steps(steps, count(), workers=workers, pin_memory=False)
-    batches = iter(loader)
-    for _ in range(2 * max(workers, 1) + 2):  # what was built ahead while nothing was measured
-        next(batches)
-    tokens, started = 0, time.perf_counter()
-    while time.perf_counter() - started < seconds:
-        tokens += next(batches).real_tokens
-    elapsed = time.perf_counter() - started
-    del batches
-    return tokens / elapsed
+    loaded = load_steps(steps, count(), workers=workers, pin_memory=False)
+    with closing(loaded) as batches:
+        for _ in range(2 * max(workers, 1) + 2):  # what was built ahead while nothing was measured
+            next(batches)
+        tokens, started = 0, time.perf_counter()
+        while time.perf_counter() - started < seconds:
+            tokens += next(batches).real_tokens
+        return tokens / (time.perf_counter() - started)
 
 
 def _built(steps: PretrainingSteps, seconds: float) -> float:

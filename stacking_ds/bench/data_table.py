@@ -137,6 +137,6 @@ def _loader(found: Figures) -> str:
     ]
     head = ["slots, masking", "rows a step", "fill %", "loaded", "built by one process"]
     return (
-        f"million real tokens/s: out of torch's DataLoader with {found['workers']} workers, by the "
+        f"million real tokens/s: out of the loader with {found['workers']} workers, by the "
         f"clock,\nand built by one process in its own CPU time; packed pairs\n" + grid(head, rows)
     )

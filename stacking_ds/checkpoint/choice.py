@@ -5,6 +5,7 @@ from pathlib import Path
 
 from stacking_ds.checkpoint.folders import folder_name, latest, saved_steps
 from stacking_ds.errors import CheckpointError
+from stacking_ds.text_table import first_of
 
 __all__ = ["choose", "choose_all", "is_checkpoint", "require_run"]
 
@@ -34,7 +35,7 @@ def choose(place: Path, name: str | None = None) -> Path:
         name = folder_name(int(name))
     if name not in there:
         raise CheckpointError(
-            f"{place} has no checkpoint {name!r}; there is: {', '.join(there) or 'none'}"
+            f"{place} has no checkpoint {name!r}; there is: {first_of(there) or 'none'}"
         )
     return place / "checkpoints" / name
 

@@ -105,7 +105,6 @@ def latest(run_dir: Path) -> Path | None:
     since a folder is there only when it is whole.
 
     Raises:
-        UnreadableError: nobody knows which one it is.
         CheckpointError: `latest` is damaged, or names a folder that is not there.
     """
     root, steps = run_dir / "checkpoints", saved_steps(run_dir)
@@ -114,10 +113,6 @@ def latest(run_dir: Path) -> Path | None:
         wrong = f"names {name!r}, which is not there"
     except DamagedFileError as damage:
         name, wrong = "", f"is damaged: {damage.reason}"
-    except OSError as error:
-        raise UnreadableError(
-            f"{root / 'latest'} cannot be read ({error.strerror}); mend access to it and try again"
-        ) from None
     if name is None:
         return root / folder_name(steps[-1]) if steps else None
     folder = root / name
@@ -128,20 +123,21 @@ def latest(run_dir: Path) -> Path | None:
             return _removed(folder)
     others = ", ".join(map(folder_name, steps)) or "none"
     raise CheckpointError(
-        f"{root / 'latest'} {wrong}; say from which checkpoint to go on with "
-        f"`stacking-ds checkpoint use {shlex.quote(str(run_dir))} STEP` (there is: {others})"
+        f"{root / 'latest'} {wrong}; say from which checkpoint to go on with `stacking-ds "
+        f"checkpoint use {shlex.quote(str(run_dir))} STEP` (there is: {others})"
     )
 
 
 def fall_back(folder: Path) -> str:
     """What to do when the checkpoint `folder` cannot be used: the end of an error's sentence."""
-    root, step = folder.parent, step_of(folder)
-    if root.name != "checkpoints" or step is None:
+    root, named = folder.parent, re.search(_NAME, folder.name)
+    if root.name != "checkpoints" or named is None:
         return "bring it back from a copy, or use another checkpoint of its run"
+    step = int(named[1])
     others = [
         other
         for other in _steps_in(root)
-        if other != step and os.path.isfile(root / folder_name(other) / "manifest.json")
+        if other != step and (root / folder_name(other) / "manifest.json").exists()
     ]
     if not others:
         return "there is no other checkpoint, so start the run again with another --run-dir"

@@ -84,9 +84,8 @@ class RankStep:
     """
 
     content: torch.Tensor
-    """All tensors of the micro-batches in one: each one that a loader's process hands on costs a
-    file held open and a third of a millisecond. Pinned as a whole, they go to a GPU without
-    waiting for it."""
+    """All tensors of the micro-batches in one, which a loader's process hands on as one piece.
+    Pinned as a whole, they go to a GPU without waiting for it."""
     shapes: tuple[tuple[tuple[int, ...] | None, ...], ...]
     """Of each micro-batch's tensors, in the order of `Batch`'s fields."""
     mlm_targets: int
@@ -126,5 +125,5 @@ class RankStep:
         ]
 
     def pin_memory(self) -> "RankStep":
-        """The step in page-locked memory; torch's DataLoader calls this."""
+        """The step in page-locked memory."""
         return replace(self, content=self.content.pin_memory())

@@ -30,10 +30,14 @@ def add_prepare(parser: argparse.ArgumentParser) -> None:
         "English prose that a Python installation carries",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--vocab", type=Path, help="vocab.txt or tokenizer.json to use")
+    parser.add_argument(
+        "--vocab", type=Path, help="vocab.txt, tokenizer.json or folder of a tokenizer to use"
+    )
     parser.add_argument(
         "--vocab-size", type=int, default=8192, help="size of the vocabulary to train (%(default)s)"
     )
+    parser.add_argument("--cased", action="store_true", help="keep capital letters and accents")
+    parser.add_argument("--keep-accents", action="store_true", help="strip no accents")
     parser.add_argument(
         "--heldout", nargs="+", default=[], metavar="SOURCE", help="what to hold out; else a share"
     )
@@ -78,6 +82,8 @@ def _prepare(options: argparse.Namespace) -> int:
             options.out,
             vocabulary=options.vocab,
             vocab_size=options.vocab_size,
+            cased=options.cased,
+            keep_accents=options.keep_accents,
             heldout_sources=options.heldout,
             heldout_fraction=options.heldout_fraction,
             licence=options.licence,
@@ -101,6 +107,7 @@ def _prepare(options: argparse.Namespace) -> int:
     done = f"prepared in {seconds:.0f} s{'' if prepared.resumed else speed}:"
     verb = "re-using" if prepared.reused else done
     print(f"{verb} {options.out}: {_summary(prepared.manifest)}")
+    _say_what_is_unknown(prepared.manifest)
     for rejected in prepared.manifest.rejected:
         print(
             f"left out, {rejected.reason}: {rejected.documents:,} documents, the first at "
@@ -111,11 +118,35 @@ def _prepare(options: argparse.Namespace) -> int:
 
 def _summary(manifest: "DataManifest") -> str:
     return (
-        f"vocabulary {manifest.vocab_size:,}; train "
+        f"vocabulary {manifest.vocab_size:,}, {manifest.request.normalization}; train "
         f"{manifest.train.documents:,} documents, {manifest.train.tokens:,} tokens; held out "
         f"{manifest.heldout.documents:,} documents, {manifest.heldout.tokens:,} tokens; "
         f"{manifest.duplicate_documents:,} duplicates do not count"
     )
+
+
+def _say_what_is_unknown(manifest: "DataManifest") -> None:
+    from stacking_ds.data.manifest import MANY_UNKNOWN
+
+    train, heldout = manifest.train.unknown_share, manifest.heldout.unknown_share
+    if train is None or heldout is None:
+        return
+    print(f"[UNK]: {train:.3%} of the tokens of train, {heldout:.3%} of those held out")
+    if max(train, heldout) > MANY_UNKNOWN:
+        trained = manifest.request.vocabulary.startswith("trained:")
+        reason = (
+            "it has words of more than 100 characters, or more than 1,000 different characters: "
+            "look at what it holds (stacking-ds data inspect)"
+            if trained
+            else "take a vocabulary of its language and spelling (--cased?), or train one with "
+            "--vocab-size"
+        )
+        print(
+            f"warning: {max(train, heldout):.1%} of the tokens, more than {MANY_UNKNOWN:.0%}, are "
+            "[UNK], of which nothing is learned: the vocabulary does not spell this text; "
+            f"{reason}",
+            file=sys.stderr,
+        )
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -146,24 +177,27 @@ def _part(text: str) -> tuple[int, int]:
 
 
 class _Display:
-    """A bar on a terminal, else a line now and then."""
+    """A bar on a terminal, else a line now and then; of each reading of the sources, which are two
+    for a vocabulary that is trained, and one for the shards."""
 
     def __init__(self) -> None:
         from tqdm import tqdm
 
         self._terminal = sys.stderr.isatty()
         self._bar = tqdm(unit="B", unit_scale=True, disable=not self._terminal)
-        self._task, self._read = "", 0
+        self._task, self._reading, self._read = "", 0, 0
         self._started = self._last = time.monotonic()
 
     def __call__(self, now: "Progress") -> None:
-        if now.task != self._task or now.source_bytes < self._read:  # a vocabulary reads twice
+        begins_again = now.task == "vocabulary" and now.source_bytes < self._read
+        if now.task != self._task or begins_again:
+            self._reading = self._reading + 1 if now.task == self._task else 1
             self._task = now.task
             self._bar.reset(now.total_bytes)
             self._bar.initial = self._bar.n = now.kept_bytes
             self._started = self._last = time.monotonic()
         self._read = now.source_bytes
-        self._bar.set_description(f"{now.task}: {now.documents:,} documents", refresh=False)
+        self._bar.set_description(f"{self._what(now)}: {now.documents:,} documents", refresh=False)
         self._bar.update(max(0, now.source_bytes - self._bar.n))
         if not self._terminal and time.monotonic() - self._last > _SECONDS_BETWEEN_LINES:
             self._last = time.monotonic()
@@ -175,11 +209,17 @@ class _Display:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
+    def _what(self, now: "Progress") -> str:
+        return (
+            f"vocabulary, pass {self._reading} of 2" if now.task == "vocabulary" else "tokenizing"
+        )
+
     def _line(self, now: "Progress", seconds: float) -> str:
-        line = f"{now.task}: {now.documents:,} documents, {now.source_bytes / 1e6:,.0f} MB"
+        line = f"{self._what(now)}: {now.documents:,} documents, {now.source_bytes / 1e6:,.1f}"
+        line += f" of {now.total_bytes / 1e6:,.1f} MB" if now.total_bytes else " MB"
         speed = max(0, now.source_bytes - now.kept_bytes) / seconds
         line += f" at {speed / 1e6:.1f} MB/s"
         if now.total_bytes and speed:
             left = max(0, now.total_bytes - now.source_bytes) / speed
-            line += f", {now.source_bytes / now.total_bytes:.0%}, {left:,.0f} s left"
+            line += f", {min(1, now.source_bytes / now.total_bytes):.0%}, {left:,.0f} s left"
         return line

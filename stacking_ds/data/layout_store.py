@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import threading
 import traceback
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,11 +34,13 @@ from stacking_ds.data.layout import (
     LayoutSpec,
     PartRecord,
 )
+from stacking_ds.data.orphans import end_with_parent
 from stacking_ds.data.packing import pack
 from stacking_ds.data.shard_writer import write_arrow, write_file
 from stacking_ds.data.shards import TokenSplit
 from stacking_ds.errors import DataError
 from stacking_ds.small_files import DamagedFileError, read_bytes
+from stacking_ds.stop_request import STOP_SIGNALS
 
 __all__ = ["find_layout", "open_layout", "require_documents"]
 
@@ -48,7 +49,6 @@ _KEY = 20190524
 _Group = tuple[int, range]
 _Parts = dict[int, PartRecord]
 _Write = Callable[[_Group], PartRecord]
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _REMEDY = {
     "train": "prepare more text (in .txt files a blank line ends a document)",
     "heldout": "prepare the data again with a higher --heldout-fraction, or with more documents in "
@@ -239,7 +239,7 @@ def _collect(answers: Iterable[Connection]) -> _Parts:
 
 
 def _work(answer: Connection, write: _Write, groups: Sequence[_Group]) -> None:
-    _end_with_parent()
+    end_with_parent()
     try:
         answer.send({group[0]: write(group) for group in groups})
     except Exception as error:  # noqa: BLE001 - raised in the parent
@@ -251,25 +251,13 @@ def _work(answer: Connection, write: _Write, groups: Sequence[_Group]) -> None:
 def _stop_signals_blocked() -> Iterator[None]:
     """What is started meanwhile never hears of them: SLURM and Ctrl-C signal every process, and
     what a stop means is for the parent to say. A handler would come too late, after the imports."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         resource_tracker.ensure_running()  # which unblocks some when it has to start
-        signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _end_with_parent() -> None:
-    """Nobody else ends a worker that hears no signals; it would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-
-    def wait() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=wait, name="parent", daemon=True).start()
 
 
 def _groups(split: TokenSplit) -> list[range]:

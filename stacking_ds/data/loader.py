@@ -8,15 +8,12 @@ Shapes: R rows of one rank, E examples.
 """
 
 import math
-import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader
 
 from stacking_ds.config import DataSection
 from stacking_ds.data.assembly import Assembler
@@ -28,9 +25,9 @@ from stacking_ds.data.layout import Layout, LayoutSpec
 from stacking_ds.data.layout_store import find_layout, open_layout
 from stacking_ds.data.manifest import SplitName
 from stacking_ds.data.masking import MaskingName
+from stacking_ds.data.prefetch import Patience, PrefetchedSteps
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.errors import ConfigError, DataError
-from stacking_ds.host_memory import keep_freed_memory
 from stacking_ds.phases import Phase
 
 __all__ = [
@@ -38,7 +35,6 @@ __all__ = [
     "PretrainingData",
     "PretrainingSteps",
     "RowOptions",
-    "end_workers",
     "load_steps",
 ]
 
@@ -202,11 +198,8 @@ class PretrainingData:
 
 @dataclass(frozen=True)
 class PretrainingSteps(torch.utils.data.Dataset[RankStep]):
-    """The steps of one rank in one phase for torch's DataLoader; item k is step k of the run.
-
-    Use it with `batch_size=None` and `sampler=range(first_step, last_step)`: the workers then
-    start at `first_step` without reading what lies before it.
-    """
+    """The steps of one rank in one phase; item k is step k of the run, made without what lies
+    before it. For `load_steps`, or torch's DataLoader with `batch_size=None`."""
 
     data: PretrainingData
     phase: Phase
@@ -266,33 +259,18 @@ class EvaluationSteps(torch.utils.data.Dataset[RankStep]):
 
 
 def load_steps(
-    steps: PretrainingSteps, numbers: Iterable[int], *, workers: int, pin_memory: bool
-) -> DataLoader[RankStep]:
-    """torch's DataLoader over the steps of these numbers, built ahead by `workers` processes, or
-    in this one if there are none."""
-    return DataLoader(
-        steps,
-        batch_size=None,
-        sampler=numbers,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        worker_init_fn=_start_worker,
+    steps: PretrainingSteps,
+    numbers: Iterable[int],
+    *,
+    workers: int,
+    pin_memory: bool,
+    patience: Patience | None = None,
+) -> Generator[RankStep] | PrefetchedSteps:
+    """The steps of these numbers, built ahead by `workers` processes, or in this one if there are
+    none; to be closed. Raises ConfigError where the machine has no room for the processes, and
+    where a step is waited for whatever building it raises, or LoaderError."""
+    if workers == 0:
+        return (steps[n].pin_memory() if pin_memory else steps[n] for n in numbers)
+    return PrefetchedSteps(
+        steps, numbers, workers=workers, pin_memory=pin_memory, patience=patience or Patience()
     )
-
-
-def end_workers(batches: Any) -> None:
-    """Kill the processes behind an iterator over `load_steps`, if it has any."""
-    # An error's traceback keeps the iterator alive, and the interpreter then waits for ever at its
-    # end for workers that ignore SIGTERM.
-    if hasattr(batches, "_shutdown_workers"):
-        batches._shutdown_workers()
-        for worker in batches._workers:
-            worker.kill()
-
-
-def _start_worker(worker: int) -> None:
-    # Ctrl-C and SLURM signal every process; a worker that dies of it would take the rank along
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    # Memory given back after every batch comes anew page by page, a fifth of a worker's time.
-    keep_freed_memory()

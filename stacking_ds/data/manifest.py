@@ -7,11 +7,13 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from stacking_ds.data.tokenizer import UNCASED, Normalization
 from stacking_ds.errors import DataError
 from stacking_ds.small_files import DamagedFileError, open_regular, read_text
 
 __all__ = [
     "MANIFEST_NAME",
+    "MANY_UNKNOWN",
     "UNFINISHED_NAME",
     "Count",
     "DataManifest",
@@ -35,6 +37,8 @@ __all__ = [
 MANIFEST_NAME = "manifest.json"
 # the folder inside a prepared one that is there until all is done
 UNFINISHED_NAME = ".unfinished"
+MANY_UNKNOWN = 0.01
+"""The share of [UNK] above which people are warned; English has a thousandth of that."""
 SplitName = Literal["train", "heldout"]
 
 _MOST = 2**53
@@ -60,6 +64,8 @@ class PrepareRequest(Record):
     heldout_fraction: float
     vocabulary: str
     text_key: str
+    normalization: Normalization = UNCASED
+    """Folders of earlier versions, which do not say, are uncased."""
 
 
 class SourceFile(Record):
@@ -85,7 +91,8 @@ class Rejected(Record):
 
 
 class ShardFile(Record):
-    """One Arrow file of a split, duplicates included."""
+    """One Arrow file of a split, duplicates included. `unknown_tokens` are those that are [UNK];
+    None where nobody counted, as in earlier versions and in lists of duplicates."""
 
     name: FileName
     size_bytes: Positive
@@ -93,6 +100,7 @@ class ShardFile(Record):
     documents: Count
     sentences: Count
     tokens: Count
+    unknown_tokens: Count | None = None
 
 
 class DuplicatesFile(ShardFile):
@@ -116,6 +124,15 @@ class SplitManifest(Record):
             if getattr(self, count) + getattr(self.duplicates, count) != there:
                 raise ValueError(f"its {count} are not those of its files without the duplicates")
         return self
+
+    @property
+    def unknown_share(self) -> float | None:
+        """How much of the tokens of all files is [UNK]; None where an earlier version wrote one."""
+        counts = [shard.unknown_tokens for shard in self.shards]
+        if None in counts:
+            return None
+        tokens = sum(shard.tokens for shard in self.shards)
+        return sum(count or 0 for count in counts) / max(tokens, 1)
 
 
 class VocabularyFile(Record):

@@ -258,12 +258,12 @@ def _check(path: Path, record: _RecordedFile, verify: bool) -> None:
                 f"{path} is not the file its manifest describes (its sha256 differs); delete the "
                 "folder and prepare it again"
             )
-    except DamagedFileError as damage:
-        raise DataError(f"{damage}; delete the folder and prepare it again") from damage
     except FileNotFoundError as error:
         raise DataError(
             f"{path} is missing; bring it back, or delete the folder and prepare it again"
         ) from error
+    except DamagedFileError as damage:
+        raise DataError(f"{damage}; delete the folder and prepare it again") from damage
     except OSError as error:
         raise not_opened(path, error) from error
 

@@ -22,7 +22,7 @@ class Fate:
 
 @dataclass
 class Seen:
-    """A rank as rank 0 sees it; times are rank 0's."""
+    """A rank as rank 0 sees it; times are rank 0's, without its own pauses."""
 
     heard: float
     """When it was last heard of."""
@@ -32,6 +32,8 @@ class Seen:
     moves: int = 0
     work: int = 0
     """Grows while it works by itself; 0 while it does not."""
+    loading: bool = False
+    """Whether it waits for a batch of its own loader."""
     fate: Fate | None = None
 
     def update(self, beats: int, moves: int, work: int, now: float) -> None:
@@ -44,7 +46,8 @@ class Seen:
 
 @dataclass(frozen=True)
 class Missing:
-    """`how`: "failed", "silent", "stuck", or "together" where nobody is behind the others."""
+    """`how`: "failed", "silent", "loading", "stuck", or "together" where nobody is behind the
+    others."""
 
     how: str
     ranks: tuple[int, ...]
@@ -55,8 +58,8 @@ def who_is_missing(
 ) -> Missing | None:
     """The ranks that keep the others from going on; None while all is well.
 
-    Who failed by itself comes before who is silent, who is silent before who is stuck in work that
-    the others wait for, or behind them.
+    Who failed by itself comes before who is silent, who is silent before who waits for a batch or
+    is stuck in work that the others wait for, or behind them.
     """
     failed = [rank for rank, seen in enumerate(ranks) if seen.fate and not seen.fate.contact]
     if failed:
@@ -67,6 +70,9 @@ def who_is_missing(
     if silent:
         return Missing("silent", tuple(silent))
     if now - max(seen.moved for seen in ranks) > timeout:
+        loading = tuple(rank for rank, seen in enumerate(ranks) if seen.loading and timeout)
+        if loading:
+            return Missing("loading", loading)
         # when contact is lost, who is at work has not noticed yet
         behind = tuple(rank for rank, seen in enumerate(ranks) if seen.work and timeout)
         if not behind:
@@ -96,6 +102,12 @@ def sentence(
             f"step {step}"
         )
     still = now - max(seen.moved for seen in ranks)
+    if missing.how == "loading":
+        return (
+            f"{who} {verb} without a batch after step {step}: the loader has handed over none for "
+            f"{still:.0f} s; its processes are stopped, or hang in the file system of the token "
+            f"shards"
+        )
     if missing.how == "stuck":
         return (
             f"{who} {verb} stuck after step {step} while the others wait: no rank has moved "

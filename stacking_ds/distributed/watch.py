@@ -23,6 +23,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from stacking_ds.distributed.awake_clock import AwakeClock
 from stacking_ds.distributed.meeting import connect
 from stacking_ds.distributed.progress import Progress
 from stacking_ds.distributed.verdict import Fate, Missing, Seen, sentence, who_is_missing
@@ -33,6 +34,7 @@ __all__ = ["Watch", "is_lost_contact", "is_raised_by_all"]
 
 _LONGEST_INTERVAL_SECONDS = 2.0
 _INTERVALS_OF_SILENCE = 6  # at least so many beats may be missed
+_INTERVALS_OF_PAUSE = 2  # so late is no thread that is not kept from running
 _INTERVALS_TO_GATHER = 4  # what others have to say when contact is lost
 _INTERVALS_TO_DECIDE = _INTERVALS_TO_GATHER + 3
 _SECONDS_TO_END = 15.0  # for a main thread that can still end by itself
@@ -66,6 +68,7 @@ class Watch:
         self._timeout, self._silence = timeout_seconds, silence_seconds
         self._interval = min(_LONGEST_INTERVAL_SECONDS, silence_seconds / _INTERVALS_OF_SILENCE)
         self._on_lost = on_lost
+        self._clock = AwakeClock(_INTERVALS_OF_PAUSE * self._interval)
         self._progress = Progress()
         self._hosts: list[str] = []
         self._seen: list[Seen] = []
@@ -93,7 +96,8 @@ class Watch:
             if not is_lost_contact(error):
                 raise
             raise LostRankError(_lost_contact(self._world, error)) from error
-        self._heard_of_first = now = time.monotonic()
+        self._clock = AwakeClock(_INTERVALS_OF_PAUSE * self._interval)
+        self._heard_of_first = now = self._clock.now()
         self._seen = [Seen(heard=now, moved=now) for _ in self._hosts]
         for action, arguments in ((self._beat, (store,)), (self._judge, ())):
             thread = threading.Thread(target=action, args=arguments, name="watch", daemon=True)
@@ -153,7 +157,7 @@ class Watch:
         fate = Fate(
             self._world.rank, self._world.pulse.step, f"{type(error).__name__}: {error}", contact
         )
-        self._alarm = time.monotonic()
+        self._alarm = self._clock.now()
         with suppress(RuntimeError):  # rank 0 is gone with the store
             self._connect().append(_FATES, json.dumps(fate.__dict__) + "\n")
 
@@ -190,15 +194,16 @@ class Watch:
     def _tell(self, store: Any, count: int) -> None:
         pulse = self._world.pulse
         work = self._progress.look(pulse.work)
-        store.set(_key(self._world.rank), f"{count} {pulse.moves} {work}")
+        store.set(_key(self._world.rank), f"{count} {pulse.moves} {work} {int(pulse.loading)}")
 
     def _look(self, store: Any) -> None:
         keys = [_key(rank) for rank in range(self._world.size)]
         *beats, fates = store.multi_get([*keys, _FATES])
-        now = time.monotonic()
+        now = self._clock.now()
         for seen, beat in zip(self._seen, beats, strict=True):
-            count, moves, work = map(int, beat.split())
+            count, moves, work, loading = map(int, beat.split())
             seen.update(count, moves, work, now)
+            seen.loading = bool(loading)
         for line in fates.decode().splitlines():
             if line:
                 fate = Fate(**json.loads(line))
@@ -213,23 +218,23 @@ class Watch:
         # the store answers also while rank 0 itself is stopped
         beat = store.get(_key(0))
         if beat != self._first_beat:
-            self._first_beat, self._heard_of_first = beat, time.monotonic()
+            self._first_beat, self._heard_of_first = beat, self._clock.now()
 
     # ------------------------------------------------------------- the thread that judges
 
     def _judge(self) -> None:
         while not self._leaving.wait(self._interval):
+            now = self._clock.look()
             if not self._decided.is_set():
                 if self._world.is_first:
-                    self._judge_all()
-                elif time.monotonic() - self._heard_of_first > self._silence:
+                    self._judge_all(now)
+                elif now - self._heard_of_first > self._silence:
                     self._decide(self._first_is_gone("does not answer"))
             if self._decided.is_set():
                 self._end()
                 return
 
-    def _judge_all(self) -> None:
-        now = time.monotonic()
+    def _judge_all(self, now: float) -> None:
         silence = self._silence
         if self._alarm is not None:
             silence = min(silence, (_INTERVALS_TO_GATHER - 1) * self._interval)

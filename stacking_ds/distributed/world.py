@@ -28,6 +28,8 @@ class Pulse:
     step: int = 0
     work: threading.Thread | None = None
     """What the main thread waits for, while it only meets the others to tell them so."""
+    loading: bool = False
+    """Whether the main thread waits for its next batch."""
     waiting: bool = False
     """Whether meetings are no moves, since they are for waiting."""
 

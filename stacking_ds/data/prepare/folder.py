@@ -34,7 +34,7 @@ from stacking_ds.data.tokenizer import load_vocabulary
 from stacking_ds.errors import DataError
 from stacking_ds.small_files import DamagedFileError, read_bytes
 
-__all__ = ["FileHash", "Settings", "Started", "UnfinishedFolder", "UnitRecord", "software"]
+__all__ = ["FileHash", "Settings", "Started", "UnfinishedFolder", "UnitRecord"]
 
 _R = TypeVar("_R", bound=Record)
 _STARTED = "started.json"
@@ -49,6 +49,19 @@ class Settings(Record):
     max_document_bytes: int
     download: bool
     software: tuple[str, ...]
+
+    @classmethod
+    def here(
+        cls, unit_bytes: int | None, shard_characters: int, max_document_bytes: int, download: bool
+    ) -> "Settings":
+        """These, with the libraries that are installed."""
+        return cls(
+            unit_bytes=unit_bytes,
+            shard_characters=shard_characters,
+            max_document_bytes=max_document_bytes,
+            download=download,
+            software=software(),
+        )
 
 
 class Started(Record):
