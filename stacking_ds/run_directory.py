@@ -279,7 +279,8 @@ def require_shards(run_dir: Path, config: RunConfig, option: str) -> None:
     """Raises:
     DataError: the token shards are not where the run's recipe says; `option` says where.
     """
-    if not (Path(config.data.path) / MANIFEST_NAME).exists():
+    # what is there and cannot be read, or is no file, is for who reads it to say
+    if not os.path.lexists(Path(config.data.path) / MANIFEST_NAME):
         raise DataError(
             f"the token shards of {run_dir} are not in {config.data.path}; say with {option} where "
             f"they are"
