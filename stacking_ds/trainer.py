@@ -22,6 +22,7 @@ from stacking_ds.data.batches import RankStep
 from stacking_ds.data.counter_random import derive_key
 from stacking_ds.data.loader import load_steps
 from stacking_ds.data.prefetch import Patience
+from stacking_ds.data.rereading import Rereading
 from stacking_ds.distributed import StopFlag, World
 from stacking_ds.engine import set_learning_rate, take_step
 from stacking_ds.errors import CheckpointError, NonFiniteError, StageError
@@ -74,8 +75,12 @@ def train(
             Monitor(run_dir, job.schedule, completed_steps=state.step, enabled=world.is_first)
         )
         held.enter_context(recorded(run_dir, world, job.schedule.total_steps))
+        first_step, resumed = state.step, world.is_first and found is not None
+        rereading = held.enter_context(
+            Rereading(job.shards, job.train_data.values(), enabled=resumed)
+        )
         if state.step < job.schedule.total_steps:
-            run = _Run(job, world, compute, run_dir, state, monitor, request, started)
+            run = _Run(job, world, compute, run_dir, state, monitor, request, rereading, started)
             held.callback(run.stages.close)
             try:
                 run.train(found)
@@ -87,6 +92,7 @@ def train(
         else:
             monitor.say(f"{run_dir} is complete at step {state.step}; re-using it")
         if state.step == job.schedule.total_steps:
+            world.on_first(lambda: rereading.finish(first_step))
             # if this is where the run is cut off, the next call makes up for it
             exported = world.on_first(lambda: export_if_missing(job, run_dir))
             if exported is not None:
@@ -104,10 +110,12 @@ class _Run:
         state: TrainState,
         monitor: Monitor,
         request: StopRequest,
+        rereading: Rereading,
         started: float,
     ) -> None:
         self.job, self.world, self.run_dir = job, world, run_dir
         self.state, self.monitor, self.request = state, monitor, request
+        self.rereading, self.first_step = rereading, state.step
         self.clock_start = started - state.wall_seconds
         self.stages = StageManager(job, world, compute)
         self.heldout = HeldOutPasses(job, world)
@@ -197,9 +205,16 @@ class _Run:
         batch. DeepSpeed averages gradients over ranks and micro-steps; the scale undoes that.
         """
         step, engine = self.state.step, self.stages.engine
-        mlm_targets, nsp_targets, tokens = self.world.sum(
-            [rank_step.mlm_targets, rank_step.nsp_targets, rank_step.real_tokens]
+        mlm_targets, nsp_targets, tokens, damaged = self.world.sum(
+            [
+                rank_step.mlm_targets,
+                rank_step.nsp_targets,
+                rank_step.real_tokens,
+                self.rereading.failed,
+            ]
         )
+        if damaged:
+            self.world.on_first(lambda: self.rereading.require_whole(self.first_step))
         learning_rate = self.job.learning_rates.at(step)
         set_learning_rate(engine, learning_rate)
         # dropout is a function of (seed, step, rank), so nothing of it has to be saved

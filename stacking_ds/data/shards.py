@@ -1,6 +1,7 @@
 """Reads a folder of token shards, memory-mapped: nothing is loaded until it is looked at."""
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -53,23 +54,33 @@ class TokenShards:
 
         Raises DataError naming the file that is missing, of another size, or altered.
         """
-        manifest = read_manifest(folder)
-        files: list[_RecordedFile] = [
-            *manifest.train.shards,
-            *manifest.heldout.shards,
-            manifest.train.duplicates,
-            manifest.heldout.duplicates,
-            *manifest.vocabulary_files,
-        ]
-        for file in files:
+        shards = cls(folder, read_manifest(folder))
+        for file in shards._files:
             _check(folder / file.name, file, verify)
-        return cls(folder, manifest)
+        return shards
 
     def verify_once(self) -> None:
         """As `open` with `verify`, unless this object has been found to be whole before."""
         if not self._verified:
-            TokenShards.open(self.folder, verify=True)
-            self._verified = True
+            for _ in self.verifying():
+                pass
+
+    def verifying(self) -> Iterator[None]:
+        """As `open` with `verify`, a file at a time."""
+        for file in self._files:
+            _check(self.folder / file.name, file, verify=True)
+            yield
+        self._verified = True
+
+    @property
+    def _files(self) -> list[_RecordedFile]:
+        return [
+            *self.manifest.train.shards,
+            *self.manifest.heldout.shards,
+            self.manifest.train.duplicates,
+            self.manifest.heldout.duplicates,
+            *self.manifest.vocabulary_files,
+        ]
 
     def split(self, name: SplitName) -> "TokenSplit":
         return TokenSplit(self, name)
@@ -122,8 +133,19 @@ class TokenSplit:
 
     def read(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
         """The tokens of stretches of the split's tokens, one stretch after the other; each lies
-        in one file. Shape [sum of lengths]."""
+        in one file. Shape [sum of lengths].
+
+        Raises DataError for stretches that no file has, and for tokens of no vocabulary entry.
+        """
         shards = np.searchsorted(self.token_bases, starts, side="right") - 1
+        ends = np.append(self.token_bases, -1)[shards + 1]
+        if not (
+            (starts >= 0) & (lengths >= 0) & ((starts + lengths <= ends) | (lengths == 0))
+        ).all():
+            raise DataError(
+                f"rows are laid out of tokens that the {self.name} split of {self.shards.folder} "
+                f"does not have: delete {self.shards.folder / 'layouts'}, it will be made again"
+            )
         offsets = starts - self.token_bases[shards]
         tokens = np.empty(int(lengths.sum()), dtype=np.int64)
         place = 0
@@ -134,6 +156,10 @@ class TokenSplit:
             stretch = self.arrays[shard].tokens[offset : offset + length]
             tokens[place : place + length] = stretch
             place += length
+        if tokens.max(initial=0) >= self.shards.manifest.vocab_size:
+            # on a GPU it would be a device-side assert, steps later
+            found = int(np.searchsorted(np.cumsum(lengths), tokens.argmax(), side="right"))
+            raise self._foreign_token(int(shards[found]), int(tokens.max()))
         return tokens
 
     def counted(self, shard: int) -> NDArray[np.bool_]:
@@ -147,7 +173,9 @@ class TokenSplit:
     def unigram_counts(self) -> NDArray[np.int64]:
         """How often each token occurs in the documents that count. Shape [vocab_size]."""
         counts = np.zeros(self.shards.manifest.vocab_size, dtype=np.int64)
-        for arrays in self.arrays:
+        for shard, arrays in enumerate(self.arrays):
+            if (largest := int(arrays.tokens.max(initial=0))) >= len(counts):
+                raise self._foreign_token(shard, largest)
             counts += np.bincount(arrays.tokens, minlength=len(counts))
         for document in self.duplicates:
             counts -= np.bincount(self.tokens_of(int(document)), minlength=len(counts))
@@ -155,6 +183,14 @@ class TokenSplit:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (TokenSplit, (self.shards, self.name))
+
+    def _foreign_token(self, shard: int, token: int) -> DataError:
+        manifest = self.shards.manifest
+        path = self.shards.folder / manifest.split(self.name).shards[shard].name
+        return DataError(
+            f"{path} is damaged: it has token {token:,}, and its vocabulary only "
+            f"{manifest.vocab_size:,}; delete the folder and prepare it again"
+        )
 
     def _locate(self, document: int) -> tuple[ShardArrays, int]:
         if not 0 <= document < self.num_documents:
