@@ -46,12 +46,17 @@ setup(
     python_requires=">=3.11,<3.13",
     install_requires=REQUIREMENTS,
     extras_require={"dev": DEVELOPMENT},
-    packages=[*find_packages(include=["stacking_ds", "stacking_ds.*"]), "stacking_ds.ds_configs"],
-    # recipes and DeepSpeed JSONs live at the top level and travel inside the package
-    package_dir={"stacking_ds.ds_configs": "ds_configs"},
+    packages=[
+        *find_packages(include=["stacking_ds", "stacking_ds.*"]),
+        "stacking_ds.ds_configs",
+        "stacking_ds.slurm",
+    ],
+    # recipes, DeepSpeed JSONs and batch scripts live at the top level and travel inside the package
+    package_dir={"stacking_ds.ds_configs": "ds_configs", "stacking_ds.slurm": "slurm"},
     package_data={
         "stacking_ds": ["py.typed"],
         "stacking_ds.ds_configs": ["*.json", "recipes/*.yaml"],
+        "stacking_ds.slurm": ["*.sbatch", "*.sh", "README.md"],
     },
     entry_points={"console_scripts": ["stacking-ds = stacking_ds.cli:main"]},
 )

@@ -2,8 +2,10 @@
 # variables before sbatch, which carries them along. Account, partition and QOS are not chosen here,
 # but on sbatch's command line or in SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_QOS.
 
-# The checkout is where sbatch was called, unless STACKING_DS_HOME says where; a path all nodes see.
+# The command: the checkout's, which is where sbatch was called unless STACKING_DS_HOME says where (a
+# path all nodes see); where that has none, the one in PATH, which sbatch carries along.
 : "${STACKING_DS:=${STACKING_DS_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}/.venv/bin/stacking-ds}"
+[ -x "$STACKING_DS" ] || STACKING_DS=$(command -v stacking-ds || echo "$STACKING_DS")
 
 # What has to be loaded first.
 # module load cuda/13
@@ -18,18 +20,28 @@ CONTAINER=()
 if [ -n "${SLURM_JOB_ID:-}" ]; then  # not where submit.sh reads this: sbatch would carry it along
     # Ranks of a node that trains: the GPUs that the job has there. A job asks for nodes, and srun
     # for tasks on them: one that has had a number of tasks is not started again on fewer nodes.
-    : "${RANKS_PER_NODE:=${SLURM_GPUS_ON_NODE:-1}}"
+    chosen=${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}
+    RANKS_PER_NODE=${chosen:-1}
     cpus=$((SLURM_CPUS_ON_NODE / RANKS_PER_NODE))
     RANKS=(--ntasks-per-node="$RANKS_PER_NODE" --cpus-per-task=$((cpus ? cpus : 1)))
 
     # Threads of a rank on the CPU: its cores.
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus ? cpus : 1))}
 
-    # What kernels are compiled to stays on the node: a thousand ranks must not meet in one home
-    # directory.
-    scratch=${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/stacking-ds-$(id -u)
-    export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$scratch/triton}
-    export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$scratch/inductor}
+    # What a job that trains or evaluates runs on, in the first line of its log.
+    tell_ranks() {
+        local ranks="$RANKS_PER_NODE ranks on each of ${SLURM_JOB_NUM_NODES:-1} nodes"
+        if [ -n "${SLURM_GPUS_ON_NODE:-}" ]; then
+            echo "$ranks, with $SLURM_GPUS_ON_NODE GPUs there"
+        elif [ -z "$chosen" ] && ls /dev/nvidia[0-9]* >/dev/null 2>&1; then
+            echo "$SLURMD_NODENAME has GPUs and the job has asked for none: give sbatch" \
+                "--gpus-per-node=N, or set RANKS_PER_NODE where SLURM does not count GPUs" >&2
+            exit 2
+        else
+            echo "$ranks; SLURM has given them no GPU (--gpus-per-node=N), so they use the CPU" \
+                "unless they find one"
+        fi
+    }
 fi
 
 # For submit.sh alone, which hands them to sbatch: what every job asks for, a job that trains or

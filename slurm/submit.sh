@@ -1,9 +1,9 @@
 #!/bin/bash
 # slurm/submit.sh RECIPE RUN_DIR SHARDS SOURCE...
 #
-# All three, one after the other: prepare -> pretrain -> evaluate. What follows a job that fails is
-# not started. Options of the jobs are in site.sh. Paths are as seen from where you stand, which is
-# where the jobs write their logs.
+# All three, one after the other: prepare -> pretrain -> evaluate. The recipe is checked first; what
+# follows a job that fails is not started. Options of the jobs are in site.sh. Paths are as seen from
+# where you stand, which is where the jobs write their logs.
 set -euo pipefail
 
 if [ $# -lt 4 ]; then
@@ -16,11 +16,26 @@ export STACKING_DS_HOME=${STACKING_DS_HOME:-$(cd "$(dirname "$0")/.." && pwd)}
 here=$STACKING_DS_HOME/slurm
 source "$here/site.sh"
 
+# as far as it can be before the shards are there
+check=(train --dry-run --recipe "$recipe" --run-dir "$run_dir" --resume --set "data.path=$shards")
+[ -e "$shards/manifest.json" ] || check+=(--without-data)
+if ! "${CONTAINER[@]}" "$STACKING_DS" "${check[@]}" >/dev/null; then
+    echo "nothing is submitted, since this failed: $STACKING_DS ${check[*]}" >&2
+    exit 2
+fi
+
+# all three or none
+jobs=()
+trap '[ ${#jobs[@]} = 3 ] || [ ${#jobs[@]} = 0 ] || scancel "${jobs[@]}"' EXIT
+
 submit() { sbatch --parsable --kill-on-invalid-dep=yes "${SITE_OPTIONS[@]}" "$@"; }
 
 prepare=$(submit "${PREPARE_OPTIONS[@]}" "$here/prepare.sbatch" "$@" --out "$shards")
+jobs+=("$prepare")
 pretrain=$(submit "${TRAIN_OPTIONS[@]}" --dependency="afterok:$prepare" \
     "$here/pretrain.sbatch" "$recipe" "$run_dir" --set "data.path=$shards")
+jobs+=("$pretrain")
 evaluate=$(submit "${TRAIN_OPTIONS[@]}" --nodes=1 --dependency="afterok:$pretrain" \
     "$here/evaluate.sbatch" "$run_dir")
+jobs+=("$evaluate")
 echo "prepare $prepare, pretrain $pretrain, evaluate $evaluate"

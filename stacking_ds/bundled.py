@@ -1,11 +1,14 @@
-"""Find the DeepSpeed JSONs and recipes that come with the package, in a checkout or a wheel."""
+"""Find the JSONs, recipes and batch scripts of the package, in a checkout or a wheel."""
 
+import os
 from pathlib import Path
 
 import stacking_ds
 from stacking_ds.errors import ConfigError
 
-__all__ = ["ds_config_path", "recipe_path"]
+__all__ = ["batch_scripts", "ds_config_path", "recipe_path"]
+
+_OF_SLURM = {".sbatch", ".sh", ".md"}
 
 
 def ds_config_path(name: str) -> Path:
@@ -14,7 +17,7 @@ def ds_config_path(name: str) -> Path:
     Raises:
         ConfigError: there is neither; the message lists the bundled names.
     """
-    return _find(name, _folder(), ".json", "DeepSpeed JSON")
+    return _find(name, _folder("ds_configs"), ".json", "DeepSpeed JSON")
 
 
 def recipe_path(name: str) -> Path:
@@ -23,22 +26,29 @@ def recipe_path(name: str) -> Path:
     Raises:
         ConfigError: there is neither; the message lists the bundled names.
     """
-    return _find(name, _folder() / "recipes", ".yaml", "recipe")
+    return _find(name, _folder("ds_configs") / "recipes", ".yaml", "recipe")
 
 
-def _folder() -> Path:
+def batch_scripts() -> list[Path]:
+    """The files of slurm/: scripts, the site's settings and their README."""
+    return sorted(path for path in _folder("slurm").iterdir() if path.suffix in _OF_SLURM)
+
+
+def _folder(name: str) -> Path:
     package = Path(stacking_ds.__file__).parent
-    installed = package / "ds_configs"
-    return installed if installed.is_dir() else package.parent / "ds_configs"
+    installed = package / name
+    return installed if installed.is_dir() else package.parent / name
 
 
 def _find(name: str, folder: Path, suffix: str, what: str) -> Path:
-    given = Path(name).expanduser()
-    if given.suffix == suffix and given.is_file():
-        return given
+    # what is there and cannot be read is told by whoever reads it
+    given = os.path.expanduser(name)
+    if given.endswith(suffix) and os.path.lexists(given):
+        return Path(given)
     bundled = {path.stem: path for path in sorted(folder.glob(f"*{suffix}"))}
     stem = name.removesuffix(suffix)
     if stem in bundled:
         return bundled[stem]
     known = ", ".join(bundled) or f"none found in {folder}"
-    raise ConfigError(f"no {what} {name!r}: give a path to a {suffix} file, or one of {known}")
+    short = name if len(name) <= 200 else f"{name[:200]}..."
+    raise ConfigError(f"no {what} {short!r}: give a path to a {suffix} file, or one of {known}")

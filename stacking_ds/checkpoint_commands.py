@@ -1,4 +1,4 @@
-"""`stacking-ds checkpoint list · verify · inspect`."""
+"""`stacking-ds checkpoint list · verify · inspect · use`."""
 
 import argparse
 import json
@@ -12,7 +12,7 @@ _DAMAGED = 2
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """Give `parser` the three actions; each sets `command`, which returns the exit code."""
+    """Give `parser` the actions; each sets `command`, which returns the exit code."""
     actions = parser.add_subparsers(required=True, metavar="ACTION")
     action = actions.add_parser(allow_abbrev=False, name="list", help="what is there")
     action.add_argument("run_dir", type=Path)
@@ -33,11 +33,21 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     )
     action.set_defaults(command=_inspect)
 
+    action = actions.add_parser(
+        allow_abbrev=False,
+        name="use",
+        help="go on from this one: verify it, and have `latest` name it; exit code 2 if it is not "
+        "whole",
+    )
+    action.add_argument("run_dir", type=Path)
+    action.add_argument("checkpoint", metavar="STEP", help="e.g. 1000, or step_00001000")
+    action.set_defaults(command=_use)
+
 
 def _which(action: argparse.ArgumentParser) -> "argparse._MutuallyExclusiveGroup":
     action.add_argument("run_dir", type=Path, help="a run's directory, or a checkpoint's")
     which = action.add_mutually_exclusive_group()
-    which.add_argument("--checkpoint", help="e.g. step_00001000; the newest if not given")
+    which.add_argument("--checkpoint", help="e.g. 1000; the newest if not given")
     return which
 
 
@@ -70,6 +80,24 @@ def _inspect(options: argparse.Namespace) -> int:
         _say("")
         for line in parameter_lines(found):
             _say(line)
+    return 0
+
+
+def _use(options: argparse.Namespace) -> int:
+    from stacking_ds import run_directory
+    from stacking_ds.checkpoint.choice import choose
+    from stacking_ds.checkpoint.folders import point_to
+    from stacking_ds.checkpoint.report import verify
+
+    run_dir = options.run_dir
+    found = choose(run_dir, options.checkpoint)
+    with run_directory.lock(run_dir, remedy="wait for it or stop it first"):
+        if not verify([found], _say):
+            return _DAMAGED
+        point_to(found)
+        if run_directory.mend_config(run_dir, found):
+            _say(f"{run_dir / 'config.yaml'} is written anew, from the manifest of {found.name}")
+    _say(f"`latest` names {found.name}: --resume goes on from it")
     return 0
 
 

@@ -1,8 +1,7 @@
 """`stacking-ds prepare · data · train · launch · again · doctor · checkpoint · evaluate · export ·
-report · bench`."""
+report · slurm · bench`."""
 
 import argparse
-import dataclasses
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from stacking_ds.doctor.commands import add_doctor
 from stacking_ds.ending import tell
 from stacking_ds.launch.commands import add_launch
 from stacking_ds.launch.words import ENCODED, decode_arguments
+from stacking_ds.slurm_command import add_slurm
 from stacking_ds.train_command import add_train
 
 if TYPE_CHECKING:
@@ -51,67 +51,29 @@ def _parser() -> argparse.ArgumentParser:
     # `deepspeed --module` puts it before the command; the environment says the same
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    add_prepare(
-        commands.add_parser(allow_abbrev=False, name="prepare", help="text to token shards")
-    )
-    add_train(
-        commands.add_parser(
-            allow_abbrev=False, name="train", help="train a recipe, growing from stage to stage"
-        )
-    )
-    add_data(
-        commands.add_parser(
-            allow_abbrev=False, name="data", help="inspect prepared shards, or lay out their rows"
-        )
-    )
-    add_checkpoint(
-        commands.add_parser(
-            allow_abbrev=False,
-            name="checkpoint",
-            help="list, verify or inspect a run's checkpoints",
-        )
-    )
-    _add_evaluate(
-        commands.add_parser(
-            allow_abbrev=False, name="evaluate", help="held-out loss of a run's checkpoint"
-        )
-    )
-    _add_export(
-        commands.add_parser(
-            allow_abbrev=False, name="export", help="a run's model as a Hugging Face folder"
-        )
-    )
-    report = commands.add_parser(
-        allow_abbrev=False, name="report", help="what happened in a run, as a table"
-    )
-    report.add_argument("run_dir", type=Path)
-    report.set_defaults(command=_report)
-    add_launch(
-        commands.add_parser(
-            allow_abbrev=False,
-            name="launch",
-            help="DeepSpeed's launcher, watched over: hosts that answer, restarts, nothing left",
-        )
-    )
-    add_doctor(
-        commands.add_parser(
-            allow_abbrev=False,
-            name="doctor",
-            help="on all ranks of a cluster: which node differs, and what is missing",
-        )
-    )
-    add_again(
-        commands.add_parser(
-            allow_abbrev=False, name="again", help="should a run that has ended be started again?"
-        )
-    )
-    add_bench(
-        commands.add_parser(
-            allow_abbrev=False,
-            name="bench",
-            help="what a step, kernels, data, a boundary or LAMB cost, measured here",
-        )
-    )
+    for name, summary, add in (
+        ("prepare", "text to token shards", add_prepare),
+        ("train", "train a recipe, growing from stage to stage", add_train),
+        ("data", "inspect prepared shards, or lay out their rows", add_data),
+        (
+            "checkpoint",
+            "list, verify or inspect a run's checkpoints, or choose from which to go on",
+            add_checkpoint,
+        ),
+        ("evaluate", "held-out loss of a run's checkpoint", _add_evaluate),
+        ("export", "a run's model as a Hugging Face folder", _add_export),
+        ("report", "what happened in a run, as a table", _add_report),
+        (
+            "launch",
+            "DeepSpeed's launcher, watched over: hosts that answer, restarts, nothing left",
+            add_launch,
+        ),
+        ("doctor", "on all ranks of a cluster: which node differs, what is missing", add_doctor),
+        ("again", "should a run that has ended be started again?", add_again),
+        ("slurm", "the batch scripts, copied to where you stand", add_slurm),
+        ("bench", "what a step, kernels, data, a boundary or LAMB cost, measured here", add_bench),
+    ):
+        add(commands.add_parser(allow_abbrev=False, name=name, help=summary))
     return parser
 
 
@@ -120,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--checkpoint", help="e.g. step_00001000; the newest if not given")
+    parser.add_argument("--checkpoint", help="e.g. 1000; the newest if not given")
     parser.add_argument("--data", help="token shards to evaluate on; the run's own if not given")
     parser.set_defaults(command=_evaluate)
 
@@ -136,7 +98,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     try:
         result = run_heldout(job, found, world)
         if world.is_first:
-            print(json.dumps({"checkpoint": str(found), **dataclasses.asdict(result)}))
+            print(json.dumps({"checkpoint": str(found), **result.record()}))
+        result.require_finite(f"of {found}")
     finally:
         distributed.stop()
     return 0
@@ -144,29 +107,46 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--checkpoint", help="e.g. step_00001000; the newest if not given")
-    parser.add_argument("--data", help="token shards whose tokenizer to export; default the run's")
+    parser.add_argument("--checkpoint", help="e.g. 1000; the newest if not given")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help="prepared folder whose tokenizer to export; default the run's",
+    )
     parser.add_argument("--out", type=Path, help="folder to write (RUN_DIR/export)")
     parser.set_defaults(command=_export)
 
 
 def _export(options: argparse.Namespace) -> int:
-    from stacking_ds.from_checkpoint import export_run
+    from stacking_ds.checkpoint.choice import choose
+    from stacking_ds.from_checkpoint import export_run, warning_of
+    from stacking_ds.run_directory import read_config
 
-    job = _job_of(options.run_dir, options.data)
-    print(f"exported: {export_run(job, options.run_dir, options.checkpoint, options.out)}")
+    config = read_config(options.run_dir)
+    place = export_run(config, options.run_dir, options.checkpoint, options.out, options.data)
+    print(f"exported: {place}")
+    warning = warning_of(options.run_dir, choose(options.run_dir, options.checkpoint))
+    if warning:
+        print(f"stacking-ds: warning: {warning}", file=sys.stderr)
     return 0
 
 
 def _job_of(run_dir: Path, data: str | None) -> "Job":
     from stacking_ds.job import Job
-    from stacking_ds.run_directory import read_config
+    from stacking_ds.run_directory import read_config, require_shards
 
     config = read_config(run_dir)
-    if data is not None:
+    if data is None:
+        require_shards(run_dir, config, "--data FOLDER")
+    else:
         section = config.data.model_copy(update={"path": data})
         config = config.model_copy(update={"data": section})
     return Job.check(config)
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", type=Path)
+    parser.set_defaults(command=_report)
 
 
 def _report(options: argparse.Namespace) -> int:

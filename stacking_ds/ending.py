@@ -14,10 +14,9 @@ from stacking_ds.errors import (
     is_mendable,
 )
 from stacking_ds.launched import local_rank_from_environment, rank_from_environment
+from stacking_ds.stop_request import INTERRUPTED
 
-__all__ = ["INTERRUPTED", "tell"]
-
-INTERRUPTED = 130
+__all__ = ["tell"]
 
 
 def tell(error: BaseException) -> int | None:

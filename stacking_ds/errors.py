@@ -14,6 +14,7 @@ __all__ = [
     "LostRankError",
     "NonFiniteError",
     "StageError",
+    "UnreadableError",
     "UserError",
     "is_mendable",
 ]
@@ -54,6 +55,11 @@ class StageError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint or a run directory that is missing, damaged or belongs to another run."""
+
+
+class UnreadableError(CheckpointError):
+    """A checkpoint that may be whole, of which something cannot be read: a permission is missing,
+    or a file system fails."""
 
 
 class NonFiniteError(RuntimeError):

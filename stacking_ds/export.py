@@ -1,15 +1,15 @@
 """A trained model as a folder that Hugging Face's `transformers` loads."""
 
 import json
-import math
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from stacking_ds.checkpoint.folders import sync
+from stacking_ds.checkpoint.tensor_file import little_endian_bytes, safetensors_header
 from stacking_ds.errors import CheckpointError, ConfigError, DataError
 from stacking_ds.model.bert import parameter_shapes
 from stacking_ds.model.config import BertConfig
@@ -38,6 +38,8 @@ def export_to_hugging_face(
     config: BertConfig,
     tokenizer_dir: Path,
     out_dir: Path,
+    *,
+    longest_tokens: int | None = None,
 ) -> None:
     """Write the model and its tokenizer into `out_dir`.
 
@@ -50,6 +52,8 @@ def export_to_hugging_face(
         config: the model's sizes.
         tokenizer_dir: folder with the `tokenizer.json` and `vocab.txt` of the training data.
         out_dir: new, empty, or an earlier export.
+        longest_tokens: the longest rows that trained the model, to which its tokenizer is to cut
+            text: the embeddings of later positions are as random as they began. None: all were.
 
     Raises:
         ConfigError: a pre-LN model, or an `out_dir` with something else in it.
@@ -76,7 +80,10 @@ def export_to_hugging_face(
         partial.mkdir(parents=True)
         _write_weights(partial / "model.safetensors", tensors, config)
         _write_json(partial / "config.json", _model_json(config, tokenizer))
-        _write_json(partial / "tokenizer_config.json", _tokenizer_json(config, tokenizer))
+        _write_json(
+            partial / "tokenizer_config.json",
+            _tokenizer_json(tokenizer, longest_tokens or config.max_position_embeddings),
+        )
         for name in ("tokenizer.json", "vocab.txt"):
             shutil.copyfile(tokenizer_dir / name, partial / name)
         for path in (*partial.iterdir(), partial):
@@ -96,7 +103,7 @@ def _write_weights(
     """Write a safetensors file, whose header says beforehand where each tensor will stand."""
     # Tied tensors stand under their first name only: `transformers` ties them on loading.
     shapes = parameter_shapes(config)
-    header, places = _safetensors_header(shapes)
+    header, places = safetensors_header(shapes, format="pt")
     surplus = []
     with path.open("wb") as file:
         file.write(header)
@@ -110,30 +117,14 @@ def _write_weights(
                     f"{name} has shape {tuple(tensor.shape)} where the config says {shapes[name]}; "
                     f"export with the checkpoint's own config"
                 )
-            assert tensor.dtype == torch.float32, name
-            assert tensor.device.type == "cpu", name
             file.seek(place)
-            values = tensor.detach().contiguous().numpy()
-            file.write(values.astype("<f4", copy=False).data)
+            file.write(little_endian_bytes(tensor))
     if places or surplus:
         raise CheckpointError(
             f"the tensors are not those of a model of {config.num_hidden_layers} layers: missing "
             f"{sorted(places)}, unknown or twice {sorted(surplus)}; export with the checkpoint's "
             f"own config"
         )
-
-
-def _safetensors_header(shapes: Mapping[str, tuple[int, ...]]) -> tuple[bytes, dict[str, int]]:
-    """A file's bytes before its numbers, and the place in the file of each fp32 tensor."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    places, end = {}, 0
-    for name, shape in shapes.items():
-        places[name], end = end, end + 4 * math.prod(shape)
-        entries[name] = {"dtype": "F32", "shape": shape, "data_offsets": [places[name], end]}
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that the numbers are aligned
-    header = len(text).to_bytes(8, "little") + text
-    return header, {name: len(header) + place for name, place in places.items()}
 
 
 def _read_tokenizer(folder: Path) -> dict[str, Any]:
@@ -179,14 +170,14 @@ def _model_json(config: BertConfig, tokenizer: dict[str, Any]) -> dict[str, Any]
     }
 
 
-def _tokenizer_json(config: BertConfig, tokenizer: dict[str, Any]) -> dict[str, Any]:
+def _tokenizer_json(tokenizer: dict[str, Any], longest_tokens: int) -> dict[str, Any]:
     normalizer = tokenizer["normalizer"]
     return {
         "tokenizer_class": "BertTokenizer",
         "do_lower_case": normalizer["lowercase"],
         "strip_accents": normalizer["strip_accents"],
         "tokenize_chinese_chars": normalizer["handle_chinese_chars"],
-        "model_max_length": config.max_position_embeddings,
+        "model_max_length": longest_tokens,
         **_SPECIAL_TOKENS,
     }
 

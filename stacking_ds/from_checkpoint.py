@@ -4,28 +4,53 @@ from pathlib import Path
 
 import torch
 
-from stacking_ds import checkpoint
+from stacking_ds import checkpoint, run_tokenizer
 from stacking_ds.checkpoint.choice import choose
+from stacking_ds.config import RunConfig
 from stacking_ds.distributed import World
+from stacking_ds.divergence import judge
+from stacking_ds.errors import CheckpointError
 from stacking_ds.evaluate.heldout import HeldOut, evaluate_heldout
 from stacking_ds.export import export_to_hugging_face
 from stacking_ds.job import Job
-from stacking_ds.model.bert import BertForPreTraining
+from stacking_ds.metrics_file import read_metrics
+from stacking_ds.model.bert import BertForPreTraining, parameter_shapes
+from stacking_ds.model.config import BertConfig
+from stacking_ds.model.names import WORD_EMBEDDINGS
 
-__all__ = ["export_if_missing", "export_run", "load_model", "run_heldout"]
+__all__ = ["export_if_missing", "export_run", "load_model", "run_heldout", "warning_of"]
 
 
 def load_model(job: Job, found: Path) -> BertForPreTraining:
     """The fp32 model of a checkpoint, on the CPU."""
     manifest = checkpoint.read_manifest(found)
     job.require_vocabulary(manifest.vocabulary_sha256, found)
-    model = BertForPreTraining(job.model_config(manifest.num_hidden_layers), seed=0)
+    config = _model_config(found, manifest, job.config, job.shards.manifest.vocab_size)
+    model = BertForPreTraining(config, seed=0)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in checkpoint.read_parameters(found):
-            parameters.pop(name).copy_(tensor)
-    assert not parameters, f"{found} lacks {sorted(parameters)}"
+            parameters[name].copy_(tensor)
     return model
+
+
+def _model_config(
+    found: Path, manifest: checkpoint.Manifest, run: RunConfig, vocab_size: int
+) -> BertConfig:
+    """The model of a checkpoint, of whose parameters it has each and no others.
+
+    Raises:
+        CheckpointError: it is not a model of the run's, or of another vocabulary's size.
+    """
+    depth = manifest.num_hidden_layers
+    if depth > len(manifest.parameters):  # before a model of so many layers is made
+        raise CheckpointError(
+            f"{found} is damaged: it says that it has {depth:,} layers, and has "
+            f"{len(manifest.parameters):,} parameters; {checkpoint.fall_back(found)}"
+        )
+    config = BertConfig(vocab_size=vocab_size, num_hidden_layers=depth, **run.model.model_dump())
+    checkpoint.require_shapes(found, manifest, parameter_shapes(config))
+    return config
 
 
 def run_heldout(job: Job, found: Path, world: World) -> HeldOut:
@@ -36,26 +61,43 @@ def run_heldout(job: Job, found: Path, world: World) -> HeldOut:
     return evaluate_heldout(model, job.heldout_steps(world.rank, world.size, phase), world)
 
 
-def export_run(job: Job, run_dir: Path, name: str | None = None, out: Path | None = None) -> Path:
+def export_run(
+    config: RunConfig,
+    run_dir: Path,
+    name: str | None = None,
+    out: Path | None = None,
+    data: Path | None = None,
+) -> Path:
     """Write a checkpoint of the run as a Hugging Face folder (`RUN_DIR/export`); its path.
 
-    One parameter after the other, so that no model is in memory.
+    One parameter after the other, so that no model is in memory. The tokenizer is the run's own, or
+    that of the prepared folder `data`; token shards are not needed.
     """
     found = choose(run_dir, name)
     manifest = checkpoint.read_manifest(found)
-    job.require_vocabulary(manifest.vocabulary_sha256, found)
+    tokenizer = run_tokenizer.choose(run_dir, config, manifest.vocabulary_sha256, data)
+    table = manifest.parameters.get(WORD_EMBEDDINGS)
+    vocab_size = table.shape[0] if table is not None and table.shape else 1
+    model = _model_config(found, manifest, config, vocab_size)
     target = out or run_dir / "export"
     export_to_hugging_face(
         checkpoint.read_parameters(found),
-        job.model_config(manifest.num_hidden_layers),
-        job.shards.folder,
+        model,
+        tokenizer,
         target,
+        longest_tokens=config.phase_schedule().longest(manifest.step),
     )
     return target
+
+
+def warning_of(run_dir: Path, found: Path) -> str | None:
+    """What the run's losses up to the checkpoint `found` warn of, for people, if of anything."""
+    step = checkpoint.read_manifest(found).step
+    return judge(line for line in read_metrics(run_dir) if line["step"] <= step).warning
 
 
 def export_if_missing(job: Job, run_dir: Path) -> str | None:
     """Export the finished run, as its recipe asks for; what was done, for people, if anything."""
     if (run_dir / "export").exists() or not job.config.checkpoint.export_at_end:
         return None
-    return f"exported for Hugging Face: {export_run(job, run_dir)}"
+    return f"exported for Hugging Face: {export_run(job.config, run_dir)}"

@@ -37,86 +37,41 @@ from stacking_ds.optim.schedule import LearningRateSchedule
 from stacking_ds.phases import Phase, PhaseSchedule
 from stacking_ds.stages import StageSchedule
 
-__all__ = ["Job"]
+__all__ = ["CheckedRecipe", "Job"]
 
 
 @dataclass(frozen=True)
-class Job:
-    """What a run trains on, how long, and how fast it learns; see `Job.check`."""
+class CheckedRecipe:
+    """What a recipe alone says of a run, checked; see `CheckedRecipe.check`."""
 
     config: RunConfig
     schedule: StageSchedule
     phases: PhaseSchedule
     learning_rates: LearningRateSchedule
-    shards: TokenShards
-    train_data: Mapping[int, PretrainingData]
-    """By sequence length."""
     ds_json: dict[str, Any]
 
     @classmethod
-    def check(cls, config: RunConfig) -> "Job":
-        """Open and validate everything that `config` names.
+    def check(cls, config: RunConfig) -> "CheckedRecipe":
+        """Validate what needs no data, which may not be there yet.
 
         Raises:
             StageError: depths that do not grow, or that the growth operator cannot reach.
             ConfigError: a learning-rate schedule, model or DeepSpeed JSON that cannot be used.
-            DataError: shards that are missing or damaged, or splits with too few documents.
         """
         schedule = config.stage_schedule()
         depths = [stage.num_hidden_layers for stage in schedule.stages]
         for old_depth, new_depth in itertools.pairwise(depths):
             layer_map(config.growth.operator, old_depth, new_depth)
-        phases = config.phase_schedule()
-        shards = TokenShards.open(Path(config.data.path))
-        job = cls(
-            config=config,
-            schedule=schedule,
-            phases=phases,
-            learning_rates=LearningRateSchedule.of(config, schedule),
-            shards=shards,
-            train_data={
-                length: PretrainingData(
-                    shards, "train", RowOptions.of(config.data, length), seed=config.seed
-                )
-                for length in sorted({phase.sequence_length for phase in phases.phases})
-            },
-            ds_json=load_ds_config(config.engine.deepspeed),
-        )
-        job.model_config(depths[-1])
+        # the vocabulary is that of the shards
+        BertConfig(vocab_size=1, num_hidden_layers=depths[-1], **config.model.model_dump())
         if config.engine.fp8:
             require_fp8_sizes(config.model.hidden_size, config.model.intermediate_size)
-        spec = job.train_data[phases.phases[0].sequence_length].options.layout(0)
-        require_documents(shards.split("train"), spec)
-        require_documents(shards.split("heldout"), spec)
-        return job
-
-    def lay_out_rows(self, say: Callable[[str], None], workers: int = 1) -> None:
-        """Make the rows that the run will read, where they are not there; `say` is told first.
-
-        Raises:
-            DataError: fewer rows than one global batch, or nowhere to write them.
-        """
-        for length, data in self.train_data.items():
-            heldout = replace(RowOptions.of(self.config.data, length), variants=1)
-            for one, rows in (
-                (data, self.phases.rows(self.schedule.total_steps, length)),
-                (PretrainingData(self.shards, "heldout", heldout, seed=0), 1),
-            ):
-                for variant, spec in one.missing_layouts(rows):
-                    say(
-                        f"laying out the rows of {self.shards.folder}, {one.split} {spec}, once "
-                        f"for all runs; `stacking-ds data layout` does so ahead of a run"
-                    )
-                    one.layout(variant, workers)
-        for phase in self.phases.phases:
-            self.train_data[phase.sequence_length].require_rows(phase.global_batch_size)
-
-    def model_config(self, num_hidden_layers: int) -> BertConfig:
-        """The model at a depth, with the vocabulary of the shards."""
-        return BertConfig(
-            vocab_size=self.shards.manifest.vocab_size,
-            num_hidden_layers=num_hidden_layers,
-            **self.config.model.model_dump(),
+        return CheckedRecipe(
+            config=config,
+            schedule=schedule,
+            phases=config.phase_schedule(),
+            learning_rates=LearningRateSchedule.of(config, schedule),
+            ds_json=load_ds_config(config.engine.deepspeed),
         )
 
     def ds_config(self, world_size: int, phase: Phase) -> dict[str, Any]:
@@ -149,9 +104,79 @@ class Job:
             require_whole_tensors(config.optimizer.lamb.kernel, sharded=zero_stage > 0)
         return resolved
 
+    def require_ds_configs(self, world_size: int) -> None:
+        """Check the DeepSpeed configuration of every phase; raises what `ds_config` does."""
+        for phase in self.phases.phases:
+            self.ds_config(world_size, phase)
+
     def draw(self) -> str:
         """Stages, phases and learning rate as text."""
         return f"{self.schedule.draw()}\n{self.phases.draw()}\n{self.learning_rates.draw()}"
+
+
+@dataclass(frozen=True)
+class Job(CheckedRecipe):
+    """What a run trains on, how long, and how fast it learns; see `Job.check`."""
+
+    shards: TokenShards
+    train_data: Mapping[int, PretrainingData]
+    """By sequence length."""
+
+    @classmethod
+    def check(cls, config: RunConfig) -> "Job":
+        """Open and validate everything that `config` names.
+
+        Raises:
+            StageError: depths that do not grow, or that the growth operator cannot reach.
+            ConfigError: a learning-rate schedule, model or DeepSpeed JSON that cannot be used.
+            DataError: shards that are missing or damaged, or splits with too few documents.
+        """
+        recipe = CheckedRecipe.check(config)
+        shards = TokenShards.open(Path(config.data.path))
+        phases = recipe.phases.phases
+        job = cls(
+            **vars(recipe),
+            shards=shards,
+            train_data={
+                length: PretrainingData(
+                    shards, "train", RowOptions.of(config.data, length), seed=config.seed
+                )
+                for length in sorted({phase.sequence_length for phase in phases})
+            },
+        )
+        spec = job.train_data[phases[0].sequence_length].options.layout(0)
+        require_documents(shards.split("train"), spec)
+        require_documents(shards.split("heldout"), spec)
+        return job
+
+    def lay_out_rows(self, say: Callable[[str], None], workers: int = 1) -> None:
+        """Make the rows that the run will read, where they are not there; `say` is told first.
+
+        Raises:
+            DataError: fewer rows than one global batch, or nowhere to write them.
+        """
+        for length, data in self.train_data.items():
+            heldout = replace(RowOptions.of(self.config.data, length), variants=1)
+            for one, rows in (
+                (data, self.phases.rows(self.schedule.total_steps, length)),
+                (PretrainingData(self.shards, "heldout", heldout, seed=0), 1),
+            ):
+                for variant, spec in one.missing_layouts(rows):
+                    say(
+                        f"laying out the rows of {self.shards.folder}, {one.split} {spec}, once "
+                        f"for all runs; `stacking-ds data layout` does so ahead of a run"
+                    )
+                    one.layout(variant, workers)
+        for phase in self.phases.phases:
+            self.train_data[phase.sequence_length].require_rows(phase.global_batch_size)
+
+    def model_config(self, num_hidden_layers: int) -> BertConfig:
+        """The model at a depth, with the vocabulary of the shards."""
+        return BertConfig(
+            vocab_size=self.shards.manifest.vocab_size,
+            num_hidden_layers=num_hidden_layers,
+            **self.config.model.model_dump(),
+        )
 
     @cached_property
     def data_sha256(self) -> str:

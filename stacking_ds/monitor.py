@@ -3,13 +3,10 @@
 A file that cannot be written, as on a full disk, ends no run: that is for checkpoints to do.
 """
 
-import io
 import json
 import logging
-import math
 import os
 import resource
-import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,29 +14,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-import numpy as np
 import torch
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
-from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
-from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
-from torch.utils.tensorboard.summary import histogram
 from tqdm import tqdm
 
+from stacking_ds.divergence import Course, finite_or_none
+from stacking_ds.metrics_file import METRICS_FILE, drop_after, read_metrics
 from stacking_ds.stages import Stage, StageSchedule
+from stacking_ds.tensorboard_events import event_record, events_name, first_events
 
 __all__ = [
-    "METRICS_FILE",
     "Monitor",
     "measure_matmul_peak",
     "peak_memory_gib",
-    "read_metrics",
 ]
 
-METRICS_FILE = "metrics.jsonl"
-
 _MOST_HELD_BYTES = 2**24
-_EDGES = 1e-12 * 1.1 ** np.arange(774)
-_BINS = np.concatenate([-_EDGES[::-1], [0.0], _EDGES])  # TensorBoard's own
 
 logger = logging.getLogger("stacking_ds")
 
@@ -60,41 +49,56 @@ class Monitor:
         if not enabled:
             return
         self._schedule = schedule
-        _drop_after(run_dir / METRICS_FILE, completed_steps)
+        damage = drop_after(run_dir, completed_steps)
+        self._course = Course(read_metrics(run_dir))
         failing: set[Path] = set()
         self._log = _Appended(run_dir / "train.log", failing)
         self._log_handlers = _open_logs(self._log)
         self._metrics = _Appended(run_dir / METRICS_FILE, failing)
-        self._tensorboard = _Appended(run_dir / "tensorboard" / _events_name(), failing)
+        events = run_dir / "tensorboard"
+        self._tensorboard = _Appended(events / events_name(events), failing)
         self._metrics.add(b"")
-        self._tensorboard.add(_first_events(completed_steps + 1))
+        self._tensorboard.add(first_events(completed_steps + 1))
         self._bars = _Bars(schedule, completed_steps)
+        if damage is not None:
+            logger.warning(damage)
 
     def stage(self, stage: Stage, completed_steps: int) -> None:
         """Announce the stage that trains from now on."""
         if self._enabled:
             self._bars.stage(stage, completed_steps)
 
-    def step(self, completed_steps: int, loss: float) -> None:
-        """Move the bars; `loss` is shown beside them."""
+    def step(self, completed_steps: int, mlm_loss: float) -> None:
+        """Move the bars; `mlm_loss` is shown beside them."""
         if self._enabled:
-            self._bars.step(completed_steps, loss)
+            self._bars.step(completed_steps, mlm_loss)
 
     def record(
         self, metrics: Mapping[str, Any], histograms: Mapping[str, Sequence[float]] | None = None
     ) -> None:
         """One line of `metrics.jsonl`, the same numbers to TensorBoard, a short line to the log.
 
-        A number that is not finite (the gradient norm of a step that fp16 skipped) is null. What
-        `histograms` has goes to TensorBoard alone.
+        A number that is not finite (the gradient norm of a step that fp16 skipped, a held-out loss
+        of weights that overflow) is null. What `histograms` has goes to TensorBoard alone.
         """
         if not self._enabled:
             return
-        metrics = {key: _finite_or_none(value) for key, value in metrics.items()}
+        metrics = {key: finite_or_none(value) for key, value in metrics.items()}
+        before, found = self._course.judgement, self._course.add(metrics)
+        metrics["diverged"] = found.has_diverged
         self._metrics.write(json.dumps(metrics) + "\n")
-        self._tensorboard.add(_event(metrics, histograms or {}))
-        self._bars.remaining(metrics["speed/remaining_seconds"])
+        self._tensorboard.add(event_record(metrics, histograms or {}))
+        self._bars.remaining(metrics["speed/remaining_seconds"] or 0.0)
         logger.info(_line(metrics, self._schedule.total_steps))
+        if found.has_diverged and not before.has_diverged:
+            self.say(f"the run has {found.sentence}")
+        elif before.has_diverged and not found.has_diverged:
+            self.say(f"the run has recovered: {found.why}")
+
+    def conclude(self) -> None:
+        """Say what the losses of a run that is complete mean, if it has not learned."""
+        if self._enabled and self._course.judgement.warning:
+            self.say(self._course.judgement.warning)
 
     def say(self, message: str) -> None:
         """A sentence for people, to the console and `train.log`."""
@@ -138,7 +142,7 @@ class _Appended:
             self._held += piece
         try:
             self._path.parent.mkdir(exist_ok=True)
-            with self._path.open("ab") as file:
+            with open(self._path, "ab", opener=_at_once) as file:
                 size = file.seek(0, os.SEEK_END)
                 if self._whole is not None:
                     size = file.truncate(min(size, self._whole))
@@ -160,6 +164,11 @@ class _Appended:
                 self._path,
                 error.strerror or error,
             )
+
+
+def _at_once(path: str, flags: int) -> int:
+    # a FIFO that nobody reads would be waited for
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY, 0o666)
 
 
 class _Console(logging.StreamHandler[TextIO]):
@@ -203,8 +212,8 @@ class _Bars:
         done = completed_steps - stage.start_step
         self._stage = self._bar(name, stage.steps, done, position=1, leave=False)
 
-    def step(self, completed_steps: int, loss: float) -> None:
-        self._stage.set_postfix(loss=f"{loss:.3f}", refresh=False)
+    def step(self, completed_steps: int, mlm_loss: float) -> None:
+        self._stage.set_postfix_str(f"train MLM loss {mlm_loss:.3f}", refresh=False)
         self._stage.update(completed_steps - self._stage_start - self._stage.n)
         self._run.update(completed_steps - self._run.n)
 
@@ -215,66 +224,6 @@ class _Bars:
         if self._stage is not None:
             self._stage.close()
         self._run.close()
-
-
-def _finite_or_none(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def read_metrics(run_dir: Path) -> Iterator[dict[str, Any]]:
-    """The lines of `metrics.jsonl`; a last line cut off by a crash is left out."""
-    path = run_dir / METRICS_FILE
-    if not path.is_file():
-        return
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            return
-
-
-def _drop_after(path: Path, completed_steps: int) -> None:
-    if not path.is_file():
-        return
-    kept = [line for line in read_metrics(path.parent) if line["step"] <= completed_steps]
-    temporary = path.with_suffix(".tmp")
-    try:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:  # a full disk is told of without a path
-        raise OSError(error.errno, error.strerror, str(path)) from None
-
-
-def _events_name() -> str:
-    # TensorBoard reads the files of a folder in the order of their names
-    return f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
-
-
-def _first_events(next_step: int) -> bytes:
-    """From `next_step` on, what earlier files of the run say is void."""
-    start = SessionLog(status=SessionLog.START)
-    return _records(
-        Event(wall_time=time.time(), step=next_step, file_version="brain.Event:2"),
-        Event(wall_time=time.time(), step=next_step, session_log=start),
-    )
-
-
-def _event(metrics: Mapping[str, Any], histograms: Mapping[str, Sequence[float]]) -> bytes:
-    summary = Summary()
-    for key, value in metrics.items():
-        if isinstance(value, int | float):
-            summary.value.add(tag=key if "/" in key else f"progress/{key}", simple_value=value)
-    for tag, values in histograms.items():
-        bars: Any = histogram(tag, torch.tensor(values), _BINS)  # type: ignore[no-untyped-call]
-        summary.MergeFrom(bars)
-    return _records(Event(wall_time=time.time(), step=int(metrics["step"]), summary=summary))
-
-
-def _records(*events: Any) -> bytes:
-    buffer = io.BytesIO()
-    for event in events:
-        RecordWriter(buffer).write(event.SerializeToString())
-    return buffer.getvalue()
 
 
 def _open_logs(log: _Appended) -> list[logging.Handler]:
@@ -296,14 +245,18 @@ def _line(metrics: Mapping[str, Any], total_steps: int) -> str:
     parts = [
         f"step {metrics['step']}/{total_steps}",
         f"stage {metrics['stage']} ({metrics['num_hidden_layers']} layers)",
-        f"loss {metrics['train/loss']:.4f}",
+        f"train MLM loss {_shown(metrics['train/mlm_loss'])}",
         f"lr {metrics['optim/learning_rate']:.2e}",
         f"{metrics['speed/tokens_per_second']:,.0f} tokens/s",
-        f"ETA {tqdm.format_interval(int(metrics['speed/remaining_seconds']))}",
+        f"ETA {tqdm.format_interval(int(metrics['speed/remaining_seconds'] or 0))}",
     ]
     if "eval/mlm_loss" in metrics:
-        parts.append(f"held-out MLM loss {metrics['eval/mlm_loss']:.4f}")
+        parts.append(f"held-out MLM loss {_shown(metrics['eval/mlm_loss'])}")
     return "  ".join(parts)
+
+
+def _shown(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.4f}"
 
 
 def peak_memory_gib(device: torch.device) -> float:

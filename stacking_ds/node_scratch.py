@@ -3,6 +3,7 @@
 import os
 import stat
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 __all__ = ["keep_caches_on_node"]
@@ -10,19 +11,47 @@ __all__ = ["keep_caches_on_node"]
 _CACHES = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
 
 
-def keep_caches_on_node() -> None:
-    """Point the caches of compilers, where nobody has, into TMPDIR. Before torch is imported.
+def keep_caches_on_node(say: Callable[[str], None]) -> None:
+    """Point the caches of compilers, where nobody has, to the node's own disk. Before torch is
+    imported.
 
-    Where the folder is another user's, who could put code of his own there, they stay what they
-    are.
+    That is SLURM_TMPDIR, else TMPDIR. Compiled code is run, so the folder has to be this user's
+    alone: where another user has made it first, a new one is taken, which no one can foresee, and
+    kernels are compiled anew; `say` is told. What the compilers would choose by themselves can be
+    foreseen too.
     """
-    root = Path(tempfile.gettempdir()) / f"stacking-ds-{os.getuid()}"
+    missing = [variable for variable in _CACHES if variable not in os.environ]
+    root = _private_folder(say) if missing else None
+    if root is not None:
+        for variable in missing:
+            os.environ[variable] = str(root / _CACHES[variable])
+
+
+def _private_folder(say: Callable[[str], None]) -> Path | None:
+    given = os.environ.get("SLURM_TMPDIR", "")
+    parent = Path(given if os.path.isdir(given) else tempfile.gettempdir())
+    root = parent / f"stacking-ds-{os.getuid()}"
     try:
         root.mkdir(mode=0o700, exist_ok=True)
-        found = root.lstat()
+        if _is_private(root):
+            return root
     except OSError:
-        return
-    private = stat.S_ISDIR(found.st_mode) and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    if private and found.st_uid == os.getuid():
-        for variable, name in _CACHES.items():
-            os.environ.setdefault(variable, str(root / name))
+        pass  # a file, or a link that leads nowhere, has its name
+    try:
+        fresh = Path(tempfile.mkdtemp(prefix=f"{root.name}-", dir=parent))
+    except OSError:
+        return None  # nothing can be written there, so that nothing is found there either
+    say(
+        f"{root} is not a folder of yours alone, so kernels are compiled anew into {fresh}: have "
+        f"it removed, or set TMPDIR to a folder of your own"
+    )
+    return fresh
+
+
+def _is_private(folder: Path) -> bool:
+    found = folder.lstat()
+    return (
+        stat.S_ISDIR(found.st_mode)
+        and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        and found.st_uid == os.getuid()
+    )

@@ -101,6 +101,10 @@ class PhaseSchedule:
             for phase, end in self.between(0, end_step)
         )
 
+    def longest(self, end_step: int) -> int:
+        """The longest rows, in tokens, of the steps before `end_step`; at step 0, of the first."""
+        return max(phase.sequence_length for phase, _ in self.between(0, max(end_step, 1)))
+
     def rows(self, end_step: int, sequence_length: int) -> int:
         """Rows of this length in the steps before `end_step`."""
         return sum(

@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from stacking_ds import attempts, run_directory
-from stacking_ds.errors import CheckpointError
-from stacking_ds.monitor import read_metrics
+from stacking_ds.divergence import judge
+from stacking_ds.errors import CheckpointError, UserError
+from stacking_ds.metrics_file import METRICS_FILE, read_metrics
+from stacking_ds.small_files import PassedOver, is_count, is_number
+from stacking_ds.stages import Stage
 
 __all__ = ["run_table"]
 
@@ -15,12 +18,14 @@ _COLUMNS = (
     "layers",
     "steps",
     "tokens",
-    "train loss",
+    "train MLM loss",
     "held-out MLM loss",
     "tokens/s",
     "boundary s",
 )
 _FLOOR = "eval/unigram_mlm_loss"
+_COUNTS = ("stage", "num_hidden_layers", "stage/tokens")
+_NUMBERS = ("stage/train_seconds", "stage/boundary_seconds", "wall_seconds")
 
 
 def run_table(run_dir: Path) -> str:
@@ -31,22 +36,27 @@ def run_table(run_dir: Path) -> str:
     """
     config = run_directory.read_config(run_dir)
     schedule = config.stage_schedule()
-    lines_so_far = list(read_metrics(run_dir))
+    passed_over = PassedOver(run_dir / METRICS_FILE)
+    lines_so_far = list(
+        read_metrics(run_dir, passed_over, lambda line: _is_told(line, schedule.stages))
+    )
     last_of_stage = {line["stage"]: line for line in lines_so_far}
     if not last_of_stage:
-        raise CheckpointError(f"{run_dir} has no metrics yet; train it first")
+        damage = f" ({passed_over.sentence})" if passed_over.sentence else ""
+        raise CheckpointError(f"{run_dir} has no metrics yet; train it first{damage}")
     rows = [
         _row(line, line["step"] - schedule.stages[index].start_step)
         for index, line in sorted(last_of_stage.items())
     ]
     last = last_of_stage[max(last_of_stage)]
     lines = [_aligned([_COLUMNS, *rows]), ""]
-    floors = [line[_FLOOR] for line in lines_so_far if _FLOOR in line]
+    floors = [line[_FLOOR] for line in lines_so_far if line.get(_FLOOR) is not None]
     if floors:
         lines.append(
             f"unigram floor: {floors[-1]:.3f} held-out MLM loss of word "
             f"frequencies alone, on the same masked tokens"
         )
+    lines.append(f"state: {judge(lines_so_far).sentence}")
     steps = [
         line["step"] - schedule.stages[index].start_step for index, line in last_of_stage.items()
     ]
@@ -57,26 +67,51 @@ def run_table(run_dir: Path) -> str:
         f"layer-steps: {spent:,} against {full:,} at full depth for as many steps "
         f"({1 - spent / full:.0%} fewer; a count of work, not a quality claim)",
         f"steps: {last['step']} of {schedule.total_steps}; {last['wall_seconds']:.0f} s in all",
-        *([told] if (told := attempts.told(run_dir)) else []),
+        *_attempts(run_dir),
         f"run: {run_dir}",
         f"watch: tensorboard --logdir {run_dir / 'tensorboard'}",
+        *([passed_over.sentence] if passed_over.sentence else []),
     ]
     return "\n".join(lines)
 
 
+def _attempts(run_dir: Path) -> list[str]:
+    try:
+        told, damage = attempts.told(run_dir), attempts.passed_over(run_dir)
+    except UserError as error:  # the run can be told of without
+        return [str(error)]
+    return [sentence for sentence in (told, damage) if sentence is not None]
+
+
+def _is_told(line: dict[str, Any], stages: Sequence[Stage]) -> bool:
+    """Does it hold what a table is made of, and of a step of its stage?"""
+    return (
+        all(is_count(line.get(key)) for key in _COUNTS)
+        and line["stage"] < len(stages)
+        and stages[line["stage"]].start_step < line["step"] <= stages[line["stage"]].end_step
+        and all(is_number(line.get(key)) for key in _NUMBERS)
+        and line["stage/train_seconds"] > 0
+    )
+
+
 def _row(line: dict[str, Any], steps: int) -> tuple[str, ...]:
-    heldout = line.get("eval/mlm_loss")
     boundary = line["stage/boundary_seconds"]
     return (
         str(line["stage"]),
         str(line["num_hidden_layers"]),
         str(steps),
         f"{line['stage/tokens']:,}",
-        f"{line['train/loss']:.3f}",
-        "-" if heldout is None else f"{heldout:.3f}",
+        _shown(line, "train/mlm_loss"),
+        _shown(line, "eval/mlm_loss"),
         f"{line['stage/tokens'] / line['stage/train_seconds']:,.0f}",
         f"{boundary:.2f}" if line["stage"] else "-",
     )
+
+
+def _shown(line: dict[str, Any], name: str) -> str:
+    if name not in line:
+        return "-"
+    return "not finite" if line[name] is None else f"{line[name]:,.3f}"
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -1,18 +1,25 @@
 """What a job finds in its run directory: nothing, its own past, or somebody else's; and what it
-leaves there of itself."""
+leaves there of itself.
+
+enter (look, lock) -> the engine is built and filled -> claim (write) -> the attempt is recorded
+"""
 
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from stacking_ds import attempts, checkpoint, run_directory
+from stacking_ds import attempts, checkpoint, run_directory, run_tokenizer
 from stacking_ds.distributed import World, is_lost_contact
 from stacking_ds.errors import CheckpointError, NonFiniteError, UserError, is_mendable
 from stacking_ds.job import Job
 from stacking_ds.meter import TrainState
+from stacking_ds.stages import StageSchedule
 
-__all__ = ["enter", "recorded"]
+__all__ = ["claim", "enter", "recorded"]
 
 _TO_END_SECONDS = 15.0
 
@@ -20,10 +27,10 @@ _TO_END_SECONDS = 15.0
 def enter(
     job: Job, world: World, run_dir: Path, resume: bool, held: ExitStack
 ) -> tuple[Path | None, TrainState]:
-    """Claim the run directory for this job; the newest checkpoint in it and its state.
+    """Lock the run directory for this job; the newest checkpoint in it and its state.
 
-    A collective. Nothing is written before everything fits; the directory stays locked until
-    `held` is closed.
+    A collective. Nothing but the lock is written, which `claim` does once everything fits; the
+    directory stays locked until `held` is closed.
 
     Raises:
         CheckpointError: the directory or its checkpoint belongs to another run, or a job is at
@@ -46,7 +53,9 @@ def _enter_on_first(
     run_directory.check(run_dir, job.config, resume=resume)
     # what is left of an attempt that was killed, or cut off the network, ends by itself within this
     patience = job.config.cluster.silence_seconds + _TO_END_SECONDS if resume else 0.0
+    forget = partial(run_directory.forget_if_empty, run_dir, made_by_lock=not run_dir.exists())
     held.enter_context(run_directory.lock(run_dir, patience))
+    held.callback(forget)
     # a job that was waited for may have made the directory its own
     run_directory.check(run_dir, job.config, resume=resume)
     found = checkpoint.latest(run_dir)
@@ -57,8 +66,22 @@ def _enter_on_first(
         for data in job.train_data.values():
             for _ in data.verifying():
                 pass
-    run_directory.write_config(run_dir, job.config.with_absolute_paths())
     return found, state
+
+
+def claim(job: Job, world: World, run_dir: Path) -> None:
+    """Make the directory this run's: write its recipe, and the tokenizer that it will be exported
+    with. A collective.
+
+    Raises:
+        ConfigError: the directory cannot be written.
+    """
+    world.on_first(lambda: _claim_on_first(job, run_dir))
+
+
+def _claim_on_first(job: Job, run_dir: Path) -> None:
+    run_tokenizer.keep(run_dir, job.shards)
+    run_directory.write_config(run_dir, job.config.with_absolute_paths())
 
 
 def _state_of(found: Path, job: Job) -> TrainState:
@@ -71,12 +94,34 @@ def _state_of(found: Path, job: Job) -> TrainState:
             f"run's own, go back to that version, or start another run"
         )
     try:
-        return TrainState(**manifest.train_state)
-    except TypeError as error:
+        found_state: dict[str, Any] = manifest.train_state
+        state = TrainState(**found_state)
+        _require_sense(state, manifest, job.schedule)
+    except (TypeError, ValueError) as error:
         raise CheckpointError(
             f"{found / 'manifest.json'} is damaged or of another version ({error}); "
             f"{checkpoint.fall_back(found)}"
         ) from None
+    return state
+
+
+def _require_sense(
+    state: TrainState, manifest: checkpoint.Manifest, schedule: StageSchedule
+) -> None:
+    """Raises:
+    TypeError: a count is no whole number.
+    ValueError: the state is not that of the checkpoint's step and depth.
+    """
+    for field in fields(state):
+        if field.type is int and not isinstance(getattr(state, field.name), int):
+            raise TypeError(f"{field.name} is no whole number")
+    if state.stage_index >= len(schedule.stages):
+        raise ValueError(f"there is no stage {state.stage_index}")
+    stage = schedule.stages[state.stage_index]
+    if state.step != manifest.step or not stage.start_step <= state.step <= stage.end_step:
+        raise ValueError(f"step {state.step} is none of stage {stage.index}")
+    if manifest.num_hidden_layers != stage.num_hidden_layers:
+        raise ValueError(f"stage {stage.index} has not {manifest.num_hidden_layers} layers")
 
 
 @contextmanager

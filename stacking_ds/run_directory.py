@@ -1,6 +1,7 @@
 """A run's directory: whose it is, and what is in it.
 
 RUN_DIR/config.yaml      the resolved recipe
+        tokenizer/       of the training data, for the export
         metrics.jsonl    one JSON object a line
         train.log        the same for people
         tensorboard/     the same for TensorBoard
@@ -16,17 +17,32 @@ import os
 import socket
 import time
 import uuid
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
+from stacking_ds import checkpoint
 from stacking_ds.attempts import ATTEMPTS_FILE
+from stacking_ds.checkpoint.folders import sync, use_command
+from stacking_ds.checkpoint.report import config_of
 from stacking_ds.config import RunConfig, changed_keys
+from stacking_ds.data.manifest import MANIFEST_NAME
 from stacking_ds.distributed import World
-from stacking_ds.errors import CheckpointError, ConfigError
+from stacking_ds.errors import CheckpointError, ConfigError, DataError, UnreadableError
 from stacking_ds.recipe import load_run_config
+from stacking_ds.small_files import DamagedFileError, read_text
 
-__all__ = ["check", "lock", "read_config", "require_shared", "write_config"]
+__all__ = [
+    "check",
+    "forget_if_empty",
+    "lock",
+    "mend_config",
+    "read_config",
+    "require_shards",
+    "require_shared",
+    "write_config",
+]
 
 _PATIENCE_SECONDS = 10.0
 _NO_LOCKS = {errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK}
@@ -42,9 +58,7 @@ def check(run_dir: Path, config: RunConfig, *, resume: bool) -> None:
     Raises:
         CheckpointError: it holds a run and `resume` is not set, or another run than `config`.
     """
-    if not any((run_dir / "checkpoints").glob("step_*")) and (run_dir / _CONFIG).exists():
-        return  # it ended before its first checkpoint: nothing is lost by starting anew
-    if (run_dir / _CONFIG).exists():
+    if checkpoint.saved_steps(run_dir):
         if not resume:
             raise CheckpointError(
                 f"{run_dir} already holds a run; continue it with --resume, or choose another "
@@ -56,6 +70,8 @@ def check(run_dir: Path, config: RunConfig, *, resume: bool) -> None:
                 f"{run_dir} holds another run ({'; '.join(changes)}); use the recipe it was "
                 f"started with, or choose another --run-dir"
             )
+    elif (run_dir / _CONFIG).exists():
+        return  # it ended before its first checkpoint: nothing is lost by starting anew
     elif run_dir.is_dir():
         found = {path.name for path in run_dir.iterdir()} - {_UNFINISHED, _LOCK, ATTEMPTS_FILE}
         if any(not name.startswith(".stacking-ds-doctor-") for name in found):
@@ -67,7 +83,11 @@ def check(run_dir: Path, config: RunConfig, *, resume: bool) -> None:
         raise CheckpointError(f"{run_dir} is a file; choose another --run-dir")
 
 
-def lock(run_dir: Path, patience_seconds: float = 0.0) -> IO[str]:
+def lock(
+    run_dir: Path,
+    patience_seconds: float = 0.0,
+    remedy: str = "wait for it or stop it, or choose another --run-dir",
+) -> IO[str]:
     """Keep other jobs out of the run for as long as the returned file is open.
 
     Where the file system has no locks there is a warning instead. The file says who holds it, in
@@ -75,35 +95,25 @@ def lock(run_dir: Path, patience_seconds: float = 0.0) -> IO[str]:
 
     Args:
         patience_seconds: how long to wait for a job that is at work in it.
+        remedy: what to do where it does not end in time.
 
     Raises:
         CheckpointError: another job is at work in it.
         ConfigError: the directory cannot be created or written.
     """
+    deadline = time.monotonic() + patience_seconds
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        file = (run_dir / _LOCK).open("a", encoding="utf-8")
+        while True:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            file = (run_dir / _LOCK).open("a", encoding="utf-8")
+            if not _lock_in_time(file, run_dir, deadline):
+                file.close()
+                raise CheckpointError(f"another job is training in {run_dir}; {remedy}")
+            if _is_there(file, run_dir):
+                break
+            file.close()  # who had it was refused, and has taken its own away
     except OSError as error:
         raise _not_writable(run_dir, error) from None
-    try:
-        locked = _lock_in_time(file, run_dir, patience_seconds)
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            file.close()
-            raise _not_writable(run_dir, error) from None
-        logger.warning(
-            "the file system of %s has no locks (%s): see that no other job trains in it, or have "
-            "it mounted with them (Lustre: -o flock)",
-            run_dir,
-            error.strerror,
-        )
-        locked = True
-    if not locked:
-        file.close()
-        raise CheckpointError(
-            f"another job is training in {run_dir}; wait for it or stop it, or choose another "
-            f"--run-dir"
-        )
     try:
         _sign(file)
     except OSError as error:
@@ -127,8 +137,7 @@ def _signature(run_dir: Path) -> bytes | None:
         return None
 
 
-def _lock_in_time(file: IO[str], run_dir: Path, patience_seconds: float) -> bool:
-    deadline = time.monotonic() + patience_seconds
+def _lock_in_time(file: IO[str], run_dir: Path, deadline: float) -> bool:
     told = False
     while True:
         try:
@@ -141,11 +150,39 @@ def _lock_in_time(file: IO[str], run_dir: Path, patience_seconds: float) -> bool
                 logger.warning(
                     "another job is still at work in %s; waiting %.0f s for it to end",
                     run_dir,
-                    patience_seconds,
+                    deadline - time.monotonic(),
                 )
             time.sleep(0.1)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                file.close()
+                raise
+            logger.warning(
+                "the file system of %s has no locks (%s): see that no other job trains in it, or "
+                "have it mounted with them (Lustre: -o flock)",
+                run_dir,
+                error.strerror,
+            )
+            return True
         else:
             return True
+
+
+def _is_there(file: IO[str], run_dir: Path) -> bool:
+    """Is the open file still the one that others find under its name?"""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), (run_dir / _LOCK).stat())
+    return False
+
+
+def forget_if_empty(run_dir: Path, *, made_by_lock: bool) -> None:
+    """Take the lock, and the folder if it was made for it, away where a run was refused before
+    anything was written. For who holds the lock."""
+    with suppress(OSError):
+        if [path.name for path in run_dir.iterdir()] == [_LOCK]:
+            (run_dir / _LOCK).unlink()
+            if made_by_lock:
+                run_dir.rmdir()
 
 
 def write_config(run_dir: Path, config: RunConfig) -> None:
@@ -157,7 +194,9 @@ def write_config(run_dir: Path, config: RunConfig) -> None:
     unfinished = run_dir / _UNFINISHED
     try:
         unfinished.write_text(config.to_yaml(), encoding="utf-8")
+        sync(unfinished)
         os.replace(unfinished, run_dir / _CONFIG)
+        sync(run_dir)
     except OSError as error:
         raise _not_writable(run_dir, error) from None
 
@@ -198,13 +237,85 @@ def _not_writable(run_dir: Path, error: OSError) -> ConfigError:
     )
 
 
-def read_config(run_dir: Path) -> RunConfig:
-    """The resolved recipe of the run in `run_dir`.
+def read_config(run_dir: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The resolved recipe of the run in `run_dir`, after `key=value` overrides.
 
     Raises:
-        CheckpointError: there is no run.
+        CheckpointError: there is no run, or its recipe is damaged; a checkpoint that has it is
+            offered.
+        ConfigError: an override cannot be used.
     """
     path = run_dir / _CONFIG
-    if not path.is_file():
-        raise CheckpointError(f"{run_dir} holds no run: there is no {path.name} in it")
-    return load_run_config(str(path))
+    try:
+        if not read_text(path).strip():
+            raise DamagedFileError(path, "it is empty")
+        config = load_run_config(str(path))
+    except FileNotFoundError:
+        problem = f"{path} is missing"
+        if not checkpoint.saved_steps(run_dir):
+            problem = f"{run_dir} holds no run: there is no {path.name} in it"
+    except (DamagedFileError, ConfigError) as error:
+        problem = str(error)
+        if not run_dir.is_dir():
+            problem = f"{run_dir} holds no run: it is not a folder"
+    except OSError as error:
+        raise UnreadableError(
+            f"{path} cannot be read ({error.strerror}); mend access to it and try again"
+        ) from None
+    else:
+        return load_run_config(str(path), overrides) if overrides else config
+    offered = next((f for f in _newest_first(run_dir) if _config_in(f) is not None), None)
+    if offered is None:
+        raise CheckpointError(f"{problem}; give a run's directory, or bring it back from a copy")
+    raise CheckpointError(
+        f"{problem}; `{use_command(offered)}` writes it anew, as that checkpoint has it"
+    )
+
+
+def require_shards(run_dir: Path, config: RunConfig, option: str) -> None:
+    """Raises:
+    DataError: the token shards are not where the run's recipe says; `option` says where.
+    """
+    if not (Path(config.data.path) / MANIFEST_NAME).exists():
+        raise DataError(
+            f"the token shards of {run_dir} are not in {config.data.path}; say with {option} where "
+            f"they are"
+        )
+
+
+def mend_config(run_dir: Path, found: Path) -> bool:
+    """Write a recipe that is missing or damaged anew, from the checkpoint `found`; False if there
+    is nothing to mend, or the checkpoint's is of another version.
+
+    Raises:
+        UnreadableError: nobody knows whether the recipe is damaged.
+        ConfigError: it cannot be written.
+    """
+    try:
+        read_config(run_dir)
+    except UnreadableError:
+        raise
+    except CheckpointError:
+        config = _config_in(found)
+        if config is None:
+            return False
+        write_config(run_dir, config)
+        return True
+    return False
+
+
+def _newest_first(run_dir: Path) -> list[Path]:
+    folders = [
+        run_dir / "checkpoints" / checkpoint.folder_name(step)
+        for step in reversed(checkpoint.saved_steps(run_dir))
+    ]
+    with suppress(CheckpointError):
+        newest = checkpoint.latest(run_dir)
+        folders.sort(key=lambda folder: folder != newest)  # `latest` may name another than the last
+    return folders
+
+
+def _config_in(found: Path) -> RunConfig | None:
+    with suppress(CheckpointError):
+        return config_of(checkpoint.read_manifest(found))
+    return None

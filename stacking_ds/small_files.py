@@ -6,16 +6,22 @@ cannot be read (a permission, a stale handle) stays an OSError; everything else 
 
 import errno
 import json
+import math
 import os
 import stat
 from collections.abc import Callable, Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 __all__ = [
     "DamagedFileError",
+    "PassedOver",
+    "is_count",
+    "is_number",
     "open_regular",
     "parse_json",
+    "read_bytes",
     "read_json",
     "read_json_lines",
     "read_text",
@@ -23,8 +29,10 @@ __all__ = [
 
 _MOST_BYTES = 2**30
 _LONGEST_LINE_BYTES = 2**24
-# what no name of a regular file leads to, whoever asks
-_NO_FILE = {errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.ENOTDIR, errno.EISDIR}
+# far deeper than what is written here, and far from what json, pydantic or repr cannot follow
+_DEEPEST = 64
+# what links in a circle, or to a name that none can have, lead to, and a device without a driver
+_NO_FILE = {errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.ENODEV}
 
 
 class DamagedFileError(ValueError):
@@ -35,7 +43,30 @@ class DamagedFileError(ValueError):
         self.path, self.reason = path, reason
 
 
-def open_regular(path: Path) -> BinaryIO:
+class PassedOver:
+    """Counts the lines of a file that are no records, for the one sentence that tells of them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lines = 0
+        self._first = 0
+
+    def add(self, line: int) -> None:
+        """`line` counts from 1."""
+        self._first = self._first or line
+        self.lines += 1
+
+    @property
+    def sentence(self) -> str | None:
+        """What was passed over, and where it begins; None if nothing was."""
+        if not self.lines:
+            return None
+        what = "1 line, which is" if self.lines == 1 else f"{self.lines:,} lines, which are"
+        where = "line" if self.lines == 1 else "the first is line"
+        return f"{self.path}: passed over {what} no record ({where} {self._first:,})"
+
+
+def open_regular(path: Path) -> BufferedReader:
     """Open a regular file for reading bytes; never waits for a writer.
 
     Raises:
@@ -43,7 +74,7 @@ def open_regular(path: Path) -> BinaryIO:
         OSError: it is not there, or cannot be read.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except OSError as error:
         if error.errno in _NO_FILE:
             raise DamagedFileError(path, f"{error.strerror}".lower()) from None
@@ -54,6 +85,20 @@ def open_regular(path: Path) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
+def read_bytes(path: Path, most_bytes: int = _MOST_BYTES) -> bytes:
+    """The bytes of a file of at most `most_bytes`.
+
+    Raises:
+        DamagedFileError: it is longer, or no regular file.
+        OSError: it is not there, or cannot be read.
+    """
+    with open_regular(path) as file:
+        content = file.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise DamagedFileError(path, f"it has more than {most_bytes:,} bytes")
+    return content
+
+
 def read_text(path: Path, most_bytes: int = _MOST_BYTES) -> str:
     """The text of a UTF-8 file of at most `most_bytes`.
 
@@ -61,26 +106,54 @@ def read_text(path: Path, most_bytes: int = _MOST_BYTES) -> str:
         DamagedFileError: it is longer, not UTF-8 or no regular file.
         OSError: it is not there, or cannot be read.
     """
-    with open_regular(path) as file:
-        content = file.read(most_bytes + 1)
-    if len(content) > most_bytes:
-        raise DamagedFileError(path, f"it has more than {most_bytes:,} bytes")
     try:
-        return content.decode("utf-8")
+        return read_bytes(path, most_bytes).decode("utf-8")
     except UnicodeDecodeError as error:
         raise DamagedFileError(path, f"byte {error.start} is not UTF-8") from None
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes | bytearray) -> Any:
     """The value of a JSON text.
 
     Raises:
-        ValueError: it is no JSON, or nested deeper than Python can follow.
+        ValueError: it is no JSON, or nested more than 64 deep: what is near the interpreter's own
+            bound would be read, and break whoever writes or checks it.
     """
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        value, too_deep = None, True
+    else:
+        too_deep = _is_too_deep(value)
+    if too_deep:
+        raise ValueError("it is nested too deeply")
+    return value
+
+
+def _is_too_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(_DEEPEST + 1):
+        containers = [each for each in level if isinstance(each, dict | list)]
+        if not containers:
+            return False
+        level = [
+            inner
+            for each in containers
+            for inner in (each.values() if isinstance(each, dict) else each)
+        ]
+    return True
+
+
+def is_count(value: Any) -> bool:
+    """Is it a whole number from 0 on, no larger than any that is counted to?"""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def is_number(value: Any) -> bool:
+    """Is it a finite number, and no whole one that is too large for a float?"""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 def read_json(path: Path, most_bytes: int = _MOST_BYTES) -> Any:
@@ -98,12 +171,14 @@ def read_json(path: Path, most_bytes: int = _MOST_BYTES) -> Any:
 
 
 def read_json_lines(
-    path: Path, on_damage: Callable[[str], None] = lambda what: None
+    path: Path,
+    passed_over: PassedOver | None = None,
+    is_record: Callable[[dict[str, Any]], bool] = lambda found: True,
 ) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a file, one a line, in constant memory.
+    """The JSON objects of a file that are records, one a line, in constant memory.
 
-    `on_damage` is told of each line that is none: what and where. The last line may be cut off by a
-    crash; it is told of too.
+    Lines that hold something else, as the last one does that a crash has cut off, are added to
+    `passed_over`; empty ones are nothing.
 
     Raises:
         DamagedFileError: it is no regular file.
@@ -112,18 +187,17 @@ def read_json_lines(
     with open_regular(path) as file:
         number, in_long_line = 0, False
         while line := file.readline(_LONGEST_LINE_BYTES):
-            whole = line.endswith(b"\n")
             if not in_long_line:
                 number += 1
-                record = _record_of(line)
-                if record is not None:
-                    yield record
-                elif line.strip():
-                    on_damage(f"line {number} of {path} is not a JSON object")
-            in_long_line = not whole and len(line) == _LONGEST_LINE_BYTES
+                found = _object_of(line)
+                if found is not None and is_record(found):
+                    yield found
+                elif line.strip() and passed_over is not None:
+                    passed_over.add(number)
+            in_long_line = len(line) == _LONGEST_LINE_BYTES and not line.endswith(b"\n")
 
 
-def _record_of(line: bytes) -> dict[str, Any] | None:
+def _object_of(line: bytes) -> dict[str, Any] | None:
     try:
         value = parse_json(line)
     except ValueError:  # also what is not UTF-8

@@ -71,6 +71,18 @@ class StageManager:
         """The micro-steps of a step in the present phase."""
         return int(self._ds_config["gradient_accumulation_steps"])
 
+    def begin(self, found: Path | None, stage: Stage) -> None:
+        """An engine of the stage's depth, with the state of the checkpoint `found` if there is one.
+
+        Raises:
+            ConfigError: recipe and DeepSpeed JSON disagree.
+            CheckpointError: the checkpoint is damaged, or another model's.
+        """
+        if found is None:
+            self.start(stage)
+        else:
+            self.restore(found, stage)
+
     def start(self, stage: Stage) -> None:
         """An engine of the stage's depth with freshly initialised weights."""
         config = self._job.config
@@ -151,7 +163,7 @@ class StageManager:
             vocabulary_sha256=self._job.shards.manifest.vocabulary_sha256,
             data_sha256=self._job.data_sha256,
             train_state=train_state,
-            config=self._job.config.model_dump(mode="json"),
+            config=self._job.config.with_absolute_paths().model_dump(mode="json"),
         )
         self._saving = checkpoint.BackgroundSave(
             run_dir, captured.fragments, self._world, contents, lambda: self._prune(run_dir)
@@ -223,7 +235,7 @@ class StageManager:
             seed_moments(self.engine, manifest.optimizer_step)
         checkpoint.load(found, fragments(self.engine), world=self._world)
         refresh(self.engine)
-        if manifest.config["engine"]["precision"] == "fp16":
+        if manifest.precision == "fp16":
             set_loss_scale(self.engine, manifest.loss_scale)
 
     def optimizer_metrics(self) -> tuple[dict[str, float], dict[str, list[float]]]:

@@ -1,8 +1,21 @@
-"""Sizes and columns for people."""
+"""Sizes, columns, and lists and values of any length, for people."""
 
 from collections.abc import Sequence
 
-__all__ = ["aligned", "readable_size"]
+__all__ = ["aligned", "first_of", "readable_size", "shortened"]
+
+_LONGEST_VALUE = 160
+
+
+def first_of(names: Sequence[object], most: int = 5) -> str:
+    """The first `most` of the names, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(map(str, names[:most])) + (f" and {more:,} more" if more > 0 else "")
+
+
+def shortened(value: str, most: int = _LONGEST_VALUE) -> str:
+    """The value, cut off where it is longer than `most` characters."""
+    return value if len(value) <= most else f"{value[:most]}..."
 
 
 def readable_size(size_bytes: int) -> str:

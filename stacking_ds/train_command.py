@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from stacking_ds import attempts
 from stacking_ds.ending import tell
-from stacking_ds.errors import LostRankError, UserError
+from stacking_ds.errors import ConfigError, LostRankError, UserError
 from stacking_ds.launched import (
     local_rank_from_environment,
     rank_from_environment,
@@ -19,33 +19,27 @@ from stacking_ds.launched import (
 )
 from stacking_ds.node_scratch import keep_caches_on_node
 from stacking_ds.stop_request import StopRequest
+from stacking_ds.which_run import add_run_options, config_of, run_dir_of
 
 if TYPE_CHECKING:
-    from stacking_ds.config import RunConfig
     from stacking_ds.distributed import World
-    from stacking_ds.job import Job
+    from stacking_ds.job import CheckedRecipe, Job
 
 __all__ = ["add_train"]
 
 
 def add_train(parser: argparse.ArgumentParser) -> None:
     """Give `parser` the options of `train`; sets `command`, which returns the exit code."""
-    parser.add_argument("--recipe", required=True, help="a bundled recipe's name, or a .yaml file")
-    parser.add_argument("--run-dir", type=Path, help="where the run lives (runs/<recipe's name>)")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override a key of the recipe, e.g. optimizer.learning_rate=1e-3; repeatable",
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="go on with the run in --run-dir if there is one"
-    )
+    add_run_options(parser)
     parser.add_argument(
         "--dry-run",
         action="store_true",
         help="check recipe and data, lay out its rows, show the schedule, and stop",
+    )
+    parser.add_argument(
+        "--without-data",
+        action="store_true",
+        help="with --dry-run: check what can be checked before the token shards are there",
     )
     # launchers pass it; the environment says the same
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
@@ -53,6 +47,8 @@ def add_train(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
+    if options.without_data and not options.dry_run:
+        raise ConfigError("--without-data is for --dry-run: training needs the token shards")
     with StopRequest() as request:  # torch takes seconds to import, and SLURM may signal meanwhile
         if options.dry_run:
             return _dry_run(options)
@@ -60,18 +56,24 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _dry_run(options: argparse.Namespace) -> int:
-    job = _checked_job(options, world_size_from_environment())
+    from stacking_ds import run_directory
+
+    check = _checked_recipe if options.without_data else _checked_job
+    checked = check(options, world_size_from_environment())
+    run_directory.check(run_dir_of(options), checked.config, resume=bool(options.resume))
     if rank_from_environment() == 0:
-        print(f"{job.config.to_yaml()}\n{job.draw()}")
+        print(f"{checked.config.to_yaml()}\n{checked.draw()}")
     return 0
 
 
 def _train_on_ranks(options: argparse.Namespace, request: StopRequest) -> int:
-    keep_caches_on_node()
+    keep_caches_on_node(_say_on_first_of_node)
     # a lost connection is one sentence of ours, not a page of c10d's from every rank
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # DeepSpeed, imported while there is a process group, would keep it and its threads for ever
     import stacking_ds.trainer  # noqa: F401
+
+    request.raise_if_interrupted()
     from stacking_ds import distributed
     from stacking_ds.config import ClusterSection
     from stacking_ds.host_memory import keep_freed_memory
@@ -79,7 +81,7 @@ def _train_on_ranks(options: argparse.Namespace, request: StopRequest) -> int:
     # a recipe that one node lacks must not keep the others waiting for its ranks
     cluster = ClusterSection()
     with suppress(UserError):
-        cluster = _config(options).cluster
+        cluster = config_of(options).cluster
     places: list[Path] = []
     world = distributed.start(timedelta(seconds=cluster.timeout_seconds))
     if world.device.type == "cpu":
@@ -120,28 +122,31 @@ def _train_in_world(
     from stacking_ds.doctor.alike import require_alike
     from stacking_ds.trainer import train
 
+    request.raise_if_interrupted()
     job: Job = world.on_all(lambda: _checked_job(options, world.size))
-    run_dir = options.run_dir or Path("runs") / job.config.name
+    request.raise_if_interrupted()
+    run_dir = run_dir_of(options)
     require_alike(world, job, run_dir)
     places.append(run_dir)
-    train(job, world, run_dir, resume=options.resume, request=request)
+    train(job, world, run_dir, resume=bool(options.resume), request=request)
     if world.is_first:
         with suppress(OSError):  # a launcher that was told to stop reads no more
             print(f"see `stacking-ds report {run_dir}`", flush=True)
 
 
-def _config(options: argparse.Namespace) -> "RunConfig":
-    from stacking_ds.recipe import load_run_config
+def _checked_recipe(options: argparse.Namespace, world_size: int) -> "CheckedRecipe":
+    from stacking_ds.job import CheckedRecipe
 
-    return load_run_config(options.recipe, options.set)
+    recipe = CheckedRecipe.check(config_of(options))
+    recipe.require_ds_configs(world_size)
+    return recipe
 
 
 def _checked_job(options: argparse.Namespace, world_size: int) -> "Job":
     from stacking_ds.job import Job
 
-    job = Job.check(_config(options))
-    for phase in job.phases.phases:
-        job.ds_config(world_size, phase)
+    job = Job.check(config_of(options))
+    job.require_ds_configs(world_size)
     job.lay_out_rows(_say_on_first_of_node, len(os.sched_getaffinity(0)))
     return job
 

@@ -30,12 +30,11 @@ from stacking_ds.evaluate.heldout import HeldOutPasses
 from stacking_ds.from_checkpoint import export_if_missing
 from stacking_ds.job import Job
 from stacking_ds.kernels.choice import choose_compute
-from stacking_ds.kernels.compute import Compute
 from stacking_ds.meter import Interval, StepResult, TrainState, metrics_line
 from stacking_ds.model.loss import pretraining_loss
 from stacking_ds.monitor import Monitor, measure_matmul_peak, peak_memory_gib
 from stacking_ds.phases import Phase
-from stacking_ds.resume import enter, recorded
+from stacking_ds.resume import claim, enter, recorded
 from stacking_ds.stage_manager import StageManager
 from stacking_ds.stages import Stage
 from stacking_ds.stop_request import StopRequest
@@ -71,6 +70,12 @@ def train(
     with ExitStack() as held:
         request = request or held.enter_context(StopRequest())
         found, state = enter(job, world, run_dir, resume, held)
+        stages = StageManager(job, world, compute)
+        held.callback(stages.close)
+        if state.step < job.schedule.total_steps:
+            stages.begin(found, job.schedule.stages[state.stage_index])
+        # all that may be refused has been looked at: what is written goes back to `found` only now
+        claim(job, world, run_dir)
         monitor = held.enter_context(
             Monitor(run_dir, job.schedule, completed_steps=state.step, enabled=world.is_first)
         )
@@ -79,11 +84,13 @@ def train(
         rereading = held.enter_context(
             Rereading(job.shards, job.train_data.values(), enabled=resumed)
         )
+        held.callback(stages.close)  # before the records say that the attempt has ended
         if state.step < job.schedule.total_steps:
-            run = _Run(job, world, compute, run_dir, state, monitor, request, rereading, started)
-            held.callback(run.stages.close)
+            if found is not None:
+                monitor.say(f"resumed from {found}")
+            run = _Run(job, world, stages, run_dir, state, monitor, request, rereading, started)
             try:
-                run.train(found)
+                run.train()
             except (NonFiniteError, StageError) as error:
                 error.on_all_ranks = True
                 with suppress(CheckpointError):
@@ -93,6 +100,7 @@ def train(
             monitor.say(f"{run_dir} is complete at step {state.step}; re-using it")
         if state.step == job.schedule.total_steps:
             world.on_first(lambda: rereading.finish(first_step))
+            monitor.conclude()
             # if this is where the run is cut off, the next call makes up for it
             exported = world.on_first(lambda: export_if_missing(job, run_dir))
             if exported is not None:
@@ -105,7 +113,7 @@ class _Run:
         self,
         job: Job,
         world: World,
-        compute: Compute,
+        stages: StageManager,
         run_dir: Path,
         state: TrainState,
         monitor: Monitor,
@@ -117,19 +125,14 @@ class _Run:
         self.state, self.monitor, self.request = state, monitor, request
         self.rereading, self.first_step = rereading, state.step
         self.clock_start = started - state.wall_seconds
-        self.stages = StageManager(job, world, compute)
+        self.stages = stages
         self.heldout = HeldOutPasses(job, world)
         self.interval = Interval()
 
     # ---------------------------------------------------------------- the story
 
-    def train(self, found: Path | None) -> None:
+    def train(self) -> None:
         present = self.job.schedule.stages[self.state.stage_index]
-        if found:
-            self.stages.restore(found, present)
-            self.monitor.say(f"resumed from {found}")
-        else:
-            self.stages.start(present)
         self.monitor.say(self.job.draw())
         self.request.hold_all()
         stop = StopFlag(self.world, self.request)
@@ -190,6 +193,7 @@ class _Run:
         if evaluating or saving or stopping or _due(step, config.logging.every_steps):
             found = self.heldout.metrics(self.stages.engine, phase) if evaluating else {}
             self.record(stage, phase, found)
+            self.require_finite("held-out loss", sum(found.values()))
         finished = step == self.job.schedule.total_steps
         if evaluating and not stopping and not finished:
             stopping = stop.agreed()  # an evaluation may have taken as long as many steps
@@ -252,11 +256,11 @@ class _Run:
 
     def require_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
-            stage = self.job.schedule.at(self.state.step)
+            stage = self.job.schedule.stages[self.state.stage_index]
             raise NonFiniteError(
                 f"the {what} is {value} after {self.state.step} steps (stage {stage.index}, "
-                f"{stage.num_hidden_layers} layers); no checkpoint was written with it. Start "
-                f"again with a lower optimizer.learning_rate, more schedule.warmup_steps or "
+                f"{stage.num_hidden_layers} layers); nothing is saved after that. Start again "
+                f"with a lower optimizer.learning_rate, more schedule.warmup_steps or "
                 f"engine.precision=fp32"
             )
 
@@ -277,7 +281,7 @@ class _Run:
         self.state.count(result, phase.global_batch_size, seconds)
         self.world.pulse.step = self.state.step
         self.interval.count(result, seconds, waited)
-        self.monitor.step(self.state.step, result.loss)
+        self.monitor.step(self.state.step, result.mlm_loss)
 
     def record(self, stage: Stage, phase: Phase, evaluation: Mapping[str, float]) -> None:
         self.state.wall_seconds = time.perf_counter() - self.clock_start

@@ -8,7 +8,7 @@ import torch
 
 from stacking_ds import checkpoint
 from stacking_ds.distributed import World
-from stacking_ds.fragments import MASTER, Cut, Fragment
+from stacking_ds.fragments import MASTER, MOMENTS, Cut, Fragment
 
 __all__ = ["Alone", "contents", "plain_fragments", "rank_fragments", "save_state"]
 
@@ -64,4 +64,7 @@ def rank_fragments(world: World, value: float, numel: int = 3) -> list[Fragment]
 def save_state(
     run_dir: Path, step: int, fragments: list[Fragment], world: World | None = None
 ) -> Path:
-    return checkpoint.save(run_dir, fragments, world or Alone(), contents(step))
+    saved = contents(step)
+    if MOMENTS[0] not in fragments[0].views:
+        saved = saved.model_copy(update={"optimizer_step": 0})
+    return checkpoint.save(run_dir, fragments, world or Alone(), saved)

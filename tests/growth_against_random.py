@@ -16,8 +16,8 @@ from stacking_ds import distributed, stage_manager
 from stacking_ds.config import RunConfig
 from stacking_ds.distributed import World
 from stacking_ds.job import Job
+from stacking_ds.metrics_file import read_metrics
 from stacking_ds.model.initialization import first_value
-from stacking_ds.monitor import read_metrics
 from stacking_ds.recipe import load_run_config
 from stacking_ds.stage_manager import StageManager
 from stacking_ds.stages import Stage

@@ -24,7 +24,7 @@ from stacking_ds.config import OptimizerSection, RunConfig
 from stacking_ds.distributed import World
 from stacking_ds.fragments import Shard, Span
 from stacking_ds.job import Job
-from stacking_ds.monitor import read_metrics
+from stacking_ds.metrics_file import read_metrics
 from stacking_ds.optim.build import build_optimizer
 from stacking_ds.optim.groups import parameter_groups
 from stacking_ds.optim.lamb import Lamb

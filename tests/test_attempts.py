@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -119,6 +120,64 @@ def test_a_run_directory_that_cannot_be_used_is_a_sentence(tmp_path: Path) -> No
         judge(file, 1)
     with pytest.raises(UserError, match=r"cannot write .*file/attempts.jsonl .*; "):
         begun(file, 0, 1, [])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\xff\x00",
+        b"[" * 100_000,
+        b"7",
+        b'{"event": ["ended"]}',
+        b'{"event": "ended", "outcome": 1, "step": 2, "message": ""}',
+        b'{"event": "ended", "outcome": "lost", "step": -2, "message": ""}',
+        b'{"event": "begun", "step": true}',
+        b'{"event": "begun", "step": ' + b"9" * 5000 + b"}",
+        b'{"event": "begun", "step": 1e999}',
+        b'{"event": "judged", "again": 1, "why": "", "outcome": "lost", "step": null}',
+    ],
+    ids=lambda line: line[:40].decode(errors="replace"),
+)
+def test_what_is_no_record_is_passed_over_and_told(
+    run: Path, line: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    attempt(run, "lost", 7)
+    path = run / ATTEMPTS_FILE
+    path.write_bytes(line + b"\n" + path.read_bytes() + line + b"\n")
+    parser = argparse.ArgumentParser()
+    add_again(parser)
+    options = parser.parse_args([str(run), "--exit-status", "4"])
+    assert options.command(options) == 0
+    printed = capsys.readouterr()
+    assert "the run failed at step 7 for: why" in printed.out
+    assert printed.err == (
+        f"{path}: passed over 2 lines, which are no record (the first is line 1)\n"
+    )
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder", "circle"])
+def test_records_that_are_no_file_are_refused_and_not_waited_for(run: Path, kind: str) -> None:
+    path = run / ATTEMPTS_FILE
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero" if kind == "device" else path)
+    with pytest.raises(UserError, match=r"attempts.jsonl is damaged: .*; move it aside"):
+        judge(run, 1)
+    with pytest.raises(UserError, match=r"cannot write .*attempts.jsonl .*move aside"):
+        begun(run, 0, 1, HOSTS)
+
+
+def test_steps_are_known_without_what_is_damaged(run: Path) -> None:
+    checkpoint(run, 3)
+    begun(run, 3, 2, HOSTS)
+    metrics(run, 4, 5, rest='{"step": -1}\n{"step": "6"}\n' + "[" * 100_000 + "\n\0\n")
+    assert "failed at step 5" in judge(run, 1).why
+    (run / "checkpoints" / "latest").write_bytes(b"\xff\xfe")
+    assert "goes on from step 3" in judge(run, 1).why
 
 
 def test_nothing_slow_is_imported() -> None:

@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from stacking_ds import checkpoint, zero
 from stacking_ds.checkpoint import background
-from stacking_ds.checkpoint.manifest import Parameter, RankFile
+from stacking_ds.checkpoint.manifest import Parameter, RankFile, rank_file_name
 from stacking_ds.distributed import World
 from stacking_ds.engine import release_engine
 from stacking_ds.errors import CheckpointError
@@ -91,7 +91,10 @@ def test_moments_that_were_not_there_yet_become_zero(tmp_path: Path) -> None:
 def test_a_manifest_does_not_grow_with_ranks_times_parameters(tmp_path: Path) -> None:
     def size_bytes(ranks: int, parameters: int) -> int:
         one = Parameter(shape=(ranks, 2), size=2, offset=0)
-        file = RankFile(name="rank_00000.safetensors", size_bytes=9, checksums=("c",))
+        files = [
+            RankFile(name=rank_file_name(rank), size_bytes=10**6, checksums=("c" * 32,))
+            for rank in range(ranks)
+        ]
         manifest = checkpoint.Manifest(
             **contents(1).model_dump(),
             package_versions={},
@@ -99,7 +102,7 @@ def test_a_manifest_does_not_grow_with_ranks_times_parameters(tmp_path: Path) ->
             chunk_bytes=1 << 20,
             keys=(MASTER,),
             parameters={f"p{index:04d}": one for index in range(parameters)},
-            files=(file,) * ranks,
+            files=tuple(files),
         )
         return len(manifest.to_json())
 

@@ -71,7 +71,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "flipped length": (lambda f: _flip(f / FILE, 0), f"{FILE} is damaged: the bytes from 0 on"),
     "flipped value": (lambda f: _flip(f / FILE, -1), f"{FILE} is damaged: the bytes from "),
     "missing": (lambda f: (f / FILE).unlink(), f"{FILE} cannot be read (No such file"),
-    "a folder": (_replace_by_a_folder, f"{FILE} cannot be read (Is a directory)"),
+    "a folder": (_replace_by_a_folder, f"{FILE} is damaged: it is not a regular file"),
     "no manifest": (
         lambda f: (f / "manifest.json").unlink(),
         "manifest.json cannot be read (No such file",
@@ -93,10 +93,10 @@ def test_damage_is_named_and_the_previous_checkpoint_offered(tmp_path: Path, kin
     assert message.startswith(str(folder))
     assert what in message
     latest = tmp_path / "checkpoints" / "latest"
-    remedy = f"resume from step_00000900: write that into {latest}"
+    remedy = f"go on from step_00000900: `stacking-ds checkpoint use {tmp_path} step_00000900`, and"
     assert remedy in message
     [problem] = checkpoint.problems(folder)
-    assert problem.startswith(str(folder))
+    assert str(problem).startswith(str(folder))
     # the remedy works
     latest.write_text("step_00000900\n")
     found = checkpoint.latest(tmp_path)
@@ -106,11 +106,21 @@ def test_damage_is_named_and_the_previous_checkpoint_offered(tmp_path: Path, kin
     assert targets[0].views[MASTER][0] == 900
 
 
-def test_without_an_earlier_checkpoint_none_is_offered(tmp_path: Path) -> None:
+def test_what_is_offered_is_there(tmp_path: Path) -> None:
     folder = save_state(tmp_path, 1000, plain_fragments())
-    save_state(tmp_path, 1100, plain_fragments())
     _cut(folder)
-    assert "there is no earlier checkpoint, so start the run again" in _error_of(folder)
+    assert "there is no other checkpoint, so start the run again" in _error_of(folder)
+    # somebody has gone back to step 1000; what lies beyond may be whole
+    save_state(tmp_path, 1100, plain_fragments())
+    save_state(tmp_path, 1200, plain_fragments())
+    assert "go on from step_00001100: `stacking-ds checkpoint use" in _error_of(folder)
+    save_state(tmp_path, 900, plain_fragments())
+    assert "go on from step_00000900: " in _error_of(folder)
+    (tmp_path / "checkpoints" / "step_00000900" / "manifest.json").unlink()
+    assert "go on from step_00001100: " in _error_of(folder)
+    copy = tmp_path / "best"
+    shutil.copytree(folder, copy)
+    assert "bring it back from a copy" in _error_of(copy)
 
 
 def test_no_byte_of_a_file_can_change_unnoticed(tmp_path: Path) -> None:
@@ -119,7 +129,7 @@ def test_no_byte_of_a_file_can_change_unnoticed(tmp_path: Path) -> None:
     for place in range(len(original)):
         _flip(folder / FILE, place)
         assert "is damaged" in _error_of(folder, plain_fragments("a"))
-        assert "1 of " in checkpoint.problems(folder)[0]
+        assert "1 of " in str(checkpoint.problems(folder)[0])
         (folder / FILE).write_bytes(original)
     assert checkpoint.problems(folder) == []
 
@@ -159,7 +169,7 @@ def test_a_manifest_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
     a = manifest.parameters["a"]
     for change, what in (
         ({"files": ()}, "0 files of 1 ranks"),
-        ({"files": (file.model_copy(update={"checksums": ("x",)}),)}, "1 of "),
+        ({"files": (file.model_copy(update={"checksums": ("0" * 32,)}),)}, "1 of "),
         ({"parameters": {"a": a.model_copy(update={"size": 5})}}, "not all elements of a are in"),
     ):
         (folder / "manifest.json").write_text(manifest.model_copy(update=change).to_json())
@@ -186,7 +196,7 @@ def test_the_manifest_of_another_model_does_not_fit_the_files(tmp_path: Path, na
     shutil.copy(other / "manifest.json", folder)
     message = _error_of(folder, plain_fragments(names))
     assert f"{folder / FILE} is damaged: " in message
-    assert "resume from step_00000001" in message
+    assert "go on from step_00000001" in message
     assert len(checkpoint.problems(folder)) == 1
 
 
@@ -218,8 +228,8 @@ def test_damage_matters_where_it_is_read(tmp_path: Path) -> None:
         dict(checkpoint.read_parameters(folder))
     chunk = _place_of(folder, 500) // CHUNK_BYTES
     [problem] = checkpoint.problems(folder)
-    assert f"{FILE} is damaged: 1 of " in problem
-    assert f"the first at byte {chunk * CHUNK_BYTES}" in problem
+    assert f"{FILE} is damaged: 1 of " in str(problem)
+    assert f"the first at byte {chunk * CHUNK_BYTES}" in str(problem)
 
 
 def test_the_chunks_of_an_interval_are_verified_and_no_others(
@@ -281,7 +291,7 @@ def test_only_the_files_of_the_wanted_elements_are_opened(tmp_path: Path) -> Non
     alone = World(0, 1, 0, 1, torch.device("cpu"), None)
     assert _load_part(alone, tmp_path, 2) == "[4.0, 4.0, 4.0]"
     assert "rank_00001.safetensors cannot be read" in _load_part(alone, tmp_path, 1)
-    missing, flipped = sorted(checkpoint.problems(folder), reverse=True)
+    missing, flipped = sorted(map(str, checkpoint.problems(folder)), reverse=True)
     assert "rank_00001.safetensors cannot be read" in missing
     assert "rank_00000.safetensors is damaged" in flipped
     for message in run_ranks(_load_on_ranks, 3, tmp_path):

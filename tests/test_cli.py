@@ -1,12 +1,14 @@
 """The command line as a person meets it: one sentence, exit code 2, nothing half-written."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import yaml
 
 from stacking_ds.cli import main
+from stacking_ds.evaluate.heldout import HeldOut
 from tests.prose import tiny_shards, write_text
 from tests.runs import small_recipe
 
@@ -38,7 +40,7 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("optimizer.learnign_rate=1", "did you mean learning_rate"),
+        ("optimizer.learnign_rate=1", "did you mean optimizer.learning_rate?"),
         ("stages.1.num_hidden_layers=1", "depths must grow"),
         ("data.path=nowhere", "nowhere holds no prepared data"),
         ("data.sequence_length=64", "max_position_embeddings"),
@@ -46,7 +48,10 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
         ("schedule.warmup_steps=11", "warmup_steps=11"),
         ("engine.deepspeed=zero9", "zero0, zero1, zero2"),
         ("model.num_attention_heads=5", "not divisible"),
-        ("optimizer={name: lamb, learning_rate: 1e-3, lamb: {max_coef: 1}}", "mean max_coeff?"),
+        (
+            "optimizer={name: lamb, learning_rate: 1e-3, lamb: {max_coef: 1}}",
+            "mean optimizer.lamb.max_coeff?",
+        ),
         ("optimizer={name: lamb, learning_rate: 1e-3, lamb: {kernel: apex}}", "ZeRO 0 alone"),
         ("optimizer={name: adamw, learning_rate: 1e-3, lamb: {}}", "does not go with name=adamw"),
         ("engine={deepspeed: zero3, cuda_graphs: true}", "which ZeRO 3 (zero3) moves"),
@@ -163,6 +168,77 @@ def test_prepare_train_evaluate_export_report(
     assert str(target) in capsys.readouterr().out
     assert json.loads((target / "config.json").read_text())["num_hidden_layers"] == 1
     assert "step_00000007" in _refused(capsys, "export", run_dir, "--checkpoint", "step_5")
+
+
+def _train(recipe: Path, run_dir: Path, *settings: str) -> int:
+    options = [word for setting in settings for word in ("--set", setting)]
+    return main(["train", "--recipe", str(recipe), "--run-dir", str(run_dir), *options])
+
+
+_WILD = (
+    "optimizer.learning_rate=100",
+    "optimizer.max_grad_norm=0.0",
+    "schedule.shape=constant",
+    "schedule.warmup_steps=0",
+)
+
+
+def test_a_held_out_loss_that_is_not_finite_ends_the_run(
+    tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir, often = tmp_path / "run", "evaluation.every_steps=1"
+    assert _train(recipe, run_dir, *_WILD, "optimizer.name=lamb", often) == 3
+    assert "error: the held-out loss is nan after " in capsys.readouterr().err
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["eval/mlm_loss"] is None
+    assert None not in [line["eval/mlm_loss"] for line in lines[:-1]]
+    records = (run_dir / "attempts.jsonl").read_text().splitlines()
+    assert json.loads(records[-1])["outcome"] == "not_finite"
+    assert main(["report", str(run_dir)]) == 0
+    assert "state: diverged: held-out MLM loss is not finite" in capsys.readouterr().out
+
+
+def test_a_checkpoint_whose_loss_is_not_finite_is_null_in_json(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = HeldOut(math.inf, 0.0, math.nan, 0.5, 235)
+    monkeypatch.setattr("stacking_ds.cli._job_of", lambda *_: None)
+    monkeypatch.setattr("stacking_ds.checkpoint.choice.choose", lambda *_: Path("step_00000004"))
+    monkeypatch.setattr("stacking_ds.from_checkpoint.run_heldout", lambda *_: found)
+    assert main(["evaluate", "run"]) == 3
+    said = capsys.readouterr()
+    assert json.loads(said.out, parse_constant=pytest.fail) == {
+        "checkpoint": "step_00000004",
+        "mlm_loss": None,
+        "mlm_accuracy": 0.0,
+        "nsp_loss": None,
+        "nsp_accuracy": 0.5,
+        "mlm_targets": 235,
+    }
+    assert "error: the held-out loss of step_00000004 is nan" in said.err
+
+
+def test_a_run_that_has_diverged_says_so_at_every_turn(
+    tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    one_stage = "stages=[{num_hidden_layers: 1, steps: 3}]"
+    longer_at_last = "phases=[{from_step: 2, sequence_length: 32}]"
+    settings = (one_stage, "data.sequence_length=24", longer_at_last, "checkpoint.every_steps=1")
+    assert _train(recipe, run_dir, *_WILD, *settings) == 0
+    said = capsys.readouterr().err
+    assert said.count("the run has diverged: ") == 2, "while it trains, and at its end"
+    assert said.rindex("the run has diverged: held-out") < said.index("exported for Hugging Face")
+    records = (run_dir / "attempts.jsonl").read_text().splitlines()
+    assert json.loads(records[-1])["outcome"] == "complete"
+    assert main(["report", str(run_dir)]) == 0
+    assert "state: diverged: held-out MLM loss is " in capsys.readouterr().out
+    for name, longest in (("step_00000002", 24), ("step_00000003", 32)):
+        target = tmp_path / name
+        assert main(["export", str(run_dir), "--checkpoint", name, "--out", str(target)]) == 0
+        assert "stacking-ds: warning: the run has diverged: " in capsys.readouterr().err
+        tokenizer = json.loads((target / "tokenizer_config.json").read_text())
+        assert tokenizer["model_max_length"] == longest
 
 
 def test_a_damaged_checkpoint_is_not_exported(

@@ -205,12 +205,11 @@ def test_verify_names_damage_and_the_newest_whole_checkpoint(
     found, tried, whole, remedy = _run(capsys, "verify", run_dir, code=2).splitlines()
     assert found.startswith(f"damaged: {_folder(run_dir, 3)}/{what}")
     assert tried.startswith(f"damaged: {_folder(run_dir, 2)}/{what}")
-    assert "resume from" not in found  # that is what the last line is for
+    assert "go on from" not in found  # that is what the last line is for
     assert whole.startswith(f"whole: {_folder(run_dir, 1)}: 1 file, ")
-    pointer = run_dir / "checkpoints" / "latest"
-    assert remedy.startswith(f"write step_00000001 into {pointer} and use --resume")
+    assert remedy.startswith(f"`stacking-ds checkpoint use {run_dir} step_00000001`, and then")
     # what is said to help helps
-    pointer.write_text("step_00000001\n")
+    assert _run(capsys, "use", run_dir, "step_00000001").startswith("whole: ")
     assert _run(capsys, "verify", run_dir).startswith("whole: ")
 
 
@@ -236,7 +235,7 @@ def test_verify_names_the_rank_of_a_missing_file(
     found, whole, remedy = _run(capsys, "verify", copy, code=2).splitlines()
     assert "rank_00001.safetensors cannot be read" in found
     assert whole.startswith(f"whole: {_folder(copy, 9)}: 2 files")
-    assert "write step_00000009 into" in remedy
+    assert f"checkpoint use {copy} step_00000009`" in remedy
 
 
 def test_verify_of_an_old_checkpoint_says_that_the_latest_is_whole(
@@ -254,7 +253,8 @@ def test_verify_of_an_old_checkpoint_says_that_the_latest_is_whole(
 def test_verify_does_not_send_anybody_to_what_was_given_up(run_dir: Path, capsys: Capture) -> None:
     (run_dir / "checkpoints" / "latest").write_text("step_00000002\n")
     _flip(_folder(run_dir, 2))
-    assert "write step_00000001" in _run(capsys, "verify", run_dir, code=2).splitlines()[-1]
+    remedy = _run(capsys, "verify", run_dir, code=2).splitlines()[-1]
+    assert f"use {run_dir} step_00000001`" in remedy
 
 
 def test_verify_when_nothing_is_whole(run_dir: Path, capsys: Capture) -> None:

@@ -69,7 +69,7 @@ def test_the_numbers_of_a_folder_that_was_counted_by_hand(tmp_path, capsys):
 
     text, _ = run(capsys, "inspect", tmp_path, "--sequence-length", 8)
     for line in (
-        r"vocabulary  54 tokens, sha256 [0-9a-f]{16}",
+        r"vocabulary  54 tokens, uncased, sha256 [0-9a-f]{16}",
         r"text        252 bytes, 4\.00 bytes a token, duplicates included",
         r"a\.txt   2\.00 KiB  -",
         r"b              -  CC0      held out",
@@ -199,20 +199,23 @@ def test_a_manifest_that_counts_otherwise_is_refused(text, capsys):
     record = read_manifest(text).train
     rewrite_manifest(text, train=record.model_copy(update={"tokens": record.tokens + 1}))
     _, error = run(capsys, "inspect", text, code=2)
-    assert "says that 12 documents and 142 tokens of the train split count, its files say" in error
+    assert "its tokens are not those of its files without the duplicates" in error
 
 
 def test_options_that_cannot_be_used_are_refused(text, tmp_path, capsys):
     small = recipe(tmp_path)
     for arguments, message in (
         (("--recipe", "nowhere.yaml"), "nowhere.yaml"),
-        ((*small, "--set", "data.pakcing=true"), "did you mean packing?"),
+        ((*small, "--set", "data.pakcing=true"), "did you mean data.packing?"),
         ((*small, "--set", "phases.0.from_step=99"), "phase 2 starts at step 8, not after"),
         ((*small, "--set", "phases.1.from_step=99"), "is not before the end of the run at step 10"),
         (("--set", "data.packing=true"), "--set data.packing=true overrides a recipe; give"),
         ((*small, "--packing"), "--packing is for use without a recipe; write --set data.packing"),
         ((*small, "--sequence-length", 16), "write --set data.sequence_length=16"),
-        (("--sequence-length", 7), "--sequence-length is 7: Input should be greater than or equal"),
+        (
+            ("--sequence-length", 7),
+            "--sequence-length is 7, but sequence_length must be at least 8",
+        ),
         (("--examples-shown", -1), "--examples-shown is -1; it must be at least 0"),
         (("--workers", 0), "--workers is 0; it must be at least 1"),
     ):

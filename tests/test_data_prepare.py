@@ -17,7 +17,7 @@ from stacking_ds.data.prepare.vocabulary import VocabularySample
 from stacking_ds.data.sentences import split_sentences
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.data.sources.documents import Reading
-from stacking_ds.data.tokenizer import build_tokenizer, train_wordpiece
+from stacking_ds.data.tokenizer import UNCASED, build_tokenizer, train_wordpiece
 from stacking_ds.errors import DataError
 from tests import prose
 
@@ -85,6 +85,76 @@ def test_a_folder_with_something_else_is_refused(tmp_path):
     with pytest.raises(DataError, match="notes exists and is not prepared data"):
         prepare(text, tmp_path / "notes", vocab_size=300)
     assert (tmp_path / "notes" / "diary.txt").read_text() == "mine"
+
+
+def test_what_becomes_of_capitals_and_accents_is_part_of_what_was_asked_for(tmp_path):
+    text = str(prose.write_text(tmp_path / "a.txt", 40))
+    out, options = tmp_path / "out", {"vocab_size": 300, "heldout_fraction": 0.2}
+    first = prepare(text, out, **options, cased=True)
+    assert str(first.manifest.request.normalization) == "cased"
+    assert any(token.startswith("T") for token in TokenShards.open(out).vocabulary)
+    assert prepare(text, out, **options, cased=True).reused
+    with pytest.raises(DataError, match=r"\(normalization is cased there and uncased here\)"):
+        prepare(text, out, **options)
+    # one that goes on, as a process of several, reads it from the folder
+    other = tmp_path / "other"
+    small = options | {"unit_bytes": 5000, "shard_characters": 2000}
+    assert prepare(text, other, **small, cased=True, part=(1, 2)).manifest is None
+    with pytest.raises(DataError, match=r"normalization is cased there and uncased, accents kept"):
+        prepare(text, other, **small, keep_accents=True)
+    prepare(text, other, **small, cased=True)
+    assert decoded(other, "train") == decoded(out, "train")
+    assert any("The " in document for document in decoded(other, "train"))
+
+
+def test_folders_of_earlier_versions_are_uncased(tmp_path):
+    text = str(prose.write_text(tmp_path / "a.txt", 40))
+    options = {"vocab_size": 300, "heldout_fraction": 0.2}
+    prepare(text, tmp_path / "out", **options)
+    path = tmp_path / "out" / "manifest.json"
+    content = json.loads(path.read_text())
+    del content["request"]["normalization"]
+    for split in ("train", "heldout"):
+        for file in (*content[split]["shards"], content[split]["duplicates"]):
+            del file["unknown_tokens"]
+    path.write_text(json.dumps(content))
+    old = prepare(text, tmp_path / "out", **options)
+    assert old.reused
+    assert old.manifest.train.unknown_share is None
+    assert TokenShards.open(tmp_path / "out").manifest.request.normalization == UNCASED
+    with pytest.raises(DataError, match="normalization is uncased there and cased here"):
+        prepare(text, tmp_path / "out", **options, cased=True)
+
+
+def test_text_that_the_vocabulary_does_not_spell_is_told(tmp_path, capsys):
+    vocabulary = tmp_path / "vocab.txt"
+    tokens = train_wordpiece(prose.documents(20), 300)
+    vocabulary.write_text("".join(f"{token}\n" for token in tokens), "utf-8")
+    heldout = write_json_lines(tmp_path / "b.jsonl", ["漢字 The end."])
+    shares = {
+        "good": (["The baker sells bread."], "0.000% of the tokens of train, 33.333% of"),
+        "all": (["漢字 " * 40, "字" * 80], "100.000% of the tokens of train, 33"),
+        "some": (["漢 " + "The baker sells bread. " * 9], r"1\.\d+% of the tokens of train"),
+    }
+    for name, (texts, share) in shares.items():
+        source = write_json_lines(tmp_path / f"{name}.jsonl", texts)
+        command = ["prepare", source, "--heldout", heldout, "--vocab", str(vocabulary)]
+        out = tmp_path / name
+        assert main([*command, "--out", str(out), "--workers", "1"]) == 0
+        said = capsys.readouterr()
+        assert re.search(rf"^\[UNK\]: {share}", said.out, re.MULTILINE), said.out
+        assert re.search(r"^warning: [\d.]+% of the tokens, more than 1%, are \[UNK\]", said.err)
+        assert "take a vocabulary of its language" in said.err
+        shards = TokenShards.open(out)
+        counts = shards.split("train").unigram_counts()
+        assert shards.manifest.train.unknown_share == counts[1] / counts.sum()
+        main(["data", "inspect", str(out)])
+        assert "% of the tokens, more than 1%, are [UNK]" in capsys.readouterr().out
+    text = str(prose.write_text(tmp_path / "a.txt", 40))
+    assert main(["prepare", text, "--out", str(tmp_path / "fine"), "--vocab-size", "300"]) == 0
+    said = capsys.readouterr()
+    assert "[UNK]: 0.0" in said.out
+    assert "warning" not in said.err
 
 
 def test_documents_stay_whole_and_on_their_side(tmp_path):

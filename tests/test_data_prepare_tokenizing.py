@@ -1,5 +1,6 @@
 """Tokenizing by pieces is the library's tokenizing, whatever the text holds."""
 
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,12 @@ from hypothesis import strategies as st
 from stacking_ds.data.prepare import tokenizing
 from stacking_ds.data.prepare.tokenizing import SentenceTokenizer
 from stacking_ds.data.prepare.unit import words_of
-from stacking_ds.data.tokenizer import build_tokenizer, load_vocabulary, train_wordpiece
+from stacking_ds.data.tokenizer import (
+    Normalization,
+    build_tokenizer,
+    load_vocabulary,
+    train_wordpiece,
+)
 from tests import prose
 
 VOCAB = Path(__file__).parents[2] / "shared" / "data" / "vocab" / "bert-base-uncased-vocab.txt"
@@ -62,10 +68,36 @@ def found(tokenizer, sentences):
     return [part.tolist() for part in np.split(tokens, lengths.cumsum()[:-1])]
 
 
+NORMALIZATIONS = [
+    Normalization(lowercase, strip_accents, handle_chinese_chars)
+    for lowercase in (True, False)
+    for strip_accents in (True, False)
+    for handle_chinese_chars in (True, False)
+]
+
+
+@lru_cache
+def pair(normalization):
+    """The library's tokenizer and ours."""
+    texts = [*prose.documents(60), *["Über été ÉTÉ naïve 中文 文字"] * 3]
+    tokens = train_wordpiece(texts, 600, normalization)
+    library = build_tokenizer(tokens, normalization)
+    library.encode_special_tokens = True
+    return library, SentenceTokenizer(tokens, normalization)
+
+
 @given(st.lists(SENTENCE, min_size=1, max_size=6))
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=400, deadline=None)
 def test_any_sentences_are_tokenized_as_by_the_library(sentences):
     assert found(OURS, sentences) == expected(sentences)
+
+
+@given(st.sampled_from(NORMALIZATIONS), st.lists(SENTENCE, min_size=1, max_size=6))
+@settings(max_examples=150, deadline=None)
+def test_however_they_are_normalised(normalization, sentences):
+    library, ours = pair(normalization)
+    expected = [library.encode(text, add_special_tokens=False).ids for text in sentences]
+    assert found(ours, sentences) == expected
 
 
 @pytest.mark.parametrize("stop", [0x3100, pytest.param(0x30000, marks=pytest.mark.slow)])

@@ -79,13 +79,17 @@ def test_missing_truncated_and_altered_files_are_named(folder):
     with pytest.raises(DataError, match=r"train-00000-001\.arrow is not a readable token shard"):
         TokenShards.open(folder).split("train")
     path.unlink()
-    with pytest.raises(DataError, match=r"train-00000-001\.arrow cannot be read: No such file"):
+    with pytest.raises(DataError, match=r"train-00000-001\.arrow is missing; bring it back"):
         TokenShards.open(folder)
 
 
 def test_another_file_in_a_shards_place_is_noticed(folder):
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["train"]["shards"][0]["documents"] += 1
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match="its documents are not those of its files without the dup"):
+        TokenShards.open(folder)
+    manifest["train"]["documents"] += 1
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(DataError, match=r"train-00000-000\.arrow holds .* not what its manifest"):
         TokenShards.open(folder).split("train")
@@ -124,7 +128,7 @@ def test_documents_that_do_not_count_are_known_by_file(tmp_path):
     with pytest.raises(DataError, match=r"train-duplicates\.arrow is not a readable list"):
         TokenShards.open(tmp_path).split("train")
     path.unlink()
-    with pytest.raises(DataError, match=r"train-duplicates\.arrow cannot be read: No such file"):
+    with pytest.raises(DataError, match=r"train-duplicates\.arrow is missing; bring it back"):
         TokenShards.open(tmp_path)
 
 

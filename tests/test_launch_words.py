@@ -15,6 +15,7 @@ from stacking_ds.launch.environment import (
     hosts_environment,
     parse_assignments,
     require_exportable,
+    secret_names,
 )
 from stacking_ds.launch.words import (
     ENCODED,
@@ -133,6 +134,27 @@ def test_a_file_of_another_name_is_read_as_deepspeed_would(places: tuple[Path, P
     (home / "other").write_text("A=1\n")
     assert merged(DS_ENV_FILE="other")["A"] == "1"
     assert merged(DS_ENV_FILE=str(home / "other"))["A"] == "1"
+
+
+def test_names_of_secrets_are_found_wherever_they_are_set(places: tuple[Path, Path]) -> None:
+    home, work = places
+    (home / ".deepspeed_env").write_text("HF_TOKEN=1\nTOKENIZERS_PARALLELISM=false\n")
+    (work / ".deepspeed_env").write_text("WANDB_API_KEY=2\nKEYBOARD=us\nPASSAGE=1\n")
+    own = {"MLFLOW_TRACKING_PASSWORD": "3", "NCCL_DEBUG": "INFO", "AWS_SECRET_ACCESS_KEY": "4"}
+    given = {"my_secret": "5", "OMP_NUM_THREADS": "2"}
+    # DeepSpeed leaves at home what begins with AWS
+    assert secret_names(given, own) == [
+        "HF_TOKEN",
+        "MLFLOW_TRACKING_PASSWORD",
+        "WANDB_API_KEY",
+        "my_secret",
+    ]
+
+
+def test_a_refused_secret_is_not_shown() -> None:
+    with pytest.raises(ConfigError, match="variable HF_TOKEN cannot be given") as raised:
+        require_exportable("HF_TOKEN", "hf_$abc", "pdsh")
+    assert "abc" not in str(raised.value)
 
 
 @pytest.mark.parametrize("line", ["export A=1", "A", "=1", "1A=x", "A-B=1"])

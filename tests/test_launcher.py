@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -98,6 +99,8 @@ def test_a_signal_saves_and_resume_goes_on(
     step = checkpoint.read_manifest(found).step
     assert 0 < step < 2000, output
     assert f"stopped at step {step}" in output
+    # once, though the launcher passes a Ctrl-C on as SIGTERM
+    assert output.count("finishing the step, then saving") == 1, output
     assert [line["step"] for line in metrics(run)] == list(range(1, step + 1))
     before = losses(run)
 
@@ -110,6 +113,40 @@ def test_a_signal_saves_and_resume_goes_on(
     steps = [line["step"] for line in metrics(run)]
     assert steps == list(range(1, len(steps) + 1))
     assert len(steps) > step
+
+
+_ON_TERMINAL = """
+import os, sys
+os.login_tty(0)
+os.execv(sys.executable, [sys.executable, "train.py", *sys.argv[1:]])
+"""
+
+
+@slow
+def test_a_closed_terminal_saves(shards: Path, tmp_path: Path) -> None:
+    small_recipe(tmp_path, shards)
+    run = tmp_path / "run"
+    ours, theirs = os.openpty()
+    long = ("--set", "stages.0.steps=2000", "--set", "data.loader_workers=1", "--run-dir", str(run))
+    job = subprocess.Popen(
+        [sys.executable, "-c", _ON_TERMINAL, "--recipe", str(tmp_path / "small.yaml"), *long],
+        cwd=REPOSITORY,
+        stdin=theirs,
+    )
+    os.close(theirs)
+    try:
+        deadline = time.monotonic() + 120
+        while not ((run / "metrics.jsonl").exists() and losses(run)):
+            assert time.monotonic() < deadline
+            if select.select([ours], [], [], 0.2)[0]:
+                os.read(ours, 2**16)  # its bars, which it would wait with
+        os.close(ours)
+        assert job.wait(timeout=60) == 0
+    finally:
+        job.kill()
+    found = checkpoint.latest(run)
+    assert found is not None
+    assert checkpoint.read_manifest(found).step == len(losses(run))
 
 
 def test_a_dead_loader_ends_the_run_instead_of_hanging_it(shards: Path, tmp_path: Path) -> None:

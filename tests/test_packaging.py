@@ -12,12 +12,12 @@ REPOSITORY = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
-def test_a_wheel_finds_its_recipes_and_jsons(tmp_path: Path) -> None:
+def test_a_wheel_has_its_recipes_jsons_and_batch_scripts(tmp_path: Path) -> None:
     source = tmp_path / "source"  # building leaves files behind
     source.mkdir()
     for name in ("setup.py", "README.md"):
         shutil.copy(REPOSITORY / name, source)
-    for name in ("stacking_ds", "ds_configs"):
+    for name in ("stacking_ds", "ds_configs", "slurm"):
         shutil.copytree(REPOSITORY / name, source / name)
     subprocess.run(
         [
@@ -37,6 +37,8 @@ def test_a_wheel_finds_its_recipes_and_jsons(tmp_path: Path) -> None:
         "from stacking_ds.bundled import ds_config_path\n"
         "print(load_run_config('demo').name)\n"
         "[print(ds_config_path(f'zero{stage}')) for stage in range(4)]\n"
+        "from stacking_ds.cli import main\n"
+        "main(['slurm', 'copy', 'site'])\n"
     )
     found = subprocess.run(
         [sys.executable, "-c", program],
@@ -47,5 +49,6 @@ def test_a_wheel_finds_its_recipes_and_jsons(tmp_path: Path) -> None:
         text=True,
     ).stdout.splitlines()
     assert found[0] == "demo"
-    assert all(line.startswith(str(installed)) for line in found[1:])
-    assert len(found) == 5
+    assert all(line.startswith(str(installed)) for line in found[1:5])
+    copied = {path.name: path.read_bytes() for path in (tmp_path / "site" / "slurm").iterdir()}
+    assert copied == {path.name: path.read_bytes() for path in (REPOSITORY / "slurm").iterdir()}

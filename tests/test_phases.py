@@ -34,6 +34,12 @@ def test_a_step_has_the_shape_of_its_phase() -> None:
     ]
 
 
+def test_the_longest_rows_are_those_that_were_trained() -> None:
+    assert [BERT.longest(step) for step in (0, 1, 900, 901, 9000)] == [128, 128, 128, 512, 512]
+    back = PhaseSchedule.from_shapes([(0, 64, 4, 4), (10, 32, 4, 4)])
+    assert back.longest(20) == 64
+
+
 def test_a_length_that_comes_back_goes_on_where_it_stopped() -> None:
     schedule = PhaseSchedule.from_shapes([(0, 16, 4, 4), (10, 32, 2, 2), (15, 16, 8, 4)])
     assert schedule.at(15).first_row(15) == 40

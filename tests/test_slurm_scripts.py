@@ -98,6 +98,23 @@ def test_the_job_ends_as_the_run_did(
 
 
 @pytest.mark.parametrize(
+    ("words", "train"),
+    [
+        (("base", "r", "--set", "a=1"), "--recipe base --run-dir r --resume --set a=1"),
+        (("--resume", "r", "--set", "a=1"), "--resume r --set a=1"),
+    ],
+)
+def test_a_run_is_named_by_its_recipe_or_by_itself(
+    site: Site, words: tuple[str, ...], train: str
+) -> None:
+    site.program("srun", f'echo "${{@: -{len(train.split()) + 1}}}" >{site.folder}/trained')
+    site.program("stacking-ds", f'echo "$@" >{site.folder}/asked; exit 3')
+    assert site.bash(SLURM / "pretrain.sbatch", *words, **site.job).returncode == 0
+    assert (site.folder / "trained").read_text() == f"train {train}\n"
+    assert (site.folder / "asked").read_text() == "again r --exit-status 0\n"
+
+
+@pytest.mark.parametrize(
     ("job", "requeued"),
     [
         (ending("TimeLimit"), True),
@@ -163,19 +180,51 @@ def test_a_node_has_a_rank_for_each_gpu(
     assert done.stdout == f"--ntasks-per-node={ranks} --cpus-per-task={cpus}\n", done.stderr
 
 
+@pytest.mark.parametrize(
+    ("given", "node_has_gpus", "code", "told"),
+    [
+        ({"SLURM_GPUS_ON_NODE": "8"}, True, 0, "8 ranks on each of 2 nodes, with 8 GPUs there"),
+        ({}, True, 2, "node1 has GPUs and the job has asked for none: give sbatch --gpus-per-node"),
+        ({"RANKS_PER_NODE": "4"}, True, 0, "4 ranks on each of 2 nodes; SLURM has given them no"),
+        ({}, False, 0, "1 ranks on each of 2 nodes; SLURM has given them no GPU"),
+    ],
+)
+@pytest.mark.parametrize("script", ["pretrain.sbatch", "evaluate.sbatch"])
+def test_a_job_says_first_what_it_runs_on_and_leaves_no_gpu_idle(
+    site: Site, script: str, given: dict[str, str], node_has_gpus: bool, code: int, told: str
+) -> None:
+    site.program("ls", f"exit {0 if node_has_gpus else 2}")  # of the GPUs' device files
+    site.program("srun", f"touch {site.folder}/trained")
+    site.program("stacking-ds", "exit 3")  # the run is complete
+    job = {**site.job, "SLURM_JOB_NUM_NODES": "2", "SLURMD_NODENAME": "node1"}
+    done = site.bash(SLURM / script, "base", site.run, **job, **given)
+    assert done.returncode == code, done.stderr
+    assert (done.stdout + done.stderr).startswith(told)
+    assert (site.folder / "trained").exists() is (code == 0)
+
+
 def test_the_command_is_the_checkouts_wherever_a_person_stands(site: Site) -> None:
     code = 'source "$1"; echo "$STACKING_DS"'
     words = ("-c", code, "bash", SLURM / "site.sh")
     assert site.bash(*words, STACKING_DS="").stdout == f"{SLURM.parent}/.venv/bin/stacking-ds\n"
-    stands = site.bash(*words, STACKING_DS="", STACKING_DS_HOME="", SLURM_SUBMIT_DIR="/somewhere")
+    places = {"STACKING_DS": "", "STACKING_DS_HOME": "", "SLURM_SUBMIT_DIR": "/somewhere"}
+    system = {"PATH": "/usr/bin:/bin"}
+    stands = site.bash(*words, **places, **system)
     assert stands.stdout == "/somewhere/.venv/bin/stacking-ds\n"
+    # an installed package has no checkout
+    site.program("stacking-ds", "exit 0")
+    system["PATH"] += f":{site.bin}"
+    assert site.bash(*words, **places, **system).stdout == f"{site.bin}/stacking-ds\n"
+
+
+WORDS = ("base", "runs/base", "shards", "books.parquet")
 
 
 def test_submit_keeps_the_persons_folder_and_finds_the_scripts(site: Site) -> None:
     said = site.folder / "said"
     site.program("sbatch", f'echo "$PWD $STACKING_DS_HOME $@" >>{said}; wc -l <{said}')
-    words = ("base", "runs/base", "shards", "books.parquet")
-    done = site.bash(SLURM / "submit.sh", *words, STACKING_DS_HOME="")
+    site.program("stacking-ds", f'echo "$@" >>{site.folder}/checked')
+    done = site.bash(SLURM / "submit.sh", *WORDS, STACKING_DS_HOME="")
     assert done.stdout == "prepare 1, pretrain 2, evaluate 3\n", done.stderr
     place = f"{site.folder} {SLURM.parent} --parsable --kill-on-invalid-dep=yes"
     assert said.read_text().splitlines() == [
@@ -184,3 +233,34 @@ def test_submit_keeps_the_persons_folder_and_finds_the_scripts(site: Site) -> No
         "--set data.path=shards",
         f"{place} --nodes=1 --dependency=afterok:2 {SLURM}/evaluate.sbatch runs/base",
     ]
+    check = "train --dry-run --recipe base --run-dir runs/base --resume --set data.path=shards"
+    (site.folder / "shards").mkdir()
+    (site.folder / "shards" / "manifest.json").touch()
+    assert site.bash(SLURM / "submit.sh", *WORDS, STACKING_DS_HOME="").returncode == 0
+    checked = (site.folder / "checked").read_text().splitlines()
+    assert checked == [f"{check} --without-data", check]
+
+
+def test_what_a_dry_run_refuses_is_not_submitted(site: Site) -> None:
+    site.program("sbatch", f"touch {site.folder}/submitted; echo 1")
+    recipe, *rest = WORDS
+    places = {"STACKING_DS": str(STACKING_DS)}
+    done = site.bash(SLURM / "submit.sh", f"{recipe}-of-nobody", *rest, **places)
+    assert done.returncode == 2
+    assert "no recipe 'base-of-nobody'" in done.stderr
+    assert "nothing is submitted" in done.stderr
+    assert not (site.folder / "submitted").exists()
+
+
+def test_jobs_are_submitted_all_or_none(site: Site) -> None:
+    site.program("stacking-ds", "exit 0")
+    site.program("scancel", f'echo "$@" >{site.folder}/cancelled')
+    site.program(
+        "sbatch",
+        f"[ ! -e {site.folder}/two ] || exit 1; "
+        f"[ ! -e {site.folder}/one ] || touch {site.folder}/two; "
+        f"touch {site.folder}/one; [ -e {site.folder}/two ] && echo 12 || echo 11",
+    )
+    done = site.bash(SLURM / "submit.sh", *WORDS)
+    assert done.returncode == 1
+    assert (site.folder / "cancelled").read_text() == "11 12\n"

@@ -5,7 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from stacking_ds.small_files import DamagedFileError, read_json, read_json_lines, read_text
+from stacking_ds.small_files import (
+    DamagedFileError,
+    PassedOver,
+    read_json,
+    read_json_lines,
+    read_text,
+)
 
 
 def test_what_was_written_is_read(tmp_path: Path) -> None:
@@ -37,6 +43,8 @@ def test_only_regular_files_are_read_and_nothing_is_waited_for(tmp_path: Path, k
     [
         (b"\xff\xfe", "byte 0 is not UTF-8"),
         (b"[" * 200_000, "nested too deeply"),
+        (b"[" * 100 + b"]" * 100, "nested too deeply"),
+        (b'{"a":' * 70 + b"1" + b"}" * 70, "nested too deeply"),
         (b'{"a": 1', "Expecting"),
         (b"1" * 5_000, "integer string conversion"),
         (b"", "Expecting value"),
@@ -56,9 +64,16 @@ def test_lines_that_are_no_records_are_told_and_passed_over(tmp_path: Path) -> N
     path = tmp_path / "lines.jsonl"
     lines = [b'{"step": 1}', b"\xff\x00", b"[1]", b"{" * 100_000, b"", b'{"step": 2}', b'{"ste']
     path.write_bytes(b"\n".join(lines))
-    told: list[str] = []
-    assert list(read_json_lines(path, told.append)) == [{"step": 1}, {"step": 2}]
-    assert [f"line {number} of" in text for number, text in zip((2, 3, 4, 7), told, strict=True)]
+    passed = PassedOver(path)
+    assert passed.sentence is None
+    assert list(read_json_lines(path, passed)) == [{"step": 1}, {"step": 2}]
+    assert (
+        passed.sentence == f"{path}: passed over 4 lines, which are no record (the first is line 2)"
+    )
+    passed = PassedOver(path)
+    found = read_json_lines(path, passed, lambda record: record["step"] != 2)
+    assert list(found) == [{"step": 1}]
+    assert passed.lines == 5
 
 
 def test_a_line_without_an_end_is_read_in_bounded_pieces(
@@ -67,6 +82,12 @@ def test_a_line_without_an_end_is_read_in_bounded_pieces(
     monkeypatch.setattr("stacking_ds.small_files._LONGEST_LINE_BYTES", 16)
     path = tmp_path / "lines.jsonl"
     path.write_bytes(b'{"a": 1}\n"' + b"x" * 100 + b'"\n{"b": 2}\n')
-    told: list[str] = []
-    assert list(read_json_lines(path, told.append)) == [{"a": 1}, {"b": 2}]
-    assert told == [f"line 2 of {path} is not a JSON object"]
+    passed = PassedOver(path)
+    assert list(read_json_lines(path, passed)) == [{"a": 1}, {"b": 2}]
+    assert passed.sentence == f"{path}: passed over 1 line, which is no record (line 2)"
+
+
+def test_what_people_nest_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    path.write_text("[" * 64 + "]" * 64)
+    assert str(read_json(path)) == "[" * 64 + "]" * 64

@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer
 
 from stacking_ds.data.tokenizer import (
     SPECIAL_TOKENS,
+    UNCASED,
+    Normalization,
     build_tokenizer,
     load_vocabulary,
     special_ids,
@@ -78,85 +79,74 @@ def test_words_come_back_and_unknown_ones_are_unk():
     assert tokenizer.encode("bread").tokens == ["[CLS]", "bread", "[SEP]"]
 
 
+def test_cased_text_keeps_capitals_and_accents():
+    texts = [*prose.documents(60), *["Élan and élan"] * 3]
+    cased = Normalization.keeping(cased=True, accents=False)
+    vocabulary = train_wordpiece(texts, 400, cased)
+    tokenizer = build_tokenizer(vocabulary, cased)
+    ids = tokenizer.encode("The Baker sells Élan.", add_special_tokens=False).ids
+    assert tokenizer.decode(ids) == "The Baker sells Élan."
+    accents = Normalization.keeping(cased=False, accents=True)
+    vocabulary = train_wordpiece(texts, 400, accents)
+    assert "é" in vocabulary
+    assert "É" not in vocabulary
+    tokenizer = build_tokenizer(vocabulary, accents)
+    ids = tokenizer.encode("The Élan.", add_special_tokens=False).ids
+    assert tokenizer.decode(ids) == "the élan."
+    assert [str(one) for one in (UNCASED, cased, accents)] == [
+        "uncased",
+        "cased",
+        "uncased, accents kept",
+    ]
+
+
 def test_rare_characters_are_left_out_of_the_alphabet():
     vocabulary = train_wordpiece([*prose.documents(60), "a single Ω"], 400)
     assert not any("ω" in token for token in vocabulary)
 
 
-def test_vocabulary_files_are_read_back(tmp_path):
-    vocabulary = train_wordpiece(prose.documents(30), 200)
-    (tmp_path / "vocab.txt").write_text("".join(f"{token}\r\n" for token in vocabulary), "utf-8")
-    build_tokenizer(vocabulary).save(str(tmp_path / "tokenizer.json"))
-    assert load_vocabulary(tmp_path / "vocab.txt") == vocabulary
-    assert load_vocabulary(tmp_path / "tokenizer.json") == vocabulary
-    assert Tokenizer.from_file(str(tmp_path / "tokenizer.json")).get_vocab_size() == 200
-
-
-def test_cased_vocabularies_are_refused_and_a_few_additions_are_not(tmp_path):
-    path = tmp_path / "vocab.txt"
-    uncased = [*SPECIAL_TOKENS, "[unused0]", *(f"word{number}" for number in range(400))]
-    path.write_text("\n".join([*uncased, "[ENT]", "<NAME>"]), "utf-8")
-    assert load_vocabulary(path)[-1] == "<NAME>"
-    cased = [*uncased, *(f"##Word{number}" for number in range(200))]
-    path.write_text("\n".join(cased), "utf-8")
-    sentence = (
-        r"vocab\.txt is cased \(200 of its 606 .*'##Word0'.*uncased .*or train .*--vocab-size"
-    )
-    with pytest.raises(DataError, match=sentence):
-        load_vocabulary(path)
-    build_tokenizer(cased).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(DataError, match=r"tokenizer\.json is cased"):
-        load_vocabulary(tmp_path / "tokenizer.json")
+MARKERS = "".join(f"{token}\n" for token in SPECIAL_TOKENS)
 
 
 @pytest.mark.parametrize(
-    ("change", "usable"),
+    "content",
     [
-        ({}, True),
-        ({"strip_accents": None}, True),
-        ({"strip_accents": False}, False),
-        ({"lowercase": False, "strip_accents": None}, False),
-        ({"handle_chinese_chars": False}, False),
-        ({"type": "Lowercase"}, False),
-        (None, False),
+        f"{MARKERS}the\n##s\n",
+        f"{MARKERS}the\n##s",
+        f"\ufeff{MARKERS}the\n##s\n",
+        f"{MARKERS}the\n##s\n".replace("\n", "\r\n"),
+        f"{MARKERS}the\n##s\n".replace("\n", "\r"),
+        f"{MARKERS}the \n\t##s\t\n\n \n",
     ],
+    ids=["plain", "no end", "byte order mark", "CRLF", "CR", "blanks"],
 )
-def test_a_tokenizer_with_another_normalizer_is_refused(tmp_path, change, usable):
-    path = tmp_path / "tokenizer.json"
-    content = json.loads(build_tokenizer([*SPECIAL_TOKENS, "a"]).to_str())
-    content["normalizer"] = None if change is None else {**content["normalizer"], **change}
-    path.write_text(json.dumps(content), "utf-8")
-    if usable:
-        assert load_vocabulary(path)[5:] == ["a"]
-    else:
-        with pytest.raises(DataError, match=r"has the normalizer .*: take an uncased vocabulary"):
-            load_vocabulary(path)
+def test_a_vocabulary_is_read_however_its_lines_end(tmp_path, content):
+    (tmp_path / "vocab.txt").write_bytes(content.encode())
+    assert load_vocabulary(tmp_path / "vocab.txt") == [*SPECIAL_TOKENS, "the", "##s"]
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "sentence"),
+    ("content", "sentence"),
     [
-        (
-            "vocab.txt",
-            b"[PAD]\n[UNK]\n[CLS]\n[SEP]\nthe\n",
-            r"vocab.txt lacks \[MASK\]: BERT needs",
-        ),
-        ("vocab.txt", b"[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\na\n", "holds the token 'a' twice"),
-        ("vocab.txt", b"\xff\xfe", "is not UTF-8"),
-        ("tokenizer.json", b"{}", "is not the tokenizer.json of a WordPiece tokenizer"),
-        ("tokenizer.json", b'{"model": {"type": "BPE", "vocab": {}}}', "holds a BPE model"),
-        ("tokenizer.json", b'{"model": {"type": "WordPiece", "vocab": {"a": 3}}}', "without gaps"),
+        (MARKERS.replace("[MASK]", "the").encode(), r"vocab.txt lacks \[MASK\]: BERT needs"),
+        (f"{MARKERS}a\nb\na \n".encode(), "holds the token 'a' twice, at line 6 and 8: take one"),
+        (f"{MARKERS}a\n\nb\n".encode(), "vocab.txt has no token at line 7: every id needs one"),
+        (b"\xff\xfe", r"vocab.txt cannot be used: byte 0 is not UTF-8"),
+        (b"", r"lacks \[PAD\], \[UNK\], \[CLS\], \[SEP\], \[MASK\]: BERT needs"),
     ],
 )
-def test_unusable_vocabularies_are_refused(tmp_path, name, content, sentence):
-    (tmp_path / name).write_bytes(content)
+def test_unusable_vocabularies_are_refused(tmp_path, content, sentence):
+    (tmp_path / "vocab.txt").write_bytes(content)
     with pytest.raises(DataError, match=sentence):
-        load_vocabulary(tmp_path / name)
+        load_vocabulary(tmp_path / "vocab.txt")
 
 
 def test_missing_vocabulary_and_hopeless_training_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"nothing-here\.txt cannot be read: No such file"):
         load_vocabulary(tmp_path / "nothing-here.txt")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="pipe cannot be used: it is not a regular file"):
+        load_vocabulary(tmp_path / "pipe")
     with pytest.raises(DataError, match=r"vocab_size 20 is too small: .* alone need"):
         train_wordpiece(prose.documents(5), 20)
     with pytest.raises(DataError, match="no character occurs twice"):

@@ -8,6 +8,7 @@ from stacking_ds.attempts.records import (
     count,
     ended,
     outcome_since,
+    passed_over,
     told,
 )
 
@@ -21,6 +22,7 @@ __all__ = [
     "ended",
     "judge",
     "outcome_since",
+    "passed_over",
     "told",
     "verdict_of_this_job",
 ]

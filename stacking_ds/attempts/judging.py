@@ -4,6 +4,7 @@ import argparse
 import itertools
 import os
 import signal
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from stacking_ds.attempts.records import (
     add,
     last_end,
     newest_checkpoint,
+    passed_over,
     read_records,
 )
 from stacking_ds.errors import EXIT_USER_ERROR
@@ -166,6 +168,8 @@ def add_again(parser: argparse.ArgumentParser) -> None:
 
 
 def _again(options: argparse.Namespace) -> int:
+    if (damage := passed_over(options.run_dir)) is not None:
+        print(damage, file=sys.stderr)
     verdict = verdict_of_this_job(options.run_dir) or judge(options.run_dir, options.exit_status)
     print(verdict.why)
     if verdict.outcome == "complete":

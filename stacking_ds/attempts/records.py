@@ -11,14 +11,24 @@ Batch scripts and launchers ask here, so nothing slow is imported.
 import json
 import os
 import re
+import stat
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from stacking_ds.errors import UserError
+from stacking_ds.small_files import (
+    DamagedFileError,
+    PassedOver,
+    is_count,
+    open_regular,
+    parse_json,
+    read_json_lines,
+    read_text,
+)
 
 __all__ = [
     "ATTEMPTS_FILE",
@@ -32,6 +42,7 @@ __all__ = [
     "last_end",
     "newest_checkpoint",
     "outcome_since",
+    "passed_over",
     "read_records",
     "told",
 ]
@@ -41,12 +52,41 @@ ATTEMPTS_FILE = "attempts.jsonl"
 Outcome = Literal["complete", "stopped", "user_error", "not_finite", "lost", "failed"]
 
 _OUTCOMES = frozenset(get_args(Outcome))
-_KEYS: Mapping[str, frozenset[str]] = {
-    "begun": frozenset({"step"}),
-    "ended": frozenset({"outcome", "step", "message"}),
-    "judged": frozenset({"again", "why", "outcome", "step", "saved", "job", "restart_count"}),
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count_or_none(value: Any) -> bool:
+    return value is None or is_count(value)
+
+
+def _is_text_or_none(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+_KEYS: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {
+    "begun": {"step": is_count},
+    "ended": {"outcome": _is_text, "step": is_count, "message": _is_text},
+    "judged": {
+        "again": _is_flag,
+        "why": _is_text,
+        "outcome": _is_text,
+        "step": _is_count_or_none,
+        "saved": _is_count_or_none,
+        "job": _is_text_or_none,
+        "restart_count": _is_text_or_none,
+    },
 }
-_CHECKPOINT = re.compile(r"step_(\d{8,})")
+"""What a record of each event has to hold, and of which kind."""
+
+_CHECKPOINT = re.compile(r"step_([0-9]{8,18})")
+_MOST_POINTER_BYTES = 4096
 _LONGEST_MESSAGE = 2000
 _TAIL_BYTES = 2**20
 
@@ -101,8 +141,11 @@ def add(run_dir: Path, record: Record) -> None:
     line = json.dumps({"event": record["event"], "time": now, **record}) + "\n"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOCTTY
+        descriptor = os.open(path, flags, 0o666)
         try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise OSError(f"{path} is not a regular file")
             size = os.fstat(descriptor).st_size
             if size and os.pread(descriptor, 1, size - 1) != b"\n":
                 line = "\n" + line  # a crash has cut the last line off, and this is not its rest
@@ -115,33 +158,51 @@ def add(run_dir: Path, record: Record) -> None:
             os.close(descriptor)
     except OSError as error:
         raise UserError(
-            f"cannot write {path} ({error.strerror or error}); make room, or mend the permissions "
-            f"of {run_dir}"
+            f"cannot write {path} ({error.strerror or error}); make room, mend the permissions of "
+            f"{run_dir}, or move aside what is in its place"
         ) from None
 
 
 # --------------------------------------------------------------------------- reading
 
 
-def read_records(run_dir: Path) -> list[Record]:
-    """All whole lines, in order; one that a crash cut off is left out."""
+def read_records(run_dir: Path, passed_over: PassedOver | None = None) -> list[Record]:
+    """All records, in order. Lines that are none, such as one that a crash has cut off, are left
+    out and added to `passed_over`.
+
+    Raises:
+        UserError: they cannot be read.
+    """
     path = run_dir / ATTEMPTS_FILE
     try:
-        lines = path.read_bytes().splitlines()
+        return list(read_json_lines(path, passed_over, _is_record))
     except FileNotFoundError:
         return []
+    except DamagedFileError as damage:
+        raise UserError(
+            f"{damage}; move it aside: what became of earlier attempts is not known then"
+        ) from None
     except OSError as error:
         raise _unreadable(path, error) from None
-    found: list[Record] = []
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        keys = _KEYS.get(str(record.get("event"))) if isinstance(record, dict) else None
-        if keys is not None and keys <= record.keys():
-            found.append(record)
-    return found
+
+
+def _is_record(found: Mapping[str, Any]) -> bool:
+    event = found.get("event")
+    keys = _KEYS.get(event) if isinstance(event, str) else None
+    return keys is not None and all(
+        key in found and is_right(found[key]) for key, is_right in keys.items()
+    )
+
+
+def passed_over(run_dir: Path) -> str | None:
+    """A sentence on the lines of `attempts.jsonl` that are no records; None if there are none.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    found = PassedOver(run_dir / ATTEMPTS_FILE)
+    read_records(run_dir, found)
+    return found.sentence
 
 
 def _unreadable(path: Path, error: OSError) -> UserError:
@@ -155,10 +216,11 @@ def newest_checkpoint(run_dir: Path) -> int | None:
     # not `checkpoint.latest`: to import it takes seconds, of torch
     root = run_dir / "checkpoints"
     try:
-        named = _CHECKPOINT.fullmatch((root / "latest").read_text(encoding="utf-8").strip())
+        name = read_text(root / "latest", _MOST_POINTER_BYTES).strip()
+        named = _CHECKPOINT.fullmatch(name)
         if named and (root / named[0]).is_dir():
             return int(named[1])
-    except FileNotFoundError:
+    except (FileNotFoundError, DamagedFileError):
         pass
     except OSError as error:
         raise _unreadable(root / "latest", error) from None
@@ -170,18 +232,20 @@ def _last_metrics_step(run_dir: Path) -> int:
     """The step of the last whole line of `metrics.jsonl`; 0 without one."""
     path = run_dir / "metrics.jsonl"
     try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
-            lines = file.read().splitlines()
-    except FileNotFoundError:
+        with open_regular(path) as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            lines = file.read(_TAIL_BYTES).splitlines()
+    except (FileNotFoundError, DamagedFileError):
         return 0
     except OSError as error:
         raise _unreadable(path, error) from None
     for line in reversed(lines):
         try:
-            return int(json.loads(line)["step"])
+            step = parse_json(line)["step"]
         except (ValueError, TypeError, KeyError):
             continue
+        if is_count(step):
+            return int(step)
     return 0
 
 

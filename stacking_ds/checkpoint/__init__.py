@@ -12,7 +12,7 @@ the files the intervals it needs, so another world size or ZeRO stage is an ordi
 from stacking_ds.checkpoint.background import BackgroundSave, save
 from stacking_ds.checkpoint.folders import fall_back, folder_name, latest, prune, saved_steps
 from stacking_ds.checkpoint.manifest import Contents, Manifest, read_manifest
-from stacking_ds.checkpoint.state import load, problems, read_parameters
+from stacking_ds.checkpoint.state import load, problems, read_parameters, require_shapes
 
 __all__ = [
     "BackgroundSave",
@@ -26,6 +26,7 @@ __all__ = [
     "prune",
     "read_manifest",
     "read_parameters",
+    "require_shapes",
     "save",
     "saved_steps",
 ]

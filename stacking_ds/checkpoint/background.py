@@ -16,8 +16,6 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from safetensors.torch import save_file
-
 from stacking_ds.checkpoint.folders import (
     begin,
     folder_name,
@@ -34,11 +32,14 @@ from stacking_ds.checkpoint.manifest import (
     RankFile,
     checksum,
     package_versions,
+    rank_file_name,
 )
+from stacking_ds.checkpoint.tensor_file import save_file
 from stacking_ds.distributed import World
 from stacking_ds.errors import CheckpointError
 from stacking_ds.fragments import Fragment
 from stacking_ds.growth.state import capture
+from stacking_ds.small_files import DamagedFileError
 
 __all__ = ["BackgroundSave", "save"]
 
@@ -168,7 +169,7 @@ class BackgroundSave:
             self._thread, self._failure = None, str(error)
 
     def _write(self, owned: Sequence[Fragment]) -> None:
-        path = partial_of(self.folder) / f"rank_{self._world.rank:05d}.safetensors"
+        path = partial_of(self.folder) / rank_file_name(self._world.rank)
         tensors = {
             f"{key}/{fragment.name}": view
             for fragment in owned
@@ -222,8 +223,8 @@ class BackgroundSave:
         try:
             newest = named_by_latest(self.folder.parent)
             before = f"{newest} is untouched" if newest else "there is no earlier checkpoint"
-        except OSError as error:  # the file system that has just failed
-            newest, before = None, f"which one is the latest cannot be read ({error.strerror})"
+        except (OSError, DamagedFileError) as error:  # the file system that has just failed
+            newest, before = None, f"which one is the latest cannot be read ({error})"
         if newest == self.folder.name:
             return f"{self.folder} was saved, but may not outlast a power failure ({why})"
         return f"{self.folder} was not saved ({why}); {before}: make room or mend the file system"

@@ -1,4 +1,5 @@
-"""Which checkpoint a person means: a run's newest, one by its name, or a folder by its path."""
+"""Which checkpoint a person means: a run's newest, one by its name or step, or a folder by its
+path."""
 
 from pathlib import Path
 
@@ -11,7 +12,7 @@ __all__ = ["choose", "choose_all", "is_checkpoint", "require_run"]
 def choose(place: Path, name: str | None = None) -> Path:
     """The checkpoint `name` of the run `place`, or its newest; or `place` itself if it is one.
 
-    It is there, but whether it is whole is not asked.
+    A name is that of a folder, or just its step. It is there, but whether it is whole is not asked.
 
     Raises:
         CheckpointError: there is none; the message lists those that are there.
@@ -19,7 +20,7 @@ def choose(place: Path, name: str | None = None) -> Path:
     if is_checkpoint(place):
         if name is not None:
             raise CheckpointError(
-                f"{place} is a checkpoint already; leave out --checkpoint {name}, or give its run"
+                f"{place} is a checkpoint already; leave out {name}, or give its run"
             )
         return place
     require_run(place)
@@ -29,6 +30,8 @@ def choose(place: Path, name: str | None = None) -> Path:
             raise _none_yet(place)
         return found
     there = [folder_name(step) for step in saved_steps(place)]
+    if name.isdecimal():
+        name = folder_name(int(name))
     if name not in there:
         raise CheckpointError(
             f"{place} has no checkpoint {name!r}; there is: {', '.join(there) or 'none'}"

@@ -9,11 +9,13 @@ RUN_DIR/checkpoints/latest                     the name of the newest folder, ch
 import errno
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-from stacking_ds.errors import CheckpointError
+from stacking_ds.errors import CheckpointError, UnreadableError
+from stacking_ds.small_files import DamagedFileError, read_text
 
 __all__ = [
     "begin",
@@ -22,13 +24,18 @@ __all__ = [
     "latest",
     "named_by_latest",
     "partial_of",
+    "point_to",
     "prune",
     "publish",
     "saved_steps",
+    "step_of",
     "sync",
+    "use_command",
 ]
 
-_NAME = re.compile(r"step_(\d{8,})")
+_NAME = re.compile(r"step_([0-9]{8,18})")
+_HIDDEN = re.compile(rf"\.{_NAME.pattern}\.(?:partial|removed)")
+_MOST_POINTER_BYTES = 256
 
 
 def folder_name(step: int) -> str:
@@ -49,8 +56,24 @@ def _step_of(folder: Path) -> int | None:
     return int(found[1]) if found else None
 
 
+def step_of(folder: Path) -> int | None:
+    """The step that a checkpoint's folder is named by, also a hidden one; None if by none."""
+    found = _NAME.fullmatch(folder.name) or _HIDDEN.fullmatch(folder.name)
+    return int(found[1]) if found else None
+
+
 def _steps_in(root: Path) -> list[int]:
-    steps = [_step_of(path) for path in root.glob("step_*")]
+    """Raises:
+    UnreadableError: nobody knows what is in the folder.
+    """
+    try:
+        steps = [_step_of(path) for path in root.iterdir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:  # not as `glob`, to which such a folder is empty
+        raise UnreadableError(
+            f"{root} cannot be read ({error.strerror}); mend access to it and try again"
+        ) from None
     return sorted(step for step in steps if step is not None)
 
 
@@ -63,9 +86,16 @@ def saved_steps(run_dir: Path) -> list[int]:
 
 
 def named_by_latest(root: Path) -> str | None:
-    """The name in `root`/latest; None before the run's first checkpoint."""
-    pointer = root / "latest"
-    return pointer.read_text(encoding="utf-8").strip() if pointer.exists() else None
+    """The name in `root`/latest; None before the run's first checkpoint.
+
+    Raises:
+        DamagedFileError: it is no text, or no regular file.
+        OSError: it cannot be read.
+    """
+    try:
+        return read_text(root / "latest", _MOST_POINTER_BYTES).strip()
+    except FileNotFoundError:
+        return None
 
 
 def latest(run_dir: Path) -> Path | None:
@@ -75,10 +105,14 @@ def latest(run_dir: Path) -> Path | None:
     since a folder is there only when it is whole.
 
     Raises:
-        CheckpointError: `latest` names a folder that is not there.
+        CheckpointError: `latest` is damaged, or names a folder that is not there.
     """
-    root = run_dir / "checkpoints"
-    name, steps = named_by_latest(root), saved_steps(run_dir)
+    root, steps = run_dir / "checkpoints", saved_steps(run_dir)
+    try:
+        name = named_by_latest(root)
+        wrong = f"names {name!r}, which is not there"
+    except DamagedFileError as damage:
+        name, wrong = "", f"is damaged: {damage.reason}"
     if name is None:
         return root / folder_name(steps[-1]) if steps else None
     folder = root / name
@@ -89,21 +123,33 @@ def latest(run_dir: Path) -> Path | None:
             return _removed(folder)
     others = ", ".join(map(folder_name, steps)) or "none"
     raise CheckpointError(
-        f"{root / 'latest'} names {name!r}, which is not there; write the name of another "
-        f"checkpoint into it (there is: {others})"
+        f"{root / 'latest'} {wrong}; say from which checkpoint to go on with `stacking-ds "
+        f"checkpoint use {shlex.quote(str(run_dir))} STEP` (there is: {others})"
     )
 
 
 def fall_back(folder: Path) -> str:
     """What to do when the checkpoint `folder` cannot be used: the end of an error's sentence."""
-    step = _step_of(folder)
-    earlier = [other for other in _steps_in(folder.parent) if step is not None and other < step]
-    if not earlier:
-        return "there is no earlier checkpoint, so start the run again with another --run-dir"
-    return (
-        f"resume from {folder_name(earlier[-1])}: write that into {folder.parent / 'latest'}, "
-        f"and use --resume"
-    )
+    root, named = folder.parent, re.search(_NAME, folder.name)
+    if root.name != "checkpoints" or named is None:
+        return "bring it back from a copy, or use another checkpoint of its run"
+    step = int(named[1])
+    others = [
+        other
+        for other in _steps_in(root)
+        if other != step and (root / folder_name(other) / "manifest.json").exists()
+    ]
+    if not others:
+        return "there is no other checkpoint, so start the run again with another --run-dir"
+    earlier = [other for other in others if other < step]
+    nearest = root / folder_name(earlier[-1] if earlier else others[0])
+    return f"go on from {nearest.name}: `{use_command(nearest)}`, and then --resume"
+
+
+def use_command(folder: Path) -> str:
+    """What a person types so that a run goes on from its checkpoint `folder`."""
+    run_dir = folder.parent.parent
+    return f"stacking-ds checkpoint use {shlex.quote(str(run_dir))} {folder.name}"
 
 
 # --------------------------------------------------------------------------- changing
@@ -131,12 +177,17 @@ def publish(folder: Path, manifest: str) -> None:
         folder.rename(removed)
     partial.rename(folder)
     sync(folder.parent)
+    point_to(folder)
+    shutil.rmtree(removed, ignore_errors=True)
+
+
+def point_to(folder: Path) -> None:
+    """Have `latest` name the checkpoint `folder`, which is on disk before this returns."""
     pointer = folder.with_name(".latest.partial")
     pointer.write_text(folder.name + "\n", encoding="utf-8")
     sync(pointer)
     pointer.replace(folder.with_name("latest"))
     sync(folder.parent)
-    shutil.rmtree(removed, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

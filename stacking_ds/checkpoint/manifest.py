@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from stacking_ds.checkpoint.folders import fall_back
-from stacking_ds.errors import CheckpointError
-from stacking_ds.fragments import Cut
+from stacking_ds.checkpoint.folders import fall_back, step_of
+from stacking_ds.errors import CheckpointError, UnreadableError
+from stacking_ds.fragments import MASTER, MOMENTS, Cut
+from stacking_ds.small_files import DamagedFileError, read_json
 
 __all__ = [
     "CHUNK_BYTES",
@@ -22,6 +23,7 @@ __all__ = [
     "RankFile",
     "checksum",
     "package_versions",
+    "rank_file_name",
     "read_manifest",
 ]
 
@@ -30,8 +32,22 @@ CHUNK_BYTES = 1 << 20
 """Reading an interval verifies whole chunks: small ones cost little to read beyond it, large ones
 make a short manifest."""
 
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
+_MOST = 2**53
+_ELEMENT_BYTES = 4
+
+Count = Annotated[int, Field(ge=0, le=_MOST)]
+Positive = Annotated[int, Field(ge=1, le=_MOST)]
+Number = Annotated[float, Field(ge=0.0, le=float(_MOST))]
+# a chunk is read into memory as a whole
+ChunkBytes = Annotated[int, Field(ge=1, le=1 << 30)]
+Checksum = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]{1,200}$")]
+Words = Annotated[str, Field(pattern=r"^[ -~]{0,200}$")]
+"""What can be printed."""
+
+
+def rank_file_name(rank: int) -> str:
+    return f"rank_{rank:05d}.safetensors"
 
 
 def checksum(data: bytes | memoryview) -> str:
@@ -48,27 +64,27 @@ class Contents(_Record):
 
     Nothing else is needed to go on. The position in the data, masks and dropout are functions of
     `config["seed"]` and `step`; the learning rate is one of `config` and `step`. The stage is
-    `train_state["stage_index"]`, the precision `config["engine"]["precision"]`.
+    `train_state["stage_index"]`, the precision `Manifest.precision`.
     """
 
     step: Count
     optimizer_step: Count
     """The optimizer's own count, which its bias correction needs; 0 means no moments yet."""
-    loss_scale: float = 1.0
+    loss_scale: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1.0
     """What fp16 multiplied the loss by; 1.0 at other precisions."""
     num_hidden_layers: Count
     zero_stage: Annotated[int, Field(ge=0, le=3)]
     """Of the engine that saved; any other can load."""
-    vocabulary_sha256: str
-    data_sha256: str
-    train_state: dict[str, Any]
+    vocabulary_sha256: Words
+    data_sha256: Words
+    train_state: dict[str, Count | Number]
     config: dict[str, Any]
 
 
 class Parameter(_Record):
     """A parameter's shape, and how its elements are cut among the ranks' files: `fragments.Cut`."""
 
-    shape: tuple[Count, ...]
+    shape: tuple[Positive, ...]
     size: Positive
     offset: Count
 
@@ -82,7 +98,7 @@ class RankFile(_Record):
 
     name: str
     size_bytes: Positive
-    checksums: tuple[str, ...]
+    checksums: tuple[Checksum, ...]
     """One per chunk of the file."""
 
 
@@ -91,28 +107,56 @@ class Manifest(Contents):
     with their products."""
 
     format_version: Literal[2] = FORMAT_VERSION
-    package_versions: dict[str, str]
+    package_versions: dict[Words, Words]
     world_size: Positive
-    chunk_bytes: Positive
+    chunk_bytes: ChunkBytes
     keys: tuple[str, ...]
     """What is saved of each parameter: the master, and the moments once there are any."""
-    parameters: dict[str, Parameter]
+    parameters: Annotated[dict[Name, Parameter], Field(min_length=1)]
     """In the optimizer's order."""
     files: tuple[RankFile, ...]
     """In the order of the ranks."""
 
     @model_validator(mode="after")
     def _whole(self) -> "Manifest":
+        if self.keys not in ((MASTER,), (MASTER, *MOMENTS)):
+            raise ValueError("keys are neither the masters alone nor these with both moments")
+        if self.optimizer_step and self.keys == (MASTER,):
+            raise ValueError(f"there are no moments after {self.optimizer_step} updates")
         if len(self.files) != self.world_size:
             raise ValueError(f"{len(self.files)} files of {self.world_size} ranks")
-        for file in self.files:
+        for rank, file in enumerate(self.files):
+            if file.name != rank_file_name(rank):
+                raise ValueError(f"the file of rank {rank} is not {rank_file_name(rank)}")
             expected = -(-file.size_bytes // self.chunk_bytes)
             if len(file.checksums) != expected:
                 raise ValueError(f"{len(file.checksums)} of {expected} checksums of {file.name}")
         for name, parameter in self.parameters.items():
             if self.world_size * parameter.size - parameter.offset < parameter.cut.numel:
                 raise ValueError(f"not all elements of {name} are in a file")
+        numel = sum(parameter.cut.numel for parameter in self.parameters.values())
+        # so that nobody makes room for what cannot be there
+        if numel * len(self.keys) * _ELEMENT_BYTES > sum(file.size_bytes for file in self.files):
+            raise ValueError(f"{numel} parameters do not fit into the files")
+        if self.train_state.get("step", self.step) != self.step:
+            raise ValueError(f"train_state is not that of step {self.step}")
         return self
+
+    @property
+    def precision(self) -> str | None:
+        """The engine's, in the recipe of whichever version wrote it."""
+        engine = self.config.get("engine")
+        found = engine.get("precision") if isinstance(engine, dict) else None
+        return found if isinstance(found, str) else None
+
+    def tensors_of(self, rank: int) -> dict[str, int]:
+        """The tensors in the file of `rank`, and how many elements each has."""
+        found: dict[str, int] = {}
+        for name, parameter in self.parameters.items():
+            low, high = parameter.cut.interval(rank)
+            if low < high:
+                found |= {f"{key}/{name}": high - low for key in self.keys}
+        return found
 
     def to_json(self) -> str:
         """The text of `manifest.json`: this record and its checksum."""
@@ -132,21 +176,22 @@ def package_versions() -> dict[str, str]:
 
 def read_manifest(folder: Path) -> Manifest:
     """Raises:
-    CheckpointError: the manifest is missing, damaged or of another format.
+    UnreadableError: the manifest is there and cannot be read.
+    CheckpointError: it is missing, damaged or of another format.
     """
     path = folder / "manifest.json"
     try:
-        record = json.loads(path.read_bytes())
+        record = read_json(path)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise CheckpointError(
             f"{path} cannot be read ({error.strerror}); {fall_back(folder)}"
         ) from None
     except OSError as error:
-        raise CheckpointError(
+        raise UnreadableError(
             f"{path} cannot be read ({error.strerror}); mend access to it and try again"
         ) from None
-    except ValueError as error:
-        raise _damaged(folder, str(error)) from None
+    except DamagedFileError as damage:
+        raise _damaged(folder, damage.reason) from None
     if not isinstance(record, dict):
         raise _damaged(folder, "it is not a JSON object")
     stated, version = record.pop("checksum", None), record.get("format_version")
@@ -160,11 +205,16 @@ def read_manifest(folder: Path) -> Manifest:
     if not whole:
         raise _damaged(folder, "its checksum is not that of its contents")
     try:
-        return Manifest.model_validate_json(json.dumps(record))
+        manifest = Manifest.model_validate_json(json.dumps(record))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise _damaged(folder, f"{where}: {first['msg']}") from None
+        where = ".".join(ascii(part) for part in first["loc"]).replace("'", "") or "the file"
+        raise _damaged(
+            folder, f"{where[:100]}: {first['msg'].removeprefix('Value error, ')}"
+        ) from None
+    if step_of(folder) not in (None, manifest.step):
+        raise _damaged(folder, f"it is that of step {manifest.step}")
+    return manifest
 
 
 def _damaged(folder: Path, reason: str) -> CheckpointError:

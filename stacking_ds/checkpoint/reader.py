@@ -8,9 +8,8 @@ What is read is the header and the wanted elements, in whole chunks, each verifi
 Damage elsewhere in a file is for `FragmentReader.problems` to find.
 """
 
-import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
@@ -19,11 +18,12 @@ import torch
 
 from stacking_ds.checkpoint.folders import fall_back
 from stacking_ds.checkpoint.manifest import Manifest, RankFile, checksum
-from stacking_ds.errors import CheckpointError
+from stacking_ds.checkpoint.rank_header import LENGTH_BYTES, header_end, read_header
+from stacking_ds.errors import CheckpointError, UnreadableError
+from stacking_ds.small_files import DamagedFileError, open_regular
 
 __all__ = ["FragmentReader"]
 
-_LENGTH_BYTES = 8  # of the number that says how many bytes of header follow it
 _ELEMENT_BYTES = 4
 
 
@@ -39,7 +39,8 @@ class FragmentReader:
         """Copy the elements [start, stop) of `name` into `view`, a 1-D tensor of as many.
 
         Raises:
-            CheckpointError: a file is missing, damaged where it is read, or cannot be read.
+            UnreadableError: a file is there and cannot be read.
+            CheckpointError: it is missing, or damaged where it is read.
         """
         cut = self._manifest.parameters[name].cut
         try:
@@ -53,28 +54,29 @@ class FragmentReader:
         except _DamageError as damage:
             raise CheckpointError(f"{damage}; {fall_back(self._folder)}") from None
         except OSError as error:
-            raise CheckpointError(
-                f"{error.filename} cannot be read ({error.strerror}); mend access to it and try "
-                f"again"
-            ) from None
+            raise self._unreadable(rank, error) from None
 
-    def problems(self) -> Iterator[str]:
-        """Read every byte of every file; a sentence for each file that is not as it was written."""
+    def problems(self) -> Iterator[CheckpointError]:
+        """Read every byte of every file; an error for each that is not as it was written, and an
+        `UnreadableError` for each of which nobody knows."""
         for rank in range(self._manifest.world_size):
             try:
                 file = self._open(rank)
                 file.verify_all()
-                for name, parameter in self._manifest.parameters.items():
-                    low, high = parameter.cut.interval(rank)
-                    for key in self._manifest.keys if low < high else ():
-                        file.find(f"{key}/{name}", high - low)
+                file.require_only(self._manifest.tensors_of(rank))
             except _DamageError as damage:
-                yield str(damage)
+                yield CheckpointError(str(damage))
             except OSError as error:
-                yield f"{error.filename} cannot be read ({error.strerror})"
+                yield self._unreadable(rank, error)
 
     def _open(self, rank: int) -> "_VerifiedFile":
         return _VerifiedFile(self._folder, self._manifest.files[rank], self._manifest.chunk_bytes)
+
+    def _unreadable(self, rank: int, error: OSError) -> UnreadableError:
+        path = self._folder / self._manifest.files[rank].name  # not every error knows it
+        return UnreadableError(
+            f"{path} cannot be read ({error.strerror}); mend access to it and try again"
+        )
 
 
 class _DamageError(Exception):
@@ -94,9 +96,9 @@ class _VerifiedFile:
         self._chunk_bytes = chunk_bytes
         self._last_chunk: tuple[int, bytes] = (-1, b"")
         try:
-            with self._path.open("rb") as file:
+            with self._file() as file:
                 size = os.fstat(file.fileno()).st_size
-        except (FileNotFoundError, IsADirectoryError) as error:
+        except FileNotFoundError as error:
             raise _DamageError(f"{self._path} cannot be read ({error.strerror})") from None
         if size != record.size_bytes:
             raise self._damaged(f"it has {size} bytes instead of {record.size_bytes}")
@@ -114,9 +116,16 @@ class _VerifiedFile:
             raise self._damaged(f"it does not hold the {numel} elements of {tensor}")
         return place
 
+    def require_only(self, numel: Mapping[str, int]) -> None:
+        """It holds these tensors, of so many elements each, and no others."""
+        for tensor, expected in numel.items():
+            self.find(tensor, expected)
+        if len(self._tensors) > len(numel):
+            raise self._damaged(f"it holds {len(self._tensors)} tensors instead of {len(numel)}")
+
     def verify_all(self) -> None:
         count = len(self._record.checksums)
-        with self._path.open("rb") as file:
+        with self._file() as file:
             damaged = [i for i in range(count) if not self._is_whole(i, self._chunk(file, i))]
         if damaged:
             raise self._damaged(
@@ -127,18 +136,23 @@ class _VerifiedFile:
     @cached_property
     def _tensors(self) -> dict[str, tuple[int, int]]:
         """Name to first byte and number of elements."""
-        length = int.from_bytes(self._bytes(0, _LENGTH_BYTES), "little")
-        end = _LENGTH_BYTES + length
-        header = json.loads(self._bytes(_LENGTH_BYTES, end))
-        return {
-            name: (end + entry["data_offsets"][0], entry["shape"][0])
-            for name, entry in header.items()
-        }
+        size_bytes = self._record.size_bytes
+        try:
+            end = header_end(self._bytes(0, min(LENGTH_BYTES, size_bytes)), size_bytes)
+            return read_header(self._bytes(LENGTH_BYTES, end), end, size_bytes)
+        except ValueError as error:
+            raise self._damaged(str(error)) from None
+
+    def _file(self) -> BinaryIO:
+        try:
+            return open_regular(self._path)
+        except DamagedFileError as damage:
+            raise self._damaged(damage.reason) from None
 
     def _bytes(self, start: int, stop: int) -> bytearray:
         """The bytes [start, stop), whose chunks are verified."""
         found = bytearray(stop - start)
-        with self._path.open("rb") as file:
+        with self._file() as file:
             for index in range(start // self._chunk_bytes, -(-stop // self._chunk_bytes)):
                 low = index * self._chunk_bytes
                 if self._last_chunk[0] != index:  # small tensors share one

@@ -5,24 +5,25 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
 
 from stacking_ds.checkpoint.choice import is_checkpoint, require_run
-from stacking_ds.checkpoint.folders import fall_back, folder_name, latest, saved_steps
+from stacking_ds.checkpoint.folders import fall_back, folder_name, latest, saved_steps, use_command
 from stacking_ds.checkpoint.manifest import Manifest, Parameter, read_manifest
 from stacking_ds.checkpoint.state import problems as problems_of
 from stacking_ds.checkpoint.state import read_parameters
 from stacking_ds.config import RunConfig
-from stacking_ds.errors import CheckpointError
+from stacking_ds.errors import CheckpointError, UnreadableError, UserError
 from stacking_ds.optim.schedule import LearningRateSchedule
 from stacking_ds.text_table import aligned, readable_size
 
-__all__ = ["contents", "listed", "listing", "parameter_lines", "verify"]
+__all__ = ["config_of", "contents", "listed", "listing", "parameter_lines", "verify"]
 
 Say = Callable[[str], None]
+State = Literal["whole", "damaged", "unreadable"]
 
 
 # ---------------------------------------------------------------------------- list
@@ -56,10 +57,14 @@ def listed(run_dir: Path) -> list[dict[str, Any]]:
 
 def _on_disk(folder: Path) -> dict[str, Any]:
     written = datetime.fromtimestamp(folder.stat().st_mtime).astimezone()
+    try:
+        size_bytes = sum(path.lstat().st_size for path in folder.iterdir())
+    except PermissionError:
+        size_bytes = None
     return {
         "name": folder.name,
         "is_unfinished": folder.name.startswith("."),
-        "size_bytes": sum(path.stat().st_size for path in folder.iterdir()),
+        "size_bytes": size_bytes,
         "written": written.isoformat(timespec="seconds"),
     }
 
@@ -69,7 +74,7 @@ def _says(folder: Path) -> dict[str, Any]:
     known: dict[str, Any] = dict.fromkeys(
         (
             *("step", "stage", "num_hidden_layers", "world_size", "zero_stage", "precision"),
-            *("is_boundary", "is_end", "problem"),
+            *("is_boundary", "is_end", "problem", "is_damaged"),
         )
     )
     if folder.name.startswith("."):
@@ -77,7 +82,8 @@ def _says(folder: Path) -> dict[str, Any]:
     try:
         manifest = read_manifest(folder)
     except CheckpointError as error:
-        return {**known, "problem": str(error)}
+        damaged = not isinstance(error, UnreadableError)
+        return {**known, "problem": str(error), "is_damaged": damaged}
     known |= {
         "step": manifest.step,
         "stage": manifest.train_state.get("stage_index"),
@@ -85,7 +91,7 @@ def _says(folder: Path) -> dict[str, Any]:
         "world_size": manifest.world_size,
         "zero_stage": manifest.zero_stage,
     }
-    config = _config(manifest)
+    config = config_of(manifest)
     if config is not None:
         schedule = config.stage_schedule()
         known["precision"] = config.engine.precision
@@ -94,12 +100,15 @@ def _says(folder: Path) -> dict[str, Any]:
     return known
 
 
-def _config(manifest: Manifest) -> RunConfig | None:
+def config_of(manifest: Manifest) -> RunConfig | None:
     """The run's recipe; None if another version wrote it, whose recipes are not ours."""
     try:
-        return RunConfig.model_validate_json(json.dumps(manifest.config))
-    except ValidationError:
+        config = RunConfig.model_validate_json(json.dumps(manifest.config))
+        if manifest.step > config.stage_schedule().total_steps:
+            return None
+    except (ValidationError, UserError):
         return None
+    return config
 
 
 def listing(run_dir: Path) -> str:
@@ -130,14 +139,15 @@ def _row(record: dict[str, Any]) -> list[str]:
         "latest": record["is_latest"],
         "boundary": record["is_boundary"],
         "end of the run": record["is_end"],
-        "damaged manifest": record["problem"],
+        "damaged manifest": record["is_damaged"],
+        "cannot be read": record["problem"] and not record["is_damaged"],
         "unfinished: being saved, or left by a killed save": record["is_unfinished"],
     }
     return [
         record["name"],
         *numbers,
         record["precision"] or "-",
-        readable_size(record["size_bytes"]),
+        "-" if record["size_bytes"] is None else readable_size(record["size_bytes"]),
         record["written"][:16].replace("T", " "),
         ", ".join(remark for remark, applies in remarks.items() if applies),
     ]
@@ -149,23 +159,34 @@ def _row(record: dict[str, Any]) -> list[str]:
 def verify(folders: Sequence[Path], say: Say) -> bool:
     """Read every byte of the checkpoints and `say` what is found; is all of it whole?
 
-    If not, the newest whole checkpoint of the run is looked for, and what to do is said.
+    If some is damaged, the newest whole checkpoint of the run is looked for, and what to do is
+    said. What cannot be read is not taken for damaged.
     """
-    whole = {folder: _verify(folder, say) for folder in folders}
-    damaged = [folder for folder in folders if not whole[folder]]
+    states = {folder: _verify(folder, say) for folder in folders}
+    damaged = [folder for folder in folders if states[folder] == "damaged"]
     if damaged:
-        say(_way_out(damaged, whole, say))
-    return not damaged
+        say(_way_out(damaged, states, say))
+    if "unreadable" in states.values():
+        say(
+            "what cannot be read may be whole: mend access to it (permissions, or the file "
+            "system), and verify again"
+        )
+    return all(states[folder] == "whole" for folder in folders)
 
 
-def _verify(folder: Path, say: Say) -> bool:
+def _verify(folder: Path, say: Say) -> State:
     problems = problems_of(folder)
     for problem in problems:
-        say(f"damaged: {problem.removesuffix(f'; {fall_back(folder)}')}")
+        if isinstance(problem, UnreadableError):
+            say(f"not verified: {problem}")
+        else:
+            say(f"damaged: {str(problem).removesuffix(f'; {fall_back(folder)}')}")
     if not problems:
         manifest = read_manifest(folder)
         say(f"whole: {folder}: {_files(manifest)}, {_count(manifest)}")
-    return not problems
+        return "whole"
+    unreadable = all(isinstance(problem, UnreadableError) for problem in problems)
+    return "unreadable" if unreadable else "damaged"
 
 
 def _files(manifest: Manifest) -> str:
@@ -179,7 +200,7 @@ def _count(manifest: Manifest) -> str:
     return f"{numel:,} parameters in {len(parameters):,} tensors"
 
 
-def _way_out(damaged: Sequence[Path], whole: dict[Path, bool], say: Say) -> str:
+def _way_out(damaged: Sequence[Path], states: dict[Path, State], say: Say) -> str:
     root = damaged[0].parent
     if root.name != "checkpoints":
         return "bring it back from a copy, or use another checkpoint of its run"
@@ -187,21 +208,23 @@ def _way_out(damaged: Sequence[Path], whole: dict[Path, bool], say: Say) -> str:
         newest = latest(root.parent)
     except CheckpointError:
         newest = None
-    steps = reversed(saved_steps(root.parent))
-    folders = [root / folder_name(step) for step in steps]
+    folders = [root / folder_name(step) for step in reversed(saved_steps(root.parent))]
     if newest in folders:
-        folders = folders[folders.index(newest) :]  # later ones have been given up
+        place = folders.index(newest)
+        folders = folders[place:] + folders[:place]  # later ones have been given up: they come last
     for folder in folders:
-        if folder not in whole:
-            whole[folder] = _verify(folder, say)
-        if whole[folder]:
+        if folder not in states:
+            states[folder] = _verify(folder, say)
+        if states[folder] == "whole":
             break
     else:
+        if "unreadable" in states.values():
+            return "no checkpoint that can be read is whole"
         return "no checkpoint is whole: start the run again with another --run-dir"
     if folder == newest:
         names = ", ".join(path.name for path in damaged)
         return f"`latest` names {folder.name}, so --resume goes on from it; {names} may be deleted"
-    return f"write {folder.name} into {root / 'latest'} and use --resume: it goes on from there"
+    return f"`{use_command(folder)}`, and then --resume goes on from there"
 
 
 # ------------------------------------------------------------------------- inspect
@@ -214,7 +237,7 @@ def contents(folder: Path) -> str:
         CheckpointError: the manifest is missing, damaged or of another format.
     """
     manifest = read_manifest(folder)
-    state, config = manifest.train_state, _config(manifest)
+    state, config = manifest.train_state, config_of(manifest)
     facts = {
         "checkpoint": str(folder),
         "step": f"{manifest.step:,}",

@@ -1,6 +1,6 @@
 """Fill an engine, or a reader's hands, from a checkpoint: only the intervals that are needed."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from stacking_ds.distributed import World
 from stacking_ds.errors import CheckpointError
 from stacking_ds.fragments import MASTER, Fragment
 
-__all__ = ["load", "problems", "read_parameters"]
+__all__ = ["load", "problems", "read_parameters", "require_shapes"]
 
 
 def load(
@@ -62,21 +62,28 @@ def _fill(
     manifest: Manifest,
     targets: Sequence[Fragment],
 ) -> None:
-    more = manifest.parameters.keys() - {target.name for target in targets}
-    if more:
-        raise _of_another_model(folder, f"has {min(more)}, which this model lacks")
+    require_shapes(folder, manifest, {target.name: target.shape for target in targets})
     reader = FragmentReader(folder, manifest)
     for target in targets:
-        name = target.name
-        saved = manifest.parameters.get(name)
-        if saved is None or saved.shape != target.shape:
-            found = f"has {name} with shape {saved.shape}" if saved else f"has no {name}"
-            raise _of_another_model(folder, f"{found}, this model needs shape {target.shape}")
         for key, view in target.views.items():
             if key in manifest.keys:
-                reader.fill(view, key, name, target.start, target.stop)
+                reader.fill(view, key, target.name, target.start, target.stop)
             else:
                 view.zero_()
+
+
+def require_shapes(folder: Path, manifest: Manifest, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises:
+    CheckpointError: the parameters are not those of a model with these.
+    """
+    more = manifest.parameters.keys() - shapes.keys()
+    if more:
+        raise _of_another_model(folder, f"has {min(more)}, which this model lacks")
+    for name, shape in shapes.items():
+        saved = manifest.parameters.get(name)
+        if saved is None or saved.shape != shape:
+            found = f"has {name} with shape {saved.shape}" if saved else f"has no {name}"
+            raise _of_another_model(folder, f"{found}, this model needs shape {shape}")
 
 
 def _of_another_model(folder: Path, difference: str) -> CheckpointError:
@@ -100,9 +107,10 @@ def read_parameters(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
         yield name, whole
 
 
-def problems(folder: Path) -> list[str]:
-    """Everything that is wrong with a checkpoint, a sentence each; every byte of it is read."""
+def problems(folder: Path) -> list[CheckpointError]:
+    """Everything that is wrong with a checkpoint, every byte of which is read: damage, and an
+    `UnreadableError` for what cannot be read."""
     try:
         return list(FragmentReader(folder, read_manifest(folder)).problems())
     except CheckpointError as error:
-        return [str(error)]
+        return [error]

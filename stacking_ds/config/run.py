@@ -1,17 +1,16 @@
 """`RunConfig`: everything a run is; strict and frozen."""
 
-from pathlib import Path
+import os
+import re
 from typing import Annotated, Any
 
-import yaml
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from stacking_ds.config.sections import (
     LARGEST_LEARNING_RATE,
     BatchSection,
     CheckpointSection,
     ClusterSection,
-    Count,
     DataSection,
     EngineSection,
     EvaluationSection,
@@ -27,23 +26,34 @@ from stacking_ds.config.sections import (
 from stacking_ds.errors import StageError
 from stacking_ds.phases import PhaseSchedule
 from stacking_ds.stages import StageSchedule
+from stacking_ds.yaml_text import write_yaml
 
 __all__ = ["RunConfig", "changed_keys"]
+
+
+def _can_be_a_name(name: str) -> str:
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", name) is None:
+        raise ValueError(
+            "it names a folder, so write at most 200 letters, digits, dots, dashes and underscores,"
+            " the first of them a letter or a digit"
+        )
+    return name
 
 
 class RunConfig(Section):
     """One run, completely."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    seed: Count = 0
+    name: Annotated[str, AfterValidator(_can_be_a_name)]
+    """Where no --run-dir is given, the run lives in the folder of this name in runs/."""
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
     data: DataSection
     model: ModelSection
-    stages: Annotated[tuple[StageSection, ...], Field(min_length=1)]
+    stages: Annotated[tuple[StageSection, ...], Field(min_length=1, max_length=1000)]
     growth: GrowthSection = GrowthSection()
     optimizer: OptimizerSection
     schedule: ScheduleSection = ScheduleSection()
     batch: BatchSection
-    phases: tuple[PhaseSection, ...] = ()
+    phases: Annotated[tuple[PhaseSection, ...], Field(max_length=1000)] = ()
     """Later sequence lengths and batches; data and batch say what a run begins with."""
     engine: EngineSection = EngineSection()
     checkpoint: CheckpointSection = CheckpointSection()
@@ -123,9 +133,11 @@ class RunConfig(Section):
 
     def with_absolute_paths(self) -> "RunConfig":
         """The same run, whatever the working directory it is looked at from."""
-        json = Path(self.engine.deepspeed)
-        deepspeed = str(json.resolve()) if json.is_file() else self.engine.deepspeed
-        path = str(Path(self.data.path).resolve())
+        # realpath and isfile, unlike a Path's, raise nothing on links in a circle or long names
+        deepspeed = self.engine.deepspeed
+        if os.path.isfile(deepspeed):
+            deepspeed = os.path.realpath(deepspeed)
+        path = os.path.realpath(self.data.path)
         return self.model_copy(
             update={
                 "data": self.data.model_copy(update={"path": path}),
@@ -134,7 +146,7 @@ class RunConfig(Section):
         )
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return write_yaml(self.model_dump(mode="json"))
 
 
 # What may differ between a run and its continuation without making it another run.

@@ -1,9 +1,14 @@
-"""The sections of a recipe, strict and frozen."""
+"""The sections of a recipe, strict and frozen.
+
+Every number has an upper bound: far above what anybody trains, and low enough that whatever is
+computed from it is computed at once and fits its type.
+"""
 
 import math
+import os
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 __all__ = [
     "LARGEST_LEARNING_RATE",
@@ -30,10 +35,33 @@ __all__ = [
 
 LARGEST_LEARNING_RATE = 100.0
 
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-SequenceLength = Annotated[int, Field(ge=8)]
+_MOST_STEPS = 10**12
+_MOST_ROWS = 2**22  # a step; times the most steps this fits 64 bits
+_LONGEST_WAIT_SECONDS = 30 * 86_400.0
+_LONGEST_PATH_BYTES = 4095  # Linux's PATH_MAX, without the zero at its end
+
+Steps = Annotated[int, Field(ge=1, le=_MOST_STEPS)]
+StepsOrNone = Annotated[int, Field(ge=0, le=_MOST_STEPS)]
+Rows = Annotated[int, Field(ge=1, le=_MOST_ROWS)]
+Size = Annotated[int, Field(ge=1, le=2**20)]
+SequenceLength = Annotated[int, Field(ge=8, le=2**20)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
+Factor = Annotated[float, Field(ge=0.0, le=1e9)]
+
+
+def _can_be_a_path(path: str) -> str:
+    if not path or "\0" in path:
+        raise ValueError("it is empty or holds a NUL character, as no path does")
+    try:
+        encoded = os.fsencode(path)
+    except UnicodeEncodeError:
+        raise ValueError("it holds half a character, as no path does") from None
+    if len(encoded) > _LONGEST_PATH_BYTES:
+        raise ValueError(f"it is longer than the {_LONGEST_PATH_BYTES:,} bytes of a path")
+    return path
+
+
+PathText = Annotated[str, AfterValidator(_can_be_a_path)]
 
 
 class Section(BaseModel):
@@ -43,7 +71,7 @@ class Section(BaseModel):
 class DataSection(Section):
     """Which prepared token shards, and how examples are cut from them."""
 
-    path: str
+    path: PathText
     """Folder that `stacking-ds prepare` wrote."""
     sequence_length: SequenceLength = 128
     """Tokens per row, [CLS] and [SEP] included."""
@@ -58,22 +86,22 @@ class DataSection(Section):
     """What is hidden at once: a token, a word, or a span of words (Joshi et al. 2020 §3.1)."""
     mlm_probability: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
     """Share of an example's ordinary tokens that are predicted (Devlin et al. 2019 §3.1)."""
-    loader_workers: Count = 1
+    loader_workers: Annotated[int, Field(ge=0, le=256)] = 1
     """Processes per rank that build batches ahead of the step; 0 builds them in the step."""
 
 
 class ModelSection(Section):
     """The encoder without its depth (the stages say that) and vocabulary (the data says that)."""
 
-    hidden_size: Positive
-    num_attention_heads: Positive
-    intermediate_size: Positive
-    max_position_embeddings: Positive = 512
-    type_vocab_size: Annotated[int, Field(ge=2)] = 2
+    hidden_size: Size
+    num_attention_heads: Size
+    intermediate_size: Size
+    max_position_embeddings: Size = 512
+    type_vocab_size: Annotated[int, Field(ge=2, le=2**20)] = 2
     hidden_dropout_prob: Probability = 0.1
     attention_probs_dropout_prob: Probability = 0.1
-    layer_norm_eps: Annotated[float, Field(gt=0.0)] = 1e-12
-    initializer_range: Annotated[float, Field(gt=0.0)] = 0.02
+    layer_norm_eps: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-12
+    initializer_range: Annotated[float, Field(gt=0.0, le=100.0)] = 0.02
     layer_norm_position: Literal["post", "pre"] = "post"
     """`post` as in BERT; `pre` as in the code of Gong et al. 2019."""
 
@@ -81,9 +109,9 @@ class ModelSection(Section):
 class StageSection(Section):
     """One growth stage: a depth, and how long to train at it, in steps or in token slots."""
 
-    num_hidden_layers: Positive
-    steps: Annotated[int, Field(ge=1, le=10**12)] | None = None
-    tokens: Positive | None = None
+    num_hidden_layers: Annotated[int, Field(ge=1, le=10_000)]
+    steps: Steps | None = None
+    tokens: Annotated[int, Field(ge=1, le=10**18)] | None = None
     """Token slots (rows x sequence_length of the phase); rounded up to whole steps."""
 
     @model_validator(mode="after")
@@ -110,9 +138,9 @@ class LambSection(Section):
 
     always_adapt: bool = False
     """Take trust ratios for biases and LayerNorm too, instead of 1."""
-    min_coeff: Annotated[float, Field(ge=0.0)] = 0.0
+    min_coeff: Factor = 0.0
     """Smallest trust ratio; 0 is no bound, as in You et al. 2020."""
-    max_coeff: Annotated[float, Field(gt=0.0)] | None = None
+    max_coeff: Annotated[float, Field(gt=0.0, le=1e9)] | None = None
     """Largest trust ratio; none by default, as in You et al. 2020."""
     grad_pre_normalization: bool = False
     """Divide the gradient by its global norm first (NVLAMB); clipping has to be off then."""
@@ -135,13 +163,13 @@ class OptimizerSection(Section):
     name: Literal["adamw", "lamb"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0.0, le=LARGEST_LEARNING_RATE)]
     """Peak of the learning-rate schedule."""
-    learning_rate_batch_size: Positive | None = None
+    learning_rate_batch_size: Rows | None = None
     """The batch that learning_rate is for. At another batch.global_batch_size the peak is scaled
     by the square root of their ratio (You et al. 2020, section 4)."""
     betas: tuple[Probability, Probability] = (0.9, 0.999)
-    eps: Annotated[float, Field(gt=0.0)] = 1e-6
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
-    max_grad_norm: Annotated[float, Field(ge=0.0)] = 1.0
+    eps: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-6
+    weight_decay: Annotated[float, Field(ge=0.0, le=100.0)] = 0.01
+    max_grad_norm: Factor = 1.0
     """Gradients are scaled down to this global norm; 0 turns clipping off."""
     lamb: LambSection | None = Field(
         default_factory=lambda given: LambSection() if given.get("name") == "lamb" else None
@@ -173,29 +201,29 @@ class ScheduleSection(Section):
     """The learning rate over the whole run, and what a boundary does to it."""
 
     shape: Literal["linear", "cosine", "constant", "wsd"] = "linear"
-    warmup_steps: Count = 0
-    decay_steps: Positive | None = None
+    warmup_steps: StepsOrNone = 0
+    decay_steps: Steps | None = None
     """Length of the final decay; for `wsd` only."""
     final_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     """Learning rate of the last step as a fraction of the peak."""
     at_boundary: Literal["continue", "rewarm"] = "continue"
-    rewarm_steps: Count = 0
+    rewarm_steps: StepsOrNone = 0
 
 
 class BatchSection(Section):
-    global_batch_size: Positive
+    global_batch_size: Rows
     """Rows per step over all ranks; the same at any number of ranks."""
-    micro_batch_size: Positive
+    micro_batch_size: Rows
     """Most rows that one rank puts through the model at once."""
 
 
 class PhaseSection(Section):
     """From which step on rows or batches have another size; what is left out stays."""
 
-    from_step: Positive
+    from_step: Steps
     sequence_length: SequenceLength | None = None
-    global_batch_size: Positive | None = None
-    micro_batch_size: Positive | None = None
+    global_batch_size: Rows | None = None
+    micro_batch_size: Rows | None = None
 
     @model_validator(mode="after")
     def _changes_something(self) -> "PhaseSection":
@@ -212,7 +240,7 @@ ActivationCheckpointing = Literal["none", "selective", "full"]
 
 
 class EngineSection(Section):
-    deepspeed: str = "zero1"
+    deepspeed: PathText = "zero1"
     """A bundled DeepSpeed JSON (zero0 … zero3) or the path of one."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     kernels: KernelsName = "auto"
@@ -254,32 +282,32 @@ class EngineSection(Section):
 
 
 class CheckpointSection(Section):
-    every_steps: Positive = 1000
+    every_steps: Steps = 1000
     """A checkpoint is also written at each boundary, at the end and when asked to stop. Training
     goes on meanwhile, except at the end and at a stop."""
-    keep_last: Positive = 2
+    keep_last: Annotated[int, Field(ge=1, le=10**6)] = 2
     """Older checkpoints are deleted, those at boundaries excepted."""
     export_at_end: bool = True
     """Write the finished model as a Hugging Face folder into the run."""
 
 
 class EvaluationSection(Section):
-    every_steps: Count = 0
+    every_steps: StepsOrNone = 0
     """0 evaluates at the end of each stage only; those evaluations are always made."""
-    max_samples: Positive = 1024
+    max_samples: Annotated[int, Field(ge=1, le=10**9)] = 1024
 
 
 class ClusterSection(Section):
     """When ranks are taken for lost. What is lost ends the job, which can go on from its
     checkpoint."""
 
-    timeout_seconds: Annotated[float, Field(ge=5.0)] = 600.0
+    timeout_seconds: Annotated[float, Field(ge=5.0, le=_LONGEST_WAIT_SECONDS)] = 600.0
     """How long it may be that no rank moves; also the time-out of all collectives."""
-    silence_seconds: Annotated[float, Field(ge=2.0)] = 45.0
+    silence_seconds: Annotated[float, Field(ge=2.0, le=_LONGEST_WAIT_SECONDS)] = 45.0
     """How long a rank may be silent: its process is gone, stopped, or cut off the network."""
 
 
 class LoggingSection(Section):
-    every_steps: Positive = 10
+    every_steps: Steps = 10
     """A line of metrics is the mean over the steps since the line before. There is one after
     every so many steps, and at each evaluation and checkpoint."""

@@ -30,10 +30,14 @@ def add_prepare(parser: argparse.ArgumentParser) -> None:
         "English prose that a Python installation carries",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--vocab", type=Path, help="vocab.txt or tokenizer.json to use")
+    parser.add_argument(
+        "--vocab", type=Path, help="vocab.txt, tokenizer.json or folder of a tokenizer to use"
+    )
     parser.add_argument(
         "--vocab-size", type=int, default=8192, help="size of the vocabulary to train (%(default)s)"
     )
+    parser.add_argument("--cased", action="store_true", help="keep capital letters and accents")
+    parser.add_argument("--keep-accents", action="store_true", help="strip no accents")
     parser.add_argument(
         "--heldout", nargs="+", default=[], metavar="SOURCE", help="what to hold out; else a share"
     )
@@ -78,6 +82,8 @@ def _prepare(options: argparse.Namespace) -> int:
             options.out,
             vocabulary=options.vocab,
             vocab_size=options.vocab_size,
+            cased=options.cased,
+            keep_accents=options.keep_accents,
             heldout_sources=options.heldout,
             heldout_fraction=options.heldout_fraction,
             licence=options.licence,
@@ -101,6 +107,7 @@ def _prepare(options: argparse.Namespace) -> int:
     done = f"prepared in {seconds:.0f} s{'' if prepared.resumed else speed}:"
     verb = "re-using" if prepared.reused else done
     print(f"{verb} {options.out}: {_summary(prepared.manifest)}")
+    _say_what_is_unknown(prepared.manifest)
     for rejected in prepared.manifest.rejected:
         print(
             f"left out, {rejected.reason}: {rejected.documents:,} documents, the first at "
@@ -111,11 +118,35 @@ def _prepare(options: argparse.Namespace) -> int:
 
 def _summary(manifest: "DataManifest") -> str:
     return (
-        f"vocabulary {manifest.vocab_size:,}; train "
+        f"vocabulary {manifest.vocab_size:,}, {manifest.request.normalization}; train "
         f"{manifest.train.documents:,} documents, {manifest.train.tokens:,} tokens; held out "
         f"{manifest.heldout.documents:,} documents, {manifest.heldout.tokens:,} tokens; "
         f"{manifest.duplicate_documents:,} duplicates do not count"
     )
+
+
+def _say_what_is_unknown(manifest: "DataManifest") -> None:
+    from stacking_ds.data.manifest import MANY_UNKNOWN
+
+    train, heldout = manifest.train.unknown_share, manifest.heldout.unknown_share
+    if train is None or heldout is None:
+        return
+    print(f"[UNK]: {train:.3%} of the tokens of train, {heldout:.3%} of those held out")
+    if max(train, heldout) > MANY_UNKNOWN:
+        trained = manifest.request.vocabulary.startswith("trained:")
+        reason = (
+            "it has words of more than 100 characters, or more than 1,000 different characters: "
+            "look at what it holds (stacking-ds data inspect)"
+            if trained
+            else "take a vocabulary of its language and spelling (--cased?), or train one with "
+            "--vocab-size"
+        )
+        print(
+            f"warning: {max(train, heldout):.1%} of the tokens, more than {MANY_UNKNOWN:.0%}, are "
+            "[UNK], of which nothing is learned: the vocabulary does not spell this text; "
+            f"{reason}",
+            file=sys.stderr,
+        )
 
 
 def _part(text: str) -> tuple[int, int]:

@@ -69,7 +69,8 @@ def _take_recipe(action: argparse.ArgumentParser, required: bool) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="override a key of the recipe, e.g. data.packing=true; repeatable",
+        help="override a key of the recipe, e.g. data.packing=true; repeatable, the last one for "
+        "a key wins",
     )
     action.add_argument(
         "--workers", type=int, help="processes that lay out rows (all cores this process may use)"
@@ -165,7 +166,7 @@ def _layout(options: argparse.Namespace) -> int:
 def _recipe(options: argparse.Namespace) -> "tuple[RunConfig | None, DataSection]":
     """The recipe, None if none is given, and how rows are to be made."""
     from stacking_ds.config import DataSection
-    from stacking_ds.recipe import load_run_config
+    from stacking_ds.recipe import load_run_config, sentences
 
     names = ("sequence_length", "examples", "masking", "packing")
     plain = {name: getattr(options, name, None) for name in names}
@@ -176,9 +177,10 @@ def _recipe(options: argparse.Namespace) -> "tuple[RunConfig | None, DataSection
         try:
             return None, DataSection.model_validate({"path": str(options.shards), **plain})
         except ValidationError as error:
-            # choices are argparse's to check, so that this is the one that can be wrong
+            # choices are argparse's to check, so that it is the length
+            problems = "; ".join(sentences(error.errors()))
             raise ConfigError(
-                f"--sequence-length is {options.sequence_length}: {error.errors()[0]['msg']}"
+                f"--sequence-length is {options.sequence_length}, but {problems}"
             ) from None
     if plain:
         name, value = next(iter(plain.items()))
@@ -186,7 +188,7 @@ def _recipe(options: argparse.Namespace) -> "tuple[RunConfig | None, DataSection
         raise ConfigError(
             f"{option} is for use without a recipe; write --set data.{name}={json.dumps(value)}"
         )
-    path = f"data.path={json.dumps(str(options.shards))}"
+    path = f"data.path={options.shards}"
     config = load_run_config(options.recipe, [*options.set, path])
     config.stage_schedule()
     return config, config.data

@@ -11,6 +11,7 @@ from stacking_ds.data.inspection import (
     Overlap,
     SplitFacts,
 )
+from stacking_ds.data.manifest import MANY_UNKNOWN
 from stacking_ds.data.row_inspection import Readings, RowFacts
 from stacking_ds.data.shown_examples import ShownExample
 from stacking_ds.text_table import aligned, readable_size
@@ -33,7 +34,8 @@ def as_text(name: str, facts: Any) -> str:
 def _folder(facts: FolderFacts) -> list[str]:
     lines = {
         "folder": facts.folder,
-        "vocabulary": f"{facts.vocab_size:,} tokens, sha256 {facts.vocabulary_sha256[:16]}",
+        "vocabulary": f"{facts.vocab_size:,} tokens, {facts.normalization}, sha256 "
+        f"{facts.vocabulary_sha256[:16]}",
         "text": f"{readable_size(facts.text_bytes)}, {facts.bytes_per_token:.2f} bytes a token, "
         "duplicates included",
         "licence": facts.licence or "-",
@@ -81,6 +83,12 @@ def _splits(splits: Sequence[SplitFacts]) -> list[str]:
     ]
     text = aligned([(name, *map(cell, splits)) for name, cell in rows], left=(0,))
     train = splits[0]
+    unknown = max(facts.unknown_tokens / max(facts.tokens, 1) for facts in splits)
+    if unknown > MANY_UNKNOWN:
+        text.append(
+            f"warning: {unknown:.1%} of the tokens, more than {MANY_UNKNOWN:.0%}, are [UNK], of "
+            "which nothing is learned"
+        )
     sample = "all" if train.one_in == 1 else f"a sample, 1 in {train.one_in:,}, of the"
     text.append(
         f"the last over {sample} sentences of {REPEATS_FROM_TOKENS} or more tokens "

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from stacking_ds.data.counter_random import derive_key, random_bits
 from stacking_ds.data.manifest import MANIFEST_NAME, Rejected, SourceFile, SplitName
 from stacking_ds.data.shards import TokenShards, TokenSplit
+from stacking_ds.data.tokenizer import Normalization
 from stacking_ds.errors import DataError
 
 __all__ = [
@@ -60,6 +61,7 @@ class FolderFacts:
     every_byte_verified: bool
     vocab_size: int
     vocabulary_sha256: str
+    normalization: Normalization
     licence: str | None
     size_bytes: int
     text_bytes: int
@@ -83,6 +85,7 @@ def folder_facts(shards: TokenShards, every_byte_verified: bool) -> FolderFacts:
         every_byte_verified=every_byte_verified,
         vocab_size=manifest.vocab_size,
         vocabulary_sha256=manifest.vocabulary_sha256,
+        normalization=manifest.request.normalization,
         licence=manifest.licence,
         size_bytes=size_bytes,
         text_bytes=manifest.text_bytes,

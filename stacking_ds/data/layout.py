@@ -21,9 +21,19 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
+from stacking_ds.data.arrow_checks import only_batch
 from stacking_ds.data.examples import ExampleKind, Examples, concatenate
-from stacking_ds.data.manifest import SplitName, file_sha256
+from stacking_ds.data.manifest import (
+    Count,
+    FileName,
+    Positive,
+    Sha256,
+    SplitName,
+    file_sha256,
+    not_opened,
+)
 from stacking_ds.errors import DataError
+from stacking_ds.small_files import DamagedFileError
 
 __all__ = [
     "LAYOUT_VERSION",
@@ -39,6 +49,18 @@ LAYOUT_VERSION = 1
 """Part of what a run's data are known by. Raise it whenever other rows come out of the shards."""
 
 RECORD_NAME = "layout.json"
+
+_EXAMPLES = pa.list_(
+    pa.struct(
+        {
+            "first_start": pa.int64(),
+            "first_length": pa.int32(),
+            "second_start": pa.int64(),
+            "second_length": pa.int32(),
+            "is_random": pa.uint8(),
+        }
+    )
+)
 
 Integers = NDArray[np.int64]
 
@@ -66,15 +88,15 @@ class LayoutSpec(_Record):
 class PartRecord(_Record):
     """One file of a layout."""
 
-    name: str
-    size_bytes: int
-    sha256: str
-    rows: int
-    examples: int
-    tokens: int
-    true_pairs: int
-    random_pairs: int
-    squared_slots: int
+    name: FileName
+    size_bytes: Positive
+    sha256: Sha256
+    rows: Positive
+    examples: Positive
+    tokens: Positive
+    true_pairs: Count
+    random_pairs: Count
+    squared_slots: Positive
     """The sum of the squares of the examples' slots: what attention is computed on."""
 
 
@@ -115,12 +137,13 @@ class Layout:
         written."""
         for part in self.record.parts:
             path = self.folder / part.name
-            if file_sha256(path) != part.sha256:
-                raise self._damage(path)
+            try:
+                whole = file_sha256(path) == part.sha256
+            except (OSError, DamagedFileError):
+                whole = False
+            if not whole:
+                raise DataError(f"{path} is damaged: delete {self.folder}, it will be made again")
             yield
-
-    def _damage(self, path: Path) -> DataError:
-        return DataError(f"{path} is damaged: delete {self.folder}, it will be made again")
 
     @property
     def used_slots(self) -> int:
@@ -146,9 +169,12 @@ class Layout:
         for number in np.unique(part_R):
             part, here = self._parts[number], np.flatnonzero(part_R == number)
             rows = rows_R[here] - self._row_bases[number]
-            first = part.row_offsets[rows].astype(np.int64)
-            counts_R[here] = part.row_offsets[rows + 1] - first
-            examples = self._whole(number, first, counts_R[here])
+            first, last = part.row_offsets[rows], part.row_offsets[rows + 1]
+            if not ((first >= 0) & (first < last) & (last <= len(part.examples))).all():
+                raise self._damaged("rows")
+            counts_R[here] = last - first
+            examples = part.examples[ranges(first.astype(np.int64), counts_R[here])]
+            self._require_room(examples, counts_R[here])
             found.append((here, examples))
         if len(found) < 2:
             return counts_R, concatenate([examples for _, examples in found])
@@ -157,18 +183,20 @@ class Layout:
         joined = concatenate([examples for _, examples in found])
         return counts_R, joined[np.argsort(row_E, kind="stable")]
 
-    def _whole(self, number: int, first_R: Integers, counts_R: Integers) -> Examples:
-        """The examples of rows of a part. Raises DataError for what no layout says: cheap, and
-        better than rows that run into one another."""
-        part, length = self._parts[number], self.record.spec.sequence_length
-        last = len(part.examples)
-        if (counts_R > 0).all() and (first_R >= 0).all() and (first_R + counts_R <= last).all():
-            examples = part.examples[ranges(first_R, counts_R)]
-            used_R = np.add.reduceat(examples.slots, np.cumsum(counts_R) - counts_R)
-            negative = min(examples.first_length_E.min(), examples.second_length_E.min()) < 0
-            if not negative and (used_R <= length).all():
-                return examples
-        raise self._damage(self.folder / self.record.parts[number].name)
+    def _require_room(self, examples: Examples, counts_R: Integers) -> None:
+        """Raises DataError where the examples of these rows do not fit into them: they would be
+        written into the next one."""
+        slots = examples.slots.astype(np.int64)
+        used_R = np.add.reduceat(slots, np.cumsum(counts_R) - counts_R)
+        lengths = (examples.first_length_E > 0) & (examples.second_length_E >= 0)
+        if not (lengths.all() and used_R.max() <= self.record.spec.sequence_length):
+            raise self._damaged("examples")
+
+    def _damaged(self, what: str) -> DataError:
+        return DataError(
+            f"{self.folder} is damaged (its {what} are not those of a layout): delete it, it will "
+            "be made again"
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Worker processes map the files anew."""
@@ -185,8 +213,12 @@ def ranges(starts: Integers, counts: Integers) -> Integers:
 def _map(folder: Path, record: PartRecord) -> _Part:
     path = folder / record.name
     try:
-        column = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0).column("examples")
+        column = only_batch(path, {"examples": (_EXAMPLES,)}).column("examples")
         fields = [field.to_numpy(zero_copy_only=True) for field in column.values.flatten()]
-    except (OSError, KeyError, pa.ArrowException) as error:
+        if (len(column), len(fields[0])) != (record.rows, record.examples):
+            raise ValueError(f"it holds {len(column)} rows and {len(fields[0])} examples")
+    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise not_opened(path, error) from error
         raise DataError(f"{path} is damaged ({error}); delete {folder}") from error
     return _Part(column.offsets.to_numpy(), Examples(*fields))

@@ -39,6 +39,8 @@ from stacking_ds.data.packing import pack
 from stacking_ds.data.shard_writer import write_arrow, write_file
 from stacking_ds.data.shards import TokenSplit
 from stacking_ds.errors import DataError
+from stacking_ds.small_files import DamagedFileError, read_bytes
+from stacking_ds.stop_request import STOP_SIGNALS
 
 __all__ = ["find_layout", "open_layout", "require_documents"]
 
@@ -47,7 +49,6 @@ _KEY = 20190524
 _Group = tuple[int, range]
 _Parts = dict[int, PartRecord]
 _Write = Callable[[_Group], PartRecord]
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _REMEDY = {
     "train": "prepare more text (in .txt files a blank line ends a document)",
     "heldout": "prepare the data again with a higher --heldout-fraction, or with more documents in "
@@ -101,14 +102,14 @@ def _roots(split: TokenSplit) -> Iterator[Path]:
 
 def _read(folder: Path, spec: LayoutSpec, identity: str) -> Layout | None:
     try:
-        record = LayoutRecord.model_validate_json((folder / RECORD_NAME).read_bytes())
+        record = LayoutRecord.model_validate_json(read_bytes(folder / RECORD_NAME))
         sizes = [(folder / part.name).stat().st_size for part in record.parts]
         if (record.spec, record.identity) != (spec, identity):
             return None
         if sizes != [part.size_bytes for part in record.parts]:
             return None
         return Layout(folder, record)
-    except (OSError, ValidationError, DataError):
+    except (OSError, ValidationError, DamagedFileError, DataError):
         return None
 
 
@@ -250,10 +251,10 @@ def _work(answer: Connection, write: _Write, groups: Sequence[_Group]) -> None:
 def _stop_signals_blocked() -> Iterator[None]:
     """What is started meanwhile never hears of them: SLURM and Ctrl-C signal every process, and
     what a stop means is for the parent to say. A handler would come too late, after the imports."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         resource_tracker.ensure_running()  # which unblocks some when it has to start
-        signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

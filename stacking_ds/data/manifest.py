@@ -1,34 +1,52 @@
 """What a folder of token shards says about itself: `manifest.json`."""
 
 import hashlib
+import os
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from stacking_ds.data.tokenizer import UNCASED, Normalization
 from stacking_ds.errors import DataError
+from stacking_ds.small_files import DamagedFileError, open_regular, read_text
 
 __all__ = [
     "MANIFEST_NAME",
+    "MANY_UNKNOWN",
     "UNFINISHED_NAME",
+    "Count",
     "DataManifest",
     "DuplicatesFile",
+    "FileName",
+    "Positive",
     "PrepareRequest",
     "Record",
     "Rejected",
+    "Sha256",
     "ShardFile",
     "SourceFile",
     "SplitManifest",
     "SplitName",
     "VocabularyFile",
     "file_sha256",
+    "not_opened",
     "read_manifest",
 ]
 
 MANIFEST_NAME = "manifest.json"
 # the folder inside a prepared one that is there until all is done
 UNFINISHED_NAME = ".unfinished"
+MANY_UNKNOWN = 0.01
+"""The share of [UNK] above which people are warned; English has a thousandth of that."""
 SplitName = Literal["train", "heldout"]
+
+_MOST = 2**53
+Count = Annotated[int, Field(ge=0, le=_MOST)]
+Positive = Annotated[int, Field(ge=1, le=_MOST)]
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}$")]
+"""Of a file in the folder itself, whatever a manifest says."""
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class Record(BaseModel):
@@ -46,6 +64,8 @@ class PrepareRequest(Record):
     heldout_fraction: float
     vocabulary: str
     text_key: str
+    normalization: Normalization = UNCASED
+    """Folders of earlier versions, which do not say, are uncased."""
 
 
 class SourceFile(Record):
@@ -71,14 +91,16 @@ class Rejected(Record):
 
 
 class ShardFile(Record):
-    """One Arrow file of a split, duplicates included."""
+    """One Arrow file of a split, duplicates included. `unknown_tokens` are those that are [UNK];
+    None where nobody counted, as in earlier versions and in lists of duplicates."""
 
-    name: str
-    size_bytes: int
-    sha256: str
-    documents: int
-    sentences: int
-    tokens: int
+    name: FileName
+    size_bytes: Positive
+    sha256: Sha256
+    documents: Count
+    sentences: Count
+    tokens: Count
+    unknown_tokens: Count | None = None
 
 
 class DuplicatesFile(ShardFile):
@@ -89,19 +111,36 @@ class SplitManifest(Record):
     """What counts in a split, that is without its duplicates, and the files that hold it, in
     order."""
 
-    documents: int
-    sentences: int
-    tokens: int
+    documents: Count
+    sentences: Count
+    tokens: Count
     shards: tuple[ShardFile, ...]
     duplicates: DuplicatesFile
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> "SplitManifest":
+        for count in ("documents", "sentences", "tokens"):
+            there = sum(getattr(shard, count) for shard in self.shards)
+            if getattr(self, count) + getattr(self.duplicates, count) != there:
+                raise ValueError(f"its {count} are not those of its files without the duplicates")
+        return self
+
+    @property
+    def unknown_share(self) -> float | None:
+        """How much of the tokens of all files is [UNK]; None where an earlier version wrote one."""
+        counts = [shard.unknown_tokens for shard in self.shards]
+        if None in counts:
+            return None
+        tokens = sum(shard.tokens for shard in self.shards)
+        return sum(count or 0 for count in counts) / max(tokens, 1)
 
 
 class VocabularyFile(Record):
     """`vocab.txt` or `tokenizer.json`."""
 
-    name: str
-    size_bytes: int
-    sha256: str
+    name: FileName
+    size_bytes: Positive
+    sha256: Sha256
 
 
 class DataManifest(Record):
@@ -113,13 +152,19 @@ class DataManifest(Record):
     request: PrepareRequest
     licence: str | None
     sources: tuple[SourceFile, ...]
-    vocab_size: int
-    vocabulary_sha256: str
+    vocab_size: Annotated[int, Field(ge=1, le=2**31)]
+    vocabulary_sha256: Sha256
     vocabulary_files: tuple[VocabularyFile, ...]
     rejected: tuple[Rejected, ...]
-    text_bytes: int
+    text_bytes: Count
     train: SplitManifest
     heldout: SplitManifest
+
+    @model_validator(mode="after")
+    def _has_vocabulary(self) -> "DataManifest":
+        if "vocab.txt" not in {file.name for file in self.vocabulary_files}:
+            raise ValueError("vocab.txt is not among its vocabulary_files")
+        return self
 
     def split(self, name: SplitName) -> SplitManifest:
         return self.train if name == "train" else self.heldout
@@ -137,7 +182,7 @@ def read_manifest(folder: Path) -> DataManifest:
     """The manifest in `folder`; DataError when it is missing, damaged or of another version."""
     path = folder / MANIFEST_NAME
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except FileNotFoundError as error:
         if (folder / UNFINISHED_NAME).is_dir():
             raise DataError(
@@ -148,8 +193,10 @@ def read_manifest(folder: Path) -> DataManifest:
             f"{folder} holds no prepared data ({MANIFEST_NAME} is missing); "
             "make it with `stacking-ds prepare`"
         ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+    except DamagedFileError as error:
+        raise DataError(f"{error}; delete the folder and prepare it again") from error
+    except OSError as error:
+        raise not_opened(path, error) from error
     try:
         return DataManifest.model_validate_json(text)
     except ValidationError as error:
@@ -159,13 +206,23 @@ def read_manifest(folder: Path) -> DataManifest:
                 "`stacking-ds prepare` again"
             ) from error
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise DataError(
-            f"{path} is damaged or of another version: {place}: {first['msg']}"
-        ) from error
+        place = ".".join(ascii(part).strip("'") for part in first["loc"])[:100] or "the file"
+        reason = first["msg"].removeprefix("Value error, ")
+        raise DataError(f"{path} is damaged or of another version: {place}: {reason}") from error
+
+
+def not_opened(path: Path, error: OSError) -> DataError:
+    """The error for a file that may be whole, but that the system does not let us read."""
+    reason = os.strerror(error.errno or 0)  # Arrow words it otherwise
+    return DataError(f"{path} cannot be read ({reason}); mend access to it and try again")
 
 
 def file_sha256(path: Path) -> str:
-    """The sha256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
+    """The sha256 of a file's bytes, in hexadecimal.
+
+    Raises:
+        DamagedFileError: it is no regular file.
+        OSError: it is not there, or cannot be read.
+    """
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -27,6 +27,7 @@ from stacking_ds.data.batches import RankStep
 from stacking_ds.data.orphans import end_with_parent
 from stacking_ds.errors import ConfigError, LoaderError, UserError
 from stacking_ds.host_memory import keep_freed_memory
+from stacking_ds.stop_request import STOP_SIGNALS
 
 __all__ = ["Patience", "PrefetchedSteps", "Steps"]
 
@@ -34,7 +35,6 @@ _LOOK_SECONDS = 1.0
 _SECONDS_TO_STOP = 10.0  # of the 30 that launchers give
 _SECONDS_TO_END = 5.0  # not for ever: what hangs in a file system cannot even be killed
 _MORE_MEMORY = "give the job more, or set data.loader_workers or the batch lower"
-_IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Steps(Protocol):
@@ -243,7 +243,7 @@ def _receive(pipe: BinaryIO, *, pin_memory: bool) -> RankStep | Exception:
 def _work(steps: Steps, share: Iterable[int], pipe: BinaryIO) -> None:
     # Ctrl-C, SLURM and a closed terminal signal every process; what a stop means is the rank's to
     # say, and a worker that dies of it would take the rank along
-    for number in _IGNORED_SIGNALS:
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     end_with_parent()
     torch.set_num_threads(1)  # those of the parent's pool are not there after a fork

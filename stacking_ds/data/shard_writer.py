@@ -36,10 +36,11 @@ def token_dtype(vocab_size: int) -> DTypeLike:
 
 
 class ShardWriter:
-    """Collects documents in memory until they are written to a file."""
+    """Collects documents in memory until they are written to a file. The tokens `unknown_id` are
+    counted, where one is given."""
 
-    def __init__(self, vocab_size: int) -> None:
-        self._dtype = token_dtype(vocab_size)
+    def __init__(self, vocab_size: int, unknown_id: int | None = None) -> None:
+        self._dtype, self._unknown_id = token_dtype(vocab_size), unknown_id
         self._clear()
 
     def add(
@@ -66,6 +67,7 @@ class ShardWriter:
         tokens, lengths = np.concatenate(self._tokens), np.concatenate(self._sentence_lengths)
         counts, hashes = np.concatenate(self._sentence_counts), np.concatenate(self._hashes)
         self._clear()
+        unknown = self._unknown_id
         sentence_offsets = _offsets(counts)
         batch = pa.record_batch(
             {
@@ -86,6 +88,7 @@ class ShardWriter:
             documents=len(hashes),
             sentences=len(lengths),
             tokens=len(tokens),
+            unknown_tokens=None if unknown is None else int(np.count_nonzero(tokens == unknown)),
         )
 
     def _clear(self) -> None:

@@ -1,16 +1,24 @@
 """Reads a folder of token shards, memory-mapped: nothing is loaded until it is looked at."""
 
 import hashlib
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from stacking_ds.data.arrow_checks import (
+    is_rising,
+    only_batch,
+    require_ids,
+    require_sentences,
+)
 from stacking_ds.data.manifest import (
     DataManifest,
     DuplicatesFile,
@@ -18,12 +26,25 @@ from stacking_ds.data.manifest import (
     SplitName,
     VocabularyFile,
     file_sha256,
+    not_opened,
     read_manifest,
 )
-from stacking_ds.data.tokenizer import SpecialIds, load_vocabulary, special_ids
+from stacking_ds.data.tokenizer import (
+    SpecialIds,
+    load_vocabulary,
+    special_ids,
+    vocabulary_sha256,
+)
 from stacking_ds.errors import DataError
+from stacking_ds.small_files import DamagedFileError, open_regular
 
 __all__ = ["ShardArrays", "TokenShards", "TokenSplit"]
+
+_COLUMNS = {
+    "tokens": (pa.list_(pa.uint16()), pa.list_(pa.uint32())),
+    "sentence_lengths": (pa.list_(pa.int32()),),
+    "document_hash": (pa.uint64(),),
+}
 
 Tokens = NDArray[np.uint16] | NDArray[np.uint32]
 _RecordedFile = ShardFile | DuplicatesFile | VocabularyFile
@@ -50,13 +71,17 @@ class TokenShards:
 
     @classmethod
     def open(cls, folder: Path, verify: bool = False) -> "TokenShards":
-        """Opens `folder`; with `verify`, every byte is compared with the manifest's sha256.
+        """Opens `folder`; with `verify`, every byte is compared with the manifest's sha256, and
+        what the bytes say of documents and tokens with what is true of a shard, since whoever
+        prepared them wrote the manifest too.
 
-        Raises DataError naming the file that is missing, of another size, or altered.
+        Raises DataError naming the file that is missing, of another size, altered or wrong.
         """
         shards = cls(folder, read_manifest(folder))
         for file in shards._files:
-            _check(folder / file.name, file, verify)
+            _check(folder / file.name, file, verify=False)
+        if verify:
+            shards.verify_once()
         return shards
 
     def verify_once(self) -> None:
@@ -69,6 +94,9 @@ class TokenShards:
         """As `open` with `verify`, a file at a time."""
         for file in self._files:
             _check(self.folder / file.name, file, verify=True)
+            yield
+        for name in get_args(SplitName):
+            self.split(name).check()
             yield
         self._verified = True
 
@@ -93,8 +121,16 @@ class TokenShards:
 
     @cached_property
     def vocabulary(self) -> list[str]:
-        """The token of id i at index i."""
-        return load_vocabulary(self.folder / "vocab.txt")
+        """The token of id i at index i. DataError where it is not that of the manifest."""
+        path = self.folder / "vocab.txt"
+        tokens = load_vocabulary(path)
+        found = (len(tokens), vocabulary_sha256(tokens))
+        if found != (self.manifest.vocab_size, self.manifest.vocabulary_sha256):
+            raise DataError(
+                f"{path} is not the vocabulary of {self.manifest.vocab_size} tokens that its "
+                "manifest describes; delete the folder and prepare it again"
+            )
+        return tokens
 
     @cached_property
     def special_ids(self) -> SpecialIds:
@@ -135,17 +171,9 @@ class TokenSplit:
         """The tokens of stretches of the split's tokens, one stretch after the other; each lies
         in one file. Shape [sum of lengths].
 
-        Raises DataError for stretches that no file has, and for tokens of no vocabulary entry.
+        Raises DataError for stretches that no file has, and for ids of no vocabulary entry.
         """
-        shards = np.searchsorted(self.token_bases, starts, side="right") - 1
-        ends = np.append(self.token_bases, -1)[shards + 1]
-        if not (
-            (starts >= 0) & (lengths >= 0) & ((starts + lengths <= ends) | (lengths == 0))
-        ).all():
-            raise DataError(
-                f"rows are laid out of tokens that the {self.name} split of {self.shards.folder} "
-                f"does not have: delete {self.shards.folder / 'layouts'}, it will be made again"
-            )
+        shards = self._files_of(starts, lengths)
         offsets = starts - self.token_bases[shards]
         tokens = np.empty(int(lengths.sum()), dtype=np.int64)
         place = 0
@@ -156,11 +184,27 @@ class TokenSplit:
             stretch = self.arrays[shard].tokens[offset : offset + length]
             tokens[place : place + length] = stretch
             place += length
-        if tokens.max(initial=0) >= self.shards.manifest.vocab_size:
+        manifest = self.shards.manifest
+        if tokens.max(initial=0) >= manifest.vocab_size:
             # on a GPU it would be a device-side assert, steps later
             found = int(np.searchsorted(np.cumsum(lengths), tokens.argmax(), side="right"))
-            raise self._foreign_token(int(shards[found]), int(tokens.max()))
+            name = manifest.split(self.name).shards[shards[found]].name
+            with _wrong_is_damage(self.shards.folder / name):
+                require_ids(tokens, manifest.vocab_size)
         return tokens
+
+    def _files_of(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+        last = len(self.arrays) - 1
+        shards = np.searchsorted(self.token_bases, starts, side="right") - 1
+        shards = shards.clip(0, last)
+        inside = (starts >= 0) & (starts <= self.num_tokens) & (lengths >= 0)
+        inside &= lengths <= self.token_bases[shards + 1] - starts
+        if not inside.all():
+            raise DataError(
+                f"rows of {self.shards.folder} lie outside its {self.name} files, so how they were "
+                "laid out is damaged: delete the folder `layouts` in it, which is made again"
+            )
+        return shards
 
     def counted(self, shard: int) -> NDArray[np.bool_]:
         """Which documents of file number `shard` count, as no duplicates. Shape [documents]."""
@@ -173,24 +217,44 @@ class TokenSplit:
     def unigram_counts(self) -> NDArray[np.int64]:
         """How often each token occurs in the documents that count. Shape [vocab_size]."""
         counts = np.zeros(self.shards.manifest.vocab_size, dtype=np.int64)
-        for shard, arrays in enumerate(self.arrays):
-            if (largest := int(arrays.tokens.max(initial=0))) >= len(counts):
-                raise self._foreign_token(shard, largest)
+        for path, arrays in self._files():
+            with _wrong_is_damage(path):
+                require_ids(arrays.tokens, len(counts))
             counts += np.bincount(arrays.tokens, minlength=len(counts))
         for document in self.duplicates:
             counts -= np.bincount(self.tokens_of(int(document)), minlength=len(counts))
         return counts
 
+    def check(self) -> None:
+        """Reads every file: ids are of the vocabulary, sentences add up to documents, and what does
+        not count is what the manifest says. Raises DataError naming the file of which it is not
+        true."""
+        manifest = self.shards.manifest
+        for path, arrays in self._files():
+            with _wrong_is_damage(path):
+                require_ids(arrays.tokens, manifest.vocab_size)
+                require_sentences(
+                    arrays.sentence_lengths, arrays.sentence_offsets, arrays.token_offsets
+                )
+        gone = [
+            (len(self.sentence_lengths_of(document)), len(self.tokens_of(document)))
+            for document in self.duplicates.tolist()
+        ]
+        record = manifest.split(self.name).duplicates
+        found = tuple(map(sum, zip(*gone, strict=True))) if gone else (0, 0)
+        if found != (record.sentences, record.tokens):
+            raise DataError(
+                f"{self.shards.folder / record.name} lists {found} sentences and tokens, not what "
+                "its manifest says; delete the folder and prepare it again"
+            )
+
+    def _files(self) -> Iterator[tuple[Path, ShardArrays]]:
+        record = self.shards.manifest.split(self.name)
+        for shard, arrays in zip(record.shards, self.arrays, strict=True):
+            yield self.shards.folder / shard.name, arrays
+
     def __reduce__(self) -> tuple[Any, ...]:
         return (TokenSplit, (self.shards, self.name))
-
-    def _foreign_token(self, shard: int, token: int) -> DataError:
-        manifest = self.shards.manifest
-        path = self.shards.folder / manifest.split(self.name).shards[shard].name
-        return DataError(
-            f"{path} is damaged: it has token {token:,}, and its vocabulary only "
-            f"{manifest.vocab_size:,}; delete the folder and prepare it again"
-        )
 
     def _locate(self, document: int) -> tuple[ShardArrays, int]:
         if not 0 <= document < self.num_documents:
@@ -201,7 +265,8 @@ class TokenSplit:
 
 def _check(path: Path, record: _RecordedFile, verify: bool) -> None:
     try:
-        size_bytes = path.stat().st_size
+        with open_regular(path) as file:
+            size_bytes = os.fstat(file.fileno()).st_size
         if size_bytes != record.size_bytes:
             raise DataError(
                 f"{path} has {size_bytes} bytes, its manifest says {record.size_bytes}: it is "
@@ -214,13 +279,19 @@ def _check(path: Path, record: _RecordedFile, verify: bool) -> None:
                 f"{path} is not the file its manifest describes (its sha256 differs); delete the "
                 "folder and prepare it again"
             )
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{path} is missing; bring it back, or delete the folder and prepare it again"
+        ) from error
+    except DamagedFileError as damage:
+        raise DataError(f"{damage}; delete the folder and prepare it again") from damage
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+        raise not_opened(path, error) from error
 
 
 def _map(path: Path, record: ShardFile) -> ShardArrays:
     try:
-        batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+        batch = only_batch(path, _COLUMNS)
         tokens, lengths = batch.column("tokens"), batch.column("sentence_lengths")
         arrays = ShardArrays(
             tokens.values.to_numpy(),
@@ -229,10 +300,12 @@ def _map(path: Path, record: ShardFile) -> ShardArrays:
             lengths.offsets.to_numpy(),
             batch.column("document_hash").to_numpy(),
         )
-    except (OSError, KeyError, pa.ArrowException) as error:
+    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # what Arrow finds has none
+            raise not_opened(path, error) from error
         raise DataError(f"{path} is not a readable token shard: {error}") from error
-    whole = _is_rising(arrays.token_offsets, len(arrays.tokens))
-    if not (whole and _is_rising(arrays.sentence_offsets, len(arrays.sentence_lengths))):
+    whole = is_rising(arrays.token_offsets, len(arrays.tokens))
+    if not (whole and is_rising(arrays.sentence_offsets, len(arrays.sentence_lengths))):
         raise DataError(f"{path} is damaged (its lists overlap); prepare the folder again")
     found = (len(batch), len(arrays.sentence_lengths), len(arrays.tokens))
     if found != (record.documents, record.sentences, record.tokens):
@@ -242,16 +315,27 @@ def _map(path: Path, record: ShardFile) -> ShardArrays:
     return arrays
 
 
-def _is_rising(offsets: NDArray[np.int32], stop: int) -> bool:
-    return offsets[0] == 0 and offsets[-1] == stop and bool((np.diff(offsets) >= 0).all())
+@contextmanager
+def _wrong_is_damage(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise DataError(
+            f"{path} is damaged: {error}; delete the folder and prepare it again"
+        ) from error
 
 
 def _read_duplicates(path: Path, split: TokenSplit) -> NDArray[np.int64]:
     try:
-        column = pa.ipc.open_file(pa.memory_map(str(path))).read_all().column("document")
-        documents: NDArray[np.int64] = column.to_numpy()
-    except (OSError, KeyError, pa.ArrowException) as error:
+        batch = only_batch(path, {"document": (pa.int64(),)})
+        documents: NDArray[np.int64] = batch.column("document").to_numpy()
+    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise not_opened(path, error) from error
         raise DataError(f"{path} is not a readable list of duplicates: {error}") from error
-    if len(documents) and not 0 <= documents[0] <= documents[-1] < split.num_documents:
+    rising = bool((documents[1:] > documents[:-1]).all())
+    if len(documents) and not (rising and 0 <= documents[0] <= documents[-1] < split.num_documents):
         raise DataError(f"{path} names documents that the {split.name} split does not have")
+    if len(documents) != split.shards.manifest.split(split.name).duplicates.documents:
+        raise DataError(f"{path} lists {len(documents)} documents, not what its manifest says")
     return documents

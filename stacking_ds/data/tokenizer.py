@@ -1,14 +1,12 @@
-"""BERT's uncased WordPiece: training a vocabulary, reading one, and turning text into ids.
+"""BERT's WordPiece: training a vocabulary, reading one, and turning text into ids.
 
 Devlin et al. 2019, section 3; the algorithm is that of the `tokenizers` library.
 """
 
 import hashlib
-import json
-import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +21,17 @@ from tokenizers import (
 )
 
 from stacking_ds.errors import DataError
+from stacking_ds.small_files import DamagedFileError, read_text
+from stacking_ds.text_table import shortened
 
 __all__ = [
     "SPECIAL_TOKENS",
+    "UNCASED",
+    "Normalization",
     "SpecialIds",
     "build_tokenizer",
     "load_vocabulary",
+    "require_tokens",
     "special_ids",
     "train_wordpiece",
     "vocabulary_sha256",
@@ -38,18 +41,38 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _CONTINUATION = "##"
 _MAX_ALPHABET = 1000
 _MIN_FREQUENCY = 2
-_NORMALIZER = {
-    "clean_text": True,
-    "handle_chinese_chars": True,
-    "strip_accents": True,
-    "lowercase": True,
-}
-# BERT's uncased vocabulary has no capital letter outside its markers; a few are someone's additions
-_CASED_SHARE = 0.01
-_CAPITAL = re.compile("[A-Z]")
-_REMEDY = (
-    "take an uncased vocabulary such as that of bert-base-uncased, or train one with --vocab-size"
-)
+# around a token in a vocab.txt; other white space may be a token of somebody's
+_BLANKS = " \t\r"
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """What BERT's normaliser does to text besides cleaning it: its three switches."""
+
+    lowercase: bool = True
+    strip_accents: bool = True
+    handle_chinese_chars: bool = True
+    """Each Chinese character is a word of its own."""
+
+    @classmethod
+    def keeping(cls, *, cased: bool, accents: bool) -> "Normalization":
+        """What keeps capitals, and with them accents, or accents alone."""
+        return cls(lowercase=not cased, strip_accents=not (cased or accents))
+
+    def __str__(self) -> str:
+        parts = ["uncased" if self.lowercase else "cased"]
+        if self.strip_accents != self.lowercase:
+            parts.append("accents stripped" if self.strip_accents else "accents kept")
+        if not self.handle_chinese_chars:
+            parts.append("Chinese characters not apart")
+        return ", ".join(parts)
+
+    def normalizer(self) -> normalizers.BertNormalizer:
+        """The library's normaliser with these switches."""
+        return normalizers.BertNormalizer(clean_text=True, **asdict(self))
+
+
+UNCASED = Normalization()
 
 
 @dataclass(frozen=True)
@@ -76,14 +99,14 @@ def vocabulary_sha256(vocabulary: Sequence[str]) -> str:
     return hashlib.sha256("".join(f"{token}\n" for token in vocabulary).encode()).hexdigest()
 
 
-def build_tokenizer(vocabulary: Sequence[str]) -> Tokenizer:
-    """The uncased BERT tokenizer over `vocabulary`, framing texts by [CLS] and [SEP] on request.
+def build_tokenizer(vocabulary: Sequence[str], normalization: Normalization = UNCASED) -> Tokenizer:
+    """BERT's tokenizer over `vocabulary`, framing texts by [CLS] and [SEP] on request.
 
     Words of more than 100 characters, and words no pieces fit, become [UNK].
     """
     ids = {token: index for index, token in enumerate(vocabulary)}
     tokenizer = Tokenizer(models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100))
-    tokenizer.normalizer = _normalizer()
+    tokenizer.normalizer = normalization.normalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(prefix=_CONTINUATION)
     tokenizer.post_processor = processors.BertProcessing(
@@ -93,7 +116,9 @@ def build_tokenizer(vocabulary: Sequence[str]) -> Tokenizer:
     return tokenizer
 
 
-def train_wordpiece(texts: Iterable[str], vocab_size: int) -> list[str]:
+def train_wordpiece(
+    texts: Iterable[str], vocab_size: int, normalization: Normalization = UNCASED
+) -> list[str]:
     """A WordPiece vocabulary of at most `vocab_size` tokens, special tokens first.
 
     The same texts give the same vocabulary in every process. Left alone, the trainer numbers the
@@ -105,7 +130,7 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int) -> list[str]:
     """
     if iter(texts) is texts:
         texts = list(texts)
-    normalize = _normalizer().normalize_str
+    normalize = normalization.normalizer().normalize_str
     alphabet, foreign = _alphabet(map(normalize, texts))
     if not alphabet:
         raise DataError("no vocabulary can be trained: no character occurs twice in the text")
@@ -136,69 +161,49 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int) -> list[str]:
 
 
 def load_vocabulary(path: Path) -> list[str]:
-    """The tokens of a `vocab.txt`, or of a `tokenizer.json` with a WordPiece model, by id.
+    """The tokens of a `vocab.txt` by id: one a line, whatever ends the line, without the blanks
+    around it, the byte order mark that some editors add, and empty lines at the end.
 
-    Raises DataError for a missing or unreadable file, repeated tokens, gaps in the ids, another
-    model than WordPiece, a vocabulary without the five special tokens, and one that is cased or
-    belongs to another normalizer than BERT's uncased one.
+    Raises DataError for a missing or unreadable file, and as `require_tokens` does.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except OSError as error:
         raise DataError(f"vocabulary {path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"vocabulary {path} is not UTF-8 (byte {error.start})") from error
-    if path.suffix == ".json":
-        vocabulary = _tokens_of_json(path, text)
-    else:
-        lines = text.split("\n")
-        vocabulary = [line.rstrip("\r") for line in (lines[:-1] if lines[-1] == "" else lines)]
-    if len(set(vocabulary)) != len(vocabulary):
-        twice = next(token for i, token in enumerate(vocabulary) if token in vocabulary[:i])
-        raise DataError(f"vocabulary {path} holds the token {twice!r} twice")
-    missing = [token for token in SPECIAL_TOKENS if token not in vocabulary]
+    except DamagedFileError as error:
+        raise DataError(f"vocabulary {path} cannot be used: {error.reason}") from error
+    lines = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    vocabulary = [line.strip(_BLANKS) for line in lines]
+    while vocabulary and not vocabulary[-1]:
+        vocabulary.pop()
+    require_tokens(vocabulary, path, "line", first=1)
+    return vocabulary
+
+
+def require_tokens(vocabulary: Sequence[str], path: Path, unit: str, first: int) -> None:
+    """Raises DataError, naming `path` and the place (`unit` and a number from `first`), for a token
+    that is empty, comes twice or does not fit into a line, and for special tokens that are missing.
+    """
+    places: dict[str, int] = {}
+    for place, token in enumerate(vocabulary, start=first):
+        if not token:
+            raise DataError(f"vocabulary {path} has no token at {unit} {place}: every id needs one")
+        if "\n" in token or token != token.strip(_BLANKS):
+            raise DataError(
+                f"vocabulary {path} holds {shortened(repr(token))} at {unit} {place}: a token has "
+                "neither a line end nor blanks around it"
+            )
+        if places.setdefault(token, place) != place:
+            raise DataError(
+                f"vocabulary {path} holds the token {shortened(repr(token))} twice, at {unit} "
+                f"{places[token]} and {place}: take one out, and mind that the ids behind it move"
+            )
+    missing = [token for token in SPECIAL_TOKENS if token not in places]
     if missing:
         raise DataError(
             f"vocabulary {path} lacks {', '.join(missing)}: BERT needs all of "
             f"{', '.join(SPECIAL_TOKENS)}"
         )
-    cased = [token for token in vocabulary if _CAPITAL.search(token) and not _is_marker(token)]
-    if len(cased) > _CASED_SHARE * len(vocabulary):
-        raise DataError(
-            f"vocabulary {path} is cased ({len(cased)} of its {len(vocabulary)} tokens hold "
-            f"capital letters, such as {cased[0]!r}), and the text is lowercased: {_REMEDY}"
-        )
-    return vocabulary
-
-
-def _is_marker(token: str) -> bool:
-    return token.startswith("[") and token.endswith("]")
-
-
-def _tokens_of_json(path: Path, text: str) -> list[str]:
-    try:
-        content = json.loads(text)
-        kind, ids = content["model"]["type"], content["model"]["vocab"]
-        ordered = sorted(ids, key=ids.__getitem__)
-        gapless = [ids[token] for token in ordered] == list(range(len(ordered)))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is not the tokenizer.json of a WordPiece tokenizer") from error
-    if kind != "WordPiece":
-        raise DataError(f"{path} holds a {kind} model; stacking_ds needs WordPiece")
-    if not gapless:
-        raise DataError(f"{path}: the ids of the vocabulary are not 0, 1, 2, ... without gaps")
-    written, ours = content.get("normalizer"), {"type": "BertNormalizer", **_NORMALIZER}
-    # published files leave strip_accents null, which means: as lowercase says
-    if written not in (ours, {**ours, "strip_accents": None}):
-        raise DataError(
-            f"{path} has the normalizer {json.dumps(written)}, not that of BERT's uncased "
-            f"tokenizer, {json.dumps(ours)}: {_REMEDY}"
-        )
-    return ordered
-
-
-def _normalizer() -> normalizers.BertNormalizer:
-    return normalizers.BertNormalizer(**_NORMALIZER)
 
 
 def _alphabet(texts: Iterable[str]) -> tuple[list[str], list[str]]:

@@ -13,5 +13,10 @@ class StopFlag:
         self._world, self._request = world, request
 
     def agreed(self) -> bool:
-        """True on every rank once any rank was asked to stop (a collective)."""
+        """True on every rank once any rank was asked to stop (a collective).
+
+        Raises:
+            KeyboardInterrupt: this rank is to end at once, and what it did has swallowed that.
+        """
+        self._request.raise_if_interrupted()
         return self._world.any(self._request.made)

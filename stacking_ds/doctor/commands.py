@@ -37,7 +37,7 @@ def add_doctor(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="override a key of the recipe; repeatable",
+        help="override a key of the recipe; repeatable, the last one for a key wins",
     )
     parser.add_argument(
         "--run-dir", type=Path, help="where the run will live (runs/<recipe's name>)"

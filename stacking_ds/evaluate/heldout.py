@@ -1,13 +1,16 @@
 """Masked-LM and next-sentence loss on held-out rows with fixed masks."""
 
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from stacking_ds.data.batches import RankStep
 from stacking_ds.distributed import World
+from stacking_ds.divergence import finite_or_none
+from stacking_ds.errors import DataError, NonFiniteError
 from stacking_ds.job import Job
 from stacking_ds.model.loss import pretraining_loss
 from stacking_ds.phases import Phase
@@ -35,6 +38,21 @@ class HeldOut:
         }
         return {name: value for name, value in found.items() if value is not None}
 
+    def record(self) -> dict[str, Any]:
+        """All of it, for JSON; a number that is not finite is null."""
+        return {name: finite_or_none(value) for name, value in asdict(self).items()}
+
+    def require_finite(self, whose: str) -> None:
+        """Raises:
+        NonFiniteError: the loss `whose` is NaN or infinite; the same on all ranks.
+        """
+        loss = self.mlm_loss + (self.nsp_loss or 0.0)
+        if not math.isfinite(loss):
+            raise NonFiniteError(
+                f"the held-out loss {whose} is {loss}: its weights have overflowed; take an "
+                f"earlier checkpoint, or train again with a lower optimizer.learning_rate"
+            )
+
 
 class HeldOutPasses:
     """The held-out rows of a run for this rank, kept once they are made."""
@@ -46,7 +64,7 @@ class HeldOutPasses:
 
     def metrics(self, model: Any, phase: Phase) -> dict[str, float]:
         """Those of one pass in the phase's sequence length, with what word frequencies alone give
-        on the same targets. A collective."""
+        on the same targets, and what a blind guess does. A collective."""
         job, world, length = self._job, self._world, phase.sequence_length
         key = (length, phase.micro_batch_size)
         if key not in self._rows:
@@ -54,7 +72,11 @@ class HeldOutPasses:
         if length not in self._unigram_loss:
             self._unigram_loss[length] = world.on_first(lambda: job.unigram_loss(phase))
         found = evaluate_heldout(model, self._rows[key], world).metrics()
-        return {**found, "eval/unigram_mlm_loss": self._unigram_loss[length]}
+        return {
+            **found,
+            "eval/unigram_mlm_loss": self._unigram_loss[length],
+            "eval/uniform_mlm_loss": math.log(job.shards.manifest.vocab_size),
+        }
 
 
 @torch.no_grad()
@@ -91,6 +113,10 @@ def evaluate_heldout(model: Any, steps: Iterable[RankStep], world: World) -> Hel
             )
     model.train()
     mlm_loss, nsp_loss, mlm_right, nsp_right, mlm_targets, nsp_targets = world.sum(sums.tolist())
+    if not mlm_targets:
+        raise DataError(
+            "the held-out rows mask no token, so there is no loss to measure: hold out more text"
+        )
     return HeldOut(
         mlm_loss=mlm_loss / mlm_targets,
         mlm_accuracy=mlm_right / mlm_targets,

@@ -13,13 +13,22 @@ from pathlib import Path
 
 from stacking_ds.errors import ConfigError
 
-__all__ = ["draw_environment", "hosts_environment", "parse_assignments", "require_exportable"]
+__all__ = [
+    "draw_environment",
+    "hosts_environment",
+    "parse_assignments",
+    "require_exportable",
+    "secret_names",
+]
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 # DeepSpeed puts values with other characters between double quotes
 _UNQUOTED = re.compile(r"[\w@%+=:,./-]*", re.ASCII)
 _READ_BY_SHELLS = re.compile(r'["$`\\\x00-\x08\x0a-\x1f]')
 _REPLACED_BY_PDSH = re.compile(r"%[hnu%]")
+_SECRET = re.compile(
+    r"(?:^|_)(?:TOKEN|SECRET|PASS|PASSWORD|PASSWD|CREDENTIALS?|[A-Z]*KEY)(?:$|_)", re.IGNORECASE
+)
 # what DeepSpeed sends from its own environment, beside the file
 _SENT_ANYWAY = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 
@@ -45,10 +54,24 @@ def hosts_environment(
     if "DS_ACCELERATOR" in own:
         defaults["DS_ACCELERATOR"] = own["DS_ACCELERATOR"]
     variables = {**defaults, **found}
-    sent = {name: own[name] for name in own if name.startswith(_SENT_ANYWAY)}
-    for name, value in {**sent, **variables}.items():
+    for name, value in {**_sent_anyway(own), **variables}.items():
         require_exportable(name, value, launcher)
     return variables
+
+
+def secret_names(given: Mapping[str, str], own: Mapping[str, str]) -> list[str]:
+    """The variables that hosts are given and whose names are those of secrets, as of tokens and
+    passwords: on every host, command lines show their values to all of its users.
+
+    Raises:
+        ConfigError: a file has a line that sets no variable.
+    """
+    names = {**_sent_anyway(own), **_of_files(own.get("DS_ENV_FILE", ".deepspeed_env")), **given}
+    return sorted(name for name in names if _SECRET.search(name))
+
+
+def _sent_anyway(own: Mapping[str, str]) -> dict[str, str]:
+    return {name: own[name] for name in own if name.startswith(_SENT_ANYWAY)}
 
 
 def _of_files(name: str) -> dict[str, str]:
@@ -99,8 +122,9 @@ def require_exportable(name: str, value: str, launcher: str) -> None:
     elif launcher == "openmpi" and not _UNQUOTED.fullmatch(value):
         trouble = "would arrive between quotes, which DeepSpeed adds to it for mpirun"
     if trouble:
+        shown = "" if _SECRET.search(name) else f" ({value!r})"
         raise ConfigError(
-            f"the environment variable {name} ({value!r}) cannot be given to other hosts: it "
+            f"the environment variable {name}{shown} cannot be given to other hosts: it "
             f"{trouble}; give a plain value with --env {name}=VALUE, or unset it"
         )
 

@@ -13,7 +13,7 @@ import stacking_ds
 from stacking_ds.errors import ConfigError, UserError
 from stacking_ds.launch.environment import parse_assignments
 from stacking_ds.launch.words import require_plain
-from stacking_ds.recipe import load_run_config
+from stacking_ds.which_run import add_run_options, run_dir_of
 
 __all__ = ["PACKAGE_FOLDER", "Patience", "Request", "tracked_run", "with_resume"]
 
@@ -123,11 +123,8 @@ def tracked_run(command: Sequence[str]) -> Path | None:
     """
     if command[0] != "train":
         return None
-    # the few options of `train` that say which run it is
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--run-dir", type=Path)
-    parser.add_argument("--recipe")
-    parser.add_argument("--set", action="append", default=[])
+    add_run_options(parser)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("-h", "--help", action="store_true")
     try:
@@ -136,13 +133,11 @@ def tracked_run(command: Sequence[str]) -> Path | None:
         raise UserError(f"{error}; see `stacking-ds train --help`") from None
     if options.dry_run or options.help:
         return None
-    if options.run_dir is not None:
-        return Path(options.run_dir)
-    if options.recipe is None:
-        raise UserError("train needs --recipe, a bundled recipe's name or a .yaml file")
-    return Path("runs") / load_run_config(options.recipe, options.set).name
+    return run_dir_of(options)
 
 
 def with_resume(command: Sequence[str]) -> tuple[str, ...]:
     """`command`, which trains, going on with its run."""
-    return tuple(command) if "--resume" in command else (*command, "--resume")
+    if any(word.partition("=")[0] == "--resume" for word in command):
+        return tuple(command)
+    return (*command, "--resume")

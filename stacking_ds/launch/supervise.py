@@ -1,11 +1,13 @@
 """Attempts at a command, one after the other, for as long as it is worth another one."""
 
+import os
 from functools import partial
 from pathlib import Path
 
 from stacking_ds import attempts
 from stacking_ds.errors import UserError
 from stacking_ds.launch.attempt import run_attempt, say, usable_hosts
+from stacking_ds.launch.environment import parse_assignments, secret_names
 from stacking_ds.launch.request import Request, tracked_run, with_resume
 from stacking_ds.launch.signals import StopSignals
 
@@ -27,6 +29,7 @@ def supervise(request: Request) -> int:
     """
     request.check()
     run_dir = tracked_run(request.command)
+    _warn_of_secrets(request)
     with StopSignals() as stop:
         if run_dir is None:
             if request.restarts:
@@ -34,6 +37,18 @@ def supervise(request: Request) -> int:
             code = run_attempt(request, request.command, usable_hosts(request), stop)
             return _exit_code(code) if code else 0
         return _train(request, run_dir, stop)
+
+
+def _warn_of_secrets(request: Request) -> None:
+    if request.hostfile is None:
+        return  # ranks on this machine inherit the environment
+    names = secret_names(parse_assignments(request.env), os.environ)
+    if names:
+        say(
+            f"warning: {', '.join(names)} would be on command lines, which `ps` shows to every "
+            f"user of every host; put the secret into a file that only you can read (Hugging "
+            f"Face: HF_TOKEN_PATH names one)"
+        )
 
 
 def _train(request: Request, run_dir: Path, stop: StopSignals) -> int:

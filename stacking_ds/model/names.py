@@ -10,11 +10,13 @@ import torch
 
 from stacking_ds.errors import CheckpointError
 
-__all__ = ["TIED_AT_HUGGING_FACE", "from_hugging_face", "to_hugging_face"]
+__all__ = ["TIED_AT_HUGGING_FACE", "WORD_EMBEDDINGS", "from_hugging_face", "to_hugging_face"]
+
+WORD_EMBEDDINGS = "bert.embeddings.word_embeddings.weight"
 
 # Hugging Face's second name -> the name under which we, and Hugging Face too, keep the values.
 TIED_AT_HUGGING_FACE = {
-    "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+    "cls.predictions.decoder.weight": WORD_EMBEDDINGS,
     "cls.predictions.decoder.bias": "cls.predictions.bias",
 }
 

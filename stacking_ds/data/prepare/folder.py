@@ -32,8 +32,9 @@ from stacking_ds.data.prepare.unit import SPLITS, Chunk
 from stacking_ds.data.shard_writer import write_file
 from stacking_ds.data.tokenizer import load_vocabulary
 from stacking_ds.errors import DataError
+from stacking_ds.small_files import DamagedFileError, read_bytes
 
-__all__ = ["FileHash", "Settings", "Started", "UnfinishedFolder", "UnitRecord", "software"]
+__all__ = ["FileHash", "Settings", "Started", "UnfinishedFolder", "UnitRecord"]
 
 _R = TypeVar("_R", bound=Record)
 _STARTED = "started.json"
@@ -48,6 +49,19 @@ class Settings(Record):
     max_document_bytes: int
     download: bool
     software: tuple[str, ...]
+
+    @classmethod
+    def here(
+        cls, unit_bytes: int | None, shard_characters: int, max_document_bytes: int, download: bool
+    ) -> "Settings":
+        """These, with the libraries that are installed."""
+        return cls(
+            unit_bytes=unit_bytes,
+            shard_characters=shard_characters,
+            max_document_bytes=max_document_bytes,
+            download=download,
+            software=software(),
+        )
 
 
 class Started(Record):
@@ -148,7 +162,7 @@ class UnfinishedFolder:
         path = self.path / shard.name
         try:
             return path.stat().st_size == shard.size_bytes and file_sha256(path) == shard.sha256
-        except OSError:
+        except (OSError, DamagedFileError):
             return False
 
     def remove_notes(self) -> None:
@@ -182,8 +196,8 @@ def _record_name(unit: int) -> str:
 def _read(path: Path, kind: type[_R]) -> _R | None:
     """The record in a file; None if it is not there or, after a machine's crash, not whole."""
     try:
-        return kind.model_validate_json(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValidationError):
+        return kind.model_validate_json(read_bytes(path))
+    except (FileNotFoundError, NotADirectoryError, DamagedFileError, ValidationError):
         return None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error

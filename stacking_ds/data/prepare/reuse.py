@@ -1,6 +1,8 @@
 """Recognises what is in a folder already: the finished work, or the unfinished."""
 
+from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 from stacking_ds.data.manifest import (
     MANIFEST_NAME,
@@ -13,7 +15,9 @@ from stacking_ds.data.prepare.folder import Settings, Started, UnfinishedFolder
 from stacking_ds.data.prepare.plan import Corpus
 from stacking_ds.data.prepare.unit import EMPTY, BadDocuments
 from stacking_ds.data.shards import TokenShards
+from stacking_ds.data.tokenizer import Normalization
 from stacking_ds.errors import DataError
+from stacking_ds.text_table import shortened
 
 __all__ = ["adopt", "check_request", "reusable"]
 
@@ -86,10 +90,32 @@ def adopt(
 
 def _differences(there: PrepareRequest | Settings, here: PrepareRequest | Settings) -> str:
     return "; ".join(
-        f"{field} is {getattr(there, field)!r} there and {getattr(here, field)!r} here"
+        _difference(field, getattr(there, field), getattr(here, field))
         for field in type(there).model_fields
         if getattr(there, field) != getattr(here, field)
     )
+
+
+def _difference(field: str, there: Any, here: Any) -> str:
+    if not isinstance(there, tuple):
+        return f"{field} is {_shown(there)} there and {_shown(here)} here"
+    if len(there) == len(here) == 1:
+        return f"{field} is {_shown(there[0])} there and {_shown(here[0])} here"
+    for one, other in zip_longest(there, here):
+        if one != other:
+            break
+    first = " and ".join(
+        f"{_shown(value)} {where}"
+        for value, where in ((one, "there"), (other, "here"))
+        if value is not None
+    )
+    return (
+        f"{field} are {len(there):,} there and {len(here):,} here, the first that differs {first}"
+    )
+
+
+def _shown(value: Any) -> str:
+    return shortened(str(value) if isinstance(value, Normalization) else repr(value))
 
 
 def _other(out_dir: Path, difference: str) -> DataError:

@@ -10,12 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from stacking_ds.data.given_vocabulary import read_vocabulary
 from stacking_ds.data.manifest import (
     MANIFEST_NAME,
     DataManifest,
     PrepareRequest,
-    VocabularyFile,
-    file_sha256,
 )
 from stacking_ds.data.prepare.finish import empty_split, finish_splits
 from stacking_ds.data.prepare.folder import (
@@ -23,22 +22,16 @@ from stacking_ds.data.prepare.folder import (
     Started,
     UnfinishedFolder,
     UnitRecord,
-    software,
 )
 from stacking_ds.data.prepare.plan import Corpus, make_plan, open_corpus, say_what_is_unread
 from stacking_ds.data.prepare.reuse import adopt, check_request, reusable
-from stacking_ds.data.prepare.session import Job, Session, hash_limit, unwritable
+from stacking_ds.data.prepare.session import Job, Session, unwritable
 from stacking_ds.data.prepare.unit import SPLITS, BadDocuments, Rejections
-from stacking_ds.data.prepare.vocabulary import VocabularySample
+from stacking_ds.data.prepare.vocabulary import train_vocabulary, write_vocabulary
 from stacking_ds.data.prepare.workers import do_in_workers
 from stacking_ds.data.shard_writer import sync_folder, write_file
-from stacking_ds.data.sources.documents import MAX_DOCUMENT_BYTES, Reading
-from stacking_ds.data.tokenizer import (
-    build_tokenizer,
-    load_vocabulary,
-    train_wordpiece,
-    vocabulary_sha256,
-)
+from stacking_ds.data.sources.documents import MAX_DOCUMENT_BYTES
+from stacking_ds.data.tokenizer import vocabulary_sha256
 from stacking_ds.errors import DataError
 
 __all__ = ["SHARD_CHARACTERS", "Prepared", "Progress", "prepare"]
@@ -49,9 +42,10 @@ SHARD_CHARACTERS = 128 * 2**20
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a running `prepare` is. `task` is "vocabulary" or "shards"; `source_bytes` counts
-    the bytes of the sources as they lie there, of `total_bytes`, None if that is unknown;
-    `kept_bytes` of them an earlier run had done."""
+    """How far a running `prepare` is. `task` is "vocabulary", which reads twice from the start, or
+    "shards"; `source_bytes` counts the bytes of the sources as they lie there, of `total_bytes` (of
+    a vocabulary about as many), None if that is unknown; `kept_bytes` of them an earlier run had
+    done."""
 
     task: str
     documents: int
@@ -88,6 +82,8 @@ def prepare(
     *,
     vocabulary: Path | None = None,
     vocab_size: int = 8192,
+    cased: bool = False,
+    keep_accents: bool = False,
     heldout_sources: Sequence[str] = (),
     heldout_fraction: float = 0.02,
     licence: str | None = None,
@@ -104,10 +100,13 @@ def prepare(
     """Makes token shards in `out_dir`, goes on making them, or finds that it already holds them.
 
     The vocabulary is read from `vocabulary`, or trained to `vocab_size` on about 128 Mi characters
-    of the training documents. Held out are: all documents of `heldout_sources`, those a source
-    itself holds out, and, when there are no `heldout_sources`, the `heldout_fraction` of the
-    documents of other sources whose hash falls lowest, so that a document stays on its side
-    whatever is added to the corpus. Exact duplicates do not count, over both splits.
+    of the training documents. Text is lowercased and stripped of its accents, unless it is `cased`,
+    which keeps both, or told to `keep_accents`; a given tokenizer.json says so itself.
+
+    Held out are: all documents of `heldout_sources`, those a source itself holds out, and, when
+    there are no `heldout_sources`, the `heldout_fraction` of the documents of other sources whose
+    hash falls lowest, so that a document stays on its side whatever is added to the corpus. Exact
+    duplicates do not count, over both splits.
 
     `text_key` is the key or column of the text. `bad_documents`: "refuse" raises for the first one
     that cannot be read, "count" leaves such documents out and lists them in the manifest. With
@@ -122,7 +121,7 @@ def prepare(
     _check_numbers(heldout_fraction, workers, part)
     names = (sources,) if isinstance(sources, str) else tuple(sources)
     corpus = _open(names, heldout_sources, heldout_fraction, download)
-    given = None if vocabulary is None else load_vocabulary(vocabulary)
+    given, normalization = read_vocabulary(vocabulary, cased=cased, keep_accents=keep_accents)
     heldout_lines, lines = corpus.identity()
     request = PrepareRequest(
         sources=lines,
@@ -130,21 +129,10 @@ def prepare(
         heldout_fraction=heldout_fraction,
         vocabulary=f"trained:{vocab_size}" if given is None else vocabulary_sha256(given),
         text_key=text_key,
+        normalization=normalization,
     )
-    settings = Settings(
-        unit_bytes=unit_bytes,
-        shard_characters=shard_characters,
-        max_document_bytes=max_document_bytes,
-        download=download,
-        software=software(),
-    )
-    job = Job(
-        out_dir=str(out_dir.resolve()),
-        sources=names,
-        heldout_sources=tuple(heldout_sources),
-        download=download,
-        bad_documents=bad_documents,
-    )
+    settings = Settings.here(unit_bytes, shard_characters, max_document_bytes, download)
+    job = Job.of(out_dir, names, heldout_sources, download, bad_documents)
     how = _How(vocab_size, workers, part, licence, progress or (lambda _: None))
     return _Run(corpus, request, settings, job, how)(given)
 
@@ -249,23 +237,13 @@ class _Run:
         if self.folder.vocabulary() is not None:
             return
         if given is None:
-
-            def report(documents: int, source_bytes: int) -> None:
-                self.how.progress(Progress("vocabulary", documents, source_bytes, None))
-
-            sample = VocabularySample(
+            given = train_vocabulary(
                 self.corpus,
-                started.plan,
-                Reading(self.request.text_key, self.settings.max_document_bytes),
-                hash_limit=hash_limit(self.request.heldout_fraction, self.corpus),
-                bad_documents=self.job.bad_documents,
-                report=report,
+                started,
+                self.how.vocab_size,
+                self.job.bad_documents,
+                lambda *now: self.how.progress(Progress("vocabulary", *now)),
             )
-            if next(iter(sample), None) is None:
-                raise DataError(
-                    "the sources hold no training document with any text to train a vocabulary on"
-                )
-            given = train_wordpiece(sample, self.how.vocab_size)
         self.folder.keep_vocabulary(given)
 
     def _do_units(self, started: Started, units: range) -> None:
@@ -317,7 +295,7 @@ class _Run:
             sources=self.corpus.contents(started.plan, hashes),
             vocab_size=len(vocabulary),
             vocabulary_sha256=vocabulary_sha256(vocabulary),
-            vocabulary_files=_write_vocabulary(folder, vocabulary),
+            vocabulary_files=write_vocabulary(folder, vocabulary, self.request.normalization),
             rejected=rejected,
             text_bytes=sum(chunk.text_bytes for chunk in chunks),
             train=train,
@@ -327,20 +305,3 @@ class _Run:
         write_file(folder.path / MANIFEST_NAME, manifest.to_json().encode(), folder.temporary)
         folder.remove_notes()
         return manifest
-
-
-def _write_vocabulary(
-    folder: UnfinishedFolder, vocabulary: Sequence[str]
-) -> tuple[VocabularyFile, ...]:
-    contents = {
-        "tokenizer.json": build_tokenizer(vocabulary).to_str(pretty=True),
-        "vocab.txt": "".join(f"{token}\n" for token in vocabulary),
-    }
-    found = []
-    for name, text in contents.items():
-        path = folder.path / name
-        write_file(path, text.encode(), folder.temporary)
-        found.append(
-            VocabularyFile(name=name, size_bytes=path.stat().st_size, sha256=file_sha256(path))
-        )
-    return tuple(found)

@@ -1,7 +1,7 @@
 """Does units: in the process that was called, or in each of several workers."""
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from stacking_ds.data.manifest import Record, file_sha256
@@ -10,7 +10,7 @@ from stacking_ds.data.prepare.plan import Corpus, InputFile, open_corpus
 from stacking_ds.data.prepare.tokenizing import SentenceTokenizer
 from stacking_ds.data.prepare.unit import EMPTY, SPLITS, BadDocuments, Chunk, UnitWriter
 from stacking_ds.data.sources.documents import Reading
-from stacking_ds.data.tokenizer import vocabulary_sha256
+from stacking_ds.data.tokenizer import special_ids, vocabulary_sha256
 from stacking_ds.errors import DataError
 
 __all__ = ["Job", "Session", "hash_limit", "unwritable"]
@@ -27,6 +27,24 @@ class Job(Record):
     download: bool
     bad_documents: BadDocuments
 
+    @classmethod
+    def of(
+        cls,
+        out_dir: Path,
+        sources: Sequence[str],
+        heldout_sources: Sequence[str],
+        download: bool,
+        bad_documents: BadDocuments,
+    ) -> "Job":
+        """The job of making `out_dir`."""
+        return cls(
+            out_dir=str(out_dir.resolve()),
+            sources=tuple(sources),
+            heldout_sources=tuple(heldout_sources),
+            download=download,
+            bad_documents=bad_documents,
+        )
+
 
 class Session:
     """A folder in which a prepare has begun and which has its vocabulary."""
@@ -42,9 +60,9 @@ class Session:
         self._corpus = corpus
         self._started, self._bad_documents = started, job.bad_documents
         self._reading = Reading(started.request.text_key, started.settings.max_document_bytes)
-        self._vocab_size = len(vocabulary)
+        self._vocab_size, self._unknown_id = len(vocabulary), special_ids(vocabulary).unk
         self._vocabulary_sha256 = vocabulary_sha256(vocabulary)
-        self._tokenizer = SentenceTokenizer(vocabulary)
+        self._tokenizer = SentenceTokenizer(vocabulary, started.request.normalization)
 
     def do(self, number: int, report: Callable[[int, int], None]) -> UnitRecord:
         """Does what is left of a unit. `report` is called with the documents and the bytes of the
@@ -67,6 +85,7 @@ class Session:
             unit.heldout,
             self._tokenizer,
             self._vocab_size,
+            self._unknown_id,
             hash_limit=hash_limit(self._started.request.heldout_fraction, self._corpus),
             bad_documents=self._bad_documents,
             shard_characters=self._started.settings.shard_characters,

@@ -4,8 +4,9 @@
 all sentences are cut at once into pieces, a piece being a run of letters, digits and non-ASCII
 bytes, or one mark of ASCII punctuation, either with the space before it; Arrow numbers the
 different pieces; only pieces that are new are given to the library. Cutting there changes nothing:
-BERT splits at every space and every ASCII mark, and its normaliser (clean, strip accents, lower)
-looks at one character at a time, so it does the same to a piece as to the sentence around it.
+BERT splits at every space and every ASCII mark, and its normaliser (clean, and unless it is told
+otherwise strip accents and lower) looks at one character at a time, so it does the same to a piece
+as to the sentence around it.
 
 Shapes: B bytes of all sentences, P pieces, U different pieces, S sentences, T tokens.
 """
@@ -19,7 +20,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from stacking_ds.data.shard_writer import token_dtype
-from stacking_ds.data.tokenizer import build_tokenizer
+from stacking_ds.data.tokenizer import UNCASED, Normalization, build_tokenizer
 
 __all__ = ["SentenceTokenizer"]
 
@@ -35,11 +36,12 @@ _LOWER[list(string.ascii_uppercase.encode())] += 32
 
 
 class SentenceTokenizer:
-    """Gives the ids that `build_tokenizer(vocabulary)` gives each sentence without special tokens,
-    where text that spells "[MASK]" is text. Its memory is bounded."""
+    """Gives the ids that `build_tokenizer` gives each sentence without special tokens, where text
+    that spells "[MASK]" is text. Its memory is bounded."""
 
-    def __init__(self, vocabulary: Sequence[str]) -> None:
-        tokenizer = build_tokenizer(vocabulary)
+    def __init__(self, vocabulary: Sequence[str], normalization: Normalization = UNCASED) -> None:
+        tokenizer = build_tokenizer(vocabulary, normalization)
+        self._lowercase = normalization.lowercase
         self._normalize = tokenizer.normalizer.normalize_str
         self._pre_tokenize = tokenizer.pre_tokenizer.pre_tokenize_str
         self._tokenize = tokenizer.model.tokenize
@@ -55,7 +57,9 @@ class SentenceTokenizer:
         content = texts.buffers()[2]
         if content is None or not starts[-1]:
             return np.empty(0, self._dtype), np.zeros(len(sentences), np.int32)
-        bytes_B = _LOWER[np.frombuffer(content, np.uint8, starts[-1])]
+        bytes_B = np.frombuffer(content, np.uint8, starts[-1])
+        if self._lowercase:
+            bytes_B = _LOWER[bytes_B]
         bounds = _piece_bounds(bytes_B, starts)
         pieces = pa.LargeStringArray.from_buffers(
             len(bounds) - 1, pa.py_buffer(bounds), pa.py_buffer(bytes_B)

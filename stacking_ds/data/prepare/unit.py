@@ -137,6 +137,7 @@ class UnitWriter:
         heldout: bool,
         tokenizer: SentenceTokenizer,
         vocab_size: int,
+        unknown_id: int,
         *,
         hash_limit: int,
         bad_documents: BadDocuments,
@@ -145,7 +146,7 @@ class UnitWriter:
         self._number, self._heldout, self._tokenizer = number, heldout, tokenizer
         self._hash_limit, self._bad_documents = hash_limit, bad_documents
         self._shard_characters = shard_characters
-        self._writers = {split: ShardWriter(vocab_size) for split in SPLITS}
+        self._writers = {split: ShardWriter(vocab_size, unknown_id) for split in SPLITS}
         self._rejections = Rejections()
 
     def chunks(

@@ -1,14 +1,64 @@
-"""The vocabulary of a prepare: given, or trained on the beginning of every unit."""
+"""The vocabulary of a prepare: trained on the beginning of every unit, and written at the end."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
+from stacking_ds.data.manifest import VocabularyFile, file_sha256
+from stacking_ds.data.prepare.folder import Started, UnfinishedFolder
 from stacking_ds.data.prepare.plan import Corpus, Plan
+from stacking_ds.data.prepare.session import hash_limit
 from stacking_ds.data.prepare.unit import BadDocuments, document_hash, split_of, usable, words_of
+from stacking_ds.data.shard_writer import write_file
 from stacking_ds.data.sources.documents import Document, Reading
+from stacking_ds.data.tokenizer import Normalization, build_tokenizer, train_wordpiece
+from stacking_ds.errors import DataError
 
-__all__ = ["SAMPLE_CHARACTERS", "VocabularySample"]
+__all__ = ["SAMPLE_CHARACTERS", "VocabularySample", "train_vocabulary", "write_vocabulary"]
 
 SAMPLE_CHARACTERS = 128 * 2**20
+
+
+def train_vocabulary(
+    corpus: Corpus,
+    started: Started,
+    vocab_size: int,
+    bad_documents: BadDocuments,
+    report: Callable[[int, int, int | None], None],
+) -> list[str]:
+    """A vocabulary of the training documents. `report` is called with the documents and the bytes
+    of the sources that were read, twice from the start, and about how many bytes there are.
+    Raises DataError where there is no text, or none that fits into `vocab_size`."""
+    request = started.request
+    sample = VocabularySample(
+        corpus,
+        started.plan,
+        Reading(request.text_key, started.settings.max_document_bytes),
+        hash_limit=hash_limit(request.heldout_fraction, corpus),
+        bad_documents=bad_documents,
+        report=lambda documents, read: report(documents, read, sample.source_bytes),
+    )
+    if next(iter(sample), None) is None:
+        raise DataError(
+            "the sources hold no training document with any text to train a vocabulary on"
+        )
+    return train_wordpiece(sample, vocab_size, request.normalization)
+
+
+def write_vocabulary(
+    folder: UnfinishedFolder, vocabulary: Sequence[str], normalization: Normalization
+) -> tuple[VocabularyFile, ...]:
+    """Writes `tokenizer.json` and `vocab.txt`; their records."""
+    contents = {
+        "tokenizer.json": build_tokenizer(vocabulary, normalization).to_str(pretty=True),
+        "vocab.txt": "".join(f"{token}\n" for token in vocabulary),
+    }
+    found = []
+    for name, text in contents.items():
+        path = folder.path / name
+        write_file(path, text.encode(), folder.temporary)
+        found.append(
+            VocabularyFile(name=name, size_bytes=path.stat().st_size, sha256=file_sha256(path))
+        )
+    return tuple(found)
 
 
 class VocabularySample:
@@ -40,6 +90,13 @@ class VocabularySample:
         mean = max(1, sum(known) // len(known)) if known else 1
         sizes = [size or mean for size in sizes]
         self._budgets = [-(-characters * size // sum(sizes)) for size in sizes]
+        self.source_bytes: int | None = None
+        """About how many bytes of the sources are read for it; None where nobody knows."""
+        if plan.source_bytes is not None:
+            self.source_bytes = sum(
+                unit.source_bytes * min(budget, size) // size
+                for unit, budget, size in zip(self._units, self._budgets, sizes, strict=True)
+            )
 
     def __iter__(self) -> Iterator[str]:
         seen: set[int] = set()
