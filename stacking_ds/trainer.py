@@ -191,7 +191,7 @@ class _Run:
         )
         saving = not stopping and (at_end or _due(step, config.checkpoint.every_steps))
         if evaluating or saving or stopping or _due(step, config.logging.every_steps):
-            found = self.heldout.metrics(self.stages.engine, phase) if evaluating else {}
+            found = self.evaluate(phase) if evaluating else {}
             self.record(stage, phase, found)
             self.require_finite("held-out loss", sum(found.values()))
         finished = step == self.job.schedule.total_steps
@@ -206,7 +206,8 @@ class _Run:
         """One optimizer step on one global batch.
 
         The loss is MLM sum / MLM targets + NSP sum / NSP targets, with the counts of the *global*
-        batch. DeepSpeed averages gradients over ranks and micro-steps; the scale undoes that.
+        batch. DeepSpeed averages gradients over ranks and micro-steps; the scale undoes that. A
+        batch without targets of one kind trains on the other; one without any is passed over.
         """
         step, engine = self.state.step, self.stages.engine
         mlm_targets, nsp_targets, tokens, damaged = self.world.sum(
@@ -220,6 +221,8 @@ class _Run:
         if damaged:
             self.world.on_first(lambda: self.rereading.require_whole(self.first_step))
         learning_rate = self.job.learning_rates.at(step)
+        if not mlm_targets + nsp_targets:  # the same on all ranks
+            return StepResult(None, None, 0, round(tokens), 0.0, learning_rate)
         set_learning_rate(engine, learning_rate)
         # dropout is a function of (seed, step, rank), so nothing of it has to be saved
         torch.manual_seed(derive_key(self.job.config.seed, step, self.world.rank).item())
@@ -239,11 +242,12 @@ class _Run:
                 self.stages.operations,
             )
             sums += torch.stack([mlm_sum.detach(), nsp_sum.detach()])
-            engine.backward(scale * (mlm_sum / mlm_targets + nsp_sum / max(nsp_targets, 1)))
+            loss = mlm_sum / max(mlm_targets, 1) + nsp_sum / max(nsp_targets, 1)
+            engine.backward(scale * loss)
         mlm_total, nsp_total = self.world.sum(sums.tolist())
-        mlm_loss = mlm_total / mlm_targets
+        mlm_loss = mlm_total / mlm_targets if mlm_targets else None
         nsp_loss = nsp_total / nsp_targets if nsp_targets else None
-        self.require_finite("loss", mlm_loss + (nsp_loss or 0.0))
+        self.require_finite("loss", (mlm_loss or 0.0) + (nsp_loss or 0.0))
         grad_norm = take_step(engine)
         assert grad_norm is not None
         if self.job.config.engine.precision != "fp16":  # there loss scaling skips such steps
@@ -282,6 +286,12 @@ class _Run:
         self.world.pulse.step = self.state.step
         self.interval.count(result, seconds, waited)
         self.monitor.step(self.state.step, result.mlm_loss)
+        if result.loss is None and self.state.empty_steps == 1:
+            self.monitor.say(
+                f"step {self.state.step} is passed over: nothing in its batch can be predicted, as "
+                f"where the vocabulary spells no word of it; the step counts, the weights stay, "
+                f"and optim/empty_steps counts such steps"
+            )
 
     def record(self, stage: Stage, phase: Phase, evaluation: Mapping[str, float]) -> None:
         self.state.wall_seconds = time.perf_counter() - self.clock_start
@@ -296,7 +306,7 @@ class _Run:
                 sequence_length=phase.sequence_length,
                 flops_per_token=self.job.model_config(stage.num_hidden_layers).flops_per_token(
                     self.job.train_data[phase.sequence_length].mean_attended_slots,
-                    self.interval.mlm_targets / self.interval.tokens,
+                    self.interval.mlm_targets / max(self.interval.tokens, 1),
                 ),
                 peak_flops_per_second=self.peak_flops_per_second,
                 slots_per_step=phase.slots_per_step,
@@ -312,6 +322,15 @@ class _Run:
         dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         dtype = dtypes[self.job.config.engine.precision]
         return self.world.sum([measure_matmul_peak(self.world.device, dtype)])[0]
+
+    def evaluate(self, phase: Phase) -> dict[str, float]:
+        found = self.heldout.metrics(self.stages.engine, phase)
+        if not found:
+            self.monitor.say(
+                f"no held-out loss: nothing in the held-out rows of {phase.sequence_length} tokens "
+                f"can be masked, as where the vocabulary spells no word of them"
+            )
+        return found
 
     def save(self, stage: Stage, *, wait: bool) -> None:
         self.state.wall_seconds = time.perf_counter() - self.clock_start
