@@ -27,6 +27,8 @@ class TrainState:
     """How long the boundary before this stage took."""
     skipped_steps: int = 0
     """Steps whose gradient overflowed fp16 and moved nothing."""
+    empty_steps: int = 0
+    """Steps whose batch had nothing to predict, and moved nothing either."""
 
     def enter(self, stage_index: int, boundary_seconds: float) -> None:
         """The boundary is done; the counts of the new stage begin."""
@@ -41,13 +43,15 @@ class TrainState:
         self.stage_tokens += result.tokens
         self.stage_train_seconds += seconds
         self.skipped_steps += not math.isfinite(result.grad_norm)
+        self.empty_steps += result.loss is None
 
 
 @dataclass(frozen=True)
 class StepResult:
     """One step over all ranks; losses are means over the global batch's targets, in nats."""
 
-    mlm_loss: float
+    mlm_loss: float | None
+    """None where no token could be masked."""
     nsp_loss: float | None
     """None where examples are no sentence pairs."""
     mlm_targets: int
@@ -56,8 +60,11 @@ class StepResult:
     learning_rate: float
 
     @property
-    def loss(self) -> float:
-        return self.mlm_loss + (self.nsp_loss or 0.0)
+    def loss(self) -> float | None:
+        """The sum of the two, as far as the batch has targets; None where it has none at all, so
+        that nothing was computed."""
+        found = [loss for loss in (self.mlm_loss, self.nsp_loss) if loss is not None]
+        return sum(found) if found else None
 
 
 @dataclass
@@ -80,14 +87,22 @@ class Interval:
 
     @property
     def tokens(self) -> int:
-        return sum(result.tokens for result in self.results)
+        """Of steps that computed something."""
+        return sum(result.tokens for result in self.results if result.loss is not None)
 
     @property
     def mlm_targets(self) -> int:
         return sum(result.mlm_targets for result in self.results)
 
-    def mean(self, name: str) -> float:
-        return float(sum(getattr(result, name) for result in self.results)) / self.steps
+    def means(self) -> dict[str, float]:
+        """The losses, each over the steps that have it; without those that no step has."""
+        found: dict[str, float] = {}
+        for name in ("loss", "mlm_loss", "nsp_loss"):
+            values = [getattr(result, name) for result in self.results]
+            there = [value for value in values if value is not None]
+            if there:
+                found[f"train/{name}"] = float(sum(there)) / len(there)
+        return found
 
 
 def metrics_line(
@@ -114,7 +129,6 @@ def metrics_line(
         extra: further metrics, e.g. of an evaluation.
     """
     tokens_per_second = interval.tokens / interval.seconds
-    has_pairs = interval.results[-1].nsp_loss is not None
     work = interval.steps * num_hidden_layers * slots_per_step
     return {
         "step": state.step,
@@ -124,12 +138,11 @@ def metrics_line(
         "sequence_length": sequence_length,
         "samples_seen": state.samples_seen,
         "tokens_seen": state.tokens_seen,
-        "train/loss": interval.mean("loss"),
-        "train/mlm_loss": interval.mean("mlm_loss"),
-        **({"train/nsp_loss": interval.mean("nsp_loss")} if has_pairs else {}),
+        **interval.means(),
         "optim/learning_rate": interval.results[-1].learning_rate,
         "optim/grad_norm": interval.results[-1].grad_norm,
         "optim/skipped_steps": state.skipped_steps,
+        "optim/empty_steps": state.empty_steps,
         "speed/tokens_per_second": tokens_per_second,
         "speed/step_seconds": interval.seconds / interval.steps,
         "speed/data_wait_share": interval.waited_seconds / interval.seconds,

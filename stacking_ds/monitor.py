@@ -69,8 +69,8 @@ class Monitor:
         if self._enabled:
             self._bars.stage(stage, completed_steps)
 
-    def step(self, completed_steps: int, mlm_loss: float) -> None:
-        """Move the bars; `mlm_loss` is shown beside them."""
+    def step(self, completed_steps: int, mlm_loss: float | None) -> None:
+        """Move the bars; `mlm_loss`, where a step has one, is shown beside them."""
         if self._enabled:
             self._bars.step(completed_steps, mlm_loss)
 
@@ -208,8 +208,9 @@ class _Bars:
         done = completed_steps - stage.start_step
         self._stage = self._bar(name, stage.steps, done, position=1, leave=False)
 
-    def step(self, completed_steps: int, mlm_loss: float) -> None:
-        self._stage.set_postfix_str(f"train MLM loss {mlm_loss:.3f}", refresh=False)
+    def step(self, completed_steps: int, mlm_loss: float | None) -> None:
+        if mlm_loss is not None:
+            self._stage.set_postfix_str(f"train MLM loss {mlm_loss:.3f}", refresh=False)
         self._stage.update(completed_steps - self._stage_start - self._stage.n)
         self._run.update(completed_steps - self._run.n)
 
@@ -241,18 +242,20 @@ def _line(metrics: Mapping[str, Any], total_steps: int) -> str:
     parts = [
         f"step {metrics['step']}/{total_steps}",
         f"stage {metrics['stage']} ({metrics['num_hidden_layers']} layers)",
-        f"train MLM loss {_shown(metrics['train/mlm_loss'])}",
+        f"train MLM loss {_shown(metrics, 'train/mlm_loss')}",
         f"lr {metrics['optim/learning_rate']:.2e}",
         f"{metrics['speed/tokens_per_second']:,.0f} tokens/s",
         f"ETA {tqdm.format_interval(int(metrics['speed/remaining_seconds'] or 0))}",
     ]
     if "eval/mlm_loss" in metrics:
-        parts.append(f"held-out MLM loss {_shown(metrics['eval/mlm_loss'])}")
+        parts.append(f"held-out MLM loss {_shown(metrics, 'eval/mlm_loss')}")
     return "  ".join(parts)
 
 
-def _shown(loss: float | None) -> str:
-    return "not finite" if loss is None else f"{loss:.4f}"
+def _shown(metrics: Mapping[str, Any], name: str) -> str:
+    if name not in metrics:  # no step of the line had anything to predict
+        return "-"
+    return "not finite" if metrics[name] is None else f"{metrics[name]:.4f}"
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -36,7 +36,7 @@ def enter(
         CheckpointError: the directory or its checkpoint belongs to another run, or a job is at
             work in it.
         DataError: the token shards, or the rows laid out, are not those that were written (checked
-            for a new run).
+            here for a new run, by `Rereading` for one that goes on).
         ConfigError: the directory cannot be written, or is not the same on all nodes.
     """
     found: tuple[Path | None, TrainState] = world.on_first(
@@ -64,7 +64,8 @@ def _enter_on_first(
         # every byte, once: damaged shards are better known before the first hour than after
         job.shards.verify_once()
         for data in job.train_data.values():
-            data.verify()
+            for _ in data.verifying():
+                pass
     return found, state
 
 

@@ -22,6 +22,7 @@ from stacking_ds.data.batches import RankStep
 from stacking_ds.data.counter_random import derive_key
 from stacking_ds.data.loader import load_steps
 from stacking_ds.data.prefetch import Patience
+from stacking_ds.data.rereading import Rereading
 from stacking_ds.distributed import StopFlag, World
 from stacking_ds.engine import set_learning_rate, take_step
 from stacking_ds.errors import CheckpointError, NonFiniteError, StageError
@@ -79,11 +80,15 @@ def train(
             Monitor(run_dir, job.schedule, completed_steps=state.step, enabled=world.is_first)
         )
         held.enter_context(recorded(run_dir, world, job.schedule.total_steps))
+        first_step, resumed = state.step, world.is_first and found is not None
+        rereading = held.enter_context(
+            Rereading(job.shards, job.train_data.values(), enabled=resumed)
+        )
         held.callback(stages.close)  # before the records say that the attempt has ended
         if state.step < job.schedule.total_steps:
             if found is not None:
                 monitor.say(f"resumed from {found}")
-            run = _Run(job, world, stages, run_dir, state, monitor, request, started)
+            run = _Run(job, world, stages, run_dir, state, monitor, request, rereading, started)
             try:
                 run.train()
             except (NonFiniteError, StageError) as error:
@@ -94,6 +99,7 @@ def train(
         else:
             monitor.say(f"{run_dir} is complete at step {state.step}; re-using it")
         if state.step == job.schedule.total_steps:
+            world.on_first(lambda: rereading.finish(first_step))
             monitor.conclude()
             # if this is where the run is cut off, the next call makes up for it
             exported = world.on_first(lambda: export_if_missing(job, run_dir))
@@ -112,10 +118,12 @@ class _Run:
         state: TrainState,
         monitor: Monitor,
         request: StopRequest,
+        rereading: Rereading,
         started: float,
     ) -> None:
         self.job, self.world, self.run_dir = job, world, run_dir
         self.state, self.monitor, self.request = state, monitor, request
+        self.rereading, self.first_step = rereading, state.step
         self.clock_start = started - state.wall_seconds
         self.stages = stages
         self.heldout = HeldOutPasses(job, world)
@@ -183,7 +191,7 @@ class _Run:
         )
         saving = not stopping and (at_end or _due(step, config.checkpoint.every_steps))
         if evaluating or saving or stopping or _due(step, config.logging.every_steps):
-            found = self.heldout.metrics(self.stages.engine, phase) if evaluating else {}
+            found = self.evaluate(phase) if evaluating else {}
             self.record(stage, phase, found)
             self.require_finite("held-out loss", sum(found.values()))
         finished = step == self.job.schedule.total_steps
@@ -198,13 +206,23 @@ class _Run:
         """One optimizer step on one global batch.
 
         The loss is MLM sum / MLM targets + NSP sum / NSP targets, with the counts of the *global*
-        batch. DeepSpeed averages gradients over ranks and micro-steps; the scale undoes that.
+        batch. DeepSpeed averages gradients over ranks and micro-steps; the scale undoes that. A
+        batch without targets of one kind trains on the other; one without any is passed over.
         """
         step, engine = self.state.step, self.stages.engine
-        mlm_targets, nsp_targets, tokens = self.world.sum(
-            [rank_step.mlm_targets, rank_step.nsp_targets, rank_step.real_tokens]
+        mlm_targets, nsp_targets, tokens, damaged = self.world.sum(
+            [
+                rank_step.mlm_targets,
+                rank_step.nsp_targets,
+                rank_step.real_tokens,
+                self.rereading.failed,
+            ]
         )
+        if damaged:
+            self.world.on_first(lambda: self.rereading.require_whole(self.first_step))
         learning_rate = self.job.learning_rates.at(step)
+        if not mlm_targets + nsp_targets:  # the same on all ranks
+            return StepResult(None, None, 0, round(tokens), 0.0, learning_rate)
         set_learning_rate(engine, learning_rate)
         # dropout is a function of (seed, step, rank), so nothing of it has to be saved
         torch.manual_seed(derive_key(self.job.config.seed, step, self.world.rank).item())
@@ -224,11 +242,12 @@ class _Run:
                 self.stages.operations,
             )
             sums += torch.stack([mlm_sum.detach(), nsp_sum.detach()])
-            engine.backward(scale * (mlm_sum / mlm_targets + nsp_sum / max(nsp_targets, 1)))
+            loss = mlm_sum / max(mlm_targets, 1) + nsp_sum / max(nsp_targets, 1)
+            engine.backward(scale * loss)
         mlm_total, nsp_total = self.world.sum(sums.tolist())
-        mlm_loss = mlm_total / mlm_targets
+        mlm_loss = mlm_total / mlm_targets if mlm_targets else None
         nsp_loss = nsp_total / nsp_targets if nsp_targets else None
-        self.require_finite("loss", mlm_loss + (nsp_loss or 0.0))
+        self.require_finite("loss", (mlm_loss or 0.0) + (nsp_loss or 0.0))
         grad_norm = take_step(engine)
         assert grad_norm is not None
         if self.job.config.engine.precision != "fp16":  # there loss scaling skips such steps
@@ -267,6 +286,12 @@ class _Run:
         self.world.pulse.step = self.state.step
         self.interval.count(result, seconds, waited)
         self.monitor.step(self.state.step, result.mlm_loss)
+        if result.loss is None and self.state.empty_steps == 1:
+            self.monitor.say(
+                f"step {self.state.step} is passed over: nothing in its batch can be predicted, as "
+                f"where the vocabulary spells no word of it; the step counts, the weights stay, "
+                f"and optim/empty_steps counts such steps"
+            )
 
     def record(self, stage: Stage, phase: Phase, evaluation: Mapping[str, float]) -> None:
         self.state.wall_seconds = time.perf_counter() - self.clock_start
@@ -281,7 +306,7 @@ class _Run:
                 sequence_length=phase.sequence_length,
                 flops_per_token=self.job.model_config(stage.num_hidden_layers).flops_per_token(
                     self.job.train_data[phase.sequence_length].mean_attended_slots,
-                    self.interval.mlm_targets / self.interval.tokens,
+                    self.interval.mlm_targets / max(self.interval.tokens, 1),
                 ),
                 peak_flops_per_second=self.peak_flops_per_second,
                 slots_per_step=phase.slots_per_step,
@@ -297,6 +322,15 @@ class _Run:
         dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         dtype = dtypes[self.job.config.engine.precision]
         return self.world.sum([measure_matmul_peak(self.world.device, dtype)])[0]
+
+    def evaluate(self, phase: Phase) -> dict[str, float]:
+        found = self.heldout.metrics(self.stages.engine, phase)
+        if not found:
+            self.monitor.say(
+                f"no held-out loss: nothing in the held-out rows of {phase.sequence_length} tokens "
+                f"can be masked, as where the vocabulary spells no word of them"
+            )
+        return found
 
     def save(self, stage: Stage, *, wait: bool) -> None:
         self.state.wall_seconds = time.perf_counter() - self.clock_start

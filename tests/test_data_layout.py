@@ -159,7 +159,7 @@ def test_a_layout_is_made_once_and_made_again_when_it_fits_no_more(tmp_path):
 
 def test_an_altered_layout_is_found_when_it_is_verified(tmp_path):
     found = open_layout(make_shards(tmp_path, DOCUMENTS).split("train"), spec())
-    found.verify()
+    list(found.verifying())
     path = found.folder / found.record.parts[0].name
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -167,7 +167,7 @@ def test_an_altered_layout_is_found_when_it_is_verified(tmp_path):
     with pytest.raises(
         DataError, match=r"part-00000\.arrow is damaged: delete .*-train-[0-9a-f]+, it will"
     ):
-        found.verify()
+        list(found.verifying())
 
 
 def test_shards_that_cannot_be_written_have_their_layouts_in_the_cache(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
@@ -452,3 +453,45 @@ def test_too_little_data_and_impossible_settings_are_refused(shards, opened, tmp
     single = make_shards(tmp_path, [[5, 5]] * 20, heldout=[[5, 5]])
     with pytest.raises(DataError, match=r"the heldout split of .* has 1 document\(s\)"):
         evaluation(single)
+
+
+def _exchange(path, old, new):
+    """Other content of the same size, as from a disk that fails."""
+    content = path.read_bytes()
+    assert content.count(old) == 1
+    path.write_bytes(content.replace(old, new))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_of_no_vocabulary_entry_are_one_sentence(tmp_path, kind):
+    made = make_shards(tmp_path, [[9, 8], [7, 9], [8, 8]] * 4, documents_per_shard=3)
+    data = PretrainingData(made, "train", replace(KINDS[kind], sequence_length=24), seed=1)
+    rows = data.num_rows
+    path = tmp_path / "train-00002-000.arrow"
+    old = np.arange(FIRST_TOKEN + 104, FIRST_TOKEN + 109, dtype=np.uint16)
+    _exchange(path, old.tobytes(), np.array([5, 6, 60_000, 8, 9], dtype=np.uint16).tobytes())
+    said = r"train-00002-000\.arrow .*it holds the id 60000, and the vocabulary 201 tokens"
+    with pytest.raises(DataError, match=said):
+        data.step(0, rows, micro_batch_size=rows)
+    with pytest.raises(DataError, match=said):
+        made.split("train").unigram_counts()
+
+
+@pytest.mark.parametrize("kind", ["pairs", "packed documents"])
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("first_start", -3), ("first_start", 10**6), ("first_length", -3), ("first_length", 40)],
+)
+def test_rows_that_no_layout_says_are_one_sentence(tmp_path, kind, column, value):
+    made = make_shards(tmp_path, [[9, 8], [7, 9], [8, 8]] * 4)
+    options = replace(KINDS[kind], sequence_length=24)
+    layout = PretrainingData(made, "train", options, seed=1).layout(0)
+    path = layout.folder / "part-00000.arrow"
+    stored = pa.ipc.open_file(path).get_batch(0).column("examples").values.field(column)
+    old = stored.to_numpy()
+    new = old.copy()
+    new[1] = value
+    _exchange(path, old.tobytes(), new.tobytes())
+    data = PretrainingData(made, "train", options, seed=1)
+    with pytest.raises(DataError, match=r"layouts.*(it will be|which is) made again"):
+        data.step(0, data.num_rows, micro_batch_size=data.num_rows)

@@ -303,6 +303,22 @@ def test_damaged_shards_are_found_before_the_first_step(shards: Path, tmp_path: 
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
+def test_damage_since_the_start_is_found_when_the_run_goes_on(shards: Path, tmp_path: Path) -> None:
+    damaged, run_dir = tmp_path / "damaged", tmp_path / "run"
+    shutil.copytree(shards, damaged)
+    config = small_recipe(tmp_path, damaged)
+    run_ranks(train_until, 1, config, run_dir, "term", 1)
+    path = next(damaged.glob("train-*-000.arrow"))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1  # training itself would never notice
+    path.write_bytes(bytes(content))
+    for kind, message in run_ranks(_error_of, 2, config, run_dir, True):
+        assert kind == "DataError"
+        assert f"{path.name} is not the file its manifest describes" in message
+        assert "what was trained after step 2, where this attempt began" in message
+    assert not (run_dir / "export").exists()
+
+
 def test_a_refused_resume_changes_nothing(shards: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     run_ranks(train_until, 1, small_recipe(tmp_path, shards), run_dir, "term", 1)

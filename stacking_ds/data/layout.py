@@ -11,6 +11,7 @@ It covers the documents of a few consecutive shards, and none of its rows holds 
 Shapes: R rows, E examples.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -131,8 +132,9 @@ class Layout:
         """The sum of a count over the parts, by its name in `PartRecord`."""
         return sum(getattr(part, count) for part in self.record.parts)
 
-    def verify(self) -> None:
-        """Raises DataError, naming the file, where a byte is not what was written."""
+    def verifying(self) -> Iterator[None]:
+        """Reads a file at a time; raises DataError, naming it, where a byte is not what was
+        written."""
         for part in self.record.parts:
             path = self.folder / part.name
             try:
@@ -141,6 +143,7 @@ class Layout:
                 whole = False
             if not whole:
                 raise DataError(f"{path} is damaged: delete {self.folder}, it will be made again")
+            yield
 
     @property
     def used_slots(self) -> int:

@@ -116,10 +116,11 @@ class PretrainingData:
             if num_rows <= 0:
                 return
 
-    def verify(self) -> None:
-        """Raises DataError where rows that this has opened are not what was written."""
-        for layout in self._layouts:
-            layout.verify()
+    def verifying(self) -> Iterator[None]:
+        """Compares the rows that this has opened with what was written, a file at a time; raises
+        DataError where they differ."""
+        for layout in list(self._layouts):
+            yield from layout.verifying()
 
     @property
     def split(self) -> SplitName:

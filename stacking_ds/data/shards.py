@@ -77,27 +77,38 @@ class TokenShards:
 
         Raises DataError naming the file that is missing, of another size, altered or wrong.
         """
-        manifest = read_manifest(folder)
-        files: list[_RecordedFile] = [
-            *manifest.train.shards,
-            *manifest.heldout.shards,
-            manifest.train.duplicates,
-            manifest.heldout.duplicates,
-            *manifest.vocabulary_files,
-        ]
-        for file in files:
-            _check(folder / file.name, file, verify)
-        shards = cls(folder, manifest)
+        shards = cls(folder, read_manifest(folder))
+        for file in shards._files:
+            _check(folder / file.name, file, verify=False)
         if verify:
-            for name in get_args(SplitName):
-                shards.split(name).check()
+            shards.verify_once()
         return shards
 
     def verify_once(self) -> None:
         """As `open` with `verify`, unless this object has been found to be whole before."""
         if not self._verified:
-            TokenShards.open(self.folder, verify=True)
-            self._verified = True
+            for _ in self.verifying():
+                pass
+
+    def verifying(self) -> Iterator[None]:
+        """As `open` with `verify`, a file at a time."""
+        for file in self._files:
+            _check(self.folder / file.name, file, verify=True)
+            yield
+        for name in get_args(SplitName):
+            self.split(name).check()
+            yield
+        self._verified = True
+
+    @property
+    def _files(self) -> list[_RecordedFile]:
+        return [
+            *self.manifest.train.shards,
+            *self.manifest.heldout.shards,
+            self.manifest.train.duplicates,
+            self.manifest.heldout.duplicates,
+            *self.manifest.vocabulary_files,
+        ]
 
     def split(self, name: SplitName) -> "TokenSplit":
         return TokenSplit(self, name)
@@ -158,7 +169,10 @@ class TokenSplit:
 
     def read(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
         """The tokens of stretches of the split's tokens, one stretch after the other; each lies
-        in one file. Shape [sum of lengths]."""
+        in one file. Shape [sum of lengths].
+
+        Raises DataError for stretches that no file has, and for ids of no vocabulary entry.
+        """
         shards = self._files_of(starts, lengths)
         offsets = starts - self.token_bases[shards]
         tokens = np.empty(int(lengths.sum()), dtype=np.int64)
@@ -170,6 +184,13 @@ class TokenSplit:
             stretch = self.arrays[shard].tokens[offset : offset + length]
             tokens[place : place + length] = stretch
             place += length
+        manifest = self.shards.manifest
+        if tokens.max(initial=0) >= manifest.vocab_size:
+            # on a GPU it would be a device-side assert, steps later
+            found = int(np.searchsorted(np.cumsum(lengths), tokens.argmax(), side="right"))
+            name = manifest.split(self.name).shards[shards[found]].name
+            with _wrong_is_damage(self.shards.folder / name):
+                require_ids(tokens, manifest.vocab_size)
         return tokens
 
     def _files_of(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -64,11 +64,14 @@ class HeldOutPasses:
 
     def metrics(self, model: Any, phase: Phase) -> dict[str, float]:
         """Those of one pass in the phase's sequence length, with what word frequencies alone give
-        on the same targets, and what a blind guess does. A collective."""
+        on the same targets, and what a blind guess does; nothing where there is no target. A
+        collective."""
         job, world, length = self._job, self._world, phase.sequence_length
         key = (length, phase.micro_batch_size)
         if key not in self._rows:
             self._rows[key] = job.heldout_steps(world.rank, world.size, phase)
+        if not world.any(any(step.mlm_targets for step in self._rows[key])):
+            return {}
         if length not in self._unigram_loss:
             self._unigram_loss[length] = world.on_first(lambda: job.unigram_loss(phase))
         found = evaluate_heldout(model, self._rows[key], world).metrics()

@@ -1,0 +1,79 @@
+"""Every byte of a run's data, read again while it goes on: damage since its start shows."""
+
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from types import TracebackType
+
+from stacking_ds.data.loader import PretrainingData
+from stacking_ds.data.shards import TokenShards
+from stacking_ds.errors import DataError
+
+__all__ = ["Rereading"]
+
+_SECONDS_TO_END = 10.0  # for the file that is being read
+
+
+class Rereading:
+    """A thread that compares shards and rows with their sha256, while it is entered."""
+
+    def __init__(
+        self, shards: TokenShards, data: Iterable[PretrainingData], *, enabled: bool
+    ) -> None:
+        """Without `enabled` it does nothing, and finds nothing."""
+        self._shards, self._data = shards, list(data)
+        self._failure: Exception | None = None
+        self._leaving = False
+        self._thread: threading.Thread | None = None
+        if enabled:
+            self._thread = threading.Thread(target=self._read, name="rereading", daemon=True)
+
+    @property
+    def failed(self) -> bool:
+        """Whether damage has been found so far."""
+        return self._failure is not None
+
+    def require_whole(self, since_step: int) -> None:
+        """Raises DataError for damage found so far; the attempt has trained since that step."""
+        if self._failure is not None:
+            raise DataError(
+                f"{self._failure}; what was trained after step {since_step}, where this attempt "
+                f"began, may have seen the damage: go on from a checkpoint up to that step"
+            ) from self._failure
+
+    def finish(self, since_step: int) -> None:
+        """Read to the end; raises DataError as `require_whole`."""
+        if self._thread is not None:
+            self._thread.join()
+        self.require_whole(since_step)
+
+    def __enter__(self) -> "Rereading":
+        if self._thread is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._leaving = True
+        if self._thread is not None:
+            self._thread.join(_SECONDS_TO_END)
+
+    def _read(self) -> None:
+        with suppress(OSError):  # a thread of Linux has its own; training comes first
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        try:
+            for _ in self._files():
+                if self._leaving:
+                    return
+        except Exception as error:  # noqa: BLE001 - the main thread raises it
+            self._failure = error
+
+    def _files(self) -> Iterator[None]:
+        yield from self._shards.verifying()
+        for data in self._data:
+            yield from data.verifying()
