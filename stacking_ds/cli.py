@@ -20,6 +20,7 @@ from stacking_ds.ending import tell
 from stacking_ds.launch.commands import add_launch
 from stacking_ds.launch.words import ENCODED, decode_arguments
 from stacking_ds.train_command import add_train
+from stacking_ds.waiting_threads import let_waiting_threads_sleep
 
 if TYPE_CHECKING:
     from stacking_ds.job import Job
@@ -29,6 +30,7 @@ __all__ = ["main"]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the process's exit code, which `ending.tell` lists."""
+    let_waiting_threads_sleep()
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == [ENCODED]:
         words = decode_arguments(words[1])
@@ -126,11 +128,11 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    job = _job_of(options.run_dir, options.data)
     from stacking_ds import distributed
     from stacking_ds.checkpoint.choice import choose
     from stacking_ds.from_checkpoint import run_heldout
 
-    job = _job_of(options.run_dir, options.data)
     found = choose(options.run_dir, options.checkpoint)
     world = distributed.start()
     try:
@@ -151,18 +153,19 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
+    job = _job_of(options.run_dir, options.data)
     from stacking_ds.from_checkpoint import export_run
 
-    job = _job_of(options.run_dir, options.data)
     print(f"exported: {export_run(job, options.run_dir, options.checkpoint, options.out)}")
     return 0
 
 
 def _job_of(run_dir: Path, data: str | None) -> "Job":
-    from stacking_ds.job import Job
     from stacking_ds.run_directory import read_config
 
     config = read_config(run_dir)
+    from stacking_ds.job import Job  # seconds of imports, for a run that is there
+
     if data is not None:
         section = config.data.model_copy(update={"path": data})
         config = config.model_copy(update={"data": section})
@@ -170,7 +173,10 @@ def _job_of(run_dir: Path, data: str | None) -> "Job":
 
 
 def _report(options: argparse.Namespace) -> int:
-    from stacking_ds.report import run_table
+    from stacking_ds.run_directory import read_config
+
+    read_config(options.run_dir)
+    from stacking_ds.report import run_table  # seconds of imports, for a run that is there
 
     print(run_table(options.run_dir))
     return 0

@@ -16,7 +16,6 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import deepspeed
 import torch
 import torch.distributed as dist
 
@@ -24,6 +23,7 @@ from stacking_ds import zero
 from stacking_ds.bundled import ds_config_path
 from stacking_ds.errors import ConfigError
 from stacking_ds.optim.lamb import Lamb
+from stacking_ds.zero.compatibility import deepspeed
 from stacking_ds.zero.settings import asks_for_log, section_problems, top_level_problems
 
 __all__ = [
@@ -213,6 +213,7 @@ def build_engine(
         held = {name: p.detach() for name, p in model.named_parameters()}
         value_of = lambda name, shape: held[name]  # noqa: E731 - a method would need a class
     _prepare_process(show_log=asks_for_log(ds_config))
+    zero.import_muon()
     zero.follow_process_group()
     zero.accept_under_zero(Lamb)
     checked = _Checksum(value_of) if value_of is not None else None

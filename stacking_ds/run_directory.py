@@ -18,13 +18,15 @@ import time
 import uuid
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from stacking_ds.attempts import ATTEMPTS_FILE
 from stacking_ds.config import RunConfig, changed_keys
-from stacking_ds.distributed import World
 from stacking_ds.errors import CheckpointError, ConfigError
 from stacking_ds.recipe import load_run_config
+
+if TYPE_CHECKING:  # it brings torch along, for seconds
+    from stacking_ds.distributed import World
 
 __all__ = ["check", "lock", "read_config", "require_shared", "write_config"]
 
@@ -162,7 +164,7 @@ def write_config(run_dir: Path, config: RunConfig) -> None:
         raise _not_writable(run_dir, error) from None
 
 
-def require_shared(run_dir: Path, world: World) -> None:
+def require_shared(run_dir: Path, world: "World") -> None:
     """Make sure that every rank sees the run that rank 0 has entered: what it has just written,
     since a node may have a copy of its own of an older attempt. A collective.
 

@@ -22,6 +22,7 @@ ORDER = (
         "host_memory",
         "small_files",
         "launched",
+        "waiting_threads",
         "node_scratch",
         "attempts",
     ),

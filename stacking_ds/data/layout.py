@@ -20,6 +20,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
+from stacking_ds.data.arrow_numbers import numbers
 from stacking_ds.data.examples import ExampleKind, Examples, concatenate
 from stacking_ds.data.manifest import SplitName, file_sha256
 from stacking_ds.errors import DataError
@@ -158,15 +159,15 @@ class Layout:
 def ranges(starts: Integers, counts: Integers) -> Integers:
     """starts[0], starts[0] + 1, ... (counts[0] of them), starts[1], ..."""
     before = np.cumsum(counts) - counts
-    numbers: Integers = np.arange(int(counts.sum())) + np.repeat(starts - before, counts)
-    return numbers
+    found: Integers = np.arange(int(counts.sum())) + np.repeat(starts - before, counts)
+    return found
 
 
 def _map(folder: Path, record: PartRecord) -> _Part:
     path = folder / record.name
     try:
         column = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0).column("examples")
-        fields = [field.to_numpy(zero_copy_only=True) for field in column.values.flatten()]
-    except (OSError, KeyError, pa.ArrowException) as error:
+        fields = [numbers(field) for field in column.values.flatten()]
+    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         raise DataError(f"{path} is damaged ({error}); delete {folder}") from error
-    return _Part(column.offsets.to_numpy(), Examples(*fields))
+    return _Part(numbers(column.offsets), Examples(*fields))

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from stacking_ds.data.arrow_numbers import numbers
 from stacking_ds.data.manifest import (
     DataManifest,
     DuplicatesFile,
@@ -187,13 +188,13 @@ def _map(path: Path, record: ShardFile) -> ShardArrays:
         batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
         tokens, lengths = batch.column("tokens"), batch.column("sentence_lengths")
         arrays = ShardArrays(
-            tokens.values.to_numpy(),
-            tokens.offsets.to_numpy(),
-            lengths.values.to_numpy(),
-            lengths.offsets.to_numpy(),
-            batch.column("document_hash").to_numpy(),
+            numbers(tokens.values),
+            numbers(tokens.offsets),
+            numbers(lengths.values),
+            numbers(lengths.offsets),
+            numbers(batch.column("document_hash")),
         )
-    except (OSError, KeyError, pa.ArrowException) as error:
+    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         raise DataError(f"{path} is not a readable token shard: {error}") from error
     whole = _is_rising(arrays.token_offsets, len(arrays.tokens))
     if not (whole and _is_rising(arrays.sentence_offsets, len(arrays.sentence_lengths))):
@@ -213,8 +214,8 @@ def _is_rising(offsets: NDArray[np.int32], stop: int) -> bool:
 def _read_duplicates(path: Path, split: TokenSplit) -> NDArray[np.int64]:
     try:
         column = pa.ipc.open_file(pa.memory_map(str(path))).read_all().column("document")
-        documents: NDArray[np.int64] = column.to_numpy()
-    except (OSError, KeyError, pa.ArrowException) as error:
+        documents: NDArray[np.int64] = numbers(column.combine_chunks())
+    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         raise DataError(f"{path} is not a readable list of duplicates: {error}") from error
     if len(documents) and not 0 <= documents[0] <= documents[-1] < split.num_documents:
         raise DataError(f"{path} names documents that the {split.name} split does not have")
