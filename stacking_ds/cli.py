@@ -21,6 +21,7 @@ from stacking_ds.launch.words import ENCODED, decode_arguments
 from stacking_ds.slurm_command import add_slurm
 from stacking_ds.train_command import add_train
 from stacking_ds.utf8 import check_names, steady_streams
+from stacking_ds.waiting_threads import let_waiting_threads_sleep
 
 if TYPE_CHECKING:
     from stacking_ds.job import Job
@@ -30,6 +31,7 @@ __all__ = ["main"]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the process's exit code, which `ending.tell` lists."""
+    let_waiting_threads_sleep()
     steady_streams()
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == [ENCODED]:
@@ -91,11 +93,11 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    job = _job_of(options.run_dir, options.data)
     from stacking_ds import distributed
     from stacking_ds.checkpoint.choice import choose
     from stacking_ds.from_checkpoint import run_heldout
 
-    job = _job_of(options.run_dir, options.data)
     found = choose(options.run_dir, options.checkpoint)
     world = distributed.start()
     try:
@@ -121,11 +123,12 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from stacking_ds.checkpoint.choice import choose
-    from stacking_ds.from_checkpoint import export_run, warning_of
     from stacking_ds.run_directory import read_config
 
     config = read_config(options.run_dir)
+    from stacking_ds.checkpoint.choice import choose
+    from stacking_ds.from_checkpoint import export_run, warning_of  # seconds of imports
+
     place = export_run(config, options.run_dir, options.checkpoint, options.out, options.data)
     print(f"exported: {place}")
     warning = warning_of(options.run_dir, choose(options.run_dir, options.checkpoint))
@@ -135,13 +138,14 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _job_of(run_dir: Path, data: str | None) -> "Job":
-    from stacking_ds.job import Job
     from stacking_ds.run_directory import read_config, require_shards
 
     config = read_config(run_dir)
     if data is None:
         require_shards(run_dir, config, "--data FOLDER")
-    else:
+    from stacking_ds.job import Job  # seconds of imports, for a run that is there
+
+    if data is not None:
         section = config.data.model_copy(update={"path": data})
         config = config.model_copy(update={"data": section})
     return Job.check(config)
@@ -153,7 +157,10 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from stacking_ds.report import run_table
+    from stacking_ds.run_directory import read_config
+
+    read_config(options.run_dir)
+    from stacking_ds.report import run_table  # seconds of imports, for a run that is there
 
     print(run_table(options.run_dir))
     return 0

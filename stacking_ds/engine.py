@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 
@@ -17,6 +16,7 @@ from stacking_ds import zero
 from stacking_ds.ds_json import Precision, asks_for_log, load_ds_config, resolve_ds_config
 from stacking_ds.errors import ConfigError
 from stacking_ds.optim.lamb import Lamb
+from stacking_ds.zero.compatibility import deepspeed
 
 __all__ = [
     "Precision",
@@ -53,6 +53,7 @@ def build_engine(
         held = {name: p.detach() for name, p in model.named_parameters()}
         value_of = lambda name, shape: held[name]  # noqa: E731 - a method would need a class
     _prepare_process(show_log=asks_for_log(ds_config))
+    zero.import_muon()
     zero.follow_process_group()
     zero.accept_under_zero(Lamb)
     checked = _Checksum(value_of) if value_of is not None else None

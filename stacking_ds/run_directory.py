@@ -20,19 +20,25 @@ import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
-from stacking_ds import checkpoint
 from stacking_ds.attempts import ATTEMPTS_FILE
-from stacking_ds.checkpoint.folders import sync, use_command
-from stacking_ds.checkpoint.report import config_of
+from stacking_ds.checkpoint.folders import (
+    folder_name,
+    latest,
+    saved_steps,
+    sync,
+    use_command,
+)
 from stacking_ds.config import RunConfig, changed_keys
 from stacking_ds.data.manifest import MANIFEST_NAME
-from stacking_ds.distributed import World
 from stacking_ds.errors import CheckpointError, ConfigError, DataError, UnreadableError
 from stacking_ds.recipe import load_run_config
 from stacking_ds.small_files import DamagedFileError, read_bytes, read_text, without_waiting
 from stacking_ds.text_table import first_of
+
+if TYPE_CHECKING:  # it brings torch along, for seconds
+    from stacking_ds.distributed import World
 
 __all__ = [
     "check",
@@ -59,7 +65,7 @@ def check(run_dir: Path, config: RunConfig, *, resume: bool) -> None:
     Raises:
         CheckpointError: it holds a run and `resume` is not set, or another run than `config`.
     """
-    if checkpoint.saved_steps(run_dir):
+    if saved_steps(run_dir):
         if not resume:
             raise CheckpointError(
                 f"{run_dir} already holds a run; continue it with --resume, or choose another "
@@ -204,7 +210,7 @@ def write_config(run_dir: Path, config: RunConfig) -> None:
         raise _not_writable(run_dir, error) from None
 
 
-def require_shared(run_dir: Path, world: World) -> None:
+def require_shared(run_dir: Path, world: "World") -> None:
     """Make sure that every rank sees the run that rank 0 has entered: what it has just written,
     since a node may have a copy of its own of an older attempt. A collective.
 
@@ -255,7 +261,7 @@ def read_config(run_dir: Path, overrides: Sequence[str] = ()) -> RunConfig:
         config = load_run_config(str(path))
     except FileNotFoundError:
         problem = f"{path} is missing"
-        if not checkpoint.saved_steps(run_dir):
+        if not saved_steps(run_dir):
             problem = f"{run_dir} holds no run: there is no {path.name} in it"
     except (DamagedFileError, ConfigError) as error:
         problem = str(error)
@@ -310,16 +316,18 @@ def mend_config(run_dir: Path, found: Path) -> bool:
 
 def _newest_first(run_dir: Path) -> list[Path]:
     folders = [
-        run_dir / "checkpoints" / checkpoint.folder_name(step)
-        for step in reversed(checkpoint.saved_steps(run_dir))
+        run_dir / "checkpoints" / folder_name(step) for step in reversed(saved_steps(run_dir))
     ]
     with suppress(CheckpointError):
-        newest = checkpoint.latest(run_dir)
+        newest = latest(run_dir)
         folders.sort(key=lambda folder: folder != newest)  # `latest` may name another than the last
     return folders
 
 
 def _config_in(found: Path) -> RunConfig | None:
+    from stacking_ds.checkpoint.manifest import read_manifest
+    from stacking_ds.checkpoint.report import config_of
+
     with suppress(CheckpointError):
-        return config_of(checkpoint.read_manifest(found))
+        return config_of(read_manifest(found))
     return None

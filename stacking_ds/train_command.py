@@ -68,21 +68,26 @@ def _dry_run(options: argparse.Namespace) -> int:
 
 
 def _train_on_ranks(options: argparse.Namespace, request: StopRequest) -> int:
+    from stacking_ds.config import ClusterSection
+
+    cluster, refused = ClusterSection(), False
+    try:
+        cluster = config_of(options).cluster
+    except UserError:
+        # a recipe that one node lacks must not keep the others waiting for its ranks
+        if world_size_from_environment() == 1:
+            raise
+        refused = True
     keep_caches_on_node(_say_on_first_of_node)
     # a lost connection is one sentence of ours, not a page of c10d's from every rank
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # DeepSpeed, imported while there is a process group, would keep it and its threads for ever
-    import stacking_ds.trainer  # noqa: F401
-
+    if not refused:
+        # DeepSpeed, imported while there is a process group, would keep it and its threads for ever
+        import stacking_ds.trainer  # noqa: F401
     request.raise_if_interrupted()
     from stacking_ds import distributed
-    from stacking_ds.config import ClusterSection
     from stacking_ds.host_memory import keep_freed_memory
 
-    # a recipe that one node lacks must not keep the others waiting for its ranks
-    cluster = ClusterSection()
-    with suppress(UserError):
-        cluster = config_of(options).cluster
     places: list[Path] = []
     world = distributed.start(timedelta(seconds=cluster.timeout_seconds))
     if world.device.type == "cpu":
@@ -120,12 +125,11 @@ def _end_alone(error: Exception) -> NoReturn:
 def _train_in_world(
     options: argparse.Namespace, world: "World", request: StopRequest, places: list[Path]
 ) -> None:
+    job: Job = world.on_all(lambda: _checked_job(options, world.size))
+    request.raise_if_interrupted()
     from stacking_ds.doctor.alike import require_alike
     from stacking_ds.trainer import train
 
-    request.raise_if_interrupted()
-    job: Job = world.on_all(lambda: _checked_job(options, world.size))
-    request.raise_if_interrupted()
     run_dir = run_dir_of(options, job.config)
     require_alike(world, job, run_dir)
     places.append(run_dir)
@@ -136,20 +140,22 @@ def _train_in_world(
 
 
 def _checked_recipe(options: argparse.Namespace, world_size: int) -> "CheckedRecipe":
-    from stacking_ds.job import CheckedRecipe
+    config = config_of(options)
+    from stacking_ds.job import CheckedRecipe  # seconds of imports, for a recipe that is right
 
-    recipe = CheckedRecipe.check(config_of(options))
+    recipe = CheckedRecipe.check(config)
     recipe.require_ds_configs(world_size)
     return recipe
 
 
 def _checked_job(options: argparse.Namespace, world_size: int) -> "Job":
-    from stacking_ds.job import Job
     from stacking_ds.run_directory import require_shards
 
     config = config_of(options)
     if options.recipe is None:
         require_shards(run_dir_of(options, config), config, "--set data.path=FOLDER")
+    from stacking_ds.job import Job  # seconds of imports, for a recipe that is right
+
     job = Job.check(config)
     job.require_ds_configs(world_size)
     job.lay_out_rows(_say_on_first_of_node, len(os.sched_getaffinity(0)))

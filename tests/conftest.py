@@ -6,9 +6,13 @@ import signal
 
 import numpy as np
 import pytest
-import torch
+
+from stacking_ds.waiting_threads import let_waiting_threads_sleep
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+let_waiting_threads_sleep()
+
+import torch  # noqa: E402 - its OpenMP reads the environment once
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -24,6 +24,7 @@ ORDER = (
         "yaml_text",
         "metrics_file",
         "launched",
+        "waiting_threads",
         "node_scratch",
         "attempts",
         "divergence",

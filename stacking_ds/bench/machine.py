@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-import deepspeed
 import torch
+
+from stacking_ds.zero.compatibility import deepspeed
 
 __all__ = ["describe_machine", "host_copy_gib_per_second", "one_thread"]
 

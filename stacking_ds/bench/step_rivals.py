@@ -10,7 +10,6 @@ from copy import deepcopy
 from functools import partial
 from typing import Any, Protocol
 
-import deepspeed
 import torch
 
 from stacking_ds.bench.step_batch import StepBatch
@@ -33,6 +32,7 @@ from stacking_ds.model.config import BertConfig
 from stacking_ds.model.initialization import first_value
 from stacking_ds.model.loss import PretrainingLoss, pretraining_loss
 from stacking_ds.optim.build import build_optimizer
+from stacking_ds.zero.compatibility import deepspeed
 
 __all__ = [
     "DTYPES",

@@ -5,7 +5,6 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
-import deepspeed
 import torch
 
 from stacking_ds.config import OptimizerSection
@@ -25,6 +24,7 @@ from stacking_ds.model.initialization import first_value
 from stacking_ds.model.loss import pretraining_loss
 from stacking_ds.optim.build import build_optimizer
 from stacking_ds.zero import seed_moments
+from stacking_ds.zero.compatibility import deepspeed
 
 __all__ = ["Workload"]
 

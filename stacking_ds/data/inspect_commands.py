@@ -78,7 +78,6 @@ def _take_recipe(action: argparse.ArgumentParser, required: bool) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from stacking_ds.data.inspect_report import as_text
     from stacking_ds.data.shards import TokenShards
 
     if options.examples_shown < 0:
@@ -86,6 +85,8 @@ def _inspect(options: argparse.Namespace) -> int:
     workers = _workers(options.workers)
     config, section = _recipe(options)
     shards = TokenShards.open(options.shards, options.verify)
+    from stacking_ds.data.inspect_report import as_text  # seconds of imports, for what is there
+
     found = {}
     for name, facts in _findings(options, shards, config, section, workers):
         found[name] = facts
@@ -139,13 +140,14 @@ def _findings(
 
 
 def _layout(options: argparse.Namespace) -> int:
-    from stacking_ds.data.layout_store import open_layout
-    from stacking_ds.data.loader import RowOptions
     from stacking_ds.data.shards import TokenShards
 
     workers = _workers(options.workers)
     config, section = _recipe(options)
     shards = TokenShards.open(options.shards)
+    from stacking_ds.data.layout_store import open_layout  # seconds of imports, for what is there
+    from stacking_ds.data.loader import RowOptions
+
     # a run evaluates on the first variant only
     for split, variants in (
         (shards.split("train"), section.variants),

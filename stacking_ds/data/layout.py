@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from stacking_ds.data.arrow_checks import only_batch
+from stacking_ds.data.arrow_numbers import numbers
 from stacking_ds.data.examples import ExampleKind, Examples, concatenate
 from stacking_ds.data.manifest import (
     Count,
@@ -209,19 +210,19 @@ class Layout:
 def ranges(starts: Integers, counts: Integers) -> Integers:
     """starts[0], starts[0] + 1, ... (counts[0] of them), starts[1], ..."""
     before = np.cumsum(counts) - counts
-    numbers: Integers = np.arange(int(counts.sum())) + np.repeat(starts - before, counts)
-    return numbers
+    found: Integers = np.arange(int(counts.sum())) + np.repeat(starts - before, counts)
+    return found
 
 
 def _map(folder: Path, record: PartRecord) -> _Part:
     path = folder / record.name
     try:
         column = only_batch(path, {"examples": (_EXAMPLES,)}).column("examples")
-        fields = [field.to_numpy(zero_copy_only=True) for field in column.values.flatten()]
+        fields = [numbers(field) for field in column.values.flatten()]
         if (len(column), len(fields[0])) != (record.rows, record.examples):
             raise ValueError(f"it holds {len(column)} rows and {len(fields[0])} examples")
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise not_opened(path, error) from error
         raise DataError(f"{path} is damaged ({error}); delete {folder}") from error
-    return _Part(column.offsets.to_numpy(), Examples(*fields))
+    return _Part(numbers(column.offsets), Examples(*fields))

@@ -19,6 +19,7 @@ from stacking_ds.data.arrow_checks import (
     require_ids,
     require_sentences,
 )
+from stacking_ds.data.arrow_numbers import numbers
 from stacking_ds.data.manifest import (
     DataManifest,
     DuplicatesFile,
@@ -294,11 +295,11 @@ def _map(path: Path, record: ShardFile) -> ShardArrays:
         batch = only_batch(path, _COLUMNS)
         tokens, lengths = batch.column("tokens"), batch.column("sentence_lengths")
         arrays = ShardArrays(
-            tokens.values.to_numpy(),
-            tokens.offsets.to_numpy(),
-            lengths.values.to_numpy(),
-            lengths.offsets.to_numpy(),
-            batch.column("document_hash").to_numpy(),
+            numbers(tokens.values),
+            numbers(tokens.offsets),
+            numbers(lengths.values),
+            numbers(lengths.offsets),
+            numbers(batch.column("document_hash")),
         )
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         if isinstance(error, OSError) and error.errno is not None:  # what Arrow finds has none
@@ -328,7 +329,7 @@ def _wrong_is_damage(path: Path) -> Iterator[None]:
 def _read_duplicates(path: Path, split: TokenSplit) -> NDArray[np.int64]:
     try:
         batch = only_batch(path, {"document": (pa.int64(),)})
-        documents: NDArray[np.int64] = batch.column("document").to_numpy()
+        documents: NDArray[np.int64] = numbers(batch.column("document"))
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise not_opened(path, error) from error

@@ -102,6 +102,11 @@ def run_attempt(
                 request, command, Path(folder), marker, os.environ
             )
             slots = [request.ranks or 1]
+        ranks, places = sum(slots), f"{len(hosts)} hosts" if hosts else "this machine"
+        say(
+            f"starting {ranks} rank{'s' if ranks > 1 else ''} on {places}; DeepSpeed's launcher "
+            f"and the ranks need some seconds for their imports"
+        )
         process = subprocess.Popen(
             arguments, env=environment, stdin=subprocess.DEVNULL, start_new_session=True
         )
@@ -116,7 +121,7 @@ def run_attempt(
             elif stop.asked_by:
                 seconds = request.stop_seconds
                 seconds = 30.0 * max(slots) + 30.0 if seconds is None else seconds
-                _stop(process, census, sum(slots), stop, seconds, patience.look_seconds)
+                _stop(process, census, ranks, stop, seconds, patience.look_seconds)
             else:
                 _wait_until_clear(census, stop, patience.survivors_seconds, patience.look_seconds)
         finally:

@@ -16,7 +16,7 @@ from stacking_ds.zero.gradients import gradient_norm, norm_before_step
 from stacking_ds.zero.loss_scale import loss_scale, mend_loss_scaling, set_loss_scale
 from stacking_ds.zero.process_group import follow_process_group
 from stacking_ds.zero.release import release, return_free_pages
-from stacking_ds.zero.start import ValueOf, give_storage, without_traffic
+from stacking_ds.zero.start import ValueOf, give_storage, import_muon, without_traffic
 from stacking_ds.zero.state import (
     fragments,
     optimizer_step,
@@ -38,6 +38,7 @@ __all__ = [
     "give_storage",
     "gradient_norm",
     "gradient_norm_at_step",
+    "import_muon",
     "loss_scale",
     "mend_loss_scaling",
     "norm_before_step",

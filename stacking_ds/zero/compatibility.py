@@ -4,15 +4,23 @@ Everything in `stacking_ds.zero` was read in, and tested with, one DeepSpeed rel
 may keep the names and change their meaning, so it is refused before any number is moved.
 """
 
+import os
 import pkgutil
+import sys
+from contextlib import redirect_stdout
 from enum import Enum
 from typing import Any
 
-import deepspeed
+import torch
 
 from stacking_ds.errors import ConfigError
 
-__all__ = ["Masters", "masters_of", "require_pinned_deepspeed"]
+if not torch.cuda.is_available():  # DeepSpeed would warn, in every process, that it found none
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+with redirect_stdout(sys.stderr):  # for results alone; its logger keeps what it finds there
+    import deepspeed
+
+__all__ = ["Masters", "deepspeed", "masters_of", "require_pinned_deepspeed"]
 
 PINNED_VERSION = "0.19.8"
 
@@ -61,6 +69,7 @@ _REQUIRED = {
 _PRIVATE_NAMES = (
     "deepspeed.ops:_probe_compatible_ops",  # what reading __compatible_ops__ would call
     "deepspeed.comm.comm:cdb",
+    "deepspeed.runtime.compiler:compile",
     "deepspeed.runtime.engine:DeepSpeedEngine._broadcast_model",
     "deepspeed.runtime.zero.parameter_offload:FWD_MODULE_STACK",
     "deepspeed.runtime.zero.partition_parameters:Init._convert_to_deepspeed_param",

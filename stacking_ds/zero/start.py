@@ -5,20 +5,36 @@ broadcasts, cuts and then gathers every parameter once more (ZeRO 3). Here every
 values, so nothing has to be sent, and at ZeRO 3 one parameter at a time is whole.
 """
 
+import importlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from deepspeed.runtime import compiler
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.partition_parameters import Init, register_external_parameter
 
 from stacking_ds.model.layer import GatheredWhole
 
-__all__ = ["ValueOf", "give_storage", "without_traffic"]
+__all__ = ["ValueOf", "give_storage", "import_muon", "without_traffic"]
 
 ValueOf = Callable[[str, torch.Size], torch.Tensor]
 """From a parameter's name and shape to its fp32 value."""
+
+
+def import_muon() -> None:
+    """Import DeepSpeed's Muon, which is of no use here, without torch's compiler.
+
+    `deepspeed.initialize` imports it to ask whether it is the optimizer; its functions are
+    decorated by `torch.compile`, which brings in Inductor: a second of every start.
+    """
+    decorator = compiler.compile
+    compiler.compile = lambda: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = decorator
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from stacking_ds.data.arrow_numbers import numbers
 from stacking_ds.data.manifest import (
     DuplicatesFile,
     PrepareRequest,
@@ -108,7 +109,7 @@ def _buckets(
         for name in SPLITS:
             split = splits[name]
             for first, batch in split.batches():
-                here = batch.column("document_hash").to_numpy()
+                here = numbers(batch.column("document_hash"))
                 chosen = np.arange(len(here))
                 if bits:
                     chosen = np.flatnonzero(here >> np.uint64(64 - bits) == bucket)
@@ -162,8 +163,8 @@ def _held_by(split: _Split, documents: Documents) -> tuple[int, int]:
     for first, batch in split.batches():
         low, high = np.searchsorted(documents, (first, first + len(batch)))
         rows = documents[low:high] - first
-        lengths = batch.column("sentence_lengths").offsets.to_numpy()
-        offsets = batch.column("tokens").offsets.to_numpy()
+        lengths = numbers(batch.column("sentence_lengths").offsets)
+        offsets = numbers(batch.column("tokens").offsets)
         sentences += int((lengths[rows + 1] - lengths[rows]).sum())
         tokens += int((offsets[rows + 1] - offsets[rows]).sum())
     return sentences, tokens

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from stacking_ds.data.arrow_numbers import numbers
 from stacking_ds.data.shard_writer import token_dtype
 from stacking_ds.data.tokenizer import UNCASED, Normalization, build_tokenizer
 
@@ -65,15 +66,15 @@ class SentenceTokenizer:
             len(bounds) - 1, pa.py_buffer(bounds), pa.py_buffer(bytes_B)
         ).dictionary_encode()
         slots_U = self._slots(pieces.dictionary.to_pylist())
-        slots_P = slots_U[pieces.indices.to_numpy()]
+        slots_P = slots_U[numbers(pieces.indices)]
         table = pa.ListArray.from_arrays(
             pa.array(np.array(self._ends, dtype=np.int32)),
             pa.array(np.array(self._ids, dtype=self._dtype)),
         )
         found = table.take(pa.array(slots_P))
         first_piece_of_sentence = np.searchsorted(bounds, starts)
-        token_starts = found.offsets.to_numpy()[first_piece_of_sentence]
-        return found.values.to_numpy(), np.diff(token_starts)
+        token_starts = numbers(found.offsets)[first_piece_of_sentence]
+        return numbers(found.values), np.diff(token_starts)
 
     def _slots(self, pieces: Sequence[str]) -> NDArray[np.int64]:
         """Where the ids of each piece stand; pieces that are new get their place. Shape [U]."""
