@@ -20,6 +20,7 @@ from stacking_ds.launch.commands import add_launch
 from stacking_ds.launch.words import ENCODED, decode_arguments
 from stacking_ds.slurm_command import add_slurm
 from stacking_ds.train_command import add_train
+from stacking_ds.utf8 import check_names, steady_streams
 
 if TYPE_CHECKING:
     from stacking_ds.job import Job
@@ -29,12 +30,14 @@ __all__ = ["main"]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the process's exit code, which `ending.tell` lists."""
+    steady_streams()
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == [ENCODED]:
         words = decode_arguments(words[1])
     options = _parser().parse_args(words)
     command: Callable[[argparse.Namespace], int] = options.command
     try:
+        check_names(words)
         return command(options)
     except (Exception, KeyboardInterrupt) as error:
         code = tell(error)

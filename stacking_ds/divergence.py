@@ -5,7 +5,7 @@ All in nats of MLM loss. F is what word frequencies alone give on the held-out t
 (`eval/uniform_mlm_loss`), "learned" how far the lowest held-out loss so far is below F.
 
         ln V + 1  --------------------  a held-out loss above: diverged
-               F  --------------------  not below, and never was: word frequencies only
+               F  --------------------  not below, and never was: no better than word frequencies
 F - learned / 2   - - - - - - - - - -   risen above, by 0.2 or more: diverged
      F - learned  ____________________  the lowest so far
 
@@ -25,7 +25,9 @@ _ABOVE_BLIND_NATS = 1.0  # fresh weights are up to half of it above ln V
 _LOST_SHARE, _LOST_NATS = 0.5, 0.2  # a boundary that works costs a tenth
 _TRAIN_RISE_NATS = 2.0  # a line may be of one small batch
 
-State = Literal["not evaluated", "learning", "word frequencies only", "overfitted", "diverged"]
+State = Literal[
+    "not evaluated", "learning", "no better than word frequencies", "overfitted", "diverged"
+]
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ class Judgement:
         """What has to be known of a model of that step; None if there is nothing to warn of."""
         if self.state in ("learning", "not evaluated"):
             return None
-        knows = "knows " if self.state == "word frequencies only" else "has "
-        return f"the run {knows}{self.sentence}"
+        verb = "is" if self.state == "no better than word frequencies" else "has"
+        return f"the run {verb} {self.sentence}"
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ class Course:
         compared = f"{told}, and that of word frequencies alone {found.floor:.3f}"
         if found.excess < 0:
             return Judgement("learning", compared)
-        return Judgement("word frequencies only", compared)
+        return Judgement("no better than word frequencies", compared)
 
     def _diverged(self, found: _Evaluation, told: str, blind: float | None) -> Judgement:
         before = self._before

@@ -1,6 +1,7 @@
 """A trained model as a folder that Hugging Face's `transformers` loads."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,6 +14,8 @@ from stacking_ds.checkpoint.tensor_file import little_endian_bytes, safetensors_
 from stacking_ds.errors import CheckpointError, ConfigError, DataError
 from stacking_ds.model.bert import parameter_shapes
 from stacking_ds.model.config import BertConfig
+from stacking_ds.small_files import is_count, read_json
+from stacking_ds.text_table import first_of
 
 __all__ = ["export_to_hugging_face"]
 
@@ -23,6 +26,8 @@ _SPECIAL_TOKENS = {
     "cls_token": "[CLS]",
     "mask_token": "[MASK]",
 }
+
+_SWITCHES = ("lowercase", "strip_accents", "handle_chinese_chars")
 
 _FILES = {
     "config.json",
@@ -71,7 +76,8 @@ def export_to_hugging_face(
             f"the tokenizer in {tokenizer_dir} has {len(tokenizer['model']['vocab'])} tokens, the "
             f"model {config.vocab_size}; export with the tokenizer the model was trained with"
         )
-    out_dir = out_dir.resolve()  # behind a link, the folder is replaced and not the link
+    # behind a link, the folder is replaced and not the link
+    out_dir = Path(os.path.realpath(out_dir))
     _check_replaceable(out_dir)
 
     partial = out_dir.with_name(f".{out_dir.name}.partial")
@@ -120,10 +126,10 @@ def _write_weights(
             file.seek(place)
             file.write(little_endian_bytes(tensor))
     if places or surplus:
+        missing, others = (first_of(list(map(repr, sorted(names)))) for names in (places, surplus))
         raise CheckpointError(
             f"the tensors are not those of a model of {config.num_hidden_layers} layers: missing "
-            f"{sorted(places)}, unknown or twice {sorted(surplus)}; export with the checkpoint's "
-            f"own config"
+            f"[{missing}], unknown or twice [{others}]; export with the checkpoint's own config"
         )
 
 
@@ -132,9 +138,11 @@ def _read_tokenizer(folder: Path) -> dict[str, Any]:
         if not (folder / name).is_file():
             raise DataError(f"{folder / name} is missing; point to the folder of prepared data")
     try:
-        tokenizer: dict[str, Any] = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+        tokenizer: dict[str, Any] = read_json(folder / "tokenizer.json")
         kinds = tokenizer["model"]["type"], tokenizer["normalizer"]["type"]
-        special = [tokenizer["model"]["vocab"][token] for token in _SPECIAL_TOKENS.values()]
+        vocabulary = tokenizer["model"]["vocab"]
+        special = [vocabulary[token] for token in _SPECIAL_TOKENS.values()]
+        switches = [tokenizer["normalizer"][name] for name in _SWITCHES]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{folder / 'tokenizer.json'} is not a BERT tokenizer ({error!r}); prepare the data "
@@ -145,7 +153,13 @@ def _read_tokenizer(folder: Path) -> dict[str, Any]:
             f"{folder / 'tokenizer.json'} is made of {kinds}, and BERT's of WordPiece with a "
             f"BertNormalizer; export needs the tokenizer that prepared the data"
         )
-    assert len(set(special)) == len(special)
+    right = all(map(is_count, special)) and len(set(special)) == len(special)
+    if not right or not all(each is None or isinstance(each, bool) for each in switches):
+        raise DataError(
+            f"{folder / 'tokenizer.json'} is damaged: its special tokens have no ids of their own, "
+            f"or a switch of its normalizer is neither on nor off; prepare the data anew or "
+            f"restore the file"
+        )
     return tokenizer
 
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from stacking_ds.divergence import Course, finite_or_none
 from stacking_ds.metrics_file import METRICS_FILE, drop_after, read_metrics
+from stacking_ds.small_files import without_waiting
 from stacking_ds.stages import Stage, StageSchedule
 from stacking_ds.tensorboard_events import event_record, events_name, first_events
 
@@ -142,7 +143,7 @@ class _Appended:
             self._held += piece
         try:
             self._path.parent.mkdir(exist_ok=True)
-            with open(self._path, "ab", opener=_at_once) as file:
+            with open(self._path, "ab", opener=without_waiting) as file:
                 size = file.seek(0, os.SEEK_END)
                 if self._whole is not None:
                     size = file.truncate(min(size, self._whole))
@@ -164,11 +165,6 @@ class _Appended:
                 self._path,
                 error.strerror or error,
             )
-
-
-def _at_once(path: str, flags: int) -> int:
-    # a FIFO that nobody reads would be waited for
-    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY, 0o666)
 
 
 class _Console(logging.StreamHandler[TextIO]):

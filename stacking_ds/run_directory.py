@@ -31,7 +31,8 @@ from stacking_ds.data.manifest import MANIFEST_NAME
 from stacking_ds.distributed import World
 from stacking_ds.errors import CheckpointError, ConfigError, DataError, UnreadableError
 from stacking_ds.recipe import load_run_config
-from stacking_ds.small_files import DamagedFileError, read_text
+from stacking_ds.small_files import DamagedFileError, read_bytes, read_text, without_waiting
+from stacking_ds.text_table import first_of
 
 __all__ = [
     "check",
@@ -67,8 +68,8 @@ def check(run_dir: Path, config: RunConfig, *, resume: bool) -> None:
         changes = changed_keys(read_config(run_dir), config)
         if changes:
             raise CheckpointError(
-                f"{run_dir} holds another run ({'; '.join(changes)}); use the recipe it was "
-                f"started with, or choose another --run-dir"
+                f"{run_dir} holds another run ({first_of(changes, between='; ')}); use the recipe "
+                f"it was started with, or choose another --run-dir"
             )
     elif (run_dir / _CONFIG).exists():
         return  # it ended before its first checkpoint: nothing is lost by starting anew
@@ -105,7 +106,9 @@ def lock(
     try:
         while True:
             run_dir.mkdir(parents=True, exist_ok=True)
-            file = (run_dir / _LOCK).open("a", encoding="utf-8")
+            file = open(  # noqa: SIM115 - open for as long as the run is locked
+                run_dir / _LOCK, "a", encoding="utf-8", opener=without_waiting
+            )
             if not _lock_in_time(file, run_dir, deadline):
                 file.close()
                 raise CheckpointError(f"another job is training in {run_dir}; {remedy}")
@@ -132,8 +135,8 @@ def _sign(file: IO[str]) -> None:
 
 def _signature(run_dir: Path) -> bytes | None:
     try:
-        return (run_dir / _LOCK).read_bytes()
-    except OSError:
+        return read_bytes(run_dir / _LOCK)
+    except (OSError, DamagedFileError):
         return None
 
 
@@ -276,7 +279,8 @@ def require_shards(run_dir: Path, config: RunConfig, option: str) -> None:
     """Raises:
     DataError: the token shards are not where the run's recipe says; `option` says where.
     """
-    if not (Path(config.data.path) / MANIFEST_NAME).exists():
+    # what is there and cannot be read, or is no file, is for who reads it to say
+    if not os.path.lexists(Path(config.data.path) / MANIFEST_NAME):
         raise DataError(
             f"the token shards of {run_dir} are not in {config.data.path}; say with {option} where "
             f"they are"

@@ -60,7 +60,7 @@ def choose(run_dir: Path, config: RunConfig, vocabulary_sha256: str, data: Path 
     else:
         folder = data or Path(config.data.path)
         remedy = "give the prepared folder with --data"
-        if data is None and not (folder / MANIFEST_NAME).exists():
+        if data is None and not os.path.lexists(folder / MANIFEST_NAME):
             raise DataError(
                 f"{run_dir} keeps no tokenizer of its own, and its token shards are not in "
                 f"{folder}; {remedy}"
@@ -70,7 +70,7 @@ def choose(run_dir: Path, config: RunConfig, vocabulary_sha256: str, data: Path 
         path = folder / name
         try:
             found = file_sha256(path)
-        except FileNotFoundError:
+        except (FileNotFoundError, DamagedFileError):
             found = "missing"
         except OSError as error:
             raise not_opened(path, error) from None

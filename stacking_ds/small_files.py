@@ -25,6 +25,7 @@ __all__ = [
     "read_json",
     "read_json_lines",
     "read_text",
+    "without_waiting",
 ]
 
 _MOST_BYTES = 2**30
@@ -83,6 +84,12 @@ def open_regular(path: Path) -> BufferedReader:
         os.close(descriptor)
         raise DamagedFileError(path, "it is not a regular file")
     return os.fdopen(descriptor, "rb")
+
+
+def without_waiting(path: str, flags: int) -> int:
+    """An `opener` for what is written: a FIFO that nobody reads is an OSError, and not waited
+    for."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY, 0o666)
 
 
 def read_bytes(path: Path, most_bytes: int = _MOST_BYTES) -> bytes:

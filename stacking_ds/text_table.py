@@ -7,10 +7,10 @@ __all__ = ["aligned", "first_of", "readable_size", "shortened"]
 _LONGEST_VALUE = 160
 
 
-def first_of(names: Sequence[object], most: int = 5) -> str:
+def first_of(names: Sequence[object], most: int = 5, between: str = ", ") -> str:
     """The first `most` of the names, and how many more there are."""
     more = len(names) - most
-    return ", ".join(map(str, names[:most])) + (f" and {more:,} more" if more > 0 else "")
+    return between.join(map(str, names[:most])) + (f" and {more:,} more" if more > 0 else "")
 
 
 def shortened(value: str, most: int = _LONGEST_VALUE) -> str:

@@ -60,7 +60,8 @@ def _dry_run(options: argparse.Namespace) -> int:
 
     check = _checked_recipe if options.without_data else _checked_job
     checked = check(options, world_size_from_environment())
-    run_directory.check(run_dir_of(options), checked.config, resume=bool(options.resume))
+    run_dir = run_dir_of(options, checked.config)
+    run_directory.check(run_dir, checked.config, resume=bool(options.resume))
     if rank_from_environment() == 0:
         print(f"{checked.config.to_yaml()}\n{checked.draw()}")
     return 0
@@ -125,7 +126,7 @@ def _train_in_world(
     request.raise_if_interrupted()
     job: Job = world.on_all(lambda: _checked_job(options, world.size))
     request.raise_if_interrupted()
-    run_dir = run_dir_of(options)
+    run_dir = run_dir_of(options, job.config)
     require_alike(world, job, run_dir)
     places.append(run_dir)
     train(job, world, run_dir, resume=bool(options.resume), request=request)
@@ -144,8 +145,12 @@ def _checked_recipe(options: argparse.Namespace, world_size: int) -> "CheckedRec
 
 def _checked_job(options: argparse.Namespace, world_size: int) -> "Job":
     from stacking_ds.job import Job
+    from stacking_ds.run_directory import require_shards
 
-    job = Job.check(config_of(options))
+    config = config_of(options)
+    if options.recipe is None:
+        require_shards(run_dir_of(options, config), config, "--set data.path=FOLDER")
+    job = Job.check(config)
     job.require_ds_configs(world_size)
     job.lay_out_rows(_say_on_first_of_node, len(os.sched_getaffinity(0)))
     return job

@@ -43,15 +43,15 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run_dir_of(options: argparse.Namespace) -> Path:
-    """The directory of the run.
+def run_dir_of(options: argparse.Namespace, config: RunConfig | None = None) -> Path:
+    """The directory of the run whose recipe is `config`, which is read if it is not given.
 
     Raises:
         ConfigError: two directories are given, none can be told, or the recipe that has the run's
             name cannot be used.
     """
     named = _named(options)
-    return named or Path("runs") / config_of(options).name
+    return named or Path("runs") / (config or config_of(options)).name
 
 
 def config_of(options: argparse.Namespace) -> RunConfig:
@@ -60,7 +60,6 @@ def config_of(options: argparse.Namespace) -> RunConfig:
     Raises:
         ConfigError: there is none, or a value that cannot be used.
         CheckpointError: the run is not there, or its recipe is damaged.
-        DataError: the token shards of the run are not where its recipe says.
     """
     if options.recipe is not None:
         return load_run_config(options.recipe, options.set)
@@ -70,11 +69,9 @@ def config_of(options: argparse.Namespace) -> RunConfig:
             "train needs --recipe, a bundled recipe's name or a .yaml file, or the directory of a "
             "run to go on with: --resume RUN_DIR"
         )
-    from stacking_ds.run_directory import read_config, require_shards
+    from stacking_ds.run_directory import read_config
 
-    config = read_config(run_dir, options.set)
-    require_shards(run_dir, config, "--set data.path=FOLDER")
-    return config
+    return read_config(run_dir, options.set)
 
 
 def _named(options: argparse.Namespace) -> Path | None:

@@ -95,6 +95,8 @@ def test_a_depth_the_operator_cannot_reach(
         ({"optimizer": {"type": "Adam"}}, "optimizer"),
         ({"train_batch_size": 4096}, "4096"),
         ({"zero_optimization": {"stage": 1, "round_robin_gradients": True}}, "round_robin"),
+        ({"steps_per_print": 0}, '"steps_per_print" is 0: it must be a whole number from 1 to'),
+        ({"zero_optimization": {"stage": 1, "allgather_bucket_size": 1}}, "a multiple of 2 from"),
     ],
 )
 def test_a_deepspeed_json_that_does_not_fit(

@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
@@ -377,3 +379,13 @@ def test_bundled_recipes_are_whole(path: Path) -> None:
 
 def test_bundled_recipes_exist() -> None:
     assert RECIPES
+
+
+def test_reading_a_recipe_needs_nothing_heavy() -> None:
+    heavy = ("torch", "deepspeed", "pandas", "pyarrow", "transformers")
+    code = (
+        "import sys, stacking_ds.recipe, stacking_ds.ds_json\n"
+        f"print([name for name in {heavy} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -157,6 +157,25 @@ def test_text_that_the_vocabulary_does_not_spell_is_told(tmp_path, capsys):
     assert "warning" not in said.err
 
 
+def test_what_differs_in_a_folder_of_many_files_is_counted_and_named_once(tmp_path):
+    texts = list(prose.documents(68))
+    many = tmp_path / "many"
+    many.mkdir()
+    for number, text in enumerate(texts[:60]):
+        (many / f"article-{number:04d}.txt").write_text(text, "utf-8")
+    out, options = tmp_path / "out", {"vocab_size": 300, "heldout_fraction": 0.2}
+    prepare(str(many), out, **options)
+    for name, text, sentence in (
+        ("article-0007.txt", texts[60], r"sources are 60 there and 60 here, the first that "),
+        ("z.txt", texts[61], r"60 there and 61 here, the first that differs '[^']*article-0007"),
+        ("article-0000.txt", texts[62], r"61 here, the first that differs '[^']*article-0000"),
+    ):
+        (many / name).write_text(text, "utf-8")
+        with pytest.raises(DataError, match=sentence) as caught:
+            prepare(str(many), out, **options)
+        assert len(str(caught.value)) < 600 + len(str(out))
+
+
 def test_documents_stay_whole_and_on_their_side(tmp_path):
     texts = list(prose.documents(100))
     source = write_json_lines(tmp_path / "a.jsonl", texts)
@@ -253,6 +272,8 @@ def test_progress_is_reported(tmp_path):
     prepare(text, tmp_path / "out", vocab_size=300, heldout_fraction=0.2, progress=reports.append)
     assert {report.task for report in reports} == {"vocabulary", "shards"}
     assert reports[-1].documents == 40
+    size = (tmp_path / "a.txt").stat().st_size
+    assert {report.total_bytes for report in reports} == {size}
     assert (
         reports[-1].source_bytes == reports[-1].total_bytes == (tmp_path / "a.txt").stat().st_size
     )
@@ -345,7 +366,7 @@ def test_the_vocabulary_is_learned_from_the_start_of_every_unit_and_not_from_wha
     texts = [f"{number} {text}" for number, text in enumerate(prose.documents(80))]
     source = write_json_lines(tmp_path / "a.jsonl", [texts[0], *texts])
     corpus = open_corpus([source], [])
-    plan = make_plan(corpus, "text", 10_000)
+    plan = make_plan(corpus, Reading(), 10_000)
     assert len(plan.units) > 5
 
     def sample(characters, limit=2**62):
@@ -389,12 +410,12 @@ def test_plans_share_small_files_and_cut_large_ones(tmp_path):
     prose.write_text(tmp_path / "zlarge.txt", 60)
     prose.write_text(tmp_path / "heldout.txt", 3)
     names = [str(tmp_path / "small-*.txt"), str(tmp_path / "zlarge.txt")]
-    plan = make_plan(open_corpus(names, [str(tmp_path / "heldout.txt")]), "text", 20_000)
+    plan = make_plan(open_corpus(names, [str(tmp_path / "heldout.txt")]), Reading(), 20_000)
     assert [unit.heldout for unit in plan.units] == [True] + [False] * (len(plan.units) - 1)
     assert len(plan.units[1].segments) > 2
     assert len([1 for unit in plan.units if unit.segments[0].source == 2]) >= 3
     assert plan.source_bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
-    assert make_plan(open_corpus(names, []), "text").units[0].source_bytes == (
+    assert make_plan(open_corpus(names, []), Reading()).units[0].source_bytes == (
         plan.source_bytes - (tmp_path / "heldout.txt").stat().st_size
     )
 
@@ -405,5 +426,7 @@ def test_batch_jobs_get_lines_instead_of_a_bar(tmp_path, capsys, monkeypatch):
     command = ["prepare", text, "--out", str(tmp_path / "out"), "--vocab-size", "300"]
     assert main([*command, "--heldout-fraction", "0.2"]) == 0
     said = capsys.readouterr()
-    assert re.search(r"^shards: 40 documents, 0 MB at [\d.]+ MB/s, 100%, 0 s left$", said.err, re.M)
-    assert re.search(r"^prepared in \d+ s \([\d.]+ MB/s of text\): .* 0 duplicates", said.out)
+    rest = r"0\.\d of 0\.\d MB at [\d.]+ MB/s, 100%, 0 s left$"
+    for what in ("vocabulary, pass 1 of 2", "vocabulary, pass 2 of 2", "tokenizing"):
+        assert re.search(rf"^{what}: \d+ documents, {rest}", said.err, re.MULTILINE), said.err
+    assert re.search(r"^prepared in \d+ s \([\d.]+ MB/s of text\): .* 0 duplicates", said.out, re.M)

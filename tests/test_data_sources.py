@@ -17,11 +17,12 @@ from stacking_ds.errors import DataError
 TEXTS = ["The first document.\nIt has two paragraphs.", "The second döcument."]
 
 
-def items_of(name, piece_bytes=2**40, text_key="text", **options):
+def items_of(name, piece_bytes=2**40, text_key="text", documents="blank-line", **options):
     """What a source yields, piece by piece, with the places."""
     source, found = open_source(str(name), **options), []
-    for piece in source.pieces(piece_bytes, text_key):
-        reader = source.open(piece, Reading(text_key, max_bytes=1000))
+    reading = Reading(text_key, 1000, documents)
+    for piece in source.pieces(piece_bytes, reading):
+        reader = source.open(piece, reading)
         found.extend((item, reader.place(item.number)) for item in reader.items())
     return found
 
@@ -97,12 +98,12 @@ def test_large_files_are_cut_into_pieces_of_the_size_asked_for(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(json_lines([f"document {number}" for number in range(1000)]))
     size = path.stat().st_size
-    pieces = open_source(str(path)).pieces(size // 10, "text")
+    pieces = open_source(str(path)).pieces(size // 10, Reading())
     assert len(pieces) == 10
     assert (pieces[0].start, pieces[-1].stop) == (0, size)
     assert all(abs(piece.stop - piece.start - size // 10) < 100 for piece in pieces)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
-    assert len(open_source(str(tmp_path / "a.jsonl.gz")).pieces(10, "text")) == 1
+    assert len(open_source(str(tmp_path / "a.jsonl.gz")).pieces(10, Reading())) == 1
 
 
 def test_tables_are_cut_between_row_groups_and_batches(tmp_path):
@@ -115,7 +116,7 @@ def test_tables_are_cut_between_row_groups_and_batches(tmp_path):
     ):
         writer.write_table(table, max_chunksize=7)
     for name in ("a.parquet", "b.arrow"):
-        assert len(open_source(str(tmp_path / name)).pieces(500, "text")) > 3
+        assert len(open_source(str(tmp_path / name)).pieces(500, Reading())) > 3
         items = items_of(tmp_path / name, 500)
         assert [item.text for item, _ in items] == texts
         assert [place for _, (place, _) in items] == [f"{name}:{row}" for row in range(1, 101)]
@@ -167,7 +168,7 @@ def test_damaged_tables_and_tables_without_text_are_refused_before_they_are_read
     for name in ("a.parquet", "a.arrow"):
         (tmp_path / name).write_bytes(b"ARROW1 nonsense")
         with pytest.raises(DataError, match=f"{name} cannot be read"):
-            open_source(str(tmp_path / name)).pieces(1000, "text")
+            open_source(str(tmp_path / name)).pieces(1000, Reading())
     pq.write_table(pa.table({"body": ["x"]}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match=r"a.parquet has no column 'text', only \['body'\]"):
         texts_of(tmp_path / "a.parquet")
@@ -182,9 +183,9 @@ def test_sources_that_do_not_exist_are_refused(tmp_path):
         open_source(str(tmp_path / "missing.txt"))
     with pytest.raises(DataError, match=r"holds no \.txt"):
         open_source(str(tmp_path))
-    (tmp_path / "a.csv").write_text("x")
-    with pytest.raises(DataError, match=r"a.csv is none of the known kinds: .txt, .txt.gz, .jsonl"):
-        open_source(str(tmp_path / "a.csv"))
+    (tmp_path / "a.md").write_text("x")
+    with pytest.raises(DataError, match=r"a.md is none of the known kinds: .txt, .jsonl, .ndjson"):
+        open_source(str(tmp_path / "a.md"))
     with pytest.raises(DataError, match="names no dataset"):
         open_source("hf:")
 
@@ -208,7 +209,7 @@ def test_hugging_face_datasets_are_streamed_a_shard_a_piece(dataset):
         f"document {s} {r}" for s in range(3) for r in range(4)
     ]
     assert items[5][1] == (f"{dataset}:1:2", f"{dataset}, shard 1, row 2")
-    assert len(open_source(dataset).pieces(1, "text")) == 3
+    assert len(open_source(dataset).pieces(1, Reading())) == 3
     assert open_source(dataset).identity() == [dataset]
     with pytest.raises(DataError, match=r"books has no column 'body', only \['text'\]"):
         items_of(dataset, text_key="body")
@@ -229,7 +230,7 @@ def test_hugging_face_datasets_are_downloaded_and_cut_by_rows(dataset, tmp_path,
     expected = [f"document {s} {r}" for s in range(3) for r in range(4)][:9]
     assert [item.text for item, _ in items] == expected
     assert [place for _, (place, _) in items] == [f"{source}:{row}" for row in range(1, 10)]
-    assert len(open_source(source, download=True).pieces(40, "text")) > 2
+    assert len(open_source(source, download=True).pieces(40, Reading())) > 2
     assert asked[0] == (
         dataset.removeprefix("hf:"),
         None,

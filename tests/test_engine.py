@@ -1,6 +1,7 @@
 """Engines: all that a JSON gets wrong at once, and plain torch's update."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -106,13 +107,13 @@ def test_everything_wrong_is_said_in_one_message() -> None:
         '"train_batch_size" is 64, but the recipe makes it 96',
         '"gradient_clipping" is 0.5, but the recipe makes it 1.0',
         '"gradient_cliping": DeepSpeed has no such key; did you mean "gradient_clipping"?',
-        '"bf16.enabled" is False, but the recipe makes it True',
+        '"bf16.enabled" is false, but the recipe makes it true',
         '"optimizer": the recipe owns it',
         '"elasticity": DeepSpeed 0.19.8 has removed it',
         '"steps_per_print" is "auto", which nobody fills in',
-        '"zero_optimization.round_robin_gradients" is True: it corrupts',
+        '"zero_optimization.round_robin_gradients" is true: it corrupts',
         '"zero_optimization.reduce_bucket": DeepSpeed has no such key; did you mean "reduce_',
-        "\"zero_optimization.contiguous_gradients\" is 'perhaps'",
+        '"zero_optimization.contiguous_gradients" is "perhaps": it must be true or false',
     ):
         assert expected in message
     assert len(message.splitlines()) == 11
@@ -155,6 +156,11 @@ def test_what_trains_wrongly_or_cannot_be_read_is_refused(
         ('{"bf16": {}, "bf16": {}}', "bf16 is written twice"),
         ("[1]", "must be an object"),
         ("{,}", "cannot use DeepSpeed JSON .*broken.json: Expecting"),
+        ("", "Expecting value"),
+        ('{"a": ' * 20 + "1" + "}" * 20, "nested deeper than 8 levels"),
+        ('{"a": ' * 5000, "nested too deeply"),
+        ('{"steps_per_print": ' + "1" * 5000 + "}", "a number of thousands of digits"),
+        ("{}" + " " * 2**18, "more than 262,144 bytes"),
     ],
 )
 def test_a_broken_file_is_named(tmp_path: Path, text: str, what: str) -> None:
@@ -162,6 +168,15 @@ def test_a_broken_file_is_named(tmp_path: Path, text: str, what: str) -> None:
     path.write_text(text)
     with pytest.raises(ConfigError, match=what):
         load_ds_config(str(path))
+
+
+def test_what_is_no_regular_file_is_no_json(tmp_path: Path) -> None:
+    fifo, folder = tmp_path / "fifo.json", tmp_path / "folder.json"
+    os.mkfifo(fifo)
+    folder.mkdir()
+    for path in (fifo, folder):
+        with pytest.raises(ConfigError, match=f"cannot use DeepSpeed JSON {path}: it is not a reg"):
+            load_ds_config(str(path))
 
 
 def test_a_missing_file_lists_the_bundled_ones() -> None:

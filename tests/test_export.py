@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -270,6 +271,31 @@ def test_a_wrong_tokenizer_is_refused(tmp_path: Path, data: Path) -> None:
         export_to_hugging_face(_tensors().items(), CONFIG, data, tmp_path / "export")
     (data / "tokenizer.json").write_text("{")
     with pytest.raises(DataError, match="not a BERT tokenizer"):
+        export_to_hugging_face(_tensors().items(), CONFIG, data, tmp_path / "export")
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("vocab", "[PAD]", "1"),
+        ("vocab", "[PAD]", True),
+        ("vocab", "[PAD]", 0),  # that of [UNK]
+        ("normalizer", "lowercase", "no"),
+        ("normalizer", "strip_accents", [1]),
+        ("normalizer", "handle_chinese_chars", 2),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_true_is_damage(
+    tmp_path: Path, data: Path, part: str, key: str, value: Any
+) -> None:
+    content = json.loads((data / "tokenizer.json").read_text())
+    (content["model"]["vocab"] if part == "vocab" else content["normalizer"])[key] = value
+    (data / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"tokenizer.json is damaged: its special tokens"):
+        export_to_hugging_face(_tensors().items(), CONFIG, data, tmp_path / "export")
+    del content["normalizer"]["lowercase"]
+    (data / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match="is not a BERT tokenizer"):
         export_to_hugging_face(_tensors().items(), CONFIG, data, tmp_path / "export")
 
 

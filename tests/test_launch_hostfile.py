@@ -1,5 +1,6 @@
 """Which hosts a hostfile names, and what in it is refused."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,17 @@ def test_a_hostfile_that_cannot_be_read_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="cannot read the hostfile"):
         read_hostfile(tmp_path / "binary")
+
+
+def test_a_byte_order_mark_and_blanks_do_not_count(tmp_path: Path) -> None:
+    path = tmp_path / "hosts"
+    path.write_text("\ufeffnode1 slots=2  \u00a0\r\n\tnode2\u00a0 slots=1\t\r\n\u200b\n", "utf-8")
+    assert read_hostfile(path) == [Host("node1", 2), Host("node2", 1)]
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "hosts")
+    (tmp_path / "circle").symlink_to("circle")
+    for name in ("hosts", "circle"):
+        with pytest.raises(ConfigError, match="cannot read the hostfile"):
+            read_hostfile(tmp_path / name)

@@ -9,11 +9,11 @@ import torch
 from stacking_ds import checkpoint, zero
 from stacking_ds.boundary import capture_engine, install_state
 from stacking_ds.distributed import World
+from stacking_ds.ds_json.settings import section_problems
 from stacking_ds.engine import build_engine, load_ds_config, release_engine, resolve_ds_config
 from stacking_ds.errors import ConfigError
 from stacking_ds.fragments import MASTER, MOMENTS
 from stacking_ds.growth.operators import layer_map, source_name
-from stacking_ds.zero.settings import section_problems
 from tests.ranks import run_ranks
 from tests.sharded import train_engine, whole_state
 from tests.tiny import tiny_model, tiny_optimizer, train_tiny
@@ -114,9 +114,13 @@ def test_bundled_offload_jsons_can_be_used(name: str) -> None:
 @pytest.mark.parametrize(
     ("stage", "offload", "what"),
     [
-        (1, {"device": "nvme", "nvme_path": "/tmp"}, "device\" is 'nvme'.*write 'cpu'"),
+        (
+            1,
+            {"device": "nvme", "nvme_path": "/tmp"},
+            'device" is "nvme": it must be "cpu" or "none", since growth',
+        ),
         (3, {"device": "cpu", "ratio": 0.5}, r"ratio\" is 0\.5.*write 1\.0"),
-        (3, {"device": "cpu", "super_offload": True}, 'super_offload" is True.*write False'),
+        (3, {"device": "cpu", "super_offload": True}, 'super_offload" is true.*write false'),
         (0, {"device": "cpu"}, 'at ZeRO 0 DeepSpeed offloads nothing; write "stage": 1, 2 or 3'),
     ],
 )

@@ -141,6 +141,11 @@ def test_a_run_that_cannot_be_read_is_not_started_anew(open_place: Path) -> None
             with pytest.raises(UnreadableError, match=r"checkpoints cannot be read \(Permission"):
                 run_directory.check(run_dir, config, resume=resume)
     with (
+        _forbidden(run_dir / "checkpoints" / "latest"),
+        pytest.raises(UnreadableError, match=r"latest cannot be read \(Permission denied\); mend"),
+    ):
+        checkpoint.latest(run_dir)
+    with (
         _forbidden(run_dir / "config.yaml"),
         pytest.raises(UnreadableError, match=r"config.yaml cannot be read \(Permission denied\)"),
     ):

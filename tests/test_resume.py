@@ -197,6 +197,7 @@ def test_a_run_is_exported_without_its_shards(
         assert f"{option}--data FOLDER" in _refused(capsys, "evaluate", run_dir)
         said = _refused(capsys, "train", "--resume", run_dir)
         assert f"{option}--set data.path=FOLDER" in said
+        _did(capsys, "train", "--resume", run_dir, "--dry-run", "--without-data")
         result = json.loads(_did(capsys, "evaluate", run_dir, "--data", moved).splitlines()[-1])
         assert result["mlm_loss"] > 0
         # its tokenizer is damaged, and then it is as an earlier version left it

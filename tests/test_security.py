@@ -34,7 +34,7 @@ def _offences(source: str) -> Iterator[str]:
             yield f"{node.lineno}: {name} with a shell"
         if name.endswith("np.load") and options.get("allow_pickle", "False") != "False":
             yield f"{node.lineno}: {name} with pickle"
-        if name == "yaml.load" and options.get("Loader") != "_Loader":  # recipe.py's safe one
+        if name == "yaml.load":  # yaml_text.py reads events, which make no objects
             yield f"{node.lineno}: {name}"
 
 

@@ -179,7 +179,7 @@ def measure_loader(shards: TokenShards, workers: int, seconds: float) -> dict[st
 
 def _texts(name: str) -> Iterator[str]:
     source = open_source(name)
-    for piece in source.pieces(_PIECE_BYTES, "text"):
+    for piece in source.pieces(_PIECE_BYTES, Reading()):
         for item in source.open(piece, Reading()).items():
             if isinstance(item, Document) and item.text.strip():
                 yield item.text

@@ -40,6 +40,7 @@ from stacking_ds.errors import CheckpointError
 from stacking_ds.fragments import Fragment
 from stacking_ds.growth.state import capture
 from stacking_ds.small_files import DamagedFileError
+from stacking_ds.text_table import first_of
 
 __all__ = ["BackgroundSave", "save"]
 
@@ -219,7 +220,7 @@ class BackgroundSave:
 
     def _clean_up(self, reasons: Sequence[str]) -> str:
         shutil.rmtree(partial_of(self.folder), ignore_errors=True)
-        why = "; ".join(reasons)
+        why = first_of(reasons, 3, "; ")
         try:
             newest = named_by_latest(self.folder.parent)
             before = f"{newest} is untouched" if newest else "there is no earlier checkpoint"

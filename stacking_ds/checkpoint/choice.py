@@ -1,10 +1,12 @@
 """Which checkpoint a person means: a run's newest, one by its name or step, or a folder by its
 path."""
 
+import os
 from pathlib import Path
 
 from stacking_ds.checkpoint.folders import folder_name, latest, saved_steps
 from stacking_ds.errors import CheckpointError
+from stacking_ds.text_table import first_of
 
 __all__ = ["choose", "choose_all", "is_checkpoint", "require_run"]
 
@@ -34,7 +36,7 @@ def choose(place: Path, name: str | None = None) -> Path:
         name = folder_name(int(name))
     if name not in there:
         raise CheckpointError(
-            f"{place} has no checkpoint {name!r}; there is: {', '.join(there) or 'none'}"
+            f"{place} has no checkpoint {name!r}; there is: {first_of(there) or 'none'}"
         )
     return place / "checkpoints" / name
 
@@ -60,8 +62,9 @@ def _none_yet(run_dir: Path) -> CheckpointError:
 
 def is_checkpoint(place: Path) -> bool:
     """Is it a checkpoint's folder, rather than the run that has it? A damaged one is one too."""
-    step = place.resolve().name.removeprefix("step_")
-    named = step.isdigit() and place.resolve().name == folder_name(int(step))
+    name = os.path.basename(os.path.realpath(place))
+    step = name.removeprefix("step_")
+    named = step.isdigit() and name == folder_name(int(step))
     return place.is_dir() and (named or any(place.glob("rank_*.safetensors")))
 
 

@@ -105,6 +105,7 @@ def latest(run_dir: Path) -> Path | None:
     since a folder is there only when it is whole.
 
     Raises:
+        UnreadableError: nobody knows which one it is.
         CheckpointError: `latest` is damaged, or names a folder that is not there.
     """
     root, steps = run_dir / "checkpoints", saved_steps(run_dir)
@@ -113,6 +114,10 @@ def latest(run_dir: Path) -> Path | None:
         wrong = f"names {name!r}, which is not there"
     except DamagedFileError as damage:
         name, wrong = "", f"is damaged: {damage.reason}"
+    except OSError as error:
+        raise UnreadableError(
+            f"{root / 'latest'} cannot be read ({error.strerror}); mend access to it and try again"
+        ) from None
     if name is None:
         return root / folder_name(steps[-1]) if steps else None
     folder = root / name
@@ -130,14 +135,13 @@ def latest(run_dir: Path) -> Path | None:
 
 def fall_back(folder: Path) -> str:
     """What to do when the checkpoint `folder` cannot be used: the end of an error's sentence."""
-    root, named = folder.parent, re.search(_NAME, folder.name)
-    if root.name != "checkpoints" or named is None:
+    root, step = folder.parent, step_of(folder)
+    if root.name != "checkpoints" or step is None:
         return "bring it back from a copy, or use another checkpoint of its run"
-    step = int(named[1])
     others = [
         other
         for other in _steps_in(root)
-        if other != step and (root / folder_name(other) / "manifest.json").exists()
+        if other != step and os.path.isfile(root / folder_name(other) / "manifest.json")
     ]
     if not others:
         return "there is no other checkpoint, so start the run again with another --run-dir"

@@ -72,7 +72,7 @@ class Contents(_Record):
     """The optimizer's own count, which its bias correction needs; 0 means no moments yet."""
     loss_scale: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1.0
     """What fp16 multiplied the loss by; 1.0 at other precisions."""
-    num_hidden_layers: Count
+    num_hidden_layers: Positive
     zero_stage: Annotated[int, Field(ge=0, le=3)]
     """Of the engine that saved; any other can load."""
     vocabulary_sha256: Words

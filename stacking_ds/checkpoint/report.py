@@ -18,7 +18,7 @@ from stacking_ds.checkpoint.state import read_parameters
 from stacking_ds.config import RunConfig
 from stacking_ds.errors import CheckpointError, UnreadableError, UserError
 from stacking_ds.optim.schedule import LearningRateSchedule
-from stacking_ds.text_table import aligned, readable_size
+from stacking_ds.text_table import aligned, first_of, readable_size
 
 __all__ = ["config_of", "contents", "listed", "listing", "parameter_lines", "verify"]
 
@@ -222,7 +222,7 @@ def _way_out(damaged: Sequence[Path], states: dict[Path, State], say: Say) -> st
             return "no checkpoint that can be read is whole"
         return "no checkpoint is whole: start the run again with another --run-dir"
     if folder == newest:
-        names = ", ".join(path.name for path in damaged)
+        names = first_of([path.name for path in damaged])
         return f"`latest` names {folder.name}, so --resume goes on from it; {names} may be deleted"
     return f"`{use_command(folder)}`, and then --resume goes on from there"
 

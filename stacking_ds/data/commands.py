@@ -25,8 +25,9 @@ def add_prepare(parser: argparse.ArgumentParser) -> None:
         "sources",
         nargs="+",
         metavar="SOURCE",
-        help=".txt (blank line = new document), .jsonl, either .gz, .parquet or .arrow files, "
-        "folders or globs; hf:NAME[:CONFIG][@SPLIT] for a Hugging Face dataset; `embedded` for the "
+        help="files, folders or globs: .txt (see --documents), .jsonl, .ndjson, .json, .csv, .tsv, "
+        "each also .gz, .bz2, .xz or .zst; .parquet, .arrow (in a folder .json, .csv and .tsv are "
+        "left alone); hf:NAME[:CONFIG][@SPLIT] for a Hugging Face dataset; `embedded` for the "
         "English prose that a Python installation carries",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
@@ -47,6 +48,13 @@ def add_prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--licence", help="the text's licence, for the manifest")
     parser.add_argument(
         "--text-key", default="text", help="key or column of the text (%(default)s)"
+    )
+    parser.add_argument(
+        "--documents",
+        choices=("blank-line", "line", "file"),
+        default="blank-line",
+        help="what a document of a .txt file is: what stands between blank lines, a line, or the "
+        "file (%(default)s)",
     )
     parser.add_argument(
         "--bad-documents",
@@ -72,6 +80,7 @@ def add_prepare(parser: argparse.ArgumentParser) -> None:
 
 
 def _prepare(options: argparse.Namespace) -> int:
+    from stacking_ds.data.prepare.first_look import odd_documents
     from stacking_ds.data.prepare.run import prepare
 
     started = time.monotonic()
@@ -88,11 +97,13 @@ def _prepare(options: argparse.Namespace) -> int:
             heldout_fraction=options.heldout_fraction,
             licence=options.licence,
             text_key=options.text_key,
+            documents=options.documents,
             bad_documents=options.bad_documents,
             download=options.download,
             workers=len(os.sched_getaffinity(0)) if options.workers is None else options.workers,
             part=part,
             progress=display,
+            say=display.say,
         )
     seconds = time.monotonic() - started
     if prepared.manifest is None:
@@ -113,6 +124,8 @@ def _prepare(options: argparse.Namespace) -> int:
             f"left out, {rejected.reason}: {rejected.documents:,} documents, the first at "
             f"{', '.join(rejected.first[:3])}"
         )
+    if odd := odd_documents(prepared.manifest):
+        print(odd, file=sys.stderr)
     return 0
 
 
@@ -177,28 +190,35 @@ def _part(text: str) -> tuple[int, int]:
 
 
 class _Display:
-    """A bar on a terminal, else a line now and then."""
+    """A bar on a terminal, else a line now and then; of each reading of the sources, which are two
+    for a vocabulary that is trained, and one for the shards."""
 
     def __init__(self) -> None:
         from tqdm import tqdm
 
         self._terminal = sys.stderr.isatty()
         self._bar = tqdm(unit="B", unit_scale=True, disable=not self._terminal)
-        self._task, self._read = "", 0
+        self._task, self._reading, self._read = "", 0, 0
         self._started = self._last = time.monotonic()
 
     def __call__(self, now: "Progress") -> None:
-        if now.task != self._task or now.source_bytes < self._read:  # a vocabulary reads twice
+        begins_again = now.task == "vocabulary" and now.source_bytes < self._read
+        if now.task != self._task or begins_again:
+            self._reading = self._reading + 1 if now.task == self._task else 1
             self._task = now.task
             self._bar.reset(now.total_bytes)
             self._bar.initial = self._bar.n = now.kept_bytes
             self._started = self._last = time.monotonic()
         self._read = now.source_bytes
-        self._bar.set_description(f"{now.task}: {now.documents:,} documents", refresh=False)
+        self._bar.set_description(f"{self._what(now)}: {now.documents:,} documents", refresh=False)
         self._bar.update(max(0, now.source_bytes - self._bar.n))
         if not self._terminal and time.monotonic() - self._last > _SECONDS_BETWEEN_LINES:
             self._last = time.monotonic()
             print(self._line(now, self._last - self._started), file=sys.stderr, flush=True)
+
+    def say(self, sentence: str) -> None:
+        """A line that the bar goes on below."""
+        self._bar.write(sentence, file=sys.stdout)
 
     def __enter__(self) -> "_Display":
         return self
@@ -206,11 +226,17 @@ class _Display:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
+    def _what(self, now: "Progress") -> str:
+        return (
+            f"vocabulary, pass {self._reading} of 2" if now.task == "vocabulary" else "tokenizing"
+        )
+
     def _line(self, now: "Progress", seconds: float) -> str:
-        line = f"{now.task}: {now.documents:,} documents, {now.source_bytes / 1e6:,.0f} MB"
+        line = f"{self._what(now)}: {now.documents:,} documents, {now.source_bytes / 1e6:,.1f}"
+        line += f" of {now.total_bytes / 1e6:,.1f} MB" if now.total_bytes else " MB"
         speed = max(0, now.source_bytes - now.kept_bytes) / seconds
         line += f" at {speed / 1e6:.1f} MB/s"
         if now.total_bytes and speed:
             left = max(0, now.total_bytes - now.source_bytes) / speed
-            line += f", {now.source_bytes / now.total_bytes:.0%}, {left:,.0f} s left"
+            line += f", {min(1, now.source_bytes / now.total_bytes):.0%}, {left:,.0f} s left"
         return line

@@ -14,12 +14,12 @@ Shapes: R rows, E examples.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from stacking_ds.data.arrow_checks import only_batch
 from stacking_ds.data.examples import ExampleKind, Examples, concatenate
@@ -107,7 +107,7 @@ class LayoutRecord(_Record):
     """Hash of the split's documents and of LAYOUT_VERSION."""
     spec: LayoutSpec
     split: SplitName
-    parts: tuple[PartRecord, ...]
+    parts: Annotated[tuple[PartRecord, ...], Field(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -186,10 +186,13 @@ class Layout:
     def _require_room(self, examples: Examples, counts_R: Integers) -> None:
         """Raises DataError where the examples of these rows do not fit into them: they would be
         written into the next one."""
-        slots = examples.slots.astype(np.int64)
-        used_R = np.add.reduceat(slots, np.cumsum(counts_R) - counts_R)
-        lengths = (examples.first_length_E > 0) & (examples.second_length_E >= 0)
-        if not (lengths.all() and used_R.max() <= self.record.spec.sequence_length):
+        room = self.record.spec.sequence_length
+        first_E, second_E = examples.first_length_E, examples.second_length_E
+        fits = (first_E > 0) & (first_E <= room) & (second_E >= 0) & (second_E <= room)
+        if not fits.all() or len(first_E) == 0:
+            raise self._damaged("examples")
+        used_R = np.add.reduceat(examples.slots, np.cumsum(counts_R) - counts_R)
+        if used_R.max() > room:
             raise self._damaged("examples")
 
     def _damaged(self, what: str) -> DataError:

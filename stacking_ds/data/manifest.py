@@ -17,6 +17,7 @@ __all__ = [
     "UNFINISHED_NAME",
     "Count",
     "DataManifest",
+    "DocumentRule",
     "DuplicatesFile",
     "FileName",
     "Positive",
@@ -40,6 +41,8 @@ UNFINISHED_NAME = ".unfinished"
 MANY_UNKNOWN = 0.01
 """The share of [UNK] above which people are warned; English has a thousandth of that."""
 SplitName = Literal["train", "heldout"]
+# what a document of a .txt file is: what stands between blank lines, a line, or the file
+DocumentRule = Literal["blank-line", "line", "file"]
 
 _MOST = 2**53
 Count = Annotated[int, Field(ge=0, le=_MOST)]
@@ -64,6 +67,7 @@ class PrepareRequest(Record):
     heldout_fraction: float
     vocabulary: str
     text_key: str
+    documents: DocumentRule = "blank-line"
     normalization: Normalization = UNCASED
     """Folders of earlier versions, which do not say, are uncased."""
 

@@ -19,6 +19,7 @@ from stacking_ds.launch.request import Request
 from stacking_ds.launch.runner import prepare_local, prepare_on_hosts
 from stacking_ds.launch.signals import StopSignals
 from stacking_ds.launch.ssh import run_on_hosts
+from stacking_ds.text_table import first_of
 
 __all__ = ["run_attempt", "say", "usable_hosts"]
 
@@ -56,7 +57,7 @@ def usable_hosts(request: Request) -> list[Host]:
     )
     troubles = {answer.host: answer.trouble for answer in answers if answer.trouble is not None}
     usable = [host for host in hosts if host.name not in troubles]
-    named = "; ".join(f"{host}: {trouble}" for host, trouble in troubles.items())
+    named = first_of([f"{host}: {trouble}" for host, trouble in troubles.items()], between="; ")
     if len(usable) < least:
         raise ConfigError(
             f"{len(troubles)} of {len(hosts)} hosts of {request.hostfile} cannot be used, and "

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from stacking_ds.launch.request import PACKAGE_FOLDER
 from stacking_ds.launch.ssh import Answer, run_on_hosts
 from stacking_ds.launch.sweep import Action, Found, sweep
+from stacking_ds.text_table import first_of
 
 __all__ = ["Census", "Count"]
 
@@ -29,8 +30,8 @@ class Count:
 
     def places(self) -> str:
         """Where there are processes, for people."""
-        return ", ".join(
-            host or "this machine" for host, found in self.found.items() if found.processes
+        return first_of(
+            [host or "this machine" for host, found in self.found.items() if found.processes]
         )
 
 

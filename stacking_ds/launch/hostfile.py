@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stacking_ds.errors import ConfigError
+from stacking_ds.small_files import DamagedFileError, read_text
 
 __all__ = ["Host", "draw_hostfile", "read_hostfile"]
 
 _LINE = re.compile(r"(\S+)\s+slots=(\d{1,6})", re.ASCII)
+# what an editor leaves at the start of a file and nobody sees
+_UNSEEN = dict.fromkeys(map(ord, "\ufeff\u200b"))
 # what begins with - would be an option of ssh; a : would name a module of pdsh
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*", re.ASCII)
 
@@ -24,21 +27,22 @@ class Host:
 
 
 def read_hostfile(path: Path) -> list[Host]:
-    """The hosts of the file, in its order; # begins a comment.
+    """The hosts of the file, in its order; # begins a comment. Blanks around a line and a byte
+    order mark before it do not count.
 
     Raises:
         ConfigError: the file cannot be read, or a line of it is not a host; with its number.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(path).splitlines()
+    except (OSError, DamagedFileError) as error:
         raise ConfigError(
             f"cannot read the hostfile {path} ({error}); give a text file with `name slots=N` lines"
         ) from None
     seen: dict[str, int] = {}
     hosts = []
     for number, line in enumerate(lines, start=1):
-        text = line.partition("#")[0].strip()
+        text = " ".join(line.partition("#")[0].translate(_UNSEEN).split())
         if not text:
             continue
         host = _host(text, f"{path}:{number}")

@@ -228,7 +228,7 @@ def test_a_stale_latest_is_one_sentence(job: Job) -> None:
     pointer.write_text("step_00000099\n")
     runner = job.start(job.deepspeed(job.train("--resume")))
     assert wait_gone(job, runner, 60) == 2
-    assert "names 'step_00000099', which is not there; write the name of another" in job.said()
+    assert "names 'step_00000099', which is not there; say from which" in job.said()
     assert job.said().count("stacking-ds: error:") == 1
     pointer.write_text(right)
     found = checkpoint.latest(job.run_dir)

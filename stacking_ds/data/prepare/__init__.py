@@ -1,2 +1,2 @@
-"""Text to a folder of token shards. Read in this order: plan, tokenizing, unit, vocabulary, finish,
-folder, reuse, session, worker, workers, run."""
+"""Text to a folder of token shards. Read in this order: plan, tokenizing, unit, folder, session,
+vocabulary, finish, reuse, worker, workers, run."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from stacking_ds.data.manifest import Record, SourceFile
 from stacking_ds.data.sources.documents import Item, Piece, Reader, Reading, Source
-from stacking_ds.data.sources.names import open_source
+from stacking_ds.data.sources.names import SeenFiles, open_source
 from stacking_ds.errors import DataError
 
 __all__ = [
@@ -22,10 +22,11 @@ __all__ = [
     "Unit",
     "make_plan",
     "open_corpus",
-    "say_what_is_unread",
+    "say_what_is_left_out",
 ]
 
 _UNITS = 64
+_NAMED = 10
 _MIN_UNIT_BYTES, _MAX_UNIT_BYTES = 4 * 2**20, 256 * 2**20
 
 
@@ -152,16 +153,19 @@ class Corpus:
 def open_corpus(
     sources: Sequence[str], heldout_sources: Sequence[str], *, download: bool = False
 ) -> Corpus:
-    """Opens the sources by name. Raises DataError for one that cannot be found."""
-    names = (*heldout_sources, *sources)
-    opened = tuple(open_source(name, download=download) for name in names)
-    return Corpus(opened, len(heldout_sources))
+    """Opens the sources by name; a file that several names lead to is read once on each side.
+    Raises DataError for one that cannot be found."""
+    opened: list[Source] = []
+    for names in (heldout_sources, sources):
+        seen: SeenFiles = {}
+        opened += [open_source(name, download=download, seen=seen) for name in names]
+    return Corpus(tuple(opened), len(heldout_sources))
 
 
-def make_plan(corpus: Corpus, text_key: str, unit_bytes: int | None = None) -> Plan:
+def make_plan(corpus: Corpus, reading: Reading, unit_bytes: int | None = None) -> Plan:
     """Cuts the corpus into units of about `unit_bytes` of text; by default a 64th of it, within 4
     and 256 MiB. Small neighbouring files share a unit, a shard of a dataset is a unit.
-    Raises DataError for files that cannot be opened or have no column `text_key`."""
+    Raises DataError for files that cannot be opened or have no text under the reading's key."""
     if unit_bytes is None:
         total = sum(source.estimate() for source in corpus.sources)
         unit_bytes = min(max(total // _UNITS, _MIN_UNIT_BYTES), _MAX_UNIT_BYTES)
@@ -172,7 +176,7 @@ def make_plan(corpus: Corpus, text_key: str, unit_bytes: int | None = None) -> P
         for index, source in enumerate(corpus.sources):
             if (index < corpus.num_heldout) != heldout:
                 continue
-            for piece in source.pieces(unit_bytes, text_key):
+            for piece in source.pieces(unit_bytes, reading):
                 alone = piece.text_bytes is None
                 if segments and (alone or size + (piece.text_bytes or 0) > 1.5 * unit_bytes):
                     units.append(Unit(heldout=heldout, segments=tuple(segments)))
@@ -187,12 +191,21 @@ def make_plan(corpus: Corpus, text_key: str, unit_bytes: int | None = None) -> P
     return Plan(units=tuple(units), files=corpus.files())
 
 
-def say_what_is_unread(corpus: Corpus) -> None:
-    """Warns of what lies in the folders that are sources and is not read."""
+def say_what_is_left_out(corpus: Corpus) -> None:
+    """Warns of what lies in the folders that are sources and is not read, and of files that have
+    several names."""
+    logger = logging.getLogger("stacking_ds")
     for source in corpus.sources:
         if unread := source.unread:
-            logging.getLogger("stacking_ds").warning(
+            logger.warning(
                 "%s: only its files of known kinds are read; left alone: %s",
                 source.name,
-                ", ".join(unread),
+                _few(unread),
             )
+        if repeated := source.repeated:
+            logger.warning("%s: read once, under one name: %s", source.name, _few(repeated))
+
+
+def _few(names: Sequence[str]) -> str:
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more:,} more" if more > 0 else "")

@@ -6,6 +6,7 @@ A run that is killed, at any moment, loses at most the chunk each process was at
 again goes on, and the folder is then the same, to the byte, as if nothing had happened.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,27 +15,32 @@ from stacking_ds.data.given_vocabulary import read_vocabulary
 from stacking_ds.data.manifest import (
     MANIFEST_NAME,
     DataManifest,
+    DocumentRule,
     PrepareRequest,
 )
+from stacking_ds.data.prepare.checks import check_corpus, check_folder_name, check_numbers
 from stacking_ds.data.prepare.finish import empty_split, finish_splits
+from stacking_ds.data.prepare.first_look import say_what_documents_are, text_paths
 from stacking_ds.data.prepare.folder import (
     Settings,
     Started,
     UnfinishedFolder,
     UnitRecord,
 )
-from stacking_ds.data.prepare.plan import Corpus, make_plan, open_corpus, say_what_is_unread
+from stacking_ds.data.prepare.plan import Corpus, make_plan, open_corpus
 from stacking_ds.data.prepare.reuse import adopt, check_request, reusable
-from stacking_ds.data.prepare.session import Job, Session, unwritable
+from stacking_ds.data.prepare.session import Job, Session, reading_of, unwritable
 from stacking_ds.data.prepare.unit import SPLITS, BadDocuments, Rejections
 from stacking_ds.data.prepare.vocabulary import train_vocabulary, write_vocabulary
 from stacking_ds.data.prepare.workers import do_in_workers
 from stacking_ds.data.shard_writer import sync_folder, write_file
-from stacking_ds.data.sources.documents import MAX_DOCUMENT_BYTES
+from stacking_ds.data.sources.documents import MAX_DOCUMENT_BYTES, Reading
 from stacking_ds.data.tokenizer import vocabulary_sha256
 from stacking_ds.errors import DataError
 
 __all__ = ["SHARD_CHARACTERS", "Prepared", "Progress", "prepare"]
+
+logger = logging.getLogger("stacking_ds")
 
 # What a process holds in memory before it writes, and at most loses when it is killed.
 SHARD_CHARACTERS = 128 * 2**20
@@ -74,6 +80,7 @@ class _How:
     part: tuple[int, int]
     licence: str | None
     progress: Callable[[Progress], None]
+    say: Callable[[str], None]
 
 
 def prepare(
@@ -88,6 +95,7 @@ def prepare(
     heldout_fraction: float = 0.02,
     licence: str | None = None,
     text_key: str = "text",
+    documents: DocumentRule = "blank-line",
     bad_documents: BadDocuments = "refuse",
     download: bool = False,
     workers: int = 1,
@@ -96,6 +104,7 @@ def prepare(
     unit_bytes: int | None = None,
     max_document_bytes: int = MAX_DOCUMENT_BYTES,
     progress: Callable[[Progress], None] | None = None,
+    say: Callable[[str], None] = logger.info,
 ) -> Prepared:
     """Makes token shards in `out_dir`, goes on making them, or finds that it already holds them.
 
@@ -108,8 +117,9 @@ def prepare(
     hash falls lowest, so that a document stays on its side whatever is added to the corpus. Exact
     duplicates do not count, over both splits.
 
-    `text_key` is the key or column of the text. `bad_documents`: "refuse" raises for the first one
-    that cannot be read, "count" leaves such documents out and lists them in the manifest. With
+    `text_key` is the key or column of the text; `documents` what a document of a .txt file is, and
+    `say` is told how many that makes, by a first look. `bad_documents`: "refuse" raises for the
+    first one that cannot be read, "count" leaves such ones out and lists them in the manifest. With
     `workers` above 1 that many processes work; `part` (i, n) does every n-th unit, from the i-th,
     and leaves the others to n - 1 other calls, of which the last one finishes. `unit_bytes` and
     `shard_characters` set the size of the pieces of work and of the shards.
@@ -118,9 +128,11 @@ def prepare(
     vocabularies, for bad documents, for a split that stays empty, and for an `out_dir` that holds
     something else or cannot be written. What is finished by then is kept.
     """
-    _check_numbers(heldout_fraction, workers, part)
+    check_numbers(heldout_fraction, workers, part)
     names = (sources,) if isinstance(sources, str) else tuple(sources)
-    corpus = _open(names, heldout_sources, heldout_fraction, download)
+    corpus = open_corpus(names, heldout_sources, download=download)
+    check_corpus(corpus, heldout_fraction, documents)
+    check_folder_name(out_dir)
     given, normalization = read_vocabulary(vocabulary, cased=cased, keep_accents=keep_accents)
     heldout_lines, lines = corpus.identity()
     request = PrepareRequest(
@@ -129,34 +141,13 @@ def prepare(
         heldout_fraction=heldout_fraction,
         vocabulary=f"trained:{vocab_size}" if given is None else vocabulary_sha256(given),
         text_key=text_key,
+        documents=documents,
         normalization=normalization,
     )
     settings = Settings.here(unit_bytes, shard_characters, max_document_bytes, download)
     job = Job.of(out_dir, names, heldout_sources, download, bad_documents)
-    how = _How(vocab_size, workers, part, licence, progress or (lambda _: None))
+    how = _How(vocab_size, workers, part, licence, progress or (lambda _: None), say)
     return _Run(corpus, request, settings, job, how)(given)
-
-
-def _open(
-    names: Sequence[str], heldout_sources: Sequence[str], heldout_fraction: float, download: bool
-) -> Corpus:
-    corpus = open_corpus(names, heldout_sources, download=download)
-    say_what_is_unread(corpus)
-    if not (corpus.num_heldout or heldout_fraction or any(s.holds_out for s in corpus.train)):
-        raise DataError(
-            "heldout_fraction is 0 and no held-out source is named, but training needs held-out "
-            "documents: raise --heldout-fraction, or name what to hold out by --heldout SOURCE"
-        )
-    return corpus
-
-
-def _check_numbers(heldout_fraction: float, workers: int, part: tuple[int, int]) -> None:
-    if not 0 <= heldout_fraction <= 0.5:
-        raise DataError(f"heldout_fraction is {heldout_fraction}; it must lie between 0 and 0.5")
-    if workers < 1:
-        raise DataError(f"workers is {workers}; it must be at least 1")
-    if not 1 <= part[0] <= part[1]:
-        raise DataError(f"part {part[0]} of {part[1]} does not exist; write 1/4 to 4/4, say")
 
 
 @dataclass(frozen=True)
@@ -210,11 +201,12 @@ class _Run:
         started = self.folder.started()
         resumed = started is not None
         if started is None:
-            plan = make_plan(self.corpus, self.request.text_key, self.settings.unit_bytes)
+            plan = make_plan(self.corpus, self._reading, self.settings.unit_bytes)
             started = self.folder.start(self.request, self.settings, plan)
         else:
             check_request(self.folder.path, started.request, self.request)
             started = adopt(self.folder, started, self.settings, self.corpus)
+        say_what_documents_are(self.corpus, self._reading, self.how.say)
         try:
             self._ensure_vocabulary(started, given)
             index, count = self.how.part
@@ -229,6 +221,10 @@ class _Run:
                 raise self._overtaken()
             return Prepared(None, reused=False, missing_units=missing)
         return Prepared(self._finish(started, records), reused=False, resumed=resumed)
+
+    @property
+    def _reading(self) -> Reading:
+        return reading_of(self.request, self.settings)
 
     def _overtaken(self) -> DataError:
         return DataError(f"{self.folder.path} was finished by another process")
@@ -280,8 +276,11 @@ class _Run:
             rejections.extend(chunk.rejected)
         rejected = rejections.taken()
         if not train.documents or not heldout.documents:
+            error = empty_split(
+                folder.path, splits, rejected, self.request, bool(text_paths(self.corpus))
+            )
             folder.discard()
-            raise empty_split(train, rejected, self.request.heldout_fraction)
+            raise error
         hashes = {
             (one.source, one.file): one.sha256
             for record in records.values()

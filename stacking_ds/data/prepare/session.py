@@ -1,11 +1,12 @@
 """Does units: in the process that was called, or in each of several workers."""
 
 import errno
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from stacking_ds.data.manifest import Record, file_sha256
-from stacking_ds.data.prepare.folder import FileHash, UnfinishedFolder, UnitRecord
+from stacking_ds.data.manifest import PrepareRequest, Record, file_sha256
+from stacking_ds.data.prepare.folder import FileHash, Settings, UnfinishedFolder, UnitRecord
 from stacking_ds.data.prepare.plan import Corpus, InputFile, open_corpus
 from stacking_ds.data.prepare.tokenizing import SentenceTokenizer
 from stacking_ds.data.prepare.unit import EMPTY, SPLITS, BadDocuments, Chunk, UnitWriter
@@ -13,7 +14,7 @@ from stacking_ds.data.sources.documents import Reading
 from stacking_ds.data.tokenizer import special_ids, vocabulary_sha256
 from stacking_ds.errors import DataError
 
-__all__ = ["Job", "Session", "hash_limit", "unwritable"]
+__all__ = ["Job", "Session", "hash_limit", "reading_of", "unwritable"]
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -38,7 +39,7 @@ class Job(Record):
     ) -> "Job":
         """The job of making `out_dir`."""
         return cls(
-            out_dir=str(out_dir.resolve()),
+            out_dir=os.path.realpath(out_dir),
             sources=tuple(sources),
             heldout_sources=tuple(heldout_sources),
             download=download,
@@ -59,7 +60,7 @@ class Session:
             raise DataError(f"{job.out_dir}: the files of its sources changed meanwhile")
         self._corpus = corpus
         self._started, self._bad_documents = started, job.bad_documents
-        self._reading = Reading(started.request.text_key, started.settings.max_document_bytes)
+        self._reading = reading_of(started.request, started.settings)
         self._vocab_size, self._unknown_id = len(vocabulary), special_ids(vocabulary).unk
         self._vocabulary_sha256 = vocabulary_sha256(vocabulary)
         self._tokenizer = SentenceTokenizer(vocabulary, started.request.normalization)
@@ -146,6 +147,11 @@ class Session:
                     f"{path} changed while it was read; delete {self._folder.path} and prepare it "
                     "again from files that stay as they are"
                 )
+
+
+def reading_of(request: PrepareRequest, settings: Settings) -> Reading:
+    """How the sources are read."""
+    return Reading(request.text_key, settings.max_document_bytes, request.documents)
 
 
 def hash_limit(heldout_fraction: float, corpus: Corpus) -> int:

@@ -15,7 +15,7 @@ from stacking_ds.data.manifest import Record, Rejected, ShardFile, SplitName
 from stacking_ds.data.prepare.tokenizing import SentenceTokenizer
 from stacking_ds.data.sentences import split_sentences
 from stacking_ds.data.shard_writer import ShardWriter
-from stacking_ds.data.sources.documents import Document, Fault, Item, Reader
+from stacking_ds.data.sources.documents import NO_TEXT, Document, Fault, Item, Reader
 from stacking_ds.errors import DataError
 
 __all__ = [
@@ -109,8 +109,9 @@ def usable(item: Item, reader: Reader, bad_documents: BadDocuments) -> bool:
     if isinstance(item, Document):
         return True
     if bad_documents == "refuse":
+        key = "name another key by --text-key, " if item.reason == NO_TEXT else ""
         raise DataError(
-            f"{reader.place(item.number)[1]} {item.sentence}; leave such documents out and "
+            f"{reader.place(item.number)[1]} {item.sentence}; {key}leave such documents out and "
             "count them by --bad-documents count, or mend it and prepare into another folder"
         )
     return False

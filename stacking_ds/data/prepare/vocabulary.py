@@ -3,14 +3,15 @@
 from collections.abc import Callable, Iterator, Sequence
 
 from stacking_ds.data.manifest import VocabularyFile, file_sha256
+from stacking_ds.data.prepare.finish import no_training_text
+from stacking_ds.data.prepare.first_look import text_paths
 from stacking_ds.data.prepare.folder import Started, UnfinishedFolder
 from stacking_ds.data.prepare.plan import Corpus, Plan
-from stacking_ds.data.prepare.session import hash_limit
+from stacking_ds.data.prepare.session import hash_limit, reading_of
 from stacking_ds.data.prepare.unit import BadDocuments, document_hash, split_of, usable, words_of
 from stacking_ds.data.shard_writer import write_file
 from stacking_ds.data.sources.documents import Document, Reading
 from stacking_ds.data.tokenizer import Normalization, build_tokenizer, train_wordpiece
-from stacking_ds.errors import DataError
 
 __all__ = ["SAMPLE_CHARACTERS", "VocabularySample", "train_vocabulary", "write_vocabulary"]
 
@@ -31,15 +32,13 @@ def train_vocabulary(
     sample = VocabularySample(
         corpus,
         started.plan,
-        Reading(request.text_key, started.settings.max_document_bytes),
+        reading_of(request, started.settings),
         hash_limit=hash_limit(request.heldout_fraction, corpus),
         bad_documents=bad_documents,
         report=lambda documents, read: report(documents, read, sample.source_bytes),
     )
     if next(iter(sample), None) is None:
-        raise DataError(
-            "the sources hold no training document with any text to train a vocabulary on"
-        )
+        raise no_training_text(request, bool(text_paths(corpus)))
     return train_wordpiece(sample, vocab_size, request.normalization)
 
 

@@ -1,2 +1,2 @@
-"""Where documents come from. Read in this order: documents, text_files, tables, hugging_face,
-names."""
+"""Where documents come from. Read in this order: documents, lines, text_files, json_files,
+delimited, tables, hugging_face, names."""

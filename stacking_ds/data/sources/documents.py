@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from stacking_ds.data.manifest import Record, SplitName
+from stacking_ds.data.manifest import DocumentRule, Record, SplitName
 
 __all__ = [
     "MAX_DOCUMENT_BYTES",
+    "NO_TEXT",
     "Document",
     "Fault",
     "Item",
@@ -24,6 +25,7 @@ __all__ = [
 # A line, or a document of a .txt file, beyond this is a mistake (a base64 dump, a file without
 # newlines), and would make memory grow with it.
 MAX_DOCUMENT_BYTES = 64 * 2**20
+NO_TEXT = "no text"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +74,11 @@ class Piece(Record):
 @dataclass(frozen=True)
 class Reading:
     """The options of reading. `text_key` is the key, or the column, that holds the text;
-    `max_bytes` the size of the largest document."""
+    `max_bytes` the size of the largest document; `documents` what a document of a .txt file is."""
 
     text_key: str = "text"
     max_bytes: int = MAX_DOCUMENT_BYTES
+    documents: DocumentRule = "blank-line"
 
 
 class Reader(Protocol):
@@ -105,6 +108,10 @@ class Source(Protocol):
     def unread(self) -> Sequence[str]:
         """What is beside them and was left alone, where a folder was named."""
 
+    @property
+    def repeated(self) -> Sequence[str]:
+        """Other names of files that are read already, here or in an earlier source."""
+
     def identity(self) -> list[str]:
         """What the source is recognised by without reading it: names, with sizes or versions. A
         Hugging Face dataset has its name alone, so that it needs no network."""
@@ -115,10 +122,10 @@ class Source(Protocol):
     def estimate(self) -> int:
         """About how many bytes of text it has; 0 where nobody knows."""
 
-    def pieces(self, piece_bytes: int, text_key: str) -> list[Piece]:
+    def pieces(self, piece_bytes: int, reading: Reading) -> list[Piece]:
         """Cuts it into pieces of about `piece_bytes` of text, in order. Pure: depends on nothing
-        but the content and `piece_bytes`. Raises DataError for a table without `text_key`, before
-        anything else is read."""
+        but the content, `piece_bytes` and `reading`. Raises DataError for a table, or JSON, that
+        has no text under the reading's key, before anything else is read."""
 
     def open(self, piece: Piece, reading: Reading) -> Reader: ...
 
@@ -126,11 +133,16 @@ class Source(Protocol):
 def text_of_row(row: Any, key: str) -> str | tuple[str, str]:
     """The text under `key` of a JSON value; or the reason and the sentence why there is none."""
     text = row.get(key) if isinstance(row, dict) else None
+    if isinstance(text, bytes):
+        try:
+            return text.decode()
+        except UnicodeDecodeError as error:
+            return "not UTF-8", f"is not UTF-8: {error.reason}"
     if isinstance(row, dict) and key in row and text is None:
         return ""  # as in a table: a document without words
     if not isinstance(text, str):
         found = f"the keys {sorted(row)[:20]}" if isinstance(row, dict) else type(row).__name__
-        return "no text", f"has no string under the key {key!r} (it has {found})"
+        return NO_TEXT, f"has no string under the key {key!r} (it has {found})"
     return text
 
 

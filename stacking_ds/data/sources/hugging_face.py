@@ -6,6 +6,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from stacking_ds.data.sources.documents import (
     Fault,
     Item,
@@ -15,7 +17,7 @@ from stacking_ds.data.sources.documents import (
     check_text,
     text_of_row,
 )
-from stacking_ds.data.sources.tables import items_of_column
+from stacking_ds.data.sources.tables import check_column, items_of_column
 from stacking_ds.errors import DataError
 
 __all__ = ["HuggingFace"]
@@ -30,6 +32,7 @@ class HuggingFace:
     holds_out = False
     paths: Sequence[Path] = ()
     unread: Sequence[str] = ()
+    repeated: Sequence[str] = ()
 
     def __init__(self, name: str, download: bool) -> None:
         self.name, self._download = name, download
@@ -49,13 +52,11 @@ class HuggingFace:
     def estimate(self) -> int:
         return int(self.dataset.data.nbytes) if self._download else 0
 
-    def pieces(self, piece_bytes: int, text_key: str) -> list[Piece]:
+    def pieces(self, piece_bytes: int, reading: Reading) -> list[Piece]:
         # a streamed dataset may know its columns only when it is read
-        names = self.dataset.column_names
-        if names is not None and text_key not in names:
-            raise DataError(
-                f"{self.name} has no column {text_key!r}, only {names}; name it by --text-key"
-            )
+        features = self.dataset.features
+        if features is not None:
+            check_column(features.arrow_schema, reading.text_key, self.name)
         if not self._download:
             shards = int(self.dataset.num_shards)
             return [
@@ -151,4 +152,6 @@ class _Rows:
 def _failures() -> tuple[type[Exception], ...]:
     import datasets
 
-    return (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError)
+    # what damaged files and odd tables make of `datasets` and pandas besides
+    others = (LookupError, TypeError, AttributeError, NotImplementedError, pa.ArrowException)
+    return (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError, *others)

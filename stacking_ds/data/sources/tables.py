@@ -10,13 +10,18 @@ import pyarrow.parquet as pq
 from stacking_ds.data.sources.documents import Fault, Item, Piece, Reading, check_text
 from stacking_ds.errors import DataError
 
-__all__ = ["TABLE_SUFFIXES", "TableFile", "cut_table_file", "items_of_column"]
+__all__ = ["TABLE_SUFFIXES", "TableFile", "check_column", "cut_table_file", "items_of_column"]
 
 TABLE_SUFFIXES = (".parquet", ".arrow")
 _ROWS_PER_READ = 256
 _READ_AHEAD_BYTES = 2**20
 # Parquet is compressed; its text is about three times as large.
 _PARQUET_FACTOR = 3
+_TEXT_TYPES = (
+    *(pa.string(), pa.large_string(), pa.string_view()),
+    *(pa.binary(), pa.large_binary(), pa.binary_view()),
+)
+_MOST_NAMED, _MOST_TYPE_CHARACTERS = 20, 100
 
 
 class TableFile:
@@ -27,7 +32,7 @@ class TableFile:
         self._rows_before = 0
 
     def items(self) -> Iterator[Item]:
-        read = self._parquet if self._path.suffix == ".parquet" else self._arrow
+        read = self._parquet if _is_parquet(self._path) else self._arrow
         number = 1
         for column, source_bytes in read():
             yield from items_of_column(column, number, source_bytes, self._reading)
@@ -40,19 +45,20 @@ class TableFile:
     def _parquet(self) -> Iterator[tuple[pa.Array, int]]:
         key, piece = self._reading.text_key, self._piece
         with pq.ParquetFile(self._path, buffer_size=_READ_AHEAD_BYTES) as file:
-            _check_column(file.schema_arrow, key, self._path)
+            check_column(file.schema_arrow, key, self._path)
             groups = range(piece.start, min(piece.stop, file.num_row_groups))
             counts = [file.metadata.row_group(i).num_rows for i in range(groups.stop)]
             self._rows_before = sum(counts[: piece.start])
             per_row = (piece.source_bytes or 0) / max(1, sum(counts[piece.start :]))
             for batch in file.iter_batches(_ROWS_PER_READ, row_groups=groups, columns=[key]):
-                yield batch.column(0), round(per_row * len(batch))
+                # a column "text.html" is asked for by "text" too
+                yield batch.column(key), round(per_row * len(batch))
 
     def _arrow(self) -> Iterator[tuple[pa.Array, int]]:
         key, piece = self._reading.text_key, self._piece
         with pa.memory_map(str(self._path)) as file:
             reader = _open_arrow(file)
-            _check_column(reader.schema, key, self._path)
+            check_column(reader.schema, key, self._path)
             if isinstance(reader, pa.RecordBatchFileReader):
                 self._rows_before = sum(len(reader.get_batch(i)) for i in range(piece.start))
                 stop = min(piece.stop, reader.num_record_batches)
@@ -71,8 +77,7 @@ def cut_table_file(path: Path, file: int, piece_bytes: int, text_key: str) -> li
     """The pieces of a table: consecutive row groups or record batches of about `piece_bytes`.
     Raises DataError if it is none, or has no text under `text_key`."""
     size = path.stat().st_size
-    is_parquet = path.suffix == ".parquet"
-    text_bytes = size * (_PARQUET_FACTOR if is_parquet else 1)
+    text_bytes = size * (_PARQUET_FACTOR if _is_parquet(path) else 1)
     parts = _count_parts(path, text_key)
     count = max(1, min(parts, round(text_bytes / piece_bytes)))
     cuts = [parts * i // count for i in range(count + 1)]
@@ -101,26 +106,61 @@ def items_of_column(
             yield Fault("not UTF-8", f"is not UTF-8: {text.reason}", number, each)
 
 
+def check_column(schema: pa.Schema, key: str, where: object) -> None:
+    """Raises DataError unless the table has one column `key`, of text: strings of any kind, bytes
+    that should be UTF-8, or nothing but nulls."""
+    names = schema.names
+    if key not in names:
+        raise DataError(
+            f"{where} has no column {key!r}, only {names[:_MOST_NAMED]}; name it by --text-key"
+        )
+    if names.count(key) > 1:
+        raise DataError(f"{where} has {names.count(key)} columns {key!r}; rename all but one")
+    kind = schema.field(names.index(key)).type
+    if not _is_text(kind):
+        others = [field.name for field in schema if _is_text(field.type)][:_MOST_NAMED]
+        remedy = f"its columns {others} do, of which --text-key can name one" if others else ""
+        raise DataError(
+            f"{where}: the column {key!r} holds {str(kind)[:_MOST_TYPE_CHARACTERS]}, not strings; "
+            f"{remedy or 'make one of strings'}"
+        )
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return kind in _TEXT_TYPES or pa.types.is_null(kind)
+
+
 def _strings(column: pa.Array) -> Iterator[str | UnicodeDecodeError]:
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
     try:
-        yield from [text or "" for text in column.to_pylist()]
+        yield from [_text(value) for value in column.to_pylist()]
     except UnicodeDecodeError:
         for value in column:
             try:
-                yield value.as_py() or ""
+                yield _text(value.as_py())
             except UnicodeDecodeError as error:
                 yield error
 
 
+def _text(value: str | bytes | None) -> str:
+    return (value.decode() if isinstance(value, bytes) else value) or ""
+
+
+def _is_parquet(path: Path) -> bool:
+    return path.name.lower().endswith(".parquet")
+
+
 def _count_parts(path: Path, key: str) -> int:
     try:
-        if path.suffix == ".parquet":
+        if _is_parquet(path):
             with pq.ParquetFile(path) as table:
-                _check_column(table.schema_arrow, key, path)
+                check_column(table.schema_arrow, key, path)
                 return max(1, int(table.num_row_groups))
         with pa.memory_map(str(path)) as file:
             reader = _open_arrow(file)
-            _check_column(reader.schema, key, path)
+            check_column(reader.schema, key, path)
             parts: int = getattr(reader, "num_record_batches", 1)
             return max(1, parts)
     except (pa.ArrowException, OSError) as error:
@@ -132,11 +172,3 @@ def _open_arrow(file: Any) -> Any:
         return pa.ipc.open_file(file)
     except pa.ArrowInvalid:
         return pa.ipc.open_stream(file)
-
-
-def _check_column(schema: pa.Schema, key: str, path: Path) -> None:
-    if key not in schema.names:
-        raise DataError(f"{path} has no column {key!r}, only {schema.names}; name it by --text-key")
-    kind = schema.field(key).type
-    if kind not in (pa.string(), pa.large_string(), pa.string_view()):
-        raise DataError(f"{path}: the column {key!r} holds {kind}, not strings")

@@ -1,17 +1,15 @@
-"""Reads .txt and .jsonl files, plain or gzipped, in bounded memory, whole or between two bytes.
+"""Reads .txt and JSON lines, plain or compressed, in bounded memory, whole or between two bytes.
 
-.txt: a blank line ends a document; the lines between are joined, so that wrapped lines do no
-harm. .jsonl: one object a line; blank lines do not count.
+.txt: a document is what stands between blank lines, a line, or the file, as `Reading.documents`
+says; wrapped lines are joined. JSON lines: one object a line; blank lines do not count.
 """
 
-import gzip
 import json
-import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from stacking_ds.data.sources.documents import (
     Document,
@@ -23,23 +21,24 @@ from stacking_ds.data.sources.documents import (
     text_of_row,
     too_long,
 )
+from stacking_ds.data.sources.lines import (
+    JSON_ENDS,
+    TEXT_ENDS,
+    Line,
+    content_suffix,
+    has_newlines,
+    is_packed,
+    lines_of,
+    skip_line,
+)
+from stacking_ds.errors import DataError
 
-__all__ = ["TEXT_SUFFIXES", "TextFile", "cut_text_file"]
+__all__ = ["TextFile", "check_keys", "cut_text_file", "whole"]
 
-TEXT_SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz")
 _SKIP_BYTES = 2**20
-_GZIP_ERRORS = (gzip.BadGzipFile, EOFError, zlib.error)
-
-
-@dataclass(frozen=True, slots=True)
-class _Line:
-    """A line with its end; `fault` where it cannot be used, then `content` is empty."""
-
-    number: int
-    content: str
-    source_bytes: int
-    text_bytes: int = 0
-    fault: Fault | None = None
+_ROWS_LOOKED_AT = 20
+# what a line may begin and end with that nobody sees
+_INVISIBLE = "\ufeff\u200b"
 
 
 class TextFile:
@@ -47,11 +46,11 @@ class TextFile:
 
     def __init__(self, path: Path, piece: Piece, reading: Reading) -> None:
         self._path, self._piece, self._reading = path, piece, reading
-        self._zipped = path.suffix == ".gz"
 
     def items(self) -> Iterator[Item]:
-        is_text = self._path.name.removesuffix(".gz").endswith(".txt")
-        return self._paragraphs() if is_text else self._json_lines()
+        if content_suffix(self._path) != ".txt":
+            return self.json_lines()
+        return self._each_line() if self._reading.documents == "line" else self._paragraphs()
 
     def place(self, number: int) -> tuple[str, str]:
         number += self._lines_before
@@ -59,16 +58,17 @@ class TextFile:
 
     @cached_property
     def _lines_before(self) -> int:
-        return 0 if self._zipped else _count_lines(self._path, self._piece.start)
+        return 0 if is_packed(self._path) else _count_lines(self._path, self._piece.start)
 
-    def _json_lines(self) -> Iterator[Item]:
-        for line in self._lines():
+    def json_lines(self) -> Iterator[Item]:
+        """The documents of a file that has an object a line."""
+        for line in lines_of(self._path, self._piece, self._reading.max_bytes, JSON_ENDS):
             if line.fault is not None:
                 yield line.fault
             elif not line.content.isspace() and line.content:
                 yield self._parsed(line)
 
-    def _parsed(self, line: _Line) -> Item:
+    def _parsed(self, line: Line) -> Item:
         try:
             row = json.loads(line.content)
         except (ValueError, RecursionError) as error:
@@ -78,8 +78,19 @@ class TextFile:
             return Fault(*text, line.number, line.source_bytes)
         return check_text(text, line.number, line.source_bytes, self._reading.max_bytes)
 
+    def _each_line(self) -> Iterator[Item]:
+        for line in self._lines():
+            content = _visible(line.content)
+            if line.fault is not None:
+                yield line.fault
+            elif content:
+                yield Document(content, line.number, line.source_bytes)
+
     def _paragraphs(self) -> Iterator[Item]:
-        """Documents of a .txt file; a fault in any of its lines is the whole document's."""
+        """Documents that end at a blank line, or with the file, whose blank lines then end its
+        paragraphs; a fault in any of its lines is the whole document's."""
+        whole_file = self._reading.documents == "file"
+        paragraphs: list[str] = []
         parts: list[str] = []
         start = size = length = 0
         fault: Fault | None = None
@@ -91,6 +102,8 @@ class TextFile:
                     break
                 continue
             content = line.content.strip()
+            if not content.isascii():
+                content = _visible(content)
             if content:
                 start = start or line.number
                 length += line.text_bytes
@@ -98,68 +111,79 @@ class TextFile:
                     fault = too_long(start, 0, self._reading.max_bytes)
                 if fault:
                     parts.clear()
+                    paragraphs.clear()
                 else:
                     parts.append(content)
                 continue
+            if whole_file:
+                if parts:
+                    paragraphs.append(" ".join(parts))
+                    parts = []
+                continue
             if fault or parts:
-                yield _ended(parts, start, size, fault)
+                yield _ended(" ".join(parts), start, size, fault)
             parts, start, size, length, fault = [], 0, 0, 0, None
-        if fault or parts:
-            yield _ended(parts, start, size, fault)
+        if parts:
+            paragraphs.append(" ".join(parts))
+        if fault or paragraphs:
+            yield _ended("\n".join(paragraphs), start, size, fault)
 
-    def _lines(self) -> Iterator[_Line]:
-        """The lines, decoded. Never more than the limit of a document is in memory."""
-        with self._path.open("rb") as raw:
-            file: BinaryIO = gzip.GzipFile(fileobj=raw) if self._zipped else raw  # type: ignore[assignment]
-            position = self._piece.start
-            if not self._zipped:
-                raw.seek(position)
-            elif not self._path.stat().st_size:
-                yield _broken(1, "it is empty")
+    def _lines(self) -> Iterator[Line]:
+        """The lines; one with carriage returns inside is several."""
+        for line in lines_of(self._path, self._piece, self._reading.max_bytes):
+            if "\r" not in line.content or "\r" not in line.content.rstrip("\r\n"):
+                yield line
+                continue
+            size = line.source_bytes
+            for part in line.content.rstrip("\r\n").split("\r"):
+                yield Line(line.number, part, size, len(part.encode()))
+                size = 0
+
+
+def check_keys(path: Path, rows: Iterator[Any], text_key: str) -> None:
+    """Raises DataError if none of the first `rows` has the key, and some have others."""
+    keys: dict[str, None] = {}
+    for row in islice(rows, _ROWS_LOOKED_AT):
+        if isinstance(row, dict):
+            if text_key in row:
                 return
-            number, end, limit = 0, self._piece.stop, self._reading.max_bytes
-            while self._zipped or position < end:
-                number += 1
-                try:
-                    line = file.readline(limit + 1)
-                    length = len(line)
-                    if length > limit:
-                        length += _skip_line(file, line)
-                except _GZIP_ERRORS as error:
-                    yield _broken(number, error)
-                    return
-                if not line:
-                    return
-                before = position
-                position = raw.tell() if self._zipped else position + length
-                yield self._decoded(line, number, position - before)
-
-    def _decoded(self, line: bytes, number: int, source_bytes: int) -> _Line:
-        if len(line) > self._reading.max_bytes:
-            fault = too_long(number, source_bytes, self._reading.max_bytes)
-            return _Line(number, "", source_bytes, fault=fault)
-        first = number == 1 and self._piece.start == 0
-        try:
-            content = line.decode("utf-8-sig" if first else "utf-8")
-        except UnicodeDecodeError as error:
-            sentence = f"is not UTF-8 (byte {error.start} of the line)"
-            fault = Fault("not UTF-8", sentence, number, source_bytes)
-            return _Line(number, "", source_bytes, fault=fault)
-        return _Line(number, content, source_bytes, len(line))
+            keys |= dict.fromkeys(row)
+    if keys:
+        raise DataError(
+            f"{path} has no text under the key {text_key!r}, only the keys {sorted(keys)[:20]}; "
+            "name the one that holds the text by --text-key"
+        )
 
 
-def cut_text_file(path: Path, file: int, piece_bytes: int) -> list[Piece]:
-    """The pieces of a text file: cut where a document starts, a gzipped one not at all."""
+def whole(path: Path, file: int) -> Piece:
+    """All of a file, which is not to be cut."""
+    size = path.stat().st_size
+    text_bytes = 3 * size if is_packed(path) else size
+    return Piece(file=file, start=0, stop=size, source_bytes=size, text_bytes=text_bytes)
+
+
+def cut_text_file(path: Path, file: int, piece_bytes: int, reading: Reading) -> list[Piece]:
+    """The pieces of a text file: cut where a document starts; one that is compressed, one document
+    or without newlines not at all. Raises DataError for JSON lines without the reading's key."""
     size = path.stat().st_size
     count = max(1, round(size / piece_bytes))
-    if path.suffix == ".gz":
-        return [Piece(file=file, start=0, stop=size, source_bytes=size, text_bytes=3 * size)]
+    is_text = content_suffix(path) == ".txt"
+    if not is_text:
+        check_keys(path, _rows(path, reading), reading.text_key)
+    if (
+        is_packed(path)
+        or count == 1
+        or (is_text and reading.documents == "file")
+        or not has_newlines(path, reading.max_bytes, TEXT_ENDS if is_text else JSON_ENDS)
+    ):
+        return [whole(path, file)]
     cuts = [0]
     with path.open("rb") as raw:
         for index in range(1, count):
             target = size * index // count
             if target > cuts[-1]:
-                cuts.append(_next_start(raw, target, path.suffix == ".txt"))
+                after_blank = is_text and reading.documents == "blank-line"
+                cuts.append(_next_start(raw, target, after_blank))
     starts = sorted({cut for cut in cuts if cut < size} or {0})
     return [
         Piece(file=file, start=start, stop=stop, source_bytes=stop - start, text_bytes=stop - start)
@@ -167,39 +191,40 @@ def cut_text_file(path: Path, file: int, piece_bytes: int) -> list[Piece]:
     ]
 
 
-def _broken(number: int, reason: object) -> _Line:
-    sentence = f"is in a broken gzip file: {reason}; from there on nothing can be read"
-    return _Line(number, "", 0, fault=Fault("broken gzip", sentence, number, 0, True))
+def _rows(path: Path, reading: Reading) -> Iterator[Any]:
+    for line in lines_of(path, whole(path, 0), reading.max_bytes, JSON_ENDS):
+        if line.content and not line.content.isspace():
+            try:
+                yield json.loads(line.content)
+            except (ValueError, RecursionError):
+                yield None
 
 
-def _ended(parts: list[str], start: int, source_bytes: int, fault: Fault | None) -> Item:
+def _visible(line: str) -> str:
+    """The line without the blanks around it, a stray byte order mark included."""
+    content = line.strip()
+    while not content.isascii() and (content[0] in _INVISIBLE or content[-1] in _INVISIBLE):
+        content = content.strip(_INVISIBLE).strip()
+    return content
+
+
+def _ended(text: str, start: int, source_bytes: int, fault: Fault | None) -> Item:
     if fault is None:
-        return Document(" ".join(parts), start, source_bytes)
+        return Document(text, start, source_bytes)
     return Fault(fault.reason, fault.sentence, fault.number, source_bytes, fault.rest_is_lost)
 
 
 def _next_start(raw: BinaryIO, target: int, after_blank: bool) -> int:
-    """The first byte at or behind `target` where a line starts, in a .txt file after a blank one;
-    the end of the file if there is none."""
+    """The first byte at or behind `target` where a line starts, or one after a blank line; the end
+    of the file if there is none."""
     raw.seek(target - 1)
-    _skip_line(raw, b"")
+    skip_line(raw, b"")
     while after_blank:
         line = raw.readline(_SKIP_BYTES)
         if not line or (line.endswith(b"\n") and not line.strip()):
             break
-        _skip_line(raw, line)
+        skip_line(raw, line)
     return raw.tell()
-
-
-def _skip_line(file: BinaryIO, last: bytes) -> int:
-    """Reads to the end of the line of which `last` was read; the number of bytes skipped."""
-    skipped = 0
-    while not last.endswith(b"\n"):
-        last = file.readline(_SKIP_BYTES)
-        if not last:
-            break
-        skipped += len(last)
-    return skipped
 
 
 def _count_lines(path: Path, stop: int) -> int:

@@ -5,19 +5,18 @@ so every key is looked at here first.
 """
 
 import difflib
+import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from deepspeed.comm.config import CommsLoggerConfig
-from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig
-from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from pydantic import ValidationError
+from stacking_ds.ds_json.values import OFFLOAD_OPTIMIZER, SECTIONS, TOP_LEVEL, Rule
 
 __all__ = [
     "KNOWN_KEYS",
     "REFUSED_KEYS",
+    "as_json",
     "asks_for_log",
+    "known_in_section",
     "section_problems",
     "top_level_problems",
 ]
@@ -35,10 +34,7 @@ KNOWN_KEYS = (
     "data_types",
     "comms_logger",
     "flops_profiler",
-    "wall_clock_breakdown",
-    "memory_breakdown",
-    "dump_state",
-    "steps_per_print",
+    *TOP_LEVEL,
 )
 
 _REMOVED = "DeepSpeed 0.19.8 has removed it; delete it"
@@ -93,15 +89,14 @@ REFUSED_KEYS: Mapping[str, str] = {
     "bfloat16": 'its name is now "bf16"; rename it',
 }
 
-_MODELS = {
-    "zero_optimization": DeepSpeedZeroConfig,
-    "bf16": DeepSpeedBF16Config,
-    "fp16": DeepSpeedFP16Config,
-    "comms_logger": CommsLoggerConfig,
+# what the engine settles with the recipe, or what is looked at by itself
+_ALSO_KNOWN = {
+    "zero_optimization": ("stage", "offload_optimizer", "memory_efficient_linear"),
+    "bf16": ("enabled",),
+    "fp16": ("enabled",),
 }
-# the one section without a schema
-_FLOPS_PROFILER_KEYS = tuple(vars(DeepSpeedFlopsProfilerConfig({})))
 
+_GATHERS_ITSELF = "the model says itself which of its modules ZeRO 3 gathers whole"
 _NOT_SHARDED_SO = "growth and checkpoints do not read state laid out that way"
 # section -> key -> (the values that are right, why)
 _ONLY: Mapping[str, Mapping[str, tuple[tuple[Any, ...], str]]] = {
@@ -114,6 +109,9 @@ _ONLY: Mapping[str, Mapping[str, tuple[tuple[Any, ...], str]]] = {
         "cpu_offload_param": ((None, False), _NOT_SHARDED_SO),
         "offload_param": ((None, {"device": "none"}), _NOT_SHARDED_SO),
         "zenflow": ((None,), _NOT_SHARDED_SO),
+        "leaf_module": (({},), _GATHERS_ITSELF),
+        "module_granularity_threshold": ((0,), _GATHERS_ITSELF),
+        "stage3_module_granularity_threshold": ((0,), _GATHERS_ITSELF),
         "zero_hpz_partition_size": ((1,), _NOT_SHARDED_SO),
         "zero_quantized_weights": ((False,), _NOT_SHARDED_SO),
         "zero_quantized_nontrainable_weights": ((False,), _NOT_SHARDED_SO),
@@ -139,54 +137,105 @@ def top_level_problems(json: Mapping[str, Any]) -> list[str]:
         if key in REFUSED_KEYS:
             problems.append(f'"{key}": {REFUSED_KEYS[key]}')
         elif key not in KNOWN_KEYS:
-            problems.append(f'"{key}": {_unknown(key, KNOWN_KEYS)}')
+            problems.append(f'"{_shown(key)}": {_unknown(key, KNOWN_KEYS)}')
     return problems
 
 
 def section_problems(json: Mapping[str, Any]) -> list[str]:
-    """One line for everything wrong inside a section such as `zero_optimization` or `bf16`."""
-    problems = []
+    """One line for every value that is not what DeepSpeed or this package can work with, and for
+    every unknown key inside a section such as `zero_optimization` or `bf16`."""
+    problems = _value_problems("", json, TOP_LEVEL)
     data_types = json.get("data_types", {})
     if not isinstance(data_types, dict):
-        problems.append(f'"data_types" is {data_types!r}: it must be an object in braces')
-    elif others := sorted(data_types.keys() - {"grad_accum_dtype"}):
-        problems += [f'"data_types.{key}": {_ELSEWHERE}' for key in others]
-    for section in (*_MODELS, "flops_profiler"):
+        problems.append(_no_object("data_types", data_types))
+    else:
+        others = sorted(data_types.keys() - {"grad_accum_dtype"})
+        problems += [f'"data_types.{_shown(key)}": {_ELSEWHERE}' for key in others]
+    for section, rules in SECTIONS.items():
         values = json.get(section, {})
         if not isinstance(values, dict):
-            problems.append(f'"{section}" is {values!r}: it must be an object in braces')
+            problems.append(_no_object(section, values))
             continue
-        problems += _key_problems(section, values)
-        for key, (right, reason) in _ONLY.get(section, {}).items():
-            if key in values and values[key] not in (*right, "auto"):
-                problems.append(
-                    f'"{section}.{key}" is {values[key]!r}: {reason}; '
-                    f"delete it or write {right[0]!r}"
-                )
-    return problems + _offload_problems(json.get("zero_optimization", {}))
+        problems += _unknown_keys(section, values, known_in_section(section))
+        problems += _value_problems(f"{section}.", values, rules)
+        problems += _only_problems(section, values)
+    zero_optimization = json.get("zero_optimization", {})
+    if isinstance(zero_optimization, dict):
+        problems += _stage_problems(zero_optimization) + _offload_problems(zero_optimization)
+    return problems
 
 
-def _offload_problems(zero_optimization: Any) -> list[str]:
-    """Masters and moments may live in host memory, and nowhere else but on the device."""
-    if not isinstance(zero_optimization, dict):
-        return []
-    offload = zero_optimization.get("offload_optimizer")
-    if not isinstance(offload, dict) or offload.get("device", "none") == "none":
-        return []
+def known_in_section(section: str) -> set[str]:
+    """All keys that a section may have, those that may have one value alone included."""
+    return {*SECTIONS[section], *_ONLY.get(section, {}), *_ALSO_KNOWN.get(section, ())}
+
+
+def as_json(value: Any) -> str:
+    """`value` as it stands in the JSON, in one line and not longer than a line."""
+    return _shown(json.dumps(value, ensure_ascii=False, default=repr))
+
+
+def _shown(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _only_problems(section: str, values: Mapping[str, Any]) -> list[str]:
     problems = []
-    if zero_optimization.get("stage", 0) == 0:
-        problems.append(
-            '"zero_optimization.offload_optimizer": at ZeRO 0 DeepSpeed offloads nothing; write '
-            '"stage": 1, 2 or 3, or delete it'
-        )
-    only = {"device": ("cpu",), "ratio": (1.0,), "super_offload": (False,)}
-    for key, right in only.items():
-        if key in offload and offload[key] not in right:
+    for key, (right, reason) in _ONLY.get(section, {}).items():
+        value = values.get(key, "auto")
+        # to Python 1 and true are equal
+        fits = any(type(value) is type(one) and value == one for one in right)
+        if value != "auto" and not fits:
             problems.append(
-                f'"zero_optimization.offload_optimizer.{key}" is {offload[key]!r}: '
-                f"{_NOT_SHARDED_SO}; write {right[0]!r}"
+                f'"{section}.{key}" is {as_json(value)}: {reason}; delete it or write '
+                f"{as_json(right[0])}"
             )
     return problems
+
+
+def _stage_problems(zero_optimization: Mapping[str, Any]) -> list[str]:
+    stage = zero_optimization.get("stage", 0)
+    if stage == "auto" or (type(stage) is int and 0 <= stage <= 3):
+        return []
+    return [f'"zero_optimization.stage" is {as_json(stage)}: write it as a number, 0, 1, 2 or 3']
+
+
+def _offload_problems(zero_optimization: Mapping[str, Any]) -> list[str]:
+    """Masters and moments may live in host memory, and nowhere else but on the device."""
+    section = "zero_optimization.offload_optimizer"
+    offload = zero_optimization.get("offload_optimizer")
+    if offload is None:
+        return []
+    if not isinstance(offload, dict):
+        return [_no_object(section, offload)]
+    problems = _unknown_keys(section, offload, OFFLOAD_OPTIMIZER)
+    problems += _value_problems(f"{section}.", offload, OFFLOAD_OPTIMIZER)
+    if offload.get("device", "none") != "cpu":
+        return problems
+    if zero_optimization.get("stage", 0) == 0:
+        problems.append(
+            f'"{section}": at ZeRO 0 DeepSpeed offloads nothing; write "stage": 1, 2 or 3, or '
+            f"delete it"
+        )
+    for key, right in (("ratio", 1.0), ("super_offload", False)):
+        if OFFLOAD_OPTIMIZER[key].accepts(offload.get(key)) and offload[key] != right:
+            problems.append(
+                f'"{section}.{key}" is {as_json(offload[key])}: {_NOT_SHARDED_SO}; write '
+                f"{as_json(right)}"
+            )
+    return problems
+
+
+def _value_problems(prefix: str, values: Mapping[str, Any], rules: Mapping[str, Rule]) -> list[str]:
+    return [
+        f'"{prefix}{key}" is {as_json(values[key])}: it must be {rule.must_be}'
+        for key, rule in rules.items()
+        if key in values and values[key] != "auto" and not rule.accepts(values[key])
+    ]
+
+
+def _no_object(section: str, values: Any) -> str:
+    return f'"{section}" is {as_json(values)}: it must be an object in braces'
 
 
 def asks_for_log(json: Mapping[str, Any]) -> bool:
@@ -202,37 +251,10 @@ def asks_for_log(json: Mapping[str, Any]) -> bool:
     )
 
 
-def _key_problems(section: str, values: Mapping[str, Any]) -> list[str]:
-    if section not in _MODELS:
-        return _unknown_keys(section, values, _FLOPS_PROFILER_KEYS)
-    stage = values.get("stage", 0)
-    if section == "zero_optimization" and type(stage) is not int and stage != "auto":
-        # the schema reads "2" and True as numbers; whoever looks at the JSON itself does not
-        wrong = f'"zero_optimization.stage" is {stage!r}: write it as a number, 0, 1, 2 or 3'
-        rest = {key: value for key, value in values.items() if key != "stage"}
-        return [wrong, *_schema_problems(section, rest)]
-    return _schema_problems(section, values)
-
-
-def _schema_problems(section: str, values: Mapping[str, Any]) -> list[str]:
-    model: Any = _MODELS[section]
-    fields = model.model_fields
-    known = {*fields, *(field.alias for field in fields.values() if field.alias)}
-    problems = _unknown_keys(section, values, known)
-    present = {key: value for key, value in values.items() if key in known}
-    try:
-        model(**present)
-    except ValidationError as error:
-        problems += [
-            f'"{".".join([section, *map(str, found["loc"])])}" is {found["input"]!r}: '
-            f"{found['msg']}"
-            for found in error.errors()
-        ]
-    return problems
-
-
 def _unknown_keys(section: str, values: Mapping[str, Any], known: Collection[str]) -> list[str]:
-    return [f'"{section}.{key}": {_unknown(key, known)}' for key in values if key not in known]
+    return [
+        f'"{section}.{_shown(key)}": {_unknown(key, known)}' for key in values if key not in known
+    ]
 
 
 def _unknown(key: str, known: Collection[str]) -> str:

@@ -1,0 +1,43 @@
+"""What `prepare` was asked for, checked before anything is read."""
+
+from pathlib import Path
+
+from stacking_ds.data.manifest import DocumentRule
+from stacking_ds.data.prepare.first_look import text_paths
+from stacking_ds.data.prepare.plan import Corpus, say_what_is_left_out
+from stacking_ds.errors import DataError
+from stacking_ds.utf8 import is_utf8, shown
+
+__all__ = ["check_corpus", "check_folder_name", "check_numbers"]
+
+
+def check_corpus(corpus: Corpus, heldout_fraction: float, documents: DocumentRule) -> None:
+    """Says what of the sources is not read. Raises DataError where nothing could be held out, or
+    `documents` is about nothing."""
+    say_what_is_left_out(corpus)
+    if not (corpus.num_heldout or heldout_fraction or any(s.holds_out for s in corpus.train)):
+        raise DataError(
+            "heldout_fraction is 0 and no held-out source is named, but training needs held-out "
+            "documents: raise --heldout-fraction, or name what to hold out by --heldout SOURCE"
+        )
+    if documents != "blank-line" and not text_paths(corpus):
+        raise DataError(
+            f"--documents {documents} says what a document of a .txt file is, and no source is "
+            "one; in other files a row, or a JSON object, is a document"
+        )
+
+
+def check_folder_name(out_dir: Path) -> None:
+    """Raises DataError for a name that a manifest cannot hold."""
+    if not is_utf8(place := out_dir.absolute()):
+        raise DataError(f"the name of {shown(place)} is not UTF-8; choose another")
+
+
+def check_numbers(heldout_fraction: float, workers: int, part: tuple[int, int]) -> None:
+    """Raises DataError for a number that is out of range."""
+    if not 0 <= heldout_fraction <= 0.5:
+        raise DataError(f"heldout_fraction is {heldout_fraction}; it must lie between 0 and 0.5")
+    if workers < 1:
+        raise DataError(f"workers is {workers}; it must be at least 1")
+    if not 1 <= part[0] <= part[1]:
+        raise DataError(f"part {part[0]} of {part[1]} does not exist; write 1/4 to 4/4, say")

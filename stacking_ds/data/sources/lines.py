@@ -1,0 +1,314 @@
+"""The lines of a file, plain or compressed, in bounded memory; whatever it ends its lines with.
+
+Lines end with a newline, carriage returns before it included. A file without any newline may end
+them with a carriage return instead, or, where it has no carriage return either, with the next-line
+character or the line and paragraph separators of Unicode; where newlines are there, all of these
+are blanks. The byte order mark that a file may begin with is no part of it.
+"""
+
+import bz2
+import codecs
+import gzip
+import io
+import lzma
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import pyarrow as pa
+
+from stacking_ds.data.sources.documents import Fault, Piece, too_long
+from stacking_ds.small_files import open_regular
+
+__all__ = [
+    "JSON_ENDS",
+    "PACKED_SUFFIXES",
+    "TEXT_ENDS",
+    "Line",
+    "content_suffix",
+    "has_newlines",
+    "is_packed",
+    "lines_of",
+    "skip_line",
+    "start_of",
+    "text_blocks",
+]
+
+_NAMES = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
+PACKED_SUFFIXES = tuple(_NAMES)
+_BLOCK_BYTES, _ARROW_BLOCK_BYTES = 2**17, 2**13
+_BROKEN = (EOFError, zlib.error, lzma.LZMAError)
+_BLANKS = b" \t\n\r\v\f"
+
+Ends = tuple[tuple[bytes, ...], ...]
+# what ends lines where there is no newline: the first of these groups that the file has
+TEXT_ENDS: Ends = ((b"\r",), ("\u2028".encode(), "\u2029".encode(), "\x85".encode()))
+# the separators may stand in a JSON string as they are, a carriage return may not
+JSON_ENDS: Ends = ((b"\r",),)
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A line with its end; `fault` where it cannot be used, then `content` is empty."""
+
+    number: int
+    content: str
+    source_bytes: int
+    text_bytes: int = 0
+    fault: Fault | None = None
+
+
+def content_suffix(path: Path) -> str:
+    """What says what is in the file, without what says how it is packed: `.txt` of `A.TXT.GZ`."""
+    name = path.name.lower()
+    if is_packed(path):
+        name = name.rpartition(".")[0]
+    return Path(name).suffix
+
+
+def is_packed(path: Path) -> bool:
+    """Whether the file is compressed as a whole, by its name."""
+    return path.suffix.lower() in PACKED_SUFFIXES
+
+
+def lines_of(path: Path, piece: Piece, max_bytes: int, ends: Ends = TEXT_ENDS) -> Iterator[Line]:
+    """The lines of a piece. Never more than `max_bytes` of one is in memory, and of a run of blank
+    lines only the first two are given. A broken compressed file ends with a fault.
+
+    Raises DamagedFileError for what is no regular file, OSError for what cannot be read.
+    """
+    with open_regular(path) as raw:
+        packed = is_packed(path)
+        if packed and not os.fstat(raw.fileno()).st_size:
+            yield _broken(path, 1, "it is empty")
+            return
+        number = 1
+        try:
+            file, translated = _opened(raw, path, piece, max_bytes, ends)
+            to_the_end = packed or translated
+            for line, lines, size in _raw_lines(file, raw, piece, max_bytes, to_the_end):
+                first = number == 1 and piece.start == 0
+                yield _decoded(line, number, size, max_bytes, first)
+                number += lines
+        except _BROKEN as error:
+            yield _broken(path, number, error)
+        except OSError as error:
+            # what a file system says has a number
+            if not packed or error.errno is not None:
+                raise
+            yield _broken(path, number, error)
+
+
+def start_of(path: Path, most_bytes: int, ends: Ends = TEXT_ENDS) -> str:
+    """The text that the file begins with, its lines ended by newlines; what is not UTF-8 is
+    replaced, what is broken left out.
+
+    Raises DamagedFileError for what is no regular file, OSError for what cannot be read.
+    """
+    with open_regular(path) as raw:
+        whole = Piece(file=0, start=0, stop=2**62, source_bytes=None, text_bytes=None)
+        try:
+            content = _opened(raw, path, whole, most_bytes, ends)[0].read(most_bytes)
+        except _BROKEN:
+            return ""
+        except OSError as error:
+            if not is_packed(path) or error.errno is not None:
+                raise
+            return ""
+    text = content.decode("utf-8-sig", errors="replace")
+    return re.sub(r"\r*\n|\r", "\n", text)
+
+
+def text_blocks(path: Path) -> Iterator[str | Fault]:
+    """All the text of a file, in blocks; a fault, with the number 0, where it cannot go on.
+
+    Raises DamagedFileError for what is no regular file, OSError for what cannot be read.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    with open_regular(path) as raw:
+        if is_packed(path) and not os.fstat(raw.fileno()).st_size:
+            yield _broken_fault(path, 0, "it is empty")
+            return
+        try:
+            file = _unpacked(raw, path)
+            while block := file.read(_BLOCK_BYTES):
+                yield decoder.decode(block)
+            yield decoder.decode(b"", final=True)
+        except UnicodeDecodeError as error:
+            yield Fault("not UTF-8", f"is not UTF-8: {error.reason}", 0, 0, True)
+        except _BROKEN as error:
+            yield _broken_fault(path, 0, error)
+        except OSError as error:
+            if not is_packed(path) or error.errno is not None:
+                raise
+            yield _broken_fault(path, 0, error)
+
+
+def has_newlines(path: Path, max_bytes: int, ends: Ends = TEXT_ENDS) -> bool:
+    """Whether the lines of the file end with newlines, or it has but one."""
+    with open_regular(path) as raw:
+        return not _other_ends(_unpacked(raw, path), max_bytes, ends)
+
+
+def skip_line(file: BinaryIO, last: bytes) -> int:
+    """Reads to the end of the line of which `last` was read; the number of bytes skipped."""
+    skipped = 0
+    while not last.endswith(b"\n"):
+        last = file.readline(_BLOCK_BYTES)
+        if not last:
+            break
+        skipped += len(last)
+    return skipped
+
+
+def _raw_lines(
+    file: BinaryIO, raw: BinaryIO, piece: Piece, limit: int, to_the_end: bool
+) -> Iterator[tuple[bytes, int, int]]:
+    """The lines as they are, cut off behind the limit, each with the number of lines that it stands
+    for and the bytes of the source that these took."""
+    position, blank = piece.start, False
+    while to_the_end or position < piece.stop:
+        line = file.readline(limit + 1)
+        if not line:
+            return
+        length, lines = len(line), 1
+        if length > limit:
+            length += skip_line(file, line)
+        elif line.isspace():
+            # of a text that is nothing but newlines each would take a microsecond
+            if blank:
+                left = 2**62 if to_the_end else piece.stop - position - length
+                skipped, more = _skip_blank_lines(file, left)
+                length, lines = length + skipped, lines + more
+            blank = True
+        else:
+            blank = False
+        before = position
+        position = raw.tell() if to_the_end else position + length
+        yield line, lines, position - before
+
+
+def _skip_blank_lines(file: BinaryIO, left: int) -> tuple[int, int]:
+    """Reads blank lines in the next `left` bytes; how many bytes and lines these were."""
+    skipped = lines = 0
+    while skipped < left:
+        ahead = cast("io.BufferedReader", file).peek(1)[: left - skipped]
+        blanks = len(ahead) - len(ahead.lstrip(_BLANKS))
+        end = ahead.rfind(b"\n", 0, blanks) + 1
+        if not end:
+            break
+        file.read(end)
+        skipped += end
+        lines += ahead.count(b"\n", 0, end)
+    return skipped, lines
+
+
+def _decoded(line: bytes, number: int, source_bytes: int, limit: int, first: bool) -> Line:
+    if len(line) > limit:
+        fault = too_long(number, source_bytes, limit)
+        return Line(number, "", source_bytes, fault=fault)
+    try:
+        content = line.decode("utf-8-sig" if first else "utf-8")
+    except UnicodeDecodeError as error:
+        sentence = f"is not UTF-8 (byte {error.start} of the line)"
+        fault = Fault("not UTF-8", sentence, number, source_bytes)
+        return Line(number, "", source_bytes, fault=fault)
+    return Line(number, content, source_bytes, len(line))
+
+
+def _broken(path: Path, number: int, reason: object) -> Line:
+    return Line(number, "", 0, fault=_broken_fault(path, number, reason))
+
+
+def _broken_fault(path: Path, number: int, reason: object) -> Fault:
+    kind = _NAMES[path.suffix.lower()]
+    sentence = f"is in a broken {kind} file: {reason}; from there on nothing can be read"
+    return Fault(f"broken {kind}", sentence, number, 0, True)
+
+
+# ------------------------------------------------------------- unpacking, and other line ends
+
+
+def _opened(
+    raw: BinaryIO, path: Path, piece: Piece, max_bytes: int, ends: Ends
+) -> tuple[BinaryIO, bool]:
+    """What the file holds, from the piece's start; and whether its line ends had to be made
+    newlines, as in a piece that is the whole of a file."""
+    if piece.start:
+        raw.seek(piece.start)
+        return raw, False
+    file = _unpacked(raw, path)
+    other = _other_ends(file, max_bytes, ends)
+    raw.seek(0)
+    file = _unpacked(raw, path)
+    if not other:
+        return file, False
+    return io.BufferedReader(_AsItComes(file, other), _BLOCK_BYTES), True
+
+
+def _unpacked(raw: BinaryIO, path: Path) -> BinaryIO:
+    stream: Any
+    match path.suffix.lower():
+        case ".gz":
+            stream = gzip.GzipFile(fileobj=raw)
+        case ".bz2":
+            stream = bz2.BZ2File(raw)
+        case ".xz":
+            stream = lzma.LZMAFile(raw)  # noqa: SIM115
+        case ".zst":
+            # Arrow closes what it reads from
+            own = os.fdopen(os.dup(raw.fileno()), "rb", buffering=0)
+            stream = pa.CompressedInputStream(pa.PythonFile(own, mode="r"), "zstd")
+            # it gives all that is asked for or nothing, also of a file that ends too soon
+            return io.BufferedReader(stream, _ARROW_BLOCK_BYTES)
+        case _:
+            return raw
+    return io.BufferedReader(_AsItComes(stream), _BLOCK_BYTES)
+
+
+def _other_ends(file: BinaryIO, max_bytes: int, ends: Ends) -> tuple[bytes, ...]:
+    """What ends lines instead of newlines, as far as a longest line tells; empty if these do."""
+    peek = getattr(file, "peek", None)
+    if peek is not None and b"\n" in peek(1):
+        return ()
+    seen, last, found = 0, b"", [False] * len(ends)
+    while seen <= max_bytes and (block := file.read(_BLOCK_BYTES)):
+        if b"\n" in block:
+            return ()
+        seen += len(block)
+        for index, group in enumerate(ends):
+            found[index] = found[index] or any(end in last + block for end in group)
+        last = block[-2:]
+    return next((group for group, has in zip(ends, found, strict=True) if has), ())
+
+
+class _AsItComes(io.RawIOBase):
+    """The bytes of a file, no more at a time than are there, so that what comes before damage is
+    read; each of `ends` is made a newline."""
+
+    def __init__(self, file: Any, ends: tuple[bytes, ...] = ()) -> None:
+        self._file, self._ends, self._held = file, ends, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        content = b""
+        while not content:
+            block = self._file.read1(max(1, len(buffer) - 2))
+            content = self._held + block
+            if not content:
+                return 0
+            if self._ends:
+                # the first bytes of what may be an end wait for its last
+                held = 2 if content.endswith(b"\xe2\x80") else content[-1:] in (b"\xe2", b"\xc2")
+                cut = len(content) - held if block else len(content)
+                self._held, content = content[cut:], content[:cut]
+        for end in self._ends:
+            content = content.replace(end, b"\n")
+        buffer[: len(content)] = content
+        return len(content)
