@@ -44,10 +44,10 @@ def test_places_in_a_cut_file_are_counted_once_a_piece(tmp_path, monkeypatch):
 
 def test_what_lies_beside_in_a_folder_is_named(tmp_path, caplog):
     prose.write_text(tmp_path / "a.txt", 40)
-    (tmp_path / "b.jsonl.zst").write_bytes(b"")
+    (tmp_path / "b.jsonl.lz4").write_bytes(b"")
     (tmp_path / "sub").mkdir()
     prepare(str(tmp_path), tmp_path.with_name("out"), vocab_size=300, heldout_fraction=0.2)
-    assert "only its files of known kinds are read; left alone: b.jsonl.zst, sub" in caplog.text
+    assert "only its files of known kinds are read; left alone: b.jsonl.lz4, sub" in caplog.text
 
 
 def test_nothing_left_says_what_became_of_it(tmp_path):
