@@ -100,9 +100,9 @@ def test_work_of_an_earlier_run_is_no_speed_of_this_one(tmp_path, monkeypatch, c
         display(Progress("shards", 5, source_bytes, 200_000_000, kept_bytes=60_000_000))
     said = capsys.readouterr().err.splitlines()
     assert "at 0.0 MB/s" in said[0]
-    assert "100 MB at 0." in said[-1]
+    assert "100.0 of 200.0 MB at 0." in said[-1]
     assert "50%" in said[-1]
     display(Progress("vocabulary", 1, 9_000_000, None))
     display(Progress("vocabulary", 1, 2_000_000, None))  # the second time through
     display(Progress("vocabulary", 1, 4_000_000, None))
-    assert "4 MB at 0.0 MB/s" in capsys.readouterr().err.splitlines()[-1]
+    assert "4.0 MB at 0.0 MB/s" in capsys.readouterr().err.splitlines()[-1]
