@@ -44,10 +44,10 @@ def test_places_in_a_cut_file_are_counted_once_a_piece(tmp_path, monkeypatch):
 
 def test_what_lies_beside_in_a_folder_is_named(tmp_path, caplog):
     prose.write_text(tmp_path / "a.txt", 40)
-    (tmp_path / "b.jsonl.zst").write_bytes(b"")
+    (tmp_path / "b.jsonl.lz4").write_bytes(b"")
     (tmp_path / "sub").mkdir()
     prepare(str(tmp_path), tmp_path.with_name("out"), vocab_size=300, heldout_fraction=0.2)
-    assert "only its files of known kinds are read; left alone: b.jsonl.zst, sub" in caplog.text
+    assert "only its files of known kinds are read; left alone: b.jsonl.lz4, sub" in caplog.text
 
 
 def test_nothing_left_says_what_became_of_it(tmp_path):
@@ -100,9 +100,9 @@ def test_work_of_an_earlier_run_is_no_speed_of_this_one(tmp_path, monkeypatch, c
         display(Progress("shards", 5, source_bytes, 200_000_000, kept_bytes=60_000_000))
     said = capsys.readouterr().err.splitlines()
     assert "at 0.0 MB/s" in said[0]
-    assert "100 MB at 0." in said[-1]
+    assert "100.0 of 200.0 MB at 0." in said[-1]
     assert "50%" in said[-1]
     display(Progress("vocabulary", 1, 9_000_000, None))
     display(Progress("vocabulary", 1, 2_000_000, None))  # the second time through
     display(Progress("vocabulary", 1, 4_000_000, None))
-    assert "4 MB at 0.0 MB/s" in capsys.readouterr().err.splitlines()[-1]
+    assert "4.0 MB at 0.0 MB/s" in capsys.readouterr().err.splitlines()[-1]

@@ -107,6 +107,8 @@ def look_at(corpus: Corpus, reading: Reading) -> FirstLook:
     chosen = paths[::step]
     most = min(max(_ALL_BYTES // len(chosen), _LEAST_BYTES), _MOST_BYTES)
     seen = [_look(path, most) for path in chosen]
+    if not any(file.blocks for file in seen):
+        return FirstLook()
     rule, others = reading.documents, len(paths) / len(chosen)
     exact = others == 1 and all(one.factor == 1 for one in seen)
     counts = {one: others * sum(file.count(one) for file in seen) for one in _MEANING}
