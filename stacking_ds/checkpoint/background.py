@@ -224,8 +224,10 @@ class BackgroundSave:
         try:
             newest = named_by_latest(self.folder.parent)
             before = f"{newest} is untouched" if newest else "there is no earlier checkpoint"
-        except (OSError, DamagedFileError) as error:  # the file system that has just failed
-            newest, before = None, f"which one is the latest cannot be read ({error})"
+        except OSError as error:  # the file system that has just failed
+            newest, before = None, f"which one is the latest cannot be read ({error.strerror})"
+        except DamagedFileError as damage:
+            newest, before = None, f"which one is the latest cannot be read ({damage.reason})"
         if newest == self.folder.name:
             return f"{self.folder} was saved, but may not outlast a power failure ({why})"
         return f"{self.folder} was not saved ({why}); {before}: make room or mend the file system"
