@@ -83,7 +83,7 @@ class TokenShards:
     @cached_property
     def vocabulary(self) -> list[str]:
         """The token of id i at index i."""
-        return load_vocabulary(self.folder / "vocab.txt")
+        return load_vocabulary(self.folder / "vocab.txt", as_written=True)
 
     @cached_property
     def special_ids(self) -> SpecialIds:
