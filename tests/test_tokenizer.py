@@ -125,6 +125,15 @@ def test_a_vocabulary_is_read_however_its_lines_end(tmp_path, content):
     assert load_vocabulary(tmp_path / "vocab.txt") == [*SPECIAL_TOKENS, "the", "##s"]
 
 
+def test_a_prepared_folder_keeps_the_ids_it_was_written_with(tmp_path):
+    tokens = [*SPECIAL_TOKENS, "the ", "", "the", "\u00a0", ""]
+    (tmp_path / "vocab.txt").write_text("".join(f"{token}\n" for token in tokens), "utf-8")
+    assert load_vocabulary(tmp_path / "vocab.txt", as_written=True) == tokens
+    (tmp_path / "vocab.txt").write_text("the\n")
+    with pytest.raises(DataError, match=r"lacks \[PAD\]"):
+        load_vocabulary(tmp_path / "vocab.txt", as_written=True)
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [

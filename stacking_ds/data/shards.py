@@ -124,7 +124,7 @@ class TokenShards:
     def vocabulary(self) -> list[str]:
         """The token of id i at index i. DataError where it is not that of the manifest."""
         path = self.folder / "vocab.txt"
-        tokens = load_vocabulary(path)
+        tokens = load_vocabulary(path, as_written=True)
         found = (len(tokens), vocabulary_sha256(tokens))
         if found != (self.manifest.vocab_size, self.manifest.vocabulary_sha256):
             raise DataError(

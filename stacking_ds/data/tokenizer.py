@@ -5,7 +5,7 @@ Devlin et al. 2019, section 3; the algorithm is that of the `tokenizers` library
 
 import hashlib
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -160,9 +160,11 @@ def train_wordpiece(
     return sorted(ids, key=ids.__getitem__)
 
 
-def load_vocabulary(path: Path) -> list[str]:
+def load_vocabulary(path: Path, *, as_written: bool = False) -> list[str]:
     """The tokens of a `vocab.txt` by id: one a line, whatever ends the line, without the blanks
-    around it, the byte order mark that some editors add, and empty lines at the end.
+    around it, the byte order mark that some editors add, and empty lines at the end. With
+    `as_written`, for the file of a prepared folder, the lines are the tokens to the byte: earlier
+    versions took what they were given.
 
     Raises DataError for a missing or unreadable file, and as `require_tokens` does.
     """
@@ -172,6 +174,10 @@ def load_vocabulary(path: Path) -> list[str]:
         raise DataError(f"vocabulary {path} cannot be read: {error.strerror}") from error
     except DamagedFileError as error:
         raise DataError(f"vocabulary {path} cannot be used: {error.reason}") from error
+    if as_written:
+        vocabulary = text.removesuffix("\n").split("\n")
+        _require_special_tokens(vocabulary, path)
+        return vocabulary
     lines = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").split("\n")
     vocabulary = [line.strip(_BLANKS) for line in lines]
     while vocabulary and not vocabulary[-1]:
@@ -198,7 +204,11 @@ def require_tokens(vocabulary: Sequence[str], path: Path, unit: str, first: int)
                 f"vocabulary {path} holds the token {shortened(repr(token))} twice, at {unit} "
                 f"{places[token]} and {place}: take one out, and mind that the ids behind it move"
             )
-    missing = [token for token in SPECIAL_TOKENS if token not in places]
+    _require_special_tokens(places, path)
+
+
+def _require_special_tokens(vocabulary: Container[str], path: Path) -> None:
+    missing = [token for token in SPECIAL_TOKENS if token not in vocabulary]
     if missing:
         raise DataError(
             f"vocabulary {path} lacks {', '.join(missing)}: BERT needs all of "

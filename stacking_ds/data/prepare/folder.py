@@ -139,7 +139,7 @@ class UnfinishedFolder:
     def vocabulary(self) -> list[str] | None:
         """The vocabulary, None if there is none yet."""
         path = self.temporary / _VOCABULARY
-        return load_vocabulary(path) if path.exists() else None
+        return load_vocabulary(path, as_written=True) if path.exists() else None
 
     def keep_vocabulary(self, vocabulary: Sequence[str]) -> None:
         content = "".join(f"{token}\n" for token in vocabulary).encode()
