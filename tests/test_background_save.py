@@ -469,7 +469,8 @@ def _seconds_beside_a_slow_rank(world: World, run_dir: Path) -> float:
     if world.rank == 1:
         _write_slowly(1.0)
     captured = capture(rank_fragments(world, 1.0)).fragments
-    saving = BackgroundSave(run_dir, captured, world, contents(1))
+    saved = contents(1).model_copy(update={"optimizer_step": 0})  # there are no moments
+    saving = BackgroundSave(run_dir, captured, world, saved)
     saving.finish()
     return saving.seconds
 

@@ -192,7 +192,7 @@ def test_damage_is_named(text, tmp_path, capsys):
     path.write_bytes(content[:-8])
     assert f"{path} has {len(content) - 8} bytes" in refused(capsys, *plain)
     path.unlink()
-    assert f"{path} cannot be read" in refused(capsys, *plain)
+    assert f"{path} is missing" in refused(capsys, *plain)
 
 
 def test_a_manifest_that_counts_otherwise_is_refused(text, capsys):

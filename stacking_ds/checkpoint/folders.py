@@ -92,6 +92,8 @@ def named_by_latest(root: Path) -> str | None:
         DamagedFileError: it is no text, or no regular file.
         OSError: it cannot be read.
     """
+    if root.is_file():
+        return None  # and no checkpoint can lie in it
     try:
         return read_text(root / "latest", _MOST_POINTER_BYTES).strip()
     except FileNotFoundError:
