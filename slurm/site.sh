@@ -2,10 +2,13 @@
 # variables before sbatch, which carries them along. Account, partition and QOS are not chosen here,
 # but on sbatch's command line or in SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_QOS.
 
-# The command: the checkout's, which is where sbatch was called unless STACKING_DS_HOME says where (a
-# path all nodes see); where that has none, the one in PATH, which sbatch carries along.
-: "${STACKING_DS:=${STACKING_DS_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}/.venv/bin/stacking-ds}"
-[ -x "$STACKING_DS" ] || STACKING_DS=$(command -v stacking-ds || echo "$STACKING_DS")
+# The command, unless STACKING_DS says which: the checkout's, which is where sbatch was called unless
+# STACKING_DS_HOME says where (a path all nodes see); where that has none, the one in PATH, which sbatch
+# carries along.
+if [ -z "${STACKING_DS:-}" ]; then
+    STACKING_DS=${STACKING_DS_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}/.venv/bin/stacking-ds
+    [ -x "$STACKING_DS" ] || STACKING_DS=$(command -v stacking-ds || echo "$STACKING_DS")
+fi
 
 # What has to be loaded first.
 # module load cuda/13

@@ -16,9 +16,9 @@ export STACKING_DS_HOME=${STACKING_DS_HOME:-$(cd "$(dirname "$0")/.." && pwd)}
 here=$STACKING_DS_HOME/slurm
 source "$here/site.sh"
 
-# as far as it can be before the shards are there
-check=(train --dry-run --recipe "$recipe" --run-dir "$run_dir" --resume --set "data.path=$shards")
-[ -e "$shards/manifest.json" ] || check+=(--without-data)
+# without the shards, which need not be there yet, and whose rows no login node should lay out
+check=(train --dry-run --without-data --recipe "$recipe" --run-dir "$run_dir" --resume
+    --set "data.path=$shards")
 if ! "${CONTAINER[@]}" "$STACKING_DS" "${check[@]}" >/dev/null; then
     echo "nothing is submitted, since this failed: $STACKING_DS ${check[*]}" >&2
     exit 2

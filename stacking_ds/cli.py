@@ -34,11 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     let_waiting_threads_sleep()
     steady_streams()
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words[:1] == [ENCODED]:
-        words = decode_arguments(words[1])
-    options = _parser().parse_args(words)
-    command: Callable[[argparse.Namespace], int] = options.command
     try:
+        if words[:1] == [ENCODED]:
+            words = decode_arguments("".join(words[1:2]))
+        options = _parser().parse_args(words)
+        command: Callable[[argparse.Namespace], int] = options.command
         check_names(words)
         return command(options)
     except (Exception, KeyboardInterrupt) as error:

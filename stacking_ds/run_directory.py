@@ -265,8 +265,8 @@ def read_config(run_dir: Path, overrides: Sequence[str] = ()) -> RunConfig:
             problem = f"{run_dir} holds no run: there is no {path.name} in it"
     except (DamagedFileError, ConfigError) as error:
         problem = str(error)
-        if not run_dir.is_dir():
-            problem = f"{run_dir} holds no run: it is not a folder"
+    except NotADirectoryError:
+        problem = f"{run_dir} holds no run: it is not a folder"
     except OSError as error:
         raise UnreadableError(
             f"{path} cannot be read ({error.strerror}); mend access to it and try again"

@@ -1,6 +1,7 @@
 """`stacking-ds slurm`: the batch scripts, where a person can change them."""
 
 import argparse
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -38,14 +39,16 @@ def _copy(options: argparse.Namespace) -> int:
         )
     target.mkdir(parents=True, exist_ok=True)
     for path in scripts:
-        shutil.copyfile(path, target / path.name)
+        if not (target / path.name).exists():  # in a checkout they may be these themselves
+            shutil.copyfile(path, target / path.name)
     (target / "submit.sh").chmod(0o755)  # a wheel does not keep it
-    command = Path(sys.argv[0]).resolve()
+    command = Path(sys.executable).with_name("stacking-ds")
+    place, program = (shlex.quote(str(path)) for path in (options.directory, command))
     print(
         f"batch scripts are in {target}; write what your site needs into {target / 'site.sh'}, then"
     )
     print(
-        f"cd {options.directory} && STACKING_DS={command} sbatch slurm/pretrain.sbatch RECIPE "
-        f"RUN_DIR --set data.path=SHARDS"
+        f"cd {place} && STACKING_DS={program} sbatch slurm/pretrain.sbatch RECIPE RUN_DIR "
+        f"--set data.path=SHARDS"
     )
     return 0

@@ -53,9 +53,7 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         # before a run can save anything, the others may end it; this one would end it by default
-        self._hold([signal.SIGUSR1])
-        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-            self._hold([signal.SIGINT])
+        self._hold([signal.SIGUSR1, signal.SIGINT])
         self._read_end, self._write_end = os.pipe()
         os.set_blocking(self._write_end, False)
         self._previous_wakeup = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
@@ -82,13 +80,7 @@ class StopRequest:
         """
         self.raise_if_interrupted()
         self._saves = True
-        self._hold(
-            [
-                number
-                for number in STOP_SIGNALS
-                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
-            ]
-        )
+        self._hold(STOP_SIGNALS)
 
     def raise_if_interrupted(self) -> None:
         """For the seams of work that may have swallowed an interrupt.
@@ -101,6 +93,10 @@ class StopRequest:
 
     def _hold(self, signals: Sequence[signal.Signals]) -> None:
         for number in signals:
+            # a shell's `&` and nohup have these two ignored, and that is a person's choice
+            chosen = number in (signal.SIGINT, signal.SIGHUP)
+            if chosen and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             previous = signal.signal(number, self._remember)
             self._previous.setdefault(number, previous)
 
@@ -125,9 +121,12 @@ class StopRequest:
                 continue  # somebody else's
             what = heard.add(number)
             if what == "stop":
-                then = "finishing the step, then saving" if self._saves else "before the first step"
-                name = signal.Signals(number).name
-                _say(f"asked to stop ({name}): {then}; one more Ctrl-C ends at once, unsaved")
+                then = "finishes the step and saves" if self._saves else "stops before its first"
+                more = "one more" if number == signal.SIGINT else "a"
+                _say(
+                    f"asked to stop ({signal.Signals(number).name}): the run {then}; {more} Ctrl-C "
+                    f"ends it at once, unsaved"
+                )
             elif what == "end" and deadline is None:
                 deadline = time.monotonic() + _SECONDS_TO_END
             elif what == "end":

@@ -8,6 +8,7 @@ Without torch: `launch` asks too, and waits for days.
 """
 
 import argparse
+import os
 from pathlib import Path
 
 from stacking_ds.config import RunConfig
@@ -75,9 +76,9 @@ def config_of(options: argparse.Namespace) -> RunConfig:
 
 
 def _named(options: argparse.Namespace) -> Path | None:
-    given = {options.run_dir, options.resume if isinstance(options.resume, Path) else None}
-    named: list[Path] = [path for path in given if path is not None]
-    if len(named) > 1:
+    given = (options.run_dir, options.resume)
+    named = [path for path in given if isinstance(path, Path)]
+    if len({os.path.realpath(path) for path in named}) > 1:
         raise ConfigError(
             f"--run-dir {options.run_dir} and --resume {options.resume} are two runs; give one"
         )

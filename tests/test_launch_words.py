@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stacking_ds.cli import main
 from stacking_ds.errors import ConfigError, UserError
 from stacking_ds.launch.environment import (
     draw_environment,
@@ -202,3 +203,11 @@ def test_what_is_not_refused_arrives(value: str) -> None:
     # like a login shell that ssh starts
     done = subprocess.run(["sh", "-c", script], capture_output=True, check=True)
     assert done.stdout.decode() == value + "\n"
+
+
+@pytest.mark.parametrize("words", [["--encoded"], ["--encoded", "zzz"]])
+def test_what_launch_has_not_written_is_one_sentence(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    assert "is no command that `stacking-ds launch` made" in capsys.readouterr().err

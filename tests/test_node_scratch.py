@@ -40,6 +40,18 @@ def test_a_jobs_own_scratch_comes_first(tmp_path: Path, monkeypatch: pytest.Monk
     assert Path(os.environ["TRITON_CACHE_DIR"]).parent.parent == own
 
 
+def test_where_nothing_can_be_written_nothing_is_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "")
+    monkeypatch.delenv("TORCHINDUCTOR_FORCE_DISABLE_CACHES")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    monkeypatch.setenv("SLURM_TMPDIR", str(tmp_path / "absent too"))
+    keep_caches_on_node(print)
+    assert not set(CACHES) & os.environ.keys()
+    assert os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] == "1"
+
+
 def test_what_a_person_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in CACHES:
         monkeypatch.setenv(name, "/elsewhere")

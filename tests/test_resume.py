@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from stacking_ds import run_directory
+from stacking_ds.checkpoint.choice import choose
 from stacking_ds.cli import main
+from stacking_ds.errors import CheckpointError
 from tests.prose import tiny_shards
 from tests.runs import losses, parameters, small_recipe
 
@@ -85,6 +87,17 @@ def test_a_checkpoint_has_several_names(run_dir: Path, capsys: Capture, name: st
     assert (run_dir / "checkpoints" / "latest").read_text() == "step_00000002\n"
     inspected = _did(capsys, "checkpoint", "inspect", run_dir, "--checkpoint", name)
     assert "  2 of 4, a boundary: 2 layers come next" in inspected
+
+
+@pytest.mark.parametrize("name", ["9" * 5_000, "²", "step_²", "-1"])
+def test_what_is_no_step_is_no_checkpoint(run_dir: Path, capsys: Capture, name: str) -> None:
+    with pytest.raises(CheckpointError, match="has no checkpoint"):
+        choose(run_dir, name)
+    if name == "step_²":
+        (run_dir / name).mkdir()
+        assert "holds no run and is no checkpoint" in _refused(
+            capsys, "checkpoint", "list", run_dir / name
+        )
 
 
 def test_only_a_whole_checkpoint_is_used(run_dir: Path, capsys: Capture) -> None:

@@ -1,6 +1,7 @@
 """`stacking-ds slurm copy`: scripts that can be submitted, and nobody's changes lost."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,13 @@ def test_scripts_are_copied_and_can_be_again(
 ) -> None:
     for _ in range(2):
         assert main(["slurm", "copy", str(tmp_path / "new")]) == 0
+    # in a checkout the scripts are there, and it is they that would be copied
+    assert main(["slurm", "copy", str(SLURM.parent)]) == 0
     target = tmp_path / "new" / "slurm"
     assert {path.name for path in target.iterdir()} == {path.name for path in SLURM.iterdir()}
     assert os.access(target / "submit.sh", os.X_OK)
-    assert f"cd {tmp_path / 'new'} && STACKING_DS=" in capsys.readouterr().out
+    command = Path(sys.executable).with_name("stacking-ds")
+    assert f"cd {tmp_path / 'new'} && STACKING_DS={command} sbatch" in capsys.readouterr().out
 
 
 def test_what_a_person_has_changed_stays(

@@ -30,7 +30,7 @@ with stop_request.StopRequest() as request:
                 pass
 
 """
-_ACKNOWLEDGED = "asked to stop ({}): finishing the step, then saving; one more Ctrl-C ends at once"
+_ACKNOWLEDGED = "asked to stop ({}): the run finishes the step and saves; "
 
 
 @contextmanager

@@ -2,11 +2,12 @@
 path."""
 
 import os
+import re
 from pathlib import Path
 
-from stacking_ds.checkpoint.folders import folder_name, latest, saved_steps
+from stacking_ds.checkpoint.folders import folder_name, latest, saved_steps, step_of
 from stacking_ds.errors import CheckpointError
-from stacking_ds.text_table import first_of
+from stacking_ds.text_table import first_of, shortened
 
 __all__ = ["choose", "choose_all", "is_checkpoint", "require_run"]
 
@@ -32,11 +33,12 @@ def choose(place: Path, name: str | None = None) -> Path:
             raise _none_yet(place)
         return found
     there = [folder_name(step) for step in saved_steps(place)]
-    if name.isdecimal():
+    if re.fullmatch("[0-9]{1,18}", name):
         name = folder_name(int(name))
     if name not in there:
         raise CheckpointError(
-            f"{place} has no checkpoint {name!r}; there is: {first_of(there) or 'none'}"
+            f"{place} has no checkpoint {shortened(repr(name))}; there is: "
+            f"{first_of(there) or 'none'}"
         )
     return place / "checkpoints" / name
 
@@ -62,9 +64,7 @@ def _none_yet(run_dir: Path) -> CheckpointError:
 
 def is_checkpoint(place: Path) -> bool:
     """Is it a checkpoint's folder, rather than the run that has it? A damaged one is one too."""
-    name = os.path.basename(os.path.realpath(place))
-    step = name.removeprefix("step_")
-    named = step.isdigit() and name == folder_name(int(step))
+    named = step_of(Path(os.path.realpath(place))) is not None
     return place.is_dir() and (named or any(place.glob("rank_*.safetensors")))
 
 

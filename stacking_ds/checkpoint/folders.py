@@ -16,6 +16,7 @@ from pathlib import Path
 
 from stacking_ds.errors import CheckpointError, UnreadableError
 from stacking_ds.small_files import DamagedFileError, read_text
+from stacking_ds.text_table import first_of
 
 __all__ = [
     "begin",
@@ -128,7 +129,12 @@ def latest(run_dir: Path) -> Path | None:
             return folder
         if _removed(folder).is_dir():  # a save of the same step was killed between two renames
             return _removed(folder)
-    others = ", ".join(map(folder_name, steps)) or "none"
+    if not steps:
+        raise CheckpointError(
+            f"{root / 'latest'} {wrong}, and there is no checkpoint: take that file away, and the "
+            f"run starts anew"
+        )
+    others = first_of([folder_name(step) for step in steps])
     raise CheckpointError(
         f"{root / 'latest'} {wrong}; say from which checkpoint to go on with `stacking-ds "
         f"checkpoint use {shlex.quote(str(run_dir))} STEP` (there is: {others})"
@@ -154,8 +160,9 @@ def fall_back(folder: Path) -> str:
 
 def use_command(folder: Path) -> str:
     """What a person types so that a run goes on from its checkpoint `folder`."""
-    run_dir = folder.parent.parent
-    return f"stacking-ds checkpoint use {shlex.quote(str(run_dir))} {folder.name}"
+    run_dir, step = folder.parent.parent, step_of(folder)
+    name = folder.name if step is None else folder_name(step)
+    return f"stacking-ds checkpoint use {shlex.quote(str(run_dir))} {name}"
 
 
 # --------------------------------------------------------------------------- changing
