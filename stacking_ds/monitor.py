@@ -12,13 +12,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from stacking_ds.divergence import Course, finite_or_none
 from stacking_ds.metrics_file import METRICS_FILE, drop_after, read_metrics
+from stacking_ds.run_log import RunLog
 from stacking_ds.small_files import without_waiting
 from stacking_ds.stages import Stage, StageSchedule
 from stacking_ds.tensorboard_events import event_record, events_name, first_events
@@ -38,13 +39,20 @@ class Monitor:
     """Where a run's numbers go. On ranks other than 0 every method does nothing."""
 
     def __init__(
-        self, run_dir: Path, schedule: StageSchedule, *, completed_steps: int, enabled: bool
+        self,
+        run_dir: Path,
+        schedule: StageSchedule,
+        *,
+        completed_steps: int,
+        enabled: bool,
+        log: RunLog | None = None,
     ) -> None:
         """Args:
         run_dir: the run's directory; it exists.
         completed_steps: steps done before this process; later lines of an interrupted run are
             dropped, since those steps will be taken again.
         enabled: True on rank 0.
+        log: what has been said before; it is closed with this.
         """
         self._enabled = enabled
         if not enabled:
@@ -54,7 +62,8 @@ class Monitor:
         self._course = Course(read_metrics(run_dir))
         failing: set[Path] = set()
         self._log = _Appended(run_dir / "train.log", failing)
-        self._log_handlers = _open_logs(self._log)
+        self._run_log = log or RunLog().__enter__()
+        self._run_log.write_to(self._log)
         self._metrics = _Appended(run_dir / METRICS_FILE, failing)
         events = run_dir / "tensorboard"
         self._tensorboard = _Appended(events / events_name(events), failing)
@@ -112,9 +121,7 @@ class Monitor:
             self._bars.close()
             for file in (self._metrics, self._tensorboard, self._log):
                 file.add(b"")  # what it still holds
-            for handler in self._log_handlers:
-                logger.removeHandler(handler)
-                handler.close()
+            self._run_log.close()
 
     def __enter__(self) -> "Monitor":
         return self
@@ -167,13 +174,6 @@ class _Appended:
             )
 
 
-class _Console(logging.StreamHandler[TextIO]):
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's own name
-        # its reader is gone, or its disk full: a traceback for every line helps nobody
-        if not isinstance(sys.exc_info()[1], OSError):
-            super().handleError(record)
-
-
 class _Bars:
     """Whole run above, stage below; lines in the log instead where there is no terminal."""
 
@@ -221,21 +221,6 @@ class _Bars:
         if self._stage is not None:
             self._stage.close()
         self._run.close()
-
-
-def _open_logs(log: _Appended) -> list[logging.Handler]:
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    to_file = logging.StreamHandler(log)
-    to_file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-    to_console = _Console(sys.stderr)
-    to_console.setFormatter(logging.Formatter("%(message)s"))
-    # on a terminal the bars show progress already; there only the sentences are printed
-    to_console.setLevel(logging.WARNING if sys.stderr.isatty() else logging.INFO)
-    handlers: list[logging.Handler] = [to_file, to_console]
-    for handler in handlers:
-        logger.addHandler(handler)
-    return handlers
 
 
 def _line(metrics: Mapping[str, Any], total_steps: int) -> str:

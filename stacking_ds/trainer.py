@@ -35,6 +35,7 @@ from stacking_ds.model.loss import pretraining_loss
 from stacking_ds.monitor import Monitor, measure_matmul_peak, peak_memory_gib
 from stacking_ds.phases import Phase
 from stacking_ds.resume import claim, enter, recorded
+from stacking_ds.run_log import RunLog
 from stacking_ds.stage_manager import StageManager
 from stacking_ds.stages import Stage
 from stacking_ds.stop_request import StopRequest
@@ -64,10 +65,11 @@ def train(
         NonFiniteError: the loss or the gradient is not finite; the last checkpoint stays.
     """
     started = time.perf_counter()
-    compute = world.on_all(
-        lambda: choose_compute(job.config.engine, world.device, job.config.model)
-    )
     with ExitStack() as held:
+        log = held.enter_context(RunLog()) if world.is_first else None
+        compute = world.on_all(
+            lambda: choose_compute(job.config.engine, world.device, job.config.model)
+        )
         request = request or held.enter_context(StopRequest())
         found, state = enter(job, world, run_dir, resume, held)
         stages = StageManager(job, world, compute)
@@ -77,7 +79,13 @@ def train(
         # all that may be refused has been looked at: what is written goes back to `found` only now
         claim(job, world, run_dir)
         monitor = held.enter_context(
-            Monitor(run_dir, job.schedule, completed_steps=state.step, enabled=world.is_first)
+            Monitor(
+                run_dir,
+                job.schedule,
+                completed_steps=state.step,
+                enabled=world.is_first,
+                log=log,
+            )
         )
         held.enter_context(recorded(run_dir, world, job.schedule.total_steps))
         first_step, resumed = state.step, world.is_first and found is not None
@@ -133,6 +141,7 @@ class _Run:
 
     def train(self) -> None:
         present = self.job.schedule.stages[self.state.stage_index]
+        self.monitor.say(_ground(self.world))
         self.monitor.say(self.job.draw())
         self.request.hold_all()
         stop = StopFlag(self.world, self.request)
@@ -335,6 +344,15 @@ class _Run:
     def save(self, stage: Stage, *, wait: bool) -> None:
         self.state.wall_seconds = time.perf_counter() - self.clock_start
         self.stages.save(self.run_dir, stage, asdict(self.state), wait=wait)
+
+
+def _ground(world: World) -> str:
+    """What this run computes on, for people: a run that misses its GPUs takes hundreds of times as
+    long."""
+    ranks = "1 rank" if world.size == 1 else f"{world.size} ranks"
+    if world.device.type == "cuda":
+        return f"{ranks}, a GPU for each ({torch.cuda.get_device_name(world.device)})"
+    return f"{ranks} on the CPU, since torch sees no GPU"
 
 
 def _due(step: int, every_steps: int) -> bool:

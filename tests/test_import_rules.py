@@ -23,6 +23,7 @@ ORDER = (
         "utf8",
         "yaml_text",
         "metrics_file",
+        "run_log",
         "launched",
         "waiting_threads",
         "node_scratch",

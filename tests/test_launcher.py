@@ -71,7 +71,7 @@ def test_a_wrong_recipe_ends_the_launcher_with_one_sentence(shards: Path, tmp_pa
     job = _start(tmp_path, "--set", "optimizer.learning_rat=1", prefix=_launcher())
     output, _ = job.communicate(timeout=200)
     assert job.returncode != 0
-    assert output.count("did you mean learning_rate") == 1
+    assert output.count("did you mean optimizer.learning_rate") == 1
     assert "Traceback" not in output
 
 
@@ -100,7 +100,7 @@ def test_a_signal_saves_and_resume_goes_on(
     assert 0 < step < 2000, output
     assert f"stopped at step {step}" in output
     # once, though the launcher passes a Ctrl-C on as SIGTERM
-    assert output.count("finishing the step, then saving") == 1, output
+    assert output.count("finishes the step and saves") == 1, output
     assert [line["step"] for line in metrics(run)] == list(range(1, step + 1))
     before = losses(run)
 

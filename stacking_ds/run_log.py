@@ -1,0 +1,65 @@
+"""A run's log on rank 0: to the console at once, and to `train.log` from the first line on, which
+is said before that file may be opened."""
+
+import logging
+import sys
+from typing import Any, TextIO
+
+__all__ = ["RunLog"]
+
+logger = logging.getLogger("stacking_ds")
+
+
+class RunLog:
+    """Takes what the package logs while it is entered, or until it is closed."""
+
+    def __enter__(self) -> "RunLog":
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+        console = _Console(sys.stderr)
+        console.setFormatter(logging.Formatter("%(message)s"))
+        # on a terminal the bars show progress already; there only the sentences are printed
+        console.setLevel(logging.WARNING if sys.stderr.isatty() else logging.INFO)
+        self._held = _Held()
+        self._handlers: list[logging.Handler] = [console, self._held]
+        for handler in self._handlers:
+            logger.addHandler(handler)
+        return self
+
+    def write_to(self, file: Any) -> None:
+        """Write what was said so far, and all that follows, to `file`, which has `write`."""
+        to_file = logging.StreamHandler(file)
+        to_file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        logger.removeHandler(self._held)
+        self._handlers.append(to_file)
+        logger.addHandler(to_file)
+        for record in self._held.records:
+            to_file.handle(record)
+        self._held.records.clear()
+
+    def close(self) -> None:
+        for handler in self._handlers:
+            logger.removeHandler(handler)
+            handler.close()
+        self._handlers.clear()
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class _Held(logging.Handler):
+    """Keeps the records until there is a file for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+class _Console(logging.StreamHandler[TextIO]):
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's own name
+        # its reader is gone, or its disk full: a traceback for every line helps nobody
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
