@@ -123,7 +123,11 @@ _HEADERS: dict[str, tuple[Change, int | None, str]] = {
         "says of master/a",
     ),
     "a shape that is none": (_set("master/a", "shape", to=[1e999]), None, "says of master/a"),
-    "a tensor less": (lambda header: header.pop("master/b"), None, "its tensors end at byte"),
+    "a tensor less": (
+        lambda header: header.pop("master/b"),
+        None,
+        "where another tensor or none is",
+    ),
     "a tensor of another name": (
         lambda header: header.update({"master/z": header.pop("master/a")}),
         None,

@@ -112,7 +112,7 @@ def test_under_nohup_a_closed_terminal_asks_for_nothing() -> None:
     sent = "os.kill(os.getpid(), signal.SIGHUP); tell(request.made)"
     for prefix, made in ([], "True"), (["nohup"], "False"):
         with _program("request.hold_all()", "ready()", sent, prefix=prefix) as process:
-            assert made in _end(process)[1].splitlines()
+            assert made in _end(process)[1]
 
 
 def test_what_a_child_is_sent_is_no_business_of_its_parent() -> None:
