@@ -137,6 +137,7 @@ def _check(figures: dict[str, Any], printed: str, zero_stages: list[int]) -> Non
         assert f"{target['name']}: target <= {target['limit']:g}: " in printed
 
 
+@pytest.mark.slow
 def test_the_command_starts_its_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figures = _bench(tmp_path, "--zero-stage=1", "--hidden-size=16", "--vocab-size=30")
     _check(figures, capsys.readouterr().out, [1])

@@ -120,6 +120,7 @@ def test_the_command_measures_three_depths(
     assert "1, 2, 4 layers: building, then 1 rounds" in printed.err
 
 
+@pytest.mark.slow
 def test_the_command_in_bf16_has_no_plain_loop(tmp_path: Path) -> None:
     path = tmp_path / "figures.json"
     options = ["--quick", "--rounds=1", "--precision=bf16", "--zero-stage=2"]

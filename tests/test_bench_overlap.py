@@ -59,6 +59,7 @@ def test_the_table_says_how_far_behind_each_is() -> None:
     assert lines[3].split("|")[-2].strip() == "1.00"
 
 
+@pytest.mark.slow
 def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "figures.json"
     small = ["--hidden-size=16", "--layers=2", "--vocab-size=64", "--sequence-length=8"]

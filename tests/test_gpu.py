@@ -177,6 +177,7 @@ def test_the_checks_hold_on_the_cpu(check: Callable[..., None], cases: list[Any]
         run_ranks(_call, 1, check, *case)
 
 
+@pytest.mark.slow
 def test_the_checks_of_runs_hold_on_the_cpu(tmp_path: Path, shards: Path) -> None:
     run_ranks(_call, 1, check_checkpoint, tmp_path / "state", 2, "bf16")
     for name, overrides in (("adamw", ()), ("lamb", LAMB), ("packed", PACKED)):

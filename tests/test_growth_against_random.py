@@ -3,6 +3,8 @@
 import statistics
 from pathlib import Path
 
+import pytest
+
 from stacking_ds.config import RunConfig
 from stacking_ds.distributed import World
 from tests.growth_against_random import table, train_arm
@@ -26,6 +28,7 @@ def _both_arms(
     )
 
 
+@pytest.mark.slow
 def test_a_stacked_model_is_ahead_right_after_recovery(tmp_path: Path) -> None:
     shards = tiny_shards(tmp_path)
     results = {}

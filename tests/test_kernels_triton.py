@@ -335,6 +335,7 @@ class TestEmbedding:
         assert counted == triton_embedding.traffic(17, 96, 2, **sizes)
 
 
+@pytest.mark.slow
 class TestTheOtherHalf:
     __test__ = not RUNS and not IS_OTHER_HALF
 

@@ -330,7 +330,7 @@ def test_a_refused_resume_changes_nothing(shards: Path, tmp_path: Path) -> None:
     assert str(shards) in before.decode()
 
 
-@pytest.mark.parametrize("moments", ["reset", "carry"])
+@pytest.mark.parametrize("moments", ["reset", pytest.param("carry", marks=pytest.mark.slow)])
 def test_bf16_runs_through_all_stages(shards: Path, tmp_path: Path, moments: str) -> None:
     config = small_recipe(
         tmp_path, shards, "engine.precision=bf16", f"growth.moments={moments}", *DROPOUT
