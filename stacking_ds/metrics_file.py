@@ -51,7 +51,7 @@ def _is_line(found: dict[str, Any]) -> bool:
 
 
 def drop_after(run_dir: Path, completed_steps: int) -> str | None:
-    """Leave the lines up to that step, whose later ones will be written again; a sentence on those
+    """Leave the lines up to that step, since later ones will be written again; a sentence on those
     that were none, if any.
 
     Raises:

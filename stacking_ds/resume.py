@@ -17,6 +17,7 @@ from stacking_ds.distributed import World, is_lost_contact
 from stacking_ds.errors import CheckpointError, NonFiniteError, UserError, is_mendable
 from stacking_ds.job import Job
 from stacking_ds.meter import TrainState
+from stacking_ds.metrics_file import drop_after
 from stacking_ds.stages import StageSchedule
 
 __all__ = ["claim", "enter", "recorded"]
@@ -69,19 +70,27 @@ def _enter_on_first(
     return found, state
 
 
-def claim(job: Job, world: World, run_dir: Path) -> None:
-    """Make the directory this run's: write its recipe, and the tokenizer that it will be exported
-    with. A collective.
+def claim(job: Job, world: World, run_dir: Path, completed_steps: int) -> str | None:
+    """Make the directory this run's: drop the metrics of steps that will be taken again, write the
+    recipe, and the tokenizer that it will be exported with. A collective.
+
+    Returns:
+        A sentence on the lines of its metrics that were passed over, if any.
 
     Raises:
+        CheckpointError: its metrics are no regular file; nothing is written then.
         ConfigError: the directory cannot be written.
     """
-    world.on_first(lambda: _claim_on_first(job, run_dir))
+    damage: str | None = world.on_first(lambda: _claim_on_first(job, run_dir, completed_steps))
+    return damage
 
 
-def _claim_on_first(job: Job, run_dir: Path) -> None:
-    run_tokenizer.keep(run_dir, job.shards)
+def _claim_on_first(job: Job, run_dir: Path, completed_steps: int) -> str | None:
+    damage = drop_after(run_dir, completed_steps)
+    # before anything else that a start leaves: by it the directory is known to be a run's
     run_directory.write_config(run_dir, job.config.with_absolute_paths())
+    run_tokenizer.keep(run_dir, job.shards)
+    return damage
 
 
 def _state_of(found: Path, job: Job) -> TrainState:

@@ -75,10 +75,12 @@ def train(
         if state.step < job.schedule.total_steps:
             stages.begin(found, job.schedule.stages[state.stage_index])
         # all that may be refused has been looked at: what is written goes back to `found` only now
-        claim(job, world, run_dir)
+        damage = claim(job, world, run_dir, state.step)
         monitor = held.enter_context(
             Monitor(run_dir, job.schedule, completed_steps=state.step, enabled=world.is_first)
         )
+        if damage is not None:
+            monitor.say(damage)
         held.enter_context(recorded(run_dir, world, job.schedule.total_steps))
         first_step, resumed = state.step, world.is_first and found is not None
         rereading = held.enter_context(

@@ -1,6 +1,7 @@
 """A run that goes on: by its own recipe, from a chosen checkpoint, and never half-changed."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -130,6 +131,20 @@ def test_a_refused_resume_leaves_every_byte(
     assert _files(run_dir) == before
     _did(capsys, *command.split()[1:])
     _did(capsys, "train", "--resume", run_dir)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir], ids=["fifo", "folder"])
+def test_metrics_that_cannot_be_read_are_refused_before_anything_is_written(
+    run_dir: Path, capsys: Capture, make: Callable[[Path], None]
+) -> None:
+    _did(capsys, "checkpoint", "use", run_dir, "2")
+    (run_dir / "metrics.jsonl").unlink()
+    make(run_dir / "metrics.jsonl")
+    before = _files(run_dir)
+    said = _refused(capsys, "train", "--resume", run_dir, "--set", "logging.every_steps=2")
+    assert "metrics.jsonl is damaged: it is not a regular file; move it aside" in said
+    assert _files(run_dir) == before
 
 
 def test_a_refused_new_run_leaves_nothing(place: Path, tmp_path: Path, capsys: Capture) -> None:
