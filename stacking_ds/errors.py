@@ -14,6 +14,7 @@ __all__ = [
     "LostRankError",
     "NonFiniteError",
     "StageError",
+    "UnreadableDataError",
     "UnreadableError",
     "UserError",
     "is_mendable",
@@ -50,6 +51,11 @@ class ConfigError(UserError):
 
 class DataError(UserError):
     """Text, vocabulary or token shards that are missing, empty, damaged or not the run's own."""
+
+
+class UnreadableDataError(DataError):
+    """A file of the data that may be whole, and cannot be read: a permission is missing, or a file
+    system fails."""
 
 
 class StageError(UserError):

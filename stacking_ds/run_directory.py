@@ -43,6 +43,7 @@ if TYPE_CHECKING:  # it brings torch along, for seconds
 __all__ = [
     "check",
     "forget_if_empty",
+    "holds_run",
     "lock",
     "mend_config",
     "read_config",
@@ -88,6 +89,11 @@ def check(run_dir: Path, config: RunConfig, *, resume: bool) -> None:
             )
     elif run_dir.exists():
         raise CheckpointError(f"{run_dir} is a file; choose another --run-dir")
+
+
+def holds_run(run_dir: Path) -> bool:
+    """Has a run made the directory its own?"""
+    return (run_dir / _CONFIG).exists() or bool(saved_steps(run_dir))
 
 
 def lock(

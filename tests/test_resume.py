@@ -123,12 +123,20 @@ def test_a_refused_resume_leaves_every_byte(
     (run_dir / "checkpoints" / "latest").write_text("step_00000002\n")
     damage(_step(run_dir, 2) / name)
     before = _files(run_dir)
+    records = before.pop("attempts.jsonl")
     said = _refused(capsys, "train", "--resume", run_dir, "--set", "logging.every_steps=2")
     assert f"{_step(run_dir, 2) / name} " in said
     # 4 lies beyond what was gone back to, and is whole
     command = f"stacking-ds checkpoint use {run_dir} step_00000004"
     assert said.endswith(f"go on from step_00000004: `{command}`, and then --resume")
-    assert _files(run_dir) == before
+    after = _files(run_dir)
+    # whoever starts runs again has to know of it, whatever a launcher exits with
+    begun, ended = after.pop("attempts.jsonl").removeprefix(records).splitlines()
+    assert after == before
+    assert json.loads(begun)["event"] == "begun"
+    record = json.loads(ended)
+    assert (record["outcome"], record["message"]) == ("user_error", said.partition("error: ")[2])
+    assert main(["again", str(run_dir), "--exit-status", "1"]) == 1
     _did(capsys, *command.split()[1:])
     _did(capsys, "train", "--resume", run_dir)
 
@@ -144,7 +152,7 @@ def test_metrics_that_cannot_be_read_are_refused_before_anything_is_written(
     before = _files(run_dir)
     said = _refused(capsys, "train", "--resume", run_dir, "--set", "logging.every_steps=2")
     assert "metrics.jsonl is damaged: it is not a regular file; move it aside" in said
-    assert _files(run_dir) == before
+    assert _files(run_dir) | {"attempts.jsonl": b""} == before | {"attempts.jsonl": b""}
 
 
 def test_a_refused_new_run_leaves_nothing(place: Path, tmp_path: Path, capsys: Capture) -> None:

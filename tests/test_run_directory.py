@@ -166,7 +166,7 @@ def test_a_job_that_waited_does_not_take_over_the_run_of_the_one_before(tmp_path
 
     threading.Timer(0.5, leave_a_run).start()
     with ExitStack() as held, pytest.raises(CheckpointError, match=r"holds another run \(seed"):
-        resume._enter_on_first(other, run_dir, True, held)
+        resume._lock_on_first(other, run_dir, True, held)
     assert run_directory.read_config(run_dir).seed == 3
     run_directory.lock(run_dir).close()  # who is refused keeps nobody out
 
