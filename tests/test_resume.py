@@ -203,6 +203,8 @@ def test_the_options_that_say_which_run_it_is(run_dir: Path, capsys: Capture) ->
         assert said.endswith("or the directory of a run to go on with: --resume RUN_DIR")
     assert "holds no run" in _refused(capsys, "train", "--resume", run_dir / "checkpoints")
     assert "holds no run" in _refused(capsys, "train", "--resume", run_dir / "nowhere")
+    for words in (("train", "--resume"), ("report",), ("export",)):
+        assert "holds no run" in _refused(capsys, *words, run_dir / "config.yaml")
 
 
 # ---------------------------------------------------------------- without its shards
@@ -234,6 +236,22 @@ def test_a_run_is_exported_without_its_shards(
         assert (run_dir / "tokenizer" / "vocab.txt").exists(), "it is kept from now on"
     finally:
         moved.rename(shards)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir], ids=["fifo", "folder"])
+def test_an_export_needs_no_losses(
+    run_dir: Path, capsys: Capture, tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    path = run_dir / "metrics.jsonl"
+    path.unlink()
+    make(path)
+    assert main(["export", str(run_dir), "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == f"exported: {tmp_path / 'out'}\n"
+    assert printed.err.startswith(
+        f"stacking-ds: warning: whether the model has learned is not known: {path} is damaged: "
+    )
 
 
 def test_another_vocabulary_is_not_exported(run_dir: Path, tmp_path: Path, capsys: Capture) -> None:
