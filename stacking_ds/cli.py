@@ -129,9 +129,10 @@ def _export(options: argparse.Namespace) -> int:
     from stacking_ds.checkpoint.choice import choose
     from stacking_ds.from_checkpoint import export_run, warning_of  # seconds of imports
 
-    place = export_run(config, options.run_dir, options.checkpoint, options.out, options.data)
+    found = choose(options.run_dir, options.checkpoint)
+    place = export_run(config, options.run_dir, found, options.out, options.data)
     print(f"exported: {place}")
-    warning = warning_of(options.run_dir, choose(options.run_dir, options.checkpoint))
+    warning = warning_of(options.run_dir, found)
     if warning:
         print(f"stacking-ds: warning: {warning}", file=sys.stderr)
     return 0
@@ -157,10 +158,7 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from stacking_ds.run_directory import read_config
-
-    read_config(options.run_dir)
-    from stacking_ds.report import run_table  # seconds of imports, for a run that is there
+    from stacking_ds.report import run_table
 
     print(run_table(options.run_dir))
     return 0

@@ -1,6 +1,9 @@
 """The errors a user can meet. Each message says what, which value, where, and what to do."""
 
 import errno
+import os
+from pathlib import Path
+from typing import TypeVar
 
 __all__ = [
     "EXIT_FAILURE",
@@ -14,9 +17,11 @@ __all__ = [
     "LostRankError",
     "NonFiniteError",
     "StageError",
+    "UnreadableDataError",
     "UnreadableError",
     "UserError",
     "is_mendable",
+    "unreadable",
 ]
 
 EXIT_FAILURE, EXIT_USER_ERROR, EXIT_NOT_FINITE, EXIT_LOST_RANK = 1, 2, 3, 4
@@ -50,6 +55,11 @@ class ConfigError(UserError):
 
 class DataError(UserError):
     """Text, vocabulary or token shards that are missing, empty, damaged or not the run's own."""
+
+
+class UnreadableDataError(DataError):
+    """A file of the data that may be whole, and cannot be read: a permission is missing, or a file
+    system fails."""
 
 
 class StageError(UserError):
@@ -86,3 +96,13 @@ def is_mendable(error: OSError) -> bool:
     """Is it the user's to mend (a full disk, a path, a permission)? What a file system does by
     itself, a stale handle or an input/output error, may be gone at the next attempt."""
     return error.errno in _MENDABLE
+
+
+_Kind = TypeVar("_Kind", bound=UserError)
+
+
+def unreadable(kind: type[_Kind], path: Path, error: OSError) -> _Kind:
+    """The error of that kind for a file or folder that may be whole, and that the system does not
+    let us read."""
+    reason = os.strerror(error.errno or 0)  # Arrow words it otherwise
+    return kind(f"{path} cannot be read ({reason}); mend access to it and try again")

@@ -64,16 +64,15 @@ def run_heldout(job: Job, found: Path, world: World) -> HeldOut:
 def export_run(
     config: RunConfig,
     run_dir: Path,
-    name: str | None = None,
+    found: Path,
     out: Path | None = None,
     data: Path | None = None,
 ) -> Path:
-    """Write a checkpoint of the run as a Hugging Face folder (`RUN_DIR/export`); its path.
+    """Write the run's checkpoint `found` as a Hugging Face folder (`RUN_DIR/export`); its path.
 
     One parameter after the other, so that no model is in memory. The tokenizer is the run's own, or
     that of the prepared folder `data`; token shards are not needed.
     """
-    found = choose(run_dir, name)
     manifest = checkpoint.read_manifest(found)
     tokenizer = run_tokenizer.choose(run_dir, config, manifest.vocabulary_sha256, data)
     table = manifest.parameters.get(WORD_EMBEDDINGS)
@@ -91,13 +90,17 @@ def export_run(
 
 
 def warning_of(run_dir: Path, found: Path) -> str | None:
-    """What the run's losses up to the checkpoint `found` warn of, for people, if of anything."""
-    step = checkpoint.read_manifest(found).step
-    return judge(line for line in read_metrics(run_dir) if line["step"] <= step).warning
+    """What the run's losses up to the checkpoint `found` warn of, or that nobody knows, for people;
+    None if of nothing."""
+    try:
+        step = checkpoint.read_manifest(found).step
+        return judge(line for line in read_metrics(run_dir) if line["step"] <= step).warning
+    except CheckpointError as error:
+        return f"whether the model has learned is not known: {error}"
 
 
 def export_if_missing(job: Job, run_dir: Path) -> str | None:
     """Export the finished run, as its recipe asks for; what was done, for people, if anything."""
     if (run_dir / "export").exists() or not job.config.checkpoint.export_at_end:
         return None
-    return f"exported for Hugging Face: {export_run(job.config, run_dir)}"
+    return f"exported for Hugging Face: {export_run(job.config, run_dir, choose(run_dir))}"

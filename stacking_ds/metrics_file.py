@@ -3,21 +3,25 @@
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from stacking_ds.errors import CheckpointError
+from stacking_ds.errors import CheckpointError, UnreadableError, unreadable
 from stacking_ds.small_files import (
     DamagedFileError,
     PassedOver,
     is_count,
     is_number,
+    open_regular,
+    parse_json,
     read_json_lines,
 )
 
-__all__ = ["METRICS_FILE", "drop_after", "read_metrics"]
+__all__ = ["METRICS_FILE", "drop_after", "last_step", "read_metrics"]
 
 METRICS_FILE = "metrics.jsonl"
+_TAIL_BYTES = 2**20
 
 
 def read_metrics(
@@ -30,7 +34,7 @@ def read_metrics(
     are not wanted are left out and added to `passed_over`.
 
     Raises:
-        CheckpointError: it is no regular file.
+        CheckpointError: it is no regular file, or cannot be read.
     """
     try:
         yield from read_json_lines(
@@ -40,6 +44,32 @@ def read_metrics(
         return
     except DamagedFileError as damage:
         raise CheckpointError(f"{damage}; move it aside and try again") from None
+    except OSError as error:
+        raise unreadable(UnreadableError, run_dir / METRICS_FILE, error) from None
+
+
+def last_step(run_dir: Path) -> int:
+    """The step of the last line of `metrics.jsonl`; 0 where no line is near its end, or it is no
+    regular file. Only its end is read.
+
+    Raises:
+        UnreadableError: it cannot be read.
+    """
+    path = run_dir / METRICS_FILE
+    try:
+        with open_regular(path) as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            lines = file.read(_TAIL_BYTES).splitlines()
+    except (FileNotFoundError, DamagedFileError):
+        return 0
+    except OSError as error:
+        raise unreadable(UnreadableError, path, error) from None
+    for line in reversed(lines):
+        with suppress(ValueError):
+            found = parse_json(line)
+            if isinstance(found, dict) and _is_line(found):
+                return int(found["step"])
+    return 0
 
 
 def _is_line(found: dict[str, Any]) -> bool:
@@ -51,12 +81,12 @@ def _is_line(found: dict[str, Any]) -> bool:
 
 
 def drop_after(run_dir: Path, completed_steps: int) -> str | None:
-    """Leave the lines up to that step, whose later ones will be written again; a sentence on those
+    """Leave the lines up to that step, since later ones will be written again; a sentence on those
     that were none, if any.
 
     Raises:
-        CheckpointError: it is no regular file.
-        OSError: it cannot be read or written.
+        CheckpointError: it is no regular file, or cannot be read.
+        OSError: it cannot be written.
     """
     path = run_dir / METRICS_FILE
     if not os.path.lexists(path):

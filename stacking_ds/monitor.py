@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from stacking_ds.divergence import Course, finite_or_none
-from stacking_ds.metrics_file import METRICS_FILE, drop_after, read_metrics
+from stacking_ds.metrics_file import METRICS_FILE, read_metrics
 from stacking_ds.run_log import RunLog
 from stacking_ds.small_files import without_waiting
 from stacking_ds.stages import Stage, StageSchedule
@@ -49,8 +49,7 @@ class Monitor:
     ) -> None:
         """Args:
         run_dir: the run's directory; it exists.
-        completed_steps: steps done before this process; later lines of an interrupted run are
-            dropped, since those steps will be taken again.
+        completed_steps: steps done before this process, where `metrics.jsonl` ends.
         enabled: True on rank 0.
         log: what has been said before; it is closed with this.
         """
@@ -58,7 +57,6 @@ class Monitor:
         if not enabled:
             return
         self._schedule = schedule
-        damage = drop_after(run_dir, completed_steps)
         self._course = Course(read_metrics(run_dir))
         failing: set[Path] = set()
         self._log = _Appended(run_dir / "train.log", failing)
@@ -70,8 +68,6 @@ class Monitor:
         self._metrics.add(b"")
         self._tensorboard.add(first_events(completed_steps + 1))
         self._bars = _Bars(schedule, completed_steps)
-        if damage is not None:
-            logger.warning(damage)
 
     def stage(self, stage: Stage, completed_steps: int) -> None:
         """Announce the stage that trains from now on."""

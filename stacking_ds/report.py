@@ -10,6 +10,7 @@ from stacking_ds.errors import CheckpointError, UserError
 from stacking_ds.metrics_file import METRICS_FILE, read_metrics
 from stacking_ds.small_files import PassedOver, is_count, is_number
 from stacking_ds.stages import Stage
+from stacking_ds.text_table import aligned
 
 __all__ = ["run_table"]
 
@@ -49,7 +50,7 @@ def run_table(run_dir: Path) -> str:
         for index, line in sorted(last_of_stage.items())
     ]
     last = last_of_stage[max(last_of_stage)]
-    lines = [_aligned([_COLUMNS, *rows]), ""]
+    lines = [*aligned([_COLUMNS, *rows], left=()), ""]
     floors = [line[_FLOOR] for line in lines_so_far if line.get(_FLOOR) is not None]
     if floors:
         lines.append(
@@ -112,11 +113,3 @@ def _shown(line: dict[str, Any], name: str) -> str:
     if name not in line:
         return "-"
     return "not finite" if line[name] is None else f"{line[name]:,.3f}"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
-    )

@@ -1,15 +1,15 @@
 """What a job finds in its run directory: nothing, its own past, or somebody else's; and what it
 leaves there of itself.
 
-enter (look, lock) -> the engine is built and filled -> claim (write) -> the attempt is recorded
+enter (lock, look) -> the engine is built and filled -> claim (write) -> the attempt begins
 """
 
 import socket
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from stacking_ds import attempts, checkpoint, run_directory, run_tokenizer
@@ -17,20 +17,23 @@ from stacking_ds.distributed import World, is_lost_contact
 from stacking_ds.errors import CheckpointError, NonFiniteError, UserError, is_mendable
 from stacking_ds.job import Job
 from stacking_ds.meter import TrainState
+from stacking_ds.metrics_file import drop_after
 from stacking_ds.stages import StageSchedule
 
-__all__ = ["claim", "enter", "recorded"]
+__all__ = ["Attempt", "claim", "enter"]
 
 _TO_END_SECONDS = 15.0
 
 
 def enter(
     job: Job, world: World, run_dir: Path, resume: bool, held: ExitStack
-) -> tuple[Path | None, TrainState]:
-    """Lock the run directory for this job; the newest checkpoint in it and its state.
+) -> tuple[Path | None, TrainState, "Attempt"]:
+    """Lock the run directory for this job; the newest checkpoint in it, its state, and what is
+    recorded of this attempt until `held` is closed.
 
-    A collective. Nothing but the lock is written, which `claim` does once everything fits; the
-    directory stays locked until `held` is closed.
+    A collective. Nothing but the lock is written, which `claim` does once everything fits, and in a
+    run that is there the record of an attempt that fails before; the directory stays locked until
+    `held` is closed.
 
     Raises:
         CheckpointError: the directory or its checkpoint belongs to another run, or a job is at
@@ -39,17 +42,16 @@ def enter(
             here for a new run, by `Rereading` for one that goes on).
         ConfigError: the directory cannot be written, or is not the same on all nodes.
     """
-    found: tuple[Path | None, TrainState] = world.on_first(
-        lambda: _enter_on_first(job, run_dir, resume, held)
-    )
-    world.pulse.step = found[1].step
+    world.on_first(lambda: _lock_on_first(job, run_dir, resume, held))
+    attempt = held.enter_context(Attempt(run_dir, world))
+    found: Path | None
+    found, state = world.on_first(lambda: _look_on_first(job, run_dir))
+    world.pulse.step = state.step
     run_directory.require_shared(run_dir, world)
-    return found
+    return found, state, attempt
 
 
-def _enter_on_first(
-    job: Job, run_dir: Path, resume: bool, held: ExitStack
-) -> tuple[Path | None, TrainState]:
+def _lock_on_first(job: Job, run_dir: Path, resume: bool, held: ExitStack) -> None:
     run_directory.check(run_dir, job.config, resume=resume)
     # what is left of an attempt that was killed, or cut off the network, ends by itself within this
     patience = job.config.cluster.silence_seconds + _TO_END_SECONDS if resume else 0.0
@@ -58,30 +60,41 @@ def _enter_on_first(
     held.callback(forget)
     # a job that was waited for may have made the directory its own
     run_directory.check(run_dir, job.config, resume=resume)
+
+
+def _look_on_first(job: Job, run_dir: Path) -> tuple[Path | None, TrainState]:
     found = checkpoint.latest(run_dir)
-    state = _state_of(found, job) if found else TrainState()
-    if found is None:
-        # every byte, once: damaged shards are better known before the first hour than after
-        job.shards.verify_once()
-        for data in job.train_data.values():
-            for _ in data.verifying():
-                pass
-    return found, state
+    if found is not None:
+        return found, _state_of(found, job)
+    # every byte, once: damaged shards are better known before the first hour than after
+    job.shards.verify_once()
+    for data in job.train_data.values():
+        for _ in data.verifying():
+            pass
+    return None, TrainState()
 
 
-def claim(job: Job, world: World, run_dir: Path) -> None:
-    """Make the directory this run's: write its recipe, and the tokenizer that it will be exported
-    with. A collective.
+def claim(job: Job, world: World, run_dir: Path, completed_steps: int) -> str | None:
+    """Make the directory this run's: drop the metrics of steps that will be taken again, write the
+    recipe, and the tokenizer that it will be exported with. A collective.
+
+    Returns:
+        A sentence on the lines of its metrics that were passed over, if any.
 
     Raises:
+        CheckpointError: its metrics are no regular file; nothing is written then.
         ConfigError: the directory cannot be written.
     """
-    world.on_first(lambda: _claim_on_first(job, run_dir))
+    damage: str | None = world.on_first(lambda: _claim_on_first(job, run_dir, completed_steps))
+    return damage
 
 
-def _claim_on_first(job: Job, run_dir: Path) -> None:
-    run_tokenizer.keep(run_dir, job.shards)
+def _claim_on_first(job: Job, run_dir: Path, completed_steps: int) -> str | None:
+    damage = drop_after(run_dir, completed_steps)
+    # before anything else that a start leaves: by it the directory is known to be a run's
     run_directory.write_config(run_dir, job.config.with_absolute_paths())
+    run_tokenizer.keep(run_dir, job.shards)
+    return damage
 
 
 def _state_of(found: Path, job: Job) -> TrainState:
@@ -124,26 +137,51 @@ def _require_sense(
         raise ValueError(f"stage {stage.index} has not {manifest.num_hidden_layers} layers")
 
 
-@contextmanager
-def recorded(run_dir: Path, world: World, total_steps: int) -> Iterator[None]:
-    """Note in the run when this attempt begins and how it ends; entering is a collective. An end
-    for want of another rank is left to who knows which one it was."""
-    hosts = list(dict.fromkeys(world.gather(socket.gethostname())))
-    world.on_first(lambda: attempts.begun(run_dir, world.pulse.step, world.size, hosts))
-    if not world.is_first:
-        yield
-        return
-    try:
-        yield
-    except BaseException as error:
-        outcome = _outcome(error)
-        if outcome is not None:
-            with suppress(UserError):  # the disk is full, which the error itself says
-                attempts.ended(run_dir, outcome, world.pulse.step, str(error))
-        raise
-    complete = world.pulse.step == total_steps
-    with suppress(UserError):  # what counts is saved
-        attempts.ended(run_dir, "complete" if complete else "stopped", world.pulse.step, "")
+class Attempt:
+    """What the run's records say of this attempt, while it is entered: that it has begun, and how
+    it ended. To make one is a collective.
+
+    In a directory that is no run's yet, an attempt that fails before it begins leaves no record.
+    """
+
+    def __init__(self, run_dir: Path, world: World) -> None:
+        self._run_dir, self._world = run_dir, world
+        self._hosts = list(dict.fromkeys(world.gather(socket.gethostname())))
+        self._begun = False
+        self.complete = False
+        """Whether nothing is left to do for another one."""
+
+    def begin(self) -> None:
+        """Record that the run goes on. A collective, once `metrics.jsonl` ends at its step."""
+        self._world.on_first(self._begin_on_first)
+
+    def _begin_on_first(self) -> None:
+        attempts.begun(self._run_dir, self._world.pulse.step, self._world.size, self._hosts)
+        self._begun = True
+
+    def __enter__(self) -> "Attempt":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        outcome: attempts.Outcome | None = "complete" if self.complete else "stopped"
+        if error is not None:
+            outcome = _outcome(error)
+        # an end for want of another rank is left to who knows which one it was
+        if self._world.is_first and outcome is not None:
+            with suppress(UserError):  # the disk is full: what counts is saved, or `error` says so
+                self._end(outcome, "" if error is None else str(error))
+
+    def _end(self, outcome: attempts.Outcome, message: str) -> None:
+        if not self._begun:
+            if not run_directory.holds_run(self._run_dir):
+                return
+            self._begin_on_first()
+        attempts.ended(self._run_dir, outcome, self._world.pulse.step, message)
 
 
 def _outcome(error: BaseException) -> attempts.Outcome | None:

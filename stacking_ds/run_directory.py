@@ -32,7 +32,7 @@ from stacking_ds.checkpoint.folders import (
 )
 from stacking_ds.config import RunConfig, changed_keys
 from stacking_ds.data.manifest import MANIFEST_NAME
-from stacking_ds.errors import CheckpointError, ConfigError, DataError, UnreadableError
+from stacking_ds.errors import CheckpointError, ConfigError, DataError, UnreadableError, unreadable
 from stacking_ds.recipe import load_run_config
 from stacking_ds.small_files import DamagedFileError, read_bytes, read_text, without_waiting
 from stacking_ds.text_table import first_of
@@ -43,6 +43,7 @@ if TYPE_CHECKING:  # it brings torch along, for seconds
 __all__ = [
     "check",
     "forget_if_empty",
+    "holds_run",
     "lock",
     "mend_config",
     "read_config",
@@ -88,6 +89,11 @@ def check(run_dir: Path, config: RunConfig, *, resume: bool) -> None:
             )
     elif run_dir.exists():
         raise CheckpointError(f"{run_dir} is a file; choose another --run-dir")
+
+
+def holds_run(run_dir: Path) -> bool:
+    """Has a run made the directory its own?"""
+    return (run_dir / _CONFIG).exists() or bool(saved_steps(run_dir))
 
 
 def lock(
@@ -259,18 +265,14 @@ def read_config(run_dir: Path, overrides: Sequence[str] = ()) -> RunConfig:
         if not read_text(path).strip():
             raise DamagedFileError(path, "it is empty")
         config = load_run_config(str(path))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         problem = f"{path} is missing"
         if not saved_steps(run_dir):
             problem = f"{run_dir} holds no run: there is no {path.name} in it"
     except (DamagedFileError, ConfigError) as error:
         problem = str(error)
-    except NotADirectoryError:
-        problem = f"{run_dir} holds no run: it is not a folder"
     except OSError as error:
-        raise UnreadableError(
-            f"{path} cannot be read ({error.strerror}); mend access to it and try again"
-        ) from None
+        raise unreadable(UnreadableError, path, error) from None
     else:
         return load_run_config(str(path), overrides) if overrides else config
     offered = next((f for f in _newest_first(run_dir) if _config_in(f) is not None), None)

@@ -22,26 +22,34 @@ _FOLDER, _SUMS, _VOCABULARY = "tokenizer", "SHA256SUMS", "vocab.txt"
 
 
 def keep(run_dir: Path, shards: TokenShards) -> None:
-    """Copy the tokenizer of the shards into the run, whole or not at all; once.
+    """Copy the tokenizer of the shards into the run, whole or not at all, unless it is there.
+
+    What a start with another vocabulary left, which saved nothing, is replaced.
 
     Raises:
+        DataError: what is there cannot be read.
         OSError: the run's directory cannot be written.
     """
     folder = run_dir / _FOLDER
-    if folder.is_dir():
+    sums = {file.name: file.sha256 for file in shards.manifest.vocabulary_files}
+    if dict(_kept_sums(folder)) == sums:
         return
     partial = folder.with_name(f".{_FOLDER}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a start that was killed
-    partial.mkdir()
-    files = shards.manifest.vocabulary_files
-    for file in files:
-        shutil.copyfile(shards.folder / file.name, partial / file.name)
-    sums = "".join(f"{file.sha256}  {file.name}\n" for file in files)
-    (partial / _SUMS).write_text(sums, encoding="utf-8")
-    for path in (*partial.iterdir(), partial):
-        sync(path)
-    os.replace(partial, folder)
-    sync(run_dir)
+    try:
+        partial.mkdir()
+        for name in sums:
+            shutil.copyfile(shards.folder / name, partial / name)
+        lines = "".join(f"{sha256}  {name}\n" for name, sha256 in sums.items())
+        (partial / _SUMS).write_text(lines, encoding="utf-8")
+        for path in (*partial.iterdir(), partial):
+            sync(path)
+        if os.path.lexists(folder):
+            shutil.rmtree(folder)
+        os.replace(partial, folder)
+        sync(run_dir)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
 
 
 def choose(run_dir: Path, config: RunConfig, vocabulary_sha256: str, data: Path | None) -> Path:
@@ -87,7 +95,7 @@ def _kept_sums(folder: Path) -> Iterator[tuple[str, str]]:
     path = folder / _SUMS
     try:
         text = read_text(path)
-    except (FileNotFoundError, DamagedFileError):
+    except (FileNotFoundError, NotADirectoryError, DamagedFileError):
         return  # as if they were those of nothing
     except OSError as error:
         raise not_opened(path, error) from None

@@ -34,13 +34,15 @@ from stacking_ds.meter import Interval, StepResult, TrainState, metrics_line
 from stacking_ds.model.loss import pretraining_loss
 from stacking_ds.monitor import Monitor, measure_matmul_peak, peak_memory_gib
 from stacking_ds.phases import Phase
-from stacking_ds.resume import claim, enter, recorded
+from stacking_ds.resume import claim, enter
 from stacking_ds.run_log import RunLog
 from stacking_ds.stage_manager import StageManager
 from stacking_ds.stages import Stage
 from stacking_ds.stop_request import StopRequest
 
 __all__ = ["train"]
+
+_LOOK_SECONDS = 1.0
 
 
 def train(
@@ -51,7 +53,7 @@ def train(
     resume: bool = False,
     request: StopRequest | None = None,
 ) -> TrainState:
-    """Train `job` to its end, or until asked to stop (SIGINT, SIGTERM, SIGUSR1). A collective.
+    """Train `job` to its end, or until asked to stop. A collective.
 
     With `resume`, a run that is there goes on: (1) its newest checkpoint says step and stage,
     (2) an engine of that depth is built and loaded, (3) the data goes on with the batch after the
@@ -71,13 +73,13 @@ def train(
             lambda: choose_compute(job.config.engine, world.device, job.config.model)
         )
         request = request or held.enter_context(StopRequest())
-        found, state = enter(job, world, run_dir, resume, held)
+        found, state, attempt = enter(job, world, run_dir, resume, held)
         stages = StageManager(job, world, compute)
         held.callback(stages.close)
         if state.step < job.schedule.total_steps:
             stages.begin(found, job.schedule.stages[state.stage_index])
         # all that may be refused has been looked at: what is written goes back to `found` only now
-        claim(job, world, run_dir)
+        damage = claim(job, world, run_dir, state.step)
         monitor = held.enter_context(
             Monitor(
                 run_dir,
@@ -87,12 +89,13 @@ def train(
                 log=log,
             )
         )
-        held.enter_context(recorded(run_dir, world, job.schedule.total_steps))
+        if damage is not None:
+            monitor.say(damage)
+        attempt.begin()
         first_step, resumed = state.step, world.is_first and found is not None
         rereading = held.enter_context(
             Rereading(job.shards, job.train_data.values(), enabled=resumed)
         )
-        held.callback(stages.close)  # before the records say that the attempt has ended
         if state.step < job.schedule.total_steps:
             if found is not None:
                 monitor.say(f"resumed from {found}")
@@ -107,13 +110,33 @@ def train(
         else:
             monitor.say(f"{run_dir} is complete at step {state.step}; re-using it")
         if state.step == job.schedule.total_steps:
-            world.on_first(lambda: rereading.finish(first_step))
-            monitor.conclude()
-            # if this is where the run is cut off, the next call makes up for it
-            exported = world.on_first(lambda: export_if_missing(job, run_dir))
-            if exported is not None:
-                monitor.say(exported)
+            if _read_to_the_end(world, rereading, StopFlag(world, request)):
+                world.on_first(lambda: rereading.require_whole(first_step))
+                _conclude(job, world, run_dir, monitor)
+                attempt.complete = True
+            else:
+                monitor.say(
+                    f"stopped at step {state.step}, its last, while the data are still being read "
+                    f"again; --resume goes on"
+                )
     return state
+
+
+def _read_to_the_end(world: World, rereading: Rereading, stop: StopFlag) -> bool:
+    """Wait for what is left to be read again; False if asked to stop before. A collective."""
+    with world.waiting_for(rereading.thread):
+        while world.any(rereading.goes_on(_LOOK_SECONDS)):
+            if stop.agreed():
+                return False
+    return True
+
+
+def _conclude(job: Job, world: World, run_dir: Path, monitor: Monitor) -> None:
+    monitor.conclude()
+    # if this is where the run is cut off, the next call makes up for it
+    exported = world.on_first(lambda: export_if_missing(job, run_dir))
+    if exported is not None:
+        monitor.say(exported)
 
 
 class _Run:

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -16,7 +17,8 @@ from hypothesis import strategies as st
 
 from stacking_ds import attempts
 from stacking_ds.attempts import ATTEMPTS_FILE, add_again, begun, ended, judge
-from stacking_ds.errors import UserError
+from stacking_ds.checkpoint.folders import latest
+from stacking_ds.errors import CheckpointError, UserError
 
 HOSTS = ["node1", "node2"]
 
@@ -176,8 +178,38 @@ def test_steps_are_known_without_what_is_damaged(run: Path) -> None:
     begun(run, 3, 2, HOSTS)
     metrics(run, 4, 5, rest='{"step": -1}\n{"step": "6"}\n' + "[" * 100_000 + "\n\0\n")
     assert "failed at step 5" in judge(run, 1).why
-    (run / "checkpoints" / "latest").write_bytes(b"\xff\xfe")
-    assert "goes on from step 3" in judge(run, 1).why
+    shutil.rmtree(run / "checkpoints")
+    (run / "metrics.jsonl").unlink()
+    (run / "metrics.jsonl").mkdir()
+    begun(run, 3, 2, HOSTS)
+    assert "failed at step 3" in judge(run, 1).why
+
+
+@pytest.mark.parametrize("pointer", [b"\xff\xfe", b"step_00000004\n", b"", b"x" * 300])
+def test_what_resume_would_refuse_is_not_started_again(run: Path, pointer: bytes) -> None:
+    checkpoint(run, 3)
+    attempt(run, "lost", 5)
+    (run / "checkpoints" / "latest").write_bytes(pointer)
+    with pytest.raises(CheckpointError) as refused:
+        latest(run)
+    verdict = judge(run, 4)
+    assert not verdict.again
+    assert verdict.why == f"a person has to mend what stopped the run: {refused.value}"
+    attempt(run, "complete", 9)
+    assert judge(run, 0).outcome == "complete"
+
+
+def test_a_checkpoint_that_is_known_by_its_folder_alone_is_gone_on_from(run: Path) -> None:
+    checkpoint(run, 3)
+    checkpoint(run, 6)
+    root = run / "checkpoints"
+    attempt(run, "lost", 7)
+    # a save of the same step was killed between two renames
+    (root / "step_00000006").rename(root / ".step_00000006.removed")
+    assert judge(run, 4).why.endswith("it goes on from step 6")
+    (root / "latest").unlink()
+    attempt(run, "lost", 8)
+    assert judge(run, 4).why.endswith("it goes on from step 3")
 
 
 def test_nothing_slow_is_imported() -> None:
@@ -256,7 +288,7 @@ def test_exit_status_2_of_an_attempt_that_only_began_is_for_a_person(run: Path) 
     assert verdict.why.endswith("it ended with exit status 2 without a record of why")
 
 
-@pytest.mark.parametrize("exit_status", [143, 138, -15, -10])
+@pytest.mark.parametrize("exit_status", [143, 138, 130, 129, -15, -10, -2, -1])
 @pytest.mark.parametrize(("began", "at"), [(True, "at step 8"), (False, "before it began")])
 def test_signals_before_a_run_can_save_do_not_give_it_up(
     run: Path, exit_status: int, began: bool, at: str

@@ -1,5 +1,6 @@
 """Whatever becomes of a worker, who waits for its step learns of it and goes on to the end."""
 
+import faulthandler
 import multiprocessing
 import os
 import resource
@@ -57,7 +58,20 @@ def _prefetched(
 
 
 def _kill(number: signal.Signals) -> Callable[[], None]:
-    return lambda: os.kill(os.getpid(), number)
+    def kill() -> None:
+        faulthandler.disable()  # pytest's own, which prints a page of stacks
+        os.kill(os.getpid(), number)
+
+    return kill
+
+
+def _work(seconds: float) -> Callable[[], None]:
+    def work() -> None:
+        end = time.process_time() + seconds
+        while time.process_time() < end:
+            pass
+
+    return work
 
 
 def _fail(error: Exception) -> Callable[[], None]:
@@ -117,12 +131,7 @@ def test_a_worker_that_is_stopped_is_not_waited_for_for_ever(
 def test_a_worker_that_gets_on_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefetch, "_LOOK_SECONDS", 0.2)
 
-    def work() -> None:
-        end = time.process_time() + 1.0
-        while time.process_time() < end:
-            pass
-
-    with _prefetched(work, Patience(timeout_seconds=0.4)) as steps:
+    with _prefetched(_work(1.0), Patience(timeout_seconds=0.4)) as steps:
         assert len(list(steps)) == 7
 
 
@@ -132,6 +141,25 @@ def test_a_stop_does_not_wait_for_a_worker_that_hangs(monkeypatch: pytest.Monkey
     patience = Patience(asked_to_stop=lambda: True)
     with (
         _prefetched(_kill(signal.SIGSTOP), patience) as steps,
+        pytest.raises(LoaderError, match="was asked to stop, and the loader has not handed over"),
+    ):
+        list(steps)
+
+
+def test_a_stop_waits_for_a_batch_that_is_only_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefetch, "_LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(prefetch, "_SECONDS_TO_STOP", 1.0)
+    patience = Patience(asked_to_stop=lambda: True)
+    with _prefetched(_work(1.5), patience) as steps:
+        assert len(list(steps)) == 7
+
+
+def test_a_stop_does_not_wait_longer_than_launchers_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefetch, "_LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(prefetch, "_MOST_SECONDS_TO_STOP", 0.5)
+    patience = Patience(asked_to_stop=lambda: True)
+    with (
+        _prefetched(_work(60.0), patience) as steps,
         pytest.raises(LoaderError, match="was asked to stop, and the loader has not handed over"),
     ):
         list(steps)

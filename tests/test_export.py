@@ -17,6 +17,7 @@ import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from stacking_ds import checkpoint, export
+from stacking_ds.checkpoint.choice import choose
 from stacking_ds.data.prepare.run import prepare
 from stacking_ds.data.sentences import split_sentences
 from stacking_ds.data.shards import TokenShards
@@ -409,7 +410,7 @@ def _export(_: World, job: Job, run_dir: Path) -> float:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    export_run(job.config, run_dir)
+    export_run(job.config, run_dir, choose(run_dir))
     over.set()
     watcher.join()
     return peak - before

@@ -1,6 +1,7 @@
 """A run that goes on: by its own recipe, from a chosen checkpoint, and never half-changed."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -135,14 +136,36 @@ def test_a_refused_resume_leaves_every_byte(
     (run_dir / "checkpoints" / "latest").write_text("step_00000002\n")
     damage(_step(run_dir, 2) / name)
     before = _files(run_dir)
+    records = before.pop("attempts.jsonl")
     said = _refused(capsys, "train", "--resume", run_dir, "--set", "logging.every_steps=2")
     assert f"{_step(run_dir, 2) / name} " in said
     # 4 lies beyond what was gone back to, and is whole
     command = f"stacking-ds checkpoint use {run_dir} step_00000004"
     assert said.endswith(f"go on from step_00000004: `{command}`, and then --resume")
-    assert _files(run_dir) == before
+    after = _files(run_dir)
+    # whoever starts runs again has to know of it, whatever a launcher exits with
+    begun, ended = after.pop("attempts.jsonl").removeprefix(records).splitlines()
+    assert after == before
+    assert json.loads(begun)["event"] == "begun"
+    record = json.loads(ended)
+    assert (record["outcome"], record["message"]) == ("user_error", said.partition("error: ")[2])
+    assert main(["again", str(run_dir), "--exit-status", "1"]) == 1
     _did(capsys, *command.split()[1:])
     _did(capsys, "train", "--resume", run_dir)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir], ids=["fifo", "folder"])
+def test_metrics_that_cannot_be_read_are_refused_before_anything_is_written(
+    run_dir: Path, capsys: Capture, make: Callable[[Path], None]
+) -> None:
+    _did(capsys, "checkpoint", "use", run_dir, "2")
+    (run_dir / "metrics.jsonl").unlink()
+    make(run_dir / "metrics.jsonl")
+    before = _files(run_dir)
+    said = _refused(capsys, "train", "--resume", run_dir, "--set", "logging.every_steps=2")
+    assert "metrics.jsonl is damaged: it is not a regular file; move it aside" in said
+    assert _files(run_dir) | {"attempts.jsonl": b""} == before | {"attempts.jsonl": b""}
 
 
 def test_a_refused_new_run_leaves_nothing(place: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -193,6 +216,8 @@ def test_the_options_that_say_which_run_it_is(run_dir: Path, capsys: Capture) ->
         assert said.endswith("or the directory of a run to go on with: --resume RUN_DIR")
     assert "holds no run" in _refused(capsys, "train", "--resume", run_dir / "checkpoints")
     assert "holds no run" in _refused(capsys, "train", "--resume", run_dir / "nowhere")
+    for words in (("train", "--resume"), ("report",), ("export",)):
+        assert "holds no run" in _refused(capsys, *words, run_dir / "config.yaml")
 
 
 # ---------------------------------------------------------------- without its shards
@@ -224,6 +249,22 @@ def test_a_run_is_exported_without_its_shards(
         assert (run_dir / "tokenizer" / "vocab.txt").exists(), "it is kept from now on"
     finally:
         moved.rename(shards)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir], ids=["fifo", "folder"])
+def test_an_export_needs_no_losses(
+    run_dir: Path, capsys: Capture, tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    path = run_dir / "metrics.jsonl"
+    path.unlink()
+    make(path)
+    assert main(["export", str(run_dir), "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == f"exported: {tmp_path / 'out'}\n"
+    assert printed.err.startswith(
+        f"stacking-ds: warning: whether the model has learned is not known: {path} is damaged: "
+    )
 
 
 def test_another_vocabulary_is_not_exported(run_dir: Path, tmp_path: Path, capsys: Capture) -> None:

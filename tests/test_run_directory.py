@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from stacking_ds import attempts, resume, run_directory
+from stacking_ds import attempts, resume, run_directory, run_tokenizer
 from stacking_ds.config import RunConfig
 from stacking_ds.distributed import World
 from stacking_ds.errors import CheckpointError, ConfigError
@@ -77,6 +77,51 @@ def test_what_a_killed_start_left_behind_is_no_obstacle(config: RunConfig, tmp_p
     run_directory.check(run_dir, config, resume=False)
 
 
+def test_the_tokenizer_is_that_of_the_last_start(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    first, second = (tmp_path / name for name in "ab")
+    jobs = []
+    for folder, size in ((first, 200), (second, 300)):
+        folder.mkdir()
+        shards = tiny_shards(folder, vocab_size=size)
+        jobs.append(Job.check(small_recipe(folder, shards)))
+        run_tokenizer.keep(run_dir, jobs[-1].shards)
+    job = jobs[-1]
+    sha256 = job.shards.manifest.vocabulary_sha256
+    kept = run_tokenizer.choose(run_dir, job.config, sha256, None)
+    assert kept == run_dir / "tokenizer"
+    before = (kept / "vocab.txt").stat()
+    run_tokenizer.keep(run_dir, job.shards)
+    assert (kept / "vocab.txt").stat() == before, "what is there is not written again"
+    (kept / "SHA256SUMS").unlink()
+    run_tokenizer.keep(run_dir, job.shards)
+    assert run_tokenizer.choose(run_dir, job.config, sha256, None) == kept
+
+
+@pytest.mark.parametrize("name", ["config.tmp", "vocab.txt", "SHA256SUMS"])
+def test_a_start_that_finds_the_disk_full_leaves_a_directory_that_can_be_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    job = Job.check(small_recipe(tmp_path, tiny_shards(tmp_path)))
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+
+    def full(path: Path) -> None:
+        if path.name == name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run_directory, "sync", full)
+        patched.setattr(run_tokenizer, "sync", full)
+        with pytest.raises((OSError, ConfigError), match="No space left"):
+            resume._claim_on_first(job, run_dir, 0)
+    assert {path.name for path in run_dir.iterdir()} <= {"config.yaml", "config.tmp"}
+    run_directory.check(run_dir, job.config, resume=True)
+    resume._claim_on_first(job, run_dir, 0)
+    run_directory.check(run_dir, job.config, resume=True)
+
+
 def test_somebody_elses_folder_or_file_is_refused(config: RunConfig, tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "draft.tex").write_text("")
@@ -121,7 +166,7 @@ def test_a_job_that_waited_does_not_take_over_the_run_of_the_one_before(tmp_path
 
     threading.Timer(0.5, leave_a_run).start()
     with ExitStack() as held, pytest.raises(CheckpointError, match=r"holds another run \(seed"):
-        resume._enter_on_first(other, run_dir, True, held)
+        resume._lock_on_first(other, run_dir, True, held)
     assert run_directory.read_config(run_dir).seed == 3
     run_directory.lock(run_dir).close()  # who is refused keeps nobody out
 

@@ -2,19 +2,22 @@
 
 import json
 import os
+import shutil
 import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from stacking_ds import checkpoint, stage_manager, trainer
+from stacking_ds import attempts, checkpoint, run_directory, stage_manager, trainer
 from stacking_ds.checkpoint import background
 from stacking_ds.config import RunConfig
+from stacking_ds.data.shards import TokenShards
 from stacking_ds.distributed import World
-from stacking_ds.errors import NonFiniteError
+from stacking_ds.errors import CheckpointError, NonFiniteError
 from stacking_ds.evaluate.heldout import HeldOutPasses
 from stacking_ds.job import Job
 from stacking_ds.stage_manager import StageManager
@@ -94,6 +97,79 @@ def _asked_before(world: World, config: RunConfig, run_dir: Path) -> int:
 def test_a_stop_that_was_asked_for_before_the_run_began_holds(shards: Path, tmp_path: Path) -> None:
     config = small_recipe(tmp_path, shards)
     assert run_ranks(_asked_before, RANKS, config, tmp_path / "run") == [0] * RANKS
+
+
+def _asked_while_reading_again(world: World, config: RunConfig, run_dir: Path) -> int:
+    """Go on with a complete run, and be asked to stop while its end waits for its data."""
+
+    def read_for_long(shards: TokenShards) -> Iterator[None]:
+        deadline = time.monotonic() + 10
+        asked = False
+        while time.monotonic() < deadline:
+            # the watch sees whether it gets on
+            if not asked and world.pulse.work is threading.current_thread():
+                asked = True
+                os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(0.02)
+            yield
+
+    TokenShards.verifying = read_for_long  # type: ignore[method-assign]
+    trainer._LOOK_SECONDS = 0.1
+    return train_small(world, config, run_dir, resume=True)
+
+
+def test_the_end_of_a_run_that_went_on_waits_for_its_data_and_can_be_stopped(
+    shards: Path, whole: Path, tmp_path: Path
+) -> None:
+    config = small_recipe(tmp_path, shards, "evaluation.every_steps=2")
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / "export")
+    started = time.monotonic()
+    assert run_ranks(_asked_while_reading_again, RANKS, config, run) == [10] * RANKS
+    assert time.monotonic() - started < 9
+    assert not (run / "export").exists()
+    assert attempts.judge(run, 0).again
+    assert run_ranks(train_small, RANKS, config, run, True) == [10] * RANKS
+    assert (run / "export").is_dir()
+    outcomes = [record.get("outcome") for record in _records(run)]
+    assert outcomes == [None, "complete", None, "stopped", "stopped", None, "complete"]
+
+
+def _cannot_be_built(world: World, config: RunConfig, run_dir: Path, error: Exception) -> str:
+    def begin(*arguments: Any) -> None:
+        raise error
+
+    StageManager.begin = begin  # type: ignore[method-assign]
+    with pytest.raises(type(error)):
+        train_small(world, config, run_dir, resume=True)
+    return "raised"
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (RuntimeError("CUDA out of memory"), "failed"),
+        (CheckpointError("rank_00000.safetensors is damaged"), "user_error"),
+        (RuntimeError("[gloo] Connection closed by peer"), None),
+    ],
+)
+def test_what_fails_before_a_run_goes_on_is_recorded_in_it(
+    shards: Path, tmp_path: Path, error: Exception, outcome: str | None
+) -> None:
+    config = small_recipe(tmp_path, shards)
+    run = tmp_path / "run"
+    run_ranks(_cannot_be_built, 1, config, run, error)
+    assert not run.exists(), "a new run leaves nothing"
+    run.mkdir()
+    run_directory.write_config(run, config)  # of a start that saved nothing
+    run_ranks(_cannot_be_built, 1, config, run, error)
+    if outcome is None:
+        assert not (run / "attempts.jsonl").exists()
+        return
+    begun, ended = _records(run)
+    assert (begun["event"], begun["step"], begun["world_size"]) == ("begun", 0, 1)
+    assert (ended["outcome"], ended["step"], ended["message"]) == (outcome, 0, str(error))
 
 
 def _slow_saves(

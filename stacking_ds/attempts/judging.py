@@ -3,7 +3,6 @@
 import argparse
 import itertools
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,11 +14,12 @@ from stacking_ds.attempts.records import (
     Record,
     add,
     last_end,
-    newest_checkpoint,
     passed_over,
     read_records,
 )
-from stacking_ds.errors import EXIT_USER_ERROR
+from stacking_ds.checkpoint.folders import latest, step_of
+from stacking_ds.errors import EXIT_USER_ERROR, CheckpointError, UnreadableError
+from stacking_ds.stop_request import STOP_SIGNALS
 
 __all__ = ["Verdict", "add_again", "judge", "verdict_of_this_job"]
 
@@ -27,9 +27,7 @@ _EXIT_AGAIN, _EXIT_NOT_AGAIN, _EXIT_COMPLETE = 0, 1, 3  # 2 is a UserError's
 
 _MOST_UNSAVED = 9
 # a shell and srun add 128, Python puts a minus before it
-_ASKED_TO_STOP = {
-    code for number in (signal.SIGTERM, signal.SIGUSR1) for code in (128 + number, -number)
-}
+_ASKED_TO_STOP = {code for number in STOP_SIGNALS for code in (128 + number, -number)}
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class Verdict:
     why: str
     outcome: str
     """How the attempt ended: an `Outcome`, "killed" outright, "not_begun", or "stopped_unsaved"
-    where the signal that asks to stop has ended it."""
+    where a signal that asks to stop has ended it."""
 
 
 def judge(run_dir: Path, exit_status: int, *, since: int = 0) -> Verdict:
@@ -63,14 +61,26 @@ def judge(run_dir: Path, exit_status: int, *, since: int = 0) -> Verdict:
     records = read_records(run_dir)
     judged = [i for i, record in enumerate(records) if record["event"] == "judged"]
     own = records[max(since, judged[-1] + 1 if judged else 0) :]
-    saved = newest_checkpoint(run_dir)
     end = _by_exit_status(last_end(run_dir, own), exit_status)
+    saved = None
+    try:
+        saved = _step_to_go_on_from(run_dir)
+    except UnreadableError:
+        raise
+    except CheckpointError as damage:  # the next attempt would be refused for it
+        if end.outcome != "complete":
+            end = End("user_error", end.step, str(damage))
     again, why = _decide(end, saved, _failures(records), _unsaved(records))
     # a folder that is no run's, perhaps given by mistake, is left alone
     if again or (run_dir / ATTEMPTS_FILE).exists() or (run_dir / "config.yaml").exists():
         verdict = {"event": "judged", "again": again, "why": why, "step": end.step}
         add(run_dir, {**verdict, "outcome": end.outcome, "saved": saved, **_this_job()})
     return Verdict(again, why, end.outcome)
+
+
+def _step_to_go_on_from(run_dir: Path) -> int | None:
+    found = latest(run_dir)
+    return None if found is None else step_of(found)
 
 
 def _by_exit_status(end: End | None, exit_status: int) -> End:

@@ -10,7 +10,6 @@ Batch scripts and launchers ask here, so nothing slow is imported.
 
 import json
 import os
-import re
 import stat
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -20,15 +19,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from stacking_ds.errors import UserError
-from stacking_ds.small_files import (
-    DamagedFileError,
-    PassedOver,
-    is_count,
-    open_regular,
-    parse_json,
-    read_json_lines,
-    read_text,
-)
+from stacking_ds.metrics_file import last_step
+from stacking_ds.small_files import DamagedFileError, PassedOver, is_count, read_json_lines
 
 __all__ = [
     "ATTEMPTS_FILE",
@@ -40,7 +32,6 @@ __all__ = [
     "count",
     "ended",
     "last_end",
-    "newest_checkpoint",
     "outcome_since",
     "passed_over",
     "read_records",
@@ -85,10 +76,7 @@ _KEYS: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {
 }
 """What a record of each event has to hold, and of which kind."""
 
-_CHECKPOINT = re.compile(r"step_([0-9]{8,18})")
-_MOST_POINTER_BYTES = 4096
 _LONGEST_MESSAGE = 2000
-_TAIL_BYTES = 2**20
 
 Record = Mapping[str, Any]
 
@@ -183,7 +171,10 @@ def read_records(run_dir: Path, passed_over: PassedOver | None = None) -> list[R
             f"{damage}; move it aside: what became of earlier attempts is not known then"
         ) from None
     except OSError as error:
-        raise _unreadable(path, error) from None
+        raise UserError(
+            f"cannot read {path} ({error.strerror}); give a run's directory, or mend its "
+            f"permissions"
+        ) from None
 
 
 def _is_record(found: Mapping[str, Any]) -> bool:
@@ -205,50 +196,6 @@ def passed_over(run_dir: Path) -> str | None:
     return found.sentence
 
 
-def _unreadable(path: Path, error: OSError) -> UserError:
-    return UserError(
-        f"cannot read {path} ({error.strerror}); give a run's directory, or mend its permissions"
-    )
-
-
-def newest_checkpoint(run_dir: Path) -> int | None:
-    """The step a resumed run goes on from."""
-    # not `checkpoint.latest`: to import it takes seconds, of torch
-    root = run_dir / "checkpoints"
-    try:
-        name = read_text(root / "latest", _MOST_POINTER_BYTES).strip()
-        named = _CHECKPOINT.fullmatch(name)
-        if named and (root / named[0]).is_dir():
-            return int(named[1])
-    except (FileNotFoundError, DamagedFileError):
-        pass
-    except OSError as error:
-        raise _unreadable(root / "latest", error) from None
-    steps = [_CHECKPOINT.fullmatch(path.name) for path in root.glob("step_*")]
-    return max((int(step[1]) for step in steps if step), default=None)
-
-
-def _last_metrics_step(run_dir: Path) -> int:
-    """The step of the last whole line of `metrics.jsonl`; 0 without one."""
-    path = run_dir / "metrics.jsonl"
-    try:
-        with open_regular(path) as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
-            lines = file.read(_TAIL_BYTES).splitlines()
-    except (FileNotFoundError, DamagedFileError):
-        return 0
-    except OSError as error:
-        raise _unreadable(path, error) from None
-    for line in reversed(lines):
-        try:
-            step = parse_json(line)["step"]
-        except (ValueError, TypeError, KeyError):
-            continue
-        if is_count(step):
-            return int(step)
-    return 0
-
-
 def count(run_dir: Path) -> int:
     """How many records there are: what `since` below is given.
 
@@ -265,7 +212,7 @@ def last_end(run_dir: Path, records: Sequence[Record]) -> End | None:
         return None
     last = own[-1]
     if last["event"] == "begun":
-        step = max(int(last["step"]), _last_metrics_step(run_dir))
+        step = max(int(last["step"]), last_step(run_dir))
         return End("killed", step, "it was killed outright")
     return End(str(last["outcome"]), int(last["step"]), str(last["message"]))
 

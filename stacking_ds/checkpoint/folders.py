@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-from stacking_ds.errors import CheckpointError, UnreadableError
+from stacking_ds.errors import CheckpointError, UnreadableError, unreadable
 from stacking_ds.small_files import DamagedFileError, read_text
 from stacking_ds.text_table import first_of
 
@@ -72,9 +72,7 @@ def _steps_in(root: Path) -> list[int]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:  # not as `glob`, to which such a folder is empty
-        raise UnreadableError(
-            f"{root} cannot be read ({error.strerror}); mend access to it and try again"
-        ) from None
+        raise unreadable(UnreadableError, root, error) from None
     return sorted(step for step in steps if step is not None)
 
 
@@ -118,9 +116,7 @@ def latest(run_dir: Path) -> Path | None:
     except DamagedFileError as damage:
         name, wrong = "", f"is damaged: {damage.reason}"
     except OSError as error:
-        raise UnreadableError(
-            f"{root / 'latest'} cannot be read ({error.strerror}); mend access to it and try again"
-        ) from None
+        raise unreadable(UnreadableError, root / "latest", error) from None
     if name is None:
         return root / folder_name(steps[-1]) if steps else None
     folder = root / name

@@ -10,7 +10,7 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from stacking_ds.checkpoint.folders import fall_back, step_of
-from stacking_ds.errors import CheckpointError, UnreadableError
+from stacking_ds.errors import CheckpointError, UnreadableError, unreadable
 from stacking_ds.fragments import MASTER, MOMENTS, Cut
 from stacking_ds.small_files import DamagedFileError, read_json
 
@@ -187,9 +187,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path} cannot be read ({error.strerror}); {fall_back(folder)}"
         ) from None
     except OSError as error:
-        raise UnreadableError(
-            f"{path} cannot be read ({error.strerror}); mend access to it and try again"
-        ) from None
+        raise unreadable(UnreadableError, path, error) from None
     except DamagedFileError as damage:
         raise _damaged(folder, damage.reason) from None
     if not isinstance(record, dict):

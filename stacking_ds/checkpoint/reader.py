@@ -19,7 +19,7 @@ import torch
 from stacking_ds.checkpoint.folders import fall_back
 from stacking_ds.checkpoint.manifest import Manifest, RankFile, checksum
 from stacking_ds.checkpoint.rank_header import LENGTH_BYTES, header_end, read_header
-from stacking_ds.errors import CheckpointError, UnreadableError
+from stacking_ds.errors import CheckpointError, UnreadableError, unreadable
 from stacking_ds.small_files import DamagedFileError, open_regular
 
 __all__ = ["FragmentReader"]
@@ -74,9 +74,7 @@ class FragmentReader:
 
     def _unreadable(self, rank: int, error: OSError) -> UnreadableError:
         path = self._folder / self._manifest.files[rank].name  # not every error knows it
-        return UnreadableError(
-            f"{path} cannot be read ({error.strerror}); mend access to it and try again"
-        )
+        return unreadable(UnreadableError, path, error)
 
 
 class _DamageError(Exception):

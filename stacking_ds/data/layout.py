@@ -140,8 +140,10 @@ class Layout:
             path = self.folder / part.name
             try:
                 whole = file_sha256(path) == part.sha256
-            except (OSError, DamagedFileError):
+            except (FileNotFoundError, DamagedFileError):
                 whole = False
+            except OSError as error:
+                raise not_opened(path, error) from error
             if not whole:
                 raise DataError(f"{path} is damaged: delete {self.folder}, it will be made again")
             yield

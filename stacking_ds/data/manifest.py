@@ -1,14 +1,13 @@
 """What a folder of token shards says about itself: `manifest.json`."""
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from stacking_ds.data.tokenizer import UNCASED, Normalization
-from stacking_ds.errors import DataError
+from stacking_ds.errors import DataError, UnreadableDataError, unreadable
 from stacking_ds.small_files import DamagedFileError, open_regular, read_text
 
 __all__ = [
@@ -215,10 +214,9 @@ def read_manifest(folder: Path) -> DataManifest:
         raise DataError(f"{path} is damaged or of another version: {place}: {reason}") from error
 
 
-def not_opened(path: Path, error: OSError) -> DataError:
+def not_opened(path: Path, error: OSError) -> UnreadableDataError:
     """The error for a file that may be whole, but that the system does not let us read."""
-    reason = os.strerror(error.errno or 0)  # Arrow words it otherwise
-    return DataError(f"{path} cannot be read ({reason}); mend access to it and try again")
+    return unreadable(UnreadableDataError, path, error)
 
 
 def file_sha256(path: Path) -> str:

@@ -32,7 +32,8 @@ from stacking_ds.stop_request import STOP_SIGNALS
 __all__ = ["Patience", "PrefetchedSteps", "Steps"]
 
 _LOOK_SECONDS = 1.0
-_SECONDS_TO_STOP = 10.0  # of the 30 that launchers give
+# of the 30 that launchers give, for a worker that takes no processor time, and for any other
+_SECONDS_TO_STOP, _MOST_SECONDS_TO_STOP = 10.0, 25.0
 _SECONDS_TO_END = 5.0  # not for ever: what hangs in a file system cannot even be killed
 _MORE_MEMORY = "give the job more, or set data.loader_workers or the batch lower"
 
@@ -50,7 +51,8 @@ class Patience:
     timeout_seconds: float = float("inf")
     """How long a worker that is waited for may take no processor time."""
     asked_to_stop: Callable[[], bool] = lambda: False
-    """Once it is true, a step that does not come soon is given up."""
+    """Once it is true, a step is given up that its worker does not get on with, or takes too long
+    over for a launcher."""
 
 
 class PrefetchedSteps(Iterator[RankStep]):
@@ -127,20 +129,22 @@ class _Worker:
 
     def take(self, number: int, patience: Patience) -> RankStep:
         """The next of its steps, which has this number."""
-        waited, since_asked, used = 0.0, 0.0, -1.0
+        waited, since_asked, idle, used = 0.0, 0.0, 0.0, -1.0
         while True:
             with suppress(queue.Empty):
                 found = self._ready.get(timeout=_LOOK_SECONDS)
                 break
             # looks are counted, not the clock: a suspended job is none that hangs
             waited += _LOOK_SECONDS
-            if (seconds := self._processor_seconds()) != used:
-                waited, used = 0.0, seconds
+            before, used = used, self._processor_seconds()
+            if used != before:
+                waited = 0.0
             if waited >= patience.timeout_seconds:
                 raise LoaderError(self._hangs(number, waited))
             if patience.asked_to_stop():
                 since_asked += _LOOK_SECONDS
-            if since_asked >= _SECONDS_TO_STOP:
+                idle += _LOOK_SECONDS if used == before else 0.0
+            if idle >= _SECONDS_TO_STOP or since_asked >= _MOST_SECONDS_TO_STOP:
                 raise LoaderError(
                     f"the run was asked to stop, and the loader has not handed over the batch of "
                     f"step {number + 1} within {since_asked:.0f} s, which the stop waits for; "

@@ -1,5 +1,6 @@
 """Every byte of a run's data, read again while it goes on: damage since its start shows."""
 
+import logging
 import os
 import threading
 from collections.abc import Iterable, Iterator
@@ -8,11 +9,14 @@ from types import TracebackType
 
 from stacking_ds.data.loader import PretrainingData
 from stacking_ds.data.shards import TokenShards
-from stacking_ds.errors import DataError
+from stacking_ds.errors import DataError, UnreadableDataError
 
 __all__ = ["Rereading"]
 
 _SECONDS_TO_END = 10.0  # for the file that is being read
+_SECONDS_BETWEEN_TRIES = 300.0  # a file system that was away may be back
+
+logger = logging.getLogger("stacking_ds")
 
 
 class Rereading:
@@ -25,9 +29,10 @@ class Rereading:
         self._shards, self._data = shards, list(data)
         self._failure: Exception | None = None
         self._leaving = False
-        self._thread: threading.Thread | None = None
+        self._ending = threading.Event()
+        self.thread: threading.Thread | None = None
         if enabled:
-            self._thread = threading.Thread(target=self._read, name="rereading", daemon=True)
+            self.thread = threading.Thread(target=self._read, name="rereading", daemon=True)
 
     @property
     def failed(self) -> bool:
@@ -42,15 +47,18 @@ class Rereading:
                 f"began, may have seen the damage: go on from a checkpoint up to that step"
             ) from self._failure
 
-    def finish(self, since_step: int) -> None:
-        """Read to the end; raises DataError as `require_whole`."""
-        if self._thread is not None:
-            self._thread.join()
-        self.require_whole(since_step)
+    def goes_on(self, seconds: float) -> bool:
+        """Whether there is still something to read, after `seconds` at most. For the end of a run:
+        what cannot be read is tried only once more from now on."""
+        if self.thread is None:
+            return False
+        self._ending.set()
+        self.thread.join(seconds)
+        return self.thread.is_alive()
 
     def __enter__(self) -> "Rereading":
-        if self._thread is not None:
-            self._thread.start()
+        if self.thread is not None:
+            self.thread.start()
         return self
 
     def __exit__(
@@ -60,20 +68,39 @@ class Rereading:
         trace: TracebackType | None,
     ) -> None:
         self._leaving = True
-        if self._thread is not None:
-            self._thread.join(_SECONDS_TO_END)
+        self._ending.set()
+        if self.thread is not None:
+            self.thread.join(_SECONDS_TO_END)
 
     def _read(self) -> None:
         with suppress(OSError):  # a thread of Linux has its own; training comes first
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-        try:
-            for _ in self._files():
-                if self._leaving:
+        told = False
+        while True:
+            last = self._ending.is_set()
+            try:
+                for _ in self._files():
+                    if self._leaving:
+                        return
+                return
+            except UnreadableDataError as error:  # which is no damage, and may pass
+                if last:
+                    _say(f"the data were not read again to their end: {error}")
                     return
-        except Exception as error:  # noqa: BLE001 - the main thread raises it
-            self._failure = error
+                if not told:
+                    _say(f"the data cannot be read again yet, and training goes on: {error}")
+                told = True
+                self._ending.wait(_SECONDS_BETWEEN_TRIES)
+            except Exception as error:  # noqa: BLE001 - the main thread raises it
+                self._failure = error
+                return
 
     def _files(self) -> Iterator[None]:
         yield from self._shards.verifying()
         for data in self._data:
             yield from data.verifying()
+
+
+def _say(message: str) -> None:
+    with suppress(Exception):  # at the interpreter's end there may be nobody to say it
+        logger.warning(message)

@@ -6,6 +6,8 @@ import time
 from types import FrameType
 from typing import Any
 
+from stacking_ds.stop_request import STOP_SIGNALS
+
 __all__ = ["StopSignals"]
 
 _GLANCE_SECONDS = 0.1
@@ -24,7 +26,7 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         assert threading.current_thread() is threading.main_thread()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        for number in STOP_SIGNALS:
             # nohup is meant to outlive the terminal
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 self._previous[number] = signal.signal(number, self._remember)

@@ -1,0 +1,117 @@
+"""Data are read again beside the training: damage is found, and what cannot be read is none."""
+
+import errno
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stacking_ds.data import layout, rereading, shards
+from stacking_ds.data.rereading import Rereading
+from stacking_ds.errors import DataError, UnreadableDataError
+from stacking_ds.job import Job
+from tests.prose import tiny_shards
+from tests.runs import small_recipe
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    folder = tmp_path_factory.mktemp("shards")
+    job = Job.check(small_recipe(folder, tiny_shards(folder)))
+    for data in job.train_data.values():
+        data.layout(0)
+    return job
+
+
+@pytest.fixture(autouse=True)
+def log(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> pytest.LogCaptureFixture:
+    monkeypatch.setattr(rereading.logger, "propagate", True)
+    caplog.set_level(logging.WARNING, logger="stacking_ds")
+    return caplog
+
+
+def _again(job: Job) -> Rereading:
+    return Rereading(job.shards, job.train_data.values(), enabled=True)
+
+
+def _wait(reading: Rereading) -> None:
+    """As the end of a run does."""
+    deadline = time.monotonic() + 30
+    while reading.goes_on(0.01):
+        assert time.monotonic() < deadline
+
+
+def _failing(module: Any, monkeypatch: pytest.MonkeyPatch, number: int, times: int) -> None:
+    """The first so many files cannot be read, with this error."""
+    sha256 = module.file_sha256
+    left = [number] * times
+
+    def read(path: Path) -> str:
+        if left:
+            raise OSError(left.pop(), "as Arrow words it", str(path))
+        found: str = sha256(path)
+        return found
+
+    monkeypatch.setattr(module, "file_sha256", read)
+
+
+def test_whole_data_are_read_to_their_end(job: Job) -> None:
+    with _again(job) as reading:
+        _wait(reading)
+        reading.require_whole(0)
+    assert not Rereading(job.shards, [], enabled=False).goes_on(60.0)
+
+
+@pytest.mark.parametrize("module", [shards, layout])
+def test_damage_is_found(job: Job, monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
+    monkeypatch.setattr(module, "file_sha256", lambda path: "0" * 64)
+    with _again(job) as reading:
+        _wait(reading)
+        assert reading.failed
+        with pytest.raises(DataError, match=r"arrow.*; what was trained after step 7.* the damage"):
+            reading.require_whole(7)
+
+
+@pytest.mark.parametrize("module", [shards, layout])
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EACCES])
+def test_what_cannot_be_read_is_no_damage_and_tried_again(
+    job: Job,
+    monkeypatch: pytest.MonkeyPatch,
+    log: pytest.LogCaptureFixture,
+    module: Any,
+    number: int,
+) -> None:
+    monkeypatch.setattr(rereading, "_SECONDS_BETWEEN_TRIES", 0.01)
+    _failing(module, monkeypatch, number, times=3)
+    with _again(job) as reading:
+        assert reading.thread is not None
+        reading.thread.join(30)
+        reading.require_whole(0)
+    [warning] = log.messages
+    assert warning.startswith("the data cannot be read again yet, and training goes on: ")
+    assert warning.endswith("mend access to it and try again")
+
+
+def test_the_end_of_a_run_does_not_wait_for_what_cannot_be_read(
+    job: Job, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+) -> None:
+    _failing(layout, monkeypatch, errno.ESTALE, times=1000)
+    with _again(job) as reading:
+        _wait(reading)
+        reading.require_whole(0)
+    assert log.messages[-1].startswith("the data were not read again to their end: ")
+    assert "Stale file handle" in log.messages[-1]
+
+
+def test_rows_that_cannot_be_read_are_not_to_be_deleted(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [data] = job.train_data.values()
+    _failing(layout, monkeypatch, errno.EACCES, times=1)
+    with pytest.raises(UnreadableDataError, match=r"cannot be read \(Permission denied\); mend"):
+        list(data.verifying())
+    list(data.verifying())
