@@ -23,7 +23,15 @@ import pyarrow as pa
 from stacking_ds.data import embedded
 from stacking_ds.data.manifest import SplitName
 from stacking_ds.data.sources.delimited import DelimitedFile, cut_delimited_file
-from stacking_ds.data.sources.documents import Document, Item, Piece, Reader, Reading, Source
+from stacking_ds.data.sources.documents import (
+    Document,
+    Item,
+    Piece,
+    Reader,
+    Reading,
+    Source,
+    unreadable,
+)
 from stacking_ds.data.sources.hugging_face import HuggingFace
 from stacking_ds.data.sources.json_files import JsonFile, cut_json_file
 from stacking_ds.data.sources.lines import PACKED_SUFFIXES, content_suffix, is_packed
@@ -67,7 +75,10 @@ class _Files:
         self.name = name
         self.paths: list[Path] = []
         self.repeated: list[str] = []
-        self._found = _expand(name)
+        try:
+            self._found = _expand(name)
+        except OSError as error:
+            raise unreadable(Path(name), error) from error
         for path in self._found:
             first = seen.setdefault(_inode(path), path)
             if first is path:
@@ -101,7 +112,7 @@ class _Files:
             try:
                 found += _cut(path, index, piece_bytes, reading)
             except OSError as error:
-                raise _unreadable(path, error) from error
+                raise unreadable(path, error) from error
             except DamagedFileError as error:
                 raise DataError(str(error)) from error
         return found
@@ -148,7 +159,7 @@ class _OpenFile:
         except DamagedFileError as error:
             raise DataError(str(error)) from error
         except OSError as error:
-            raise _unreadable(self._path, error) from error
+            raise unreadable(self._path, error) from error
 
 
 class _Embedded:
@@ -260,8 +271,4 @@ def _stat(path: Path) -> os.stat_result:
     try:
         return path.stat()
     except OSError as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: OSError) -> DataError:
-    return DataError(f"{path} cannot be read: {error.strerror or error}")
+        raise unreadable(path, error) from error
