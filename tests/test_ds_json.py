@@ -201,14 +201,14 @@ _REFUSED: list[dict[str, Any]] = [
 ]
 _TRAINED: list[dict[str, Any]] = [
     {
-        "steps_per_print": None,
+        "steps_per_print": 1e9,
         "dump_state": True,
         "train_batch_size": 1.0,
         "gradient_clipping": 0,
         "comms_logger": {"enabled": True, "prof_all": False, "prof_ops": ["all_reduce"]},
         **_profile(module_depth=6, top_modules=1, output_file=None, recompute_fwd_factor=0.5),
     },
-    _zero(1, allgather_bucket_size=2, reduce_bucket_size=1),
+    {"steps_per_print": None, **_zero(1, allgather_bucket_size=2, reduce_bucket_size=1)},
     _zero(1, contiguous_gradients=False, reduce_scatter=False, parameter_alignment=True),
     _zero(2, allgather_bucket_size=5e8, reduce_bucket_size=2e5, overlap_comm=True),
     _offload(2, pin_memory=False, buffer_count=0, nvme_path="/x"),

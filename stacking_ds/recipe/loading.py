@@ -14,7 +14,7 @@ from stacking_ds.bundled import recipe_path
 from stacking_ds.config import RunConfig
 from stacking_ds.errors import ConfigError
 from stacking_ds.recipe.overrides import Override, OverrideError
-from stacking_ds.recipe.sentences import sentences
+from stacking_ds.recipe.sentences import is_of_file, sentences
 from stacking_ds.small_files import DamagedFileError, read_text
 from stacking_ds.yaml_text import Tree, YamlTextError, plain, read_yaml, shown
 
@@ -63,8 +63,7 @@ def _in_one_message(path: Path, problems: Sequence[str], passed_over: int) -> st
     listed = list(problems[:_MOST_PROBLEMS])
     if more := passed_over + len(problems) - len(listed):
         listed.append(f"and {more:,} more")
-    in_file = not all(problem.startswith("--set ") for problem in problems)
-    return (f"recipe {path}: " if in_file else "") + "; ".join(listed)
+    return (f"recipe {path}: " if any(map(is_of_file, problems)) else "") + "; ".join(listed)
 
 
 def _read(path: Path) -> dict[str, Tree]:
