@@ -2,6 +2,8 @@
 
 import errno
 
+from stacking_ds.text_table import shortened
+
 __all__ = [
     "EXIT_FAILURE",
     "EXIT_LOST_RANK",
@@ -17,6 +19,7 @@ __all__ = [
     "UnreadableError",
     "UserError",
     "is_mendable",
+    "mended_by",
 ]
 
 EXIT_FAILURE, EXIT_USER_ERROR, EXIT_NOT_FINITE, EXIT_LOST_RANK = 1, 2, 3, 4
@@ -86,3 +89,10 @@ def is_mendable(error: OSError) -> bool:
     """Is it the user's to mend (a full disk, a path, a permission)? What a file system does by
     itself, a stale handle or an input/output error, may be gone at the next attempt."""
     return error.errno in _MENDABLE
+
+
+def mended_by(error: OSError) -> str:
+    """The sentence for a mendable error: what it is, and what to do about it."""
+    if error.errno == errno.ENAMETOOLONG:
+        return f"{error.strerror}: '{shortened(str(error.filename))}'; choose a shorter one"
+    return f"{error}; make room, or mend paths and permissions"

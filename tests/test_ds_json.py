@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from stacking_ds.distributed import World
+from stacking_ds.ds_json import resolve_ds_config
 from stacking_ds.ds_json.settings import (
     KNOWN_KEYS,
     REFUSED_KEYS,
@@ -16,7 +17,7 @@ from stacking_ds.ds_json.settings import (
     section_problems,
 )
 from stacking_ds.ds_json.values import FLOPS_PROFILER, OFFLOAD_OPTIMIZER
-from stacking_ds.engine import build_engine, resolve_ds_config
+from stacking_ds.engine import build_engine
 from stacking_ds.errors import ConfigError
 from tests.ranks import run_ranks
 from tests.sharded import train_engine

@@ -71,7 +71,9 @@ def read_vocabulary(
         is_folder = path.is_dir()
     except OSError as error:
         reason = error.strerror or error
-        raise DataError(f"vocabulary {shortened(str(path))} cannot be read: {reason}") from error
+        raise DataError(
+            f"vocabulary {shortened(str(path), 160)} cannot be read: {reason}"
+        ) from error
     if is_folder:
         folder, names = path, ("tokenizer.json", "vocab.txt")
         path = next((path / name for name in names if (path / name).exists()), path)
@@ -294,4 +296,4 @@ def _load(path: Path) -> Any:
 
 
 def _shown(value: Any) -> str:
-    return shortened(json.dumps(value, ensure_ascii=False))
+    return shortened(json.dumps(value, ensure_ascii=False), 160)

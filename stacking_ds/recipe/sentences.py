@@ -6,7 +6,8 @@ from typing import Any
 
 from stacking_ds.recipe.keys import declared, meant
 from stacking_ds.recipe.overrides import Override
-from stacking_ds.yaml_text import Scalar, Tree, shown
+from stacking_ds.text_table import shortened
+from stacking_ds.yaml_text import Scalar, Tree
 
 __all__ = ["is_of_file", "sentences"]
 
@@ -56,7 +57,7 @@ def sentences(
         # as text it is either complained of above, or taken as it stands
         if scalar.surprise and location not in told and declared(location) is not str:
             told[location] = (
-                f": YAML reads {shown(scalar.text)} as {scalar.surprise}; write it in decimal "
+                f": YAML reads {shortened(scalar.text)} as {scalar.surprise}; write it in decimal "
                 f"digits, without a leading zero"
             )
     said = [_placed(location, told[location], tree, overrides) for location in told]
@@ -85,14 +86,14 @@ def _only_follows(problem: Mapping[str, Any], problems: Sequence[Mapping[str, An
 
 def _placed(location: _Location, predicate: str, tree: Tree, overrides: Sequence[Override]) -> str:
     """The predicate after its key, and who is to blame."""
-    key = shown(".".join(location))
+    key = shortened(".".join(location))
     sentence = f"{key}{predicate}" if key else predicate.removeprefix(": ")
     for override in reversed(overrides):
         if location[: len(override.path)] == override.path:
-            return f"{_OVERRIDE}{shown(override.text)}: {sentence}"
+            return f"{_OVERRIDE}{shortened(override.text)}: {sentence}"
     inside = [one for one in overrides if one.path[: len(location)] == location]
     if inside:
-        given = " --set ".join(shown(one.text) for one in inside[-3:])
+        given = " --set ".join(shortened(one.text) for one in inside[-3:])
         return f"{_WITH_OVERRIDES}{given}: {sentence}"
     scalar = _at(tree, location)
     if isinstance(scalar, Scalar) and scalar.line:
@@ -135,7 +136,7 @@ def _but_is(given: Tree | None, kind: str) -> str:
         return ", not a list"
     if given is None:
         return ""
-    text = shown(given.text)
+    text = shortened(given.text)
     if isinstance(given.value, str):
         return f", not '{text}'"
     if kind == "string_type":

@@ -7,7 +7,7 @@ from stacking_ds.data.prepare.first_look import text_paths
 from stacking_ds.data.prepare.plan import Corpus, say_what_is_left_out
 from stacking_ds.errors import DataError
 from stacking_ds.text_table import shortened
-from stacking_ds.utf8 import is_utf8, shown
+from stacking_ds.utf8 import is_utf8, readable_name
 
 __all__ = ["check_corpus", "check_folder_name", "check_numbers"]
 
@@ -34,13 +34,13 @@ def check_corpus(corpus: Corpus, heldout_fraction: float, documents: DocumentRul
 def check_folder_name(out_dir: Path) -> None:
     """Raises DataError for a name that a manifest cannot hold, or a folder cannot have."""
     if not is_utf8(place := out_dir.absolute()):
-        raise DataError(f"the name of {shown(place)} is not UTF-8; choose another")
+        raise DataError(f"the name of {readable_name(place)} is not UTF-8; choose another")
     try:
         out_dir.exists()
     except OSError as error:
         reason = error.strerror or error
         raise DataError(
-            f"{shortened(str(out_dir))} cannot be written: {reason}; choose another folder"
+            f"{shortened(str(out_dir), 160)} cannot be written: {reason}; choose another folder"
         ) from error
 
 

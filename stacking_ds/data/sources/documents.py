@@ -175,4 +175,4 @@ def too_long(number: int, source_bytes: int, max_bytes: int) -> Fault:
 
 def unreadable(path: Path, error: OSError) -> DataError:
     """What to tell the user when a file of the sources could not be read."""
-    return DataError(f"{shortened(str(path))} cannot be read: {error.strerror or error}")
+    return DataError(f"{shortened(str(path), 160)} cannot be read: {error.strerror or error}")

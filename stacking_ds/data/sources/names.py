@@ -39,7 +39,7 @@ from stacking_ds.data.sources.tables import TABLE_SUFFIXES, TableFile, cut_table
 from stacking_ds.data.sources.text_files import TextFile, cut_text_file
 from stacking_ds.errors import DataError
 from stacking_ds.small_files import DamagedFileError
-from stacking_ds.utf8 import is_utf8, shown
+from stacking_ds.utf8 import is_utf8, readable_name
 
 __all__ = ["SeenFiles", "open_source"]
 
@@ -92,7 +92,7 @@ class _Files:
         folder = Path(self.name)
         inside = folder.iterdir() if folder.is_dir() else ()
         names = {path.name for path in inside} - {path.name for path in self._found}
-        return sorted(map(shown, names))
+        return sorted(map(readable_name, names))
 
     def identity(self) -> list[str]:
         return [f"{path.name}, {_size(path):,} bytes" for path in self.paths]
@@ -219,7 +219,7 @@ def _expand(name: str) -> list[Path]:
         raise _nothing_found(name, path)
     for file in paths:
         if not is_utf8(file):
-            raise DataError(f"the name of {shown(file)} is not UTF-8; rename it")
+            raise DataError(f"the name of {readable_name(file)} is not UTF-8; rename it")
         if not stat.S_ISREG(_stat(file).st_mode):
             raise DataError(
                 f"{file} is not a regular file but a pipe or a device; `prepare` reads its sources "

@@ -155,7 +155,7 @@ def check_keys(path: Path, rows: Iterator[Any], reading: Reading) -> None:
         return
     sentence = (
         f"{path} has in its first {_ROWS_LOOKED_AT} rows no text under the key "
-        f"{reading.text_key!r}, only the keys {shortened(str(sorted(keys)[:_KEYS_NAMED]))}"
+        f"{reading.text_key!r}, only the keys {shortened(str(sorted(keys)[:_KEYS_NAMED]), 400)}"
     )
     if not reading.leaves_out:
         raise DataError(f"{sentence}; name the one that holds the text by --text-key")
