@@ -97,6 +97,9 @@ def test_the_resolved_recipe_reads_back_equal(recipe: str, tmp_path: Path) -> No
         ("optimiser.name=adamw", "optimiser is not a key; did you mean optimizer?"),
         ("every_steps=3", "mean checkpoint.every_steps or evaluation.every_steps or logging."),
         ("stages.0.step=3", "did you mean stages.0.steps?"),
+        ("optimizer.lr=1", "optimizer.lr is not a key; did you mean optimizer.learning_rate?"),
+        ("batch.batch_size=8", "did you mean batch.global_batch_size or phases"),
+        ("max_seq_length=8", "did you mean data.sequence_length or phases"),
         ("seed.deeper=1", "seed has no keys of its own"),
         ("optimizer.learning_rate=fast", "optimizer.learning_rate must be a number, not 'fast'"),
         ("optimizer.learning_rate=-1", "must be above 0, not -1"),
@@ -203,6 +206,15 @@ def test_keys_that_take_text_take_it_as_it_is(recipe: str, tmp_path: Path, text:
     resolved = tmp_path / "config.yaml"
     resolved.write_text(config.to_yaml())
     assert load_run_config(str(resolved)) == config
+
+
+def test_a_home_is_found_that_no_shell_has_found(
+    recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load_run_config(recipe, ["data.path=~/shards", "engine.deepspeed=~/z.json"])
+    assert (config.data.path, config.engine.deepspeed) == ("/home/me/shards", "/home/me/z.json")
+    assert load_run_config(recipe, ["data.path=~x"]).data.path == "~x"
 
 
 def test_blanks_around_the_sign_are_not_the_value(recipe: str) -> None:

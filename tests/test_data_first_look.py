@@ -175,7 +175,7 @@ def test_an_empty_split_is_no_circle(tmp_path):
     options = {"vocab_size": 300, "heldout_fraction": 0.0001}
     with pytest.raises(DataError, match=r"one document, .* by --documents .it is blank-line"):
         prepare(one, tmp_path / "out", **options)
-    with pytest.raises(DataError, match=r"is 0.5., or are few since .* by --documents blank-line"):
+    with pytest.raises(DataError, match=r"is 0.5., or few since .* by --documents blank-line"):
         prepare(one, tmp_path / "out", vocab_size=300, heldout_fraction=0.5)
     many = write(tmp_path / "b.txt", "\n\n".join(TEXTS[:20]))
     with pytest.raises(DataError, match="none of the 20 documents") as caught:

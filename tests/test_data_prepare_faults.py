@@ -191,8 +191,14 @@ def test_a_vocabulary_larger_than_any_is_refused(command, tmp_path, capsys, size
 def test_names_too_long_are_told_in_a_short_sentence(tmp_path, capsys):
     long = str(tmp_path / ("x" * 300))
     (tmp_path / "a.txt").write_text("some words")
-    for source, out in ((long, str(tmp_path / "out")), (str(tmp_path / "a.txt"), long)):
-        assert main(["prepare", source, "--out", out]) == 2
+    out = str(tmp_path / "out")
+    for words in (
+        ("prepare", long, "--out", out),
+        ("prepare", str(tmp_path / "a.txt"), "--out", long),
+        ("prepare", str(tmp_path / "a.txt"), "--out", out, "--vocab", long),
+        ("data", "inspect", long),
+    ):
+        assert main(list(words)) == 2
         told = capsys.readouterr().err
         assert "File name too long" in told
         assert "make room" not in told

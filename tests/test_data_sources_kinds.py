@@ -382,6 +382,13 @@ def test_what_a_file_holds_is_in_its_name(tmp_path):
 # ------------------------------------------------------------- one file, several names
 
 
+def test_a_home_is_found_that_no_shell_has_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.txt").write_text("words")
+    for name in ("~/a.txt", "~/*.txt", "~/"):
+        assert [path.name for path in open_source(name).paths] == ["a.txt"]
+
+
 def test_a_file_of_several_names_is_read_once(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.txt").write_text("one")

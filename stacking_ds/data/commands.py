@@ -125,7 +125,7 @@ def _prepare(options: argparse.Namespace) -> int:
             f"{', '.join(rejected.first[:3])}"
         )
     if odd := odd_documents(prepared.manifest):
-        print(odd, file=sys.stderr)
+        print(f"warning: {odd}", file=sys.stderr)
     return 0
 
 

@@ -146,7 +146,7 @@ def say_what_documents_are(corpus: Corpus, reading: Reading, say: Callable[[str]
     if found.statement:
         say(found.statement)
     for warning in found.warnings:
-        logging.getLogger("stacking_ds").warning("%s", warning)
+        logging.getLogger("stacking_ds").warning("warning: %s", warning)
 
 
 def odd_documents(manifest: DataManifest) -> str | None:

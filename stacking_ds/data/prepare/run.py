@@ -144,7 +144,10 @@ def prepare(
         documents=documents,
         normalization=normalization,
     )
-    settings = Settings.here(unit_bytes, shard_characters, max_document_bytes, download)
+    has_text_files = bool(text_paths(corpus))
+    settings = Settings.here(
+        unit_bytes, shard_characters, max_document_bytes, download, has_text_files
+    )
     job = Job.of(out_dir, names, heldout_sources, download, bad_documents)
     how = _How(vocab_size, workers, part, licence, progress or (lambda _: None), say)
     return _Run(corpus, request, settings, job, how)(given)

@@ -72,6 +72,7 @@ class _Files:
     holds_out = False
 
     def __init__(self, name: str, seen: SeenFiles) -> None:
+        name = os.path.expanduser(name) if name.startswith("~/") else name
         self.name = name
         self.paths: list[Path] = []
         self.repeated: list[str] = []

@@ -160,7 +160,8 @@ def check_keys(path: Path, rows: Iterator[Any], reading: Reading) -> None:
     if not reading.leaves_out:
         raise DataError(f"{sentence}; name the one that holds the text by --text-key")
     logging.getLogger("stacking_ds").warning(
-        "%s; such rows are left out: if one of these holds the text, name it by --text-key",
+        "warning: %s; such rows are left out: if one of these holds the text, name it by "
+        "--text-key",
         sentence,
     )
 
