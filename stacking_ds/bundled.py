@@ -5,6 +5,7 @@ from pathlib import Path
 
 import stacking_ds
 from stacking_ds.errors import ConfigError
+from stacking_ds.text_table import shortened
 
 __all__ = ["batch_scripts", "ds_config_path", "recipe_path"]
 
@@ -50,5 +51,6 @@ def _find(name: str, folder: Path, suffix: str, what: str) -> Path:
     if stem in bundled:
         return bundled[stem]
     known = ", ".join(bundled) or f"none found in {folder}"
-    short = name if len(name) <= 200 else f"{name[:200]}..."
-    raise ConfigError(f"no {what} {short!r}: give a path to a {suffix} file, or one of {known}")
+    raise ConfigError(
+        f"no {what} '{shortened(name, 200)}': give a path to a {suffix} file, or one of {known}"
+    )

@@ -12,6 +12,7 @@ from stacking_ds.errors import (
     NonFiniteError,
     UserError,
     is_mendable,
+    mended_by,
 )
 from stacking_ds.launched import local_rank_from_environment, rank_from_environment
 from stacking_ds.stop_request import INTERRUPTED
@@ -31,7 +32,7 @@ def tell(error: BaseException) -> int | None:
         _say(f"stacking-ds: error: {error}", everywhere)
         return EXIT_USER_ERROR
     if isinstance(error, OSError) and is_mendable(error):
-        _say(f"stacking-ds: error: {error}; make room, or mend paths and permissions", everywhere)
+        _say(f"stacking-ds: error: {mended_by(error)}", everywhere)
         return EXIT_USER_ERROR
     if isinstance(error, NonFiniteError):
         _say(f"stacking-ds: error: {error}", everywhere)

@@ -13,17 +13,14 @@ import torch
 import torch.distributed as dist
 
 from stacking_ds import zero
-from stacking_ds.ds_json import Precision, asks_for_log, load_ds_config, resolve_ds_config
+from stacking_ds.ds_json import asks_for_log
 from stacking_ds.errors import ConfigError
 from stacking_ds.optim.lamb import Lamb
 from stacking_ds.zero.compatibility import deepspeed
 
 __all__ = [
-    "Precision",
     "build_engine",
-    "load_ds_config",
     "release_engine",
-    "resolve_ds_config",
     "set_learning_rate",
     "take_step",
 ]

@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import TypeVar
 
+from stacking_ds.text_table import shortened
+
 __all__ = [
     "EXIT_FAILURE",
     "EXIT_LOST_RANK",
@@ -21,6 +23,7 @@ __all__ = [
     "UnreadableError",
     "UserError",
     "is_mendable",
+    "mended_by",
     "unreadable",
 ]
 
@@ -106,3 +109,10 @@ def unreadable(kind: type[_Kind], path: Path, error: OSError) -> _Kind:
     let us read."""
     reason = os.strerror(error.errno or 0)  # Arrow words it otherwise
     return kind(f"{path} cannot be read ({reason}); mend access to it and try again")
+
+
+def mended_by(error: OSError) -> str:
+    """The sentence for a mendable error: what it is, and what to do about it."""
+    if error.errno == errno.ENAMETOOLONG:
+        return f"{error.strerror}: '{shortened(str(error.filename))}'; choose a shorter one"
+    return f"{error}; make room, or mend paths and permissions"

@@ -27,7 +27,7 @@ from stacking_ds.data.loader import (
 )
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.data.unigram import unigram_log_probabilities, unigram_mlm_loss
-from stacking_ds.engine import load_ds_config, resolve_ds_config
+from stacking_ds.ds_json import load_ds_config, resolve_ds_config
 from stacking_ds.errors import CheckpointError, ConfigError
 from stacking_ds.growth.operators import layer_map
 from stacking_ds.kernels.fp8 import require_fp8_sizes

@@ -4,8 +4,6 @@ from collections.abc import Sequence
 
 __all__ = ["aligned", "first_of", "readable_size", "shortened"]
 
-_LONGEST_VALUE = 160
-
 
 def first_of(names: Sequence[object], most: int = 5, between: str = ", ") -> str:
     """The first `most` of the names, and how many more there are."""
@@ -13,9 +11,11 @@ def first_of(names: Sequence[object], most: int = 5, between: str = ", ") -> str
     return between.join(map(str, names[:most])) + (f" and {more:,} more" if more > 0 else "")
 
 
-def shortened(value: str, most: int = _LONGEST_VALUE) -> str:
-    """The value, cut off where it is longer than `most` characters."""
-    return value if len(value) <= most else f"{value[:most]}..."
+def shortened(value: str, most: int = 80) -> str:
+    """The value for a message: in one line, without control characters, and cut off where it is
+    longer than `most` characters."""
+    cut = value if len(value) <= most else f"{value[: most - 3]}..."
+    return cut if cut.isprintable() else repr(cut)[1:-1]
 
 
 def readable_size(size_bytes: int) -> str:

@@ -79,24 +79,17 @@ def train(
         if state.step < job.schedule.total_steps:
             stages.begin(found, job.schedule.stages[state.stage_index])
         # all that may be refused has been looked at: what is written goes back to `found` only now
-        damage = claim(job, world, run_dir, state.step)
-        monitor = held.enter_context(
-            Monitor(
-                run_dir,
-                job.schedule,
-                completed_steps=state.step,
-                enabled=world.is_first,
-                log=log,
+        monitor = held.enter_context(_claimed(job, world, run_dir, state.step, log))
+        attempt.begin()
+        first_step, unfinished = state.step, state.step < job.schedule.total_steps
+        rereading = held.enter_context(
+            Rereading(
+                job.shards,
+                job.train_data.values(),
+                enabled=world.is_first and found is not None and unfinished,
             )
         )
-        if damage is not None:
-            monitor.say(damage)
-        attempt.begin()
-        first_step, resumed = state.step, world.is_first and found is not None
-        rereading = held.enter_context(
-            Rereading(job.shards, job.train_data.values(), enabled=resumed)
-        )
-        if state.step < job.schedule.total_steps:
+        if unfinished:
             if found is not None:
                 monitor.say(f"resumed from {found}")
             run = _Run(job, world, stages, run_dir, state, monitor, request, rereading, started)
@@ -110,16 +103,29 @@ def train(
         else:
             monitor.say(f"{run_dir} is complete at step {state.step}; re-using it")
         if state.step == job.schedule.total_steps:
-            if _read_to_the_end(world, rereading, StopFlag(world, request)):
+            attempt.complete = _read_to_the_end(world, rereading, StopFlag(world, request))
+            if attempt.complete:
                 world.on_first(lambda: rereading.require_whole(first_step))
                 _conclude(job, world, run_dir, monitor)
-                attempt.complete = True
             else:
                 monitor.say(
                     f"stopped at step {state.step}, its last, while the data are still being read "
                     f"again; --resume goes on"
                 )
     return state
+
+
+def _claimed(
+    job: Job, world: World, run_dir: Path, completed_steps: int, log: RunLog | None
+) -> Monitor:
+    """Make the directory this run's, and open what is written in it. A collective."""
+    damage = claim(job, world, run_dir, completed_steps)
+    monitor = Monitor(
+        run_dir, job.schedule, completed_steps=completed_steps, enabled=world.is_first, log=log
+    )
+    if damage is not None:
+        monitor.say(damage)
+    return monitor
 
 
 def _read_to_the_end(world: World, rereading: Rereading, stop: StopFlag) -> bool:

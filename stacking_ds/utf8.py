@@ -12,7 +12,7 @@ from pathlib import Path
 
 from stacking_ds.errors import ConfigError
 
-__all__ = ["check_names", "is_utf8", "shown", "steady_streams"]
+__all__ = ["check_names", "is_utf8", "readable_name", "steady_streams"]
 
 
 def is_utf8(name: str | Path) -> bool:
@@ -24,7 +24,7 @@ def is_utf8(name: str | Path) -> bool:
     return True
 
 
-def shown(name: str | Path) -> str:
+def readable_name(name: str | Path) -> str:
     """The name as a person may read it: what is not UTF-8 as `\\xe9`."""
     content = str(name).encode("utf-8", errors="surrogatepass")
     with_bytes = content if is_utf8(name) else os.fsencode(str(name))
@@ -40,8 +40,9 @@ def check_names(words: Sequence[str]) -> None:
     for word in words:
         if not is_utf8(word):
             raise ConfigError(
-                f"{shown(word)} is not UTF-8 (in the encoding {sys.getfilesystemencoding()} of "
-                "this session); rename the file, or its folder, to letters that are"
+                f"{readable_name(word)} is not UTF-8 (in the encoding "
+                f"{sys.getfilesystemencoding()} of this session); rename the file, or its folder, "
+                "to letters that are"
             )
     try:
         here = os.getcwd()
@@ -49,8 +50,8 @@ def check_names(words: Sequence[str]) -> None:
         raise ConfigError("the working directory is gone; change to another one") from None
     if not is_utf8(here):
         raise ConfigError(
-            f"the name of the working directory {shown(here)} is not UTF-8; rename it, or change "
-            "to another one"
+            f"the name of the working directory {readable_name(here)} is not UTF-8; rename it, or "
+            "change to another one"
         )
 
 

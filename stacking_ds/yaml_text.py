@@ -12,7 +12,9 @@ from typing import Any
 
 import yaml
 
-__all__ = ["Scalar", "Tree", "YamlTextError", "plain", "read_yaml", "shown", "write_yaml"]
+from stacking_ds.text_table import shortened
+
+__all__ = ["Scalar", "Tree", "YamlTextError", "plain", "read_yaml", "write_yaml"]
 
 _MOST_VALUES = 10_000
 _DEEPEST = 32
@@ -69,12 +71,14 @@ def read_yaml(text: str) -> Tree:
         raise
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise YamlTextError(f"{line}{shown(str(error.problem or error.context), 160)}") from None
+        raise YamlTextError(
+            f"{line}{shortened(str(error.problem or error.context), 160)}"
+        ) from None
     except yaml.reader.ReaderError as error:
         raise YamlTextError(f"character {error.position + 1} is not for text files") from None
     # PyYAML's scanner raises more than its own, e.g. for "\UFFFFFFFF"
     except (yaml.YAMLError, ValueError, ArithmeticError, LookupError, TypeError) as error:
-        raise YamlTextError(shown(str(error), 160)) from None
+        raise YamlTextError(shortened(str(error), 160)) from None
 
 
 def plain(tree: Tree) -> Any:
@@ -87,12 +91,6 @@ def plain(tree: Tree) -> Any:
 def write_yaml(data: Any) -> str:
     """`data` as a text that `read_yaml` reads back equal."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False)
-
-
-def shown(text: str, most: int = 80) -> str:
-    """`text` for a message: in one line, without control characters, not longer than that."""
-    cut = text if len(text) <= most else text[: most - 3] + "..."
-    return cut if cut.isprintable() else repr(cut)[1:-1]
 
 
 class _Reader:
@@ -121,7 +119,7 @@ class _Reader:
             # an anchor is known when its value is complete, so that there are no circles
             name = str(event.anchor)
             if name not in self._anchors:
-                raise _error(event, f"*{shown(name)} repeats no value that ends before it")
+                raise _error(event, f"*{shortened(name)} repeats no value that ends before it")
             original, size = self._anchors[name]
             self._count(event, size)
             return copy.deepcopy(original)
@@ -153,7 +151,7 @@ class _Reader:
                         raise _error(event, "<< takes over the keys of a mapping, and this is none")
                     merged = {**source, **merged}
             elif event.value in mapping:
-                raise _error(event, f"{shown(event.value)} is written twice; keep one")
+                raise _error(event, f"{shortened(event.value)} is written twice; keep one")
             else:
                 mapping[event.value] = value
         return {**merged, **mapping}
@@ -175,7 +173,7 @@ def _error(event: Any, reason: str) -> YamlTextError:
 def _require_tag(event: Any, *allowed: str) -> None:
     if event.tag not in (None, "!", *allowed):
         tag = event.tag.replace("tag:yaml.org,2002:", "!!")
-        raise _error(event, f"the tag {shown(tag)} is not for recipes; delete it")
+        raise _error(event, f"the tag {shortened(tag)} is not for recipes; delete it")
 
 
 def _scalar(event: Any) -> Scalar:

@@ -1,6 +1,8 @@
 """What .txt files are taken for is said first, and what is odd about it."""
 
+import errno
 import gzip
+import re
 import textwrap
 
 import pytest
@@ -10,8 +12,11 @@ from stacking_ds.data.manifest import read_manifest
 from stacking_ds.data.prepare.first_look import look_at, odd_documents
 from stacking_ds.data.prepare.plan import open_corpus
 from stacking_ds.data.prepare.run import prepare
+from stacking_ds.data.sources import lines
 from stacking_ds.data.sources.documents import Reading
+from stacking_ds.data.sources.lines import start_of
 from stacking_ds.errors import DataError
+from stacking_ds.small_files import open_regular
 from tests import prose
 
 TEXTS = [" ".join(text.split()) for text in prose.documents(120, seed=3)]
@@ -47,6 +52,51 @@ def test_a_folder_of_articles_that_blank_lines_would_tear_apart(tmp_path):
     whole = look(folder, documents="file")
     assert "a document is a file (--documents file), which makes 20 of" in whole.statement
     assert whole.warnings == ()
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\u2028"])
+def test_of_a_large_file_the_number_of_documents_is_estimated(tmp_path, end):
+    text = end.join(TEXTS[n % 120][:140] for n in range(40_000))
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    assert (tmp_path / "a.txt").stat().st_size > 5e6
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(text[:3_000_000].encode(), 1))
+    found = look(str(tmp_path / "a.txt"), documents="line").statement
+    assert re.search("which makes about 4[01],000 of", found)
+    seen = text[:3_000_000].count(end) + 1
+    packed = look(str(tmp_path / "a.txt.gz"), documents="line").statement
+    assert f"which makes {seen:,} of" in packed
+
+
+def test_of_a_broken_file_what_can_be_read_is_looked_at(tmp_path):
+    text = "\n".join(TEXTS * 30).encode()
+    content = gzip.compress(text)
+    (tmp_path / "a.txt.gz").write_bytes(content[: len(content) // 2])
+    found = look(str(tmp_path / "a.txt.gz"), documents="line").statement
+    count = int(found.partition("which makes ")[2].partition(" of")[0].replace(",", ""))
+    assert 500 < count < 3_500
+
+
+def test_a_file_is_seen_whole_or_not_to_the_byte(tmp_path):
+    for content in (b"one\r\ntwo\r\n", b"\xef\xbb\xbfone\ntwo"):
+        (tmp_path / "a.txt").write_bytes(content)
+        for size in range(4, len(content) + 3):
+            found = start_of(tmp_path / "a.txt", size)
+            assert found.is_all == (size >= len(content))
+            assert found.content_bytes == min(size, len(content))
+
+
+def test_a_file_that_cannot_be_read_is_blamed_and_leaves_nothing(tmp_path, monkeypatch):
+    names = [write(tmp_path / name, "\n\n".join(TEXTS)) for name in ("a.txt", "b.txt")]
+
+    def refuse(path):
+        if path.name == "b.txt":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return open_regular(path)
+
+    monkeypatch.setattr(lines, "open_regular", refuse)
+    with pytest.raises(DataError, match=r"b\.txt cannot be read: Permission denied"):
+        prepare(names, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_document_a_line_is_not_taken_for_one_document_silently(tmp_path):
@@ -125,7 +175,7 @@ def test_an_empty_split_is_no_circle(tmp_path):
     options = {"vocab_size": 300, "heldout_fraction": 0.0001}
     with pytest.raises(DataError, match=r"one document, .* by --documents .it is blank-line"):
         prepare(one, tmp_path / "out", **options)
-    with pytest.raises(DataError, match=r"is 0.5., or are few since .* by --documents blank-line"):
+    with pytest.raises(DataError, match=r"is 0.5., or few since .* by --documents blank-line"):
         prepare(one, tmp_path / "out", vocab_size=300, heldout_fraction=0.5)
     many = write(tmp_path / "b.txt", "\n\n".join(TEXTS[:20]))
     with pytest.raises(DataError, match="none of the 20 documents") as caught:

@@ -181,6 +181,30 @@ def test_files_that_cannot_be_opened_are_named(command, tmp_path, capsys):
             assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("size", [2**20 + 1, 99999999999, 10**30])
+def test_a_vocabulary_larger_than_any_is_refused(command, tmp_path, capsys, size):
+    assert main([*command(tmp_path / "good.txt"), "--vocab-size", str(size)]) == 2
+    assert f"vocab_size is {size:,}; it can be 1,048,576 at most" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_too_long_are_told_in_a_short_sentence(tmp_path, capsys):
+    long = str(tmp_path / ("x" * 300))
+    (tmp_path / "a.txt").write_text("some words")
+    out = str(tmp_path / "out")
+    for words in (
+        ("prepare", long, "--out", out),
+        ("prepare", str(tmp_path / "a.txt"), "--out", long),
+        ("prepare", str(tmp_path / "a.txt"), "--out", out, "--vocab", long),
+        ("data", "inspect", long),
+    ):
+        assert main(list(words)) == 2
+        told = capsys.readouterr().err
+        assert "File name too long" in told
+        assert "make room" not in told
+        assert len(told) < 300
+
+
 def test_a_vocabulary_without_mask_is_refused_before_anything_is_read(command, tmp_path, capsys):
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\nthe\n")
     arguments = [*command(tmp_path / "good.txt"), "--vocab", str(tmp_path / "vocab.txt")]

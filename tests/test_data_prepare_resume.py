@@ -256,6 +256,25 @@ def workers():
     return [child for child in mine if "stacking_ds.data.prepare.worker" in child.cmdline()]
 
 
+def test_what_was_begun_with_other_lines_is_not_gone_on_with(tmp_path):
+    texts = list(prose.documents(60))
+    (tmp_path / "a.txt").write_text("\n\n".join(texts), "utf-8")
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "a.jsonl").write_text(rows, "utf-8")
+    for name in ("a.txt", "a.jsonl"):
+        out = tmp_path / f"of-{name}"
+        assert prepare(str(tmp_path / name), out, part=(1, 2), **SMALL).missing_units
+        path = out / ".unfinished" / "started.json"
+        begun = json.loads(path.read_text())
+        # as earlier versions wrote it
+        assert begun["settings"].pop("lines") == (2 if name == "a.txt" else 1)
+        path.write_text(json.dumps(begun))
+    with pytest.raises(DataError, match=r"prepared otherwise \(lines is 1 there and 2 here\)"):
+        prepare(str(tmp_path / "a.txt"), tmp_path / "of-a.txt", part=(2, 2), **SMALL)
+    done = prepare(str(tmp_path / "a.jsonl"), tmp_path / "of-a.jsonl", part=(2, 2), **SMALL)
+    assert done.manifest is not None
+
+
 def test_a_killed_worker_is_one_sentence_and_its_work_goes_on(corpus, expected, tmp_path):
     out = tmp_path / "out"
     killed = []

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from stacking_ds.distributed import World
+from stacking_ds.ds_json import resolve_ds_config
 from stacking_ds.ds_json.settings import (
     KNOWN_KEYS,
     REFUSED_KEYS,
@@ -16,7 +17,7 @@ from stacking_ds.ds_json.settings import (
     section_problems,
 )
 from stacking_ds.ds_json.values import FLOPS_PROFILER, OFFLOAD_OPTIMIZER
-from stacking_ds.engine import build_engine, resolve_ds_config
+from stacking_ds.engine import build_engine
 from stacking_ds.errors import ConfigError
 from tests.ranks import run_ranks
 from tests.sharded import train_engine
@@ -201,14 +202,14 @@ _REFUSED: list[dict[str, Any]] = [
 ]
 _TRAINED: list[dict[str, Any]] = [
     {
-        "steps_per_print": None,
+        "steps_per_print": 1e9,
         "dump_state": True,
         "train_batch_size": 1.0,
         "gradient_clipping": 0,
         "comms_logger": {"enabled": True, "prof_all": False, "prof_ops": ["all_reduce"]},
         **_profile(module_depth=6, top_modules=1, output_file=None, recompute_fwd_factor=0.5),
     },
-    _zero(1, allgather_bucket_size=2, reduce_bucket_size=1),
+    {"steps_per_print": None, **_zero(1, allgather_bucket_size=2, reduce_bucket_size=1)},
     _zero(1, contiguous_gradients=False, reduce_scatter=False, parameter_alignment=True),
     _zero(2, allgather_bucket_size=5e8, reduce_bucket_size=2e5, overlap_comm=True),
     _offload(2, pin_memory=False, buffer_count=0, nvme_path="/x"),

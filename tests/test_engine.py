@@ -10,14 +10,8 @@ import torch
 
 from stacking_ds import zero
 from stacking_ds.distributed import World
-from stacking_ds.engine import (
-    build_engine,
-    load_ds_config,
-    release_engine,
-    resolve_ds_config,
-    set_learning_rate,
-    take_step,
-)
+from stacking_ds.ds_json import load_ds_config, resolve_ds_config
+from stacking_ds.engine import build_engine, release_engine, set_learning_rate, take_step
 from stacking_ds.errors import ConfigError
 from stacking_ds.fragments import MASTER
 from tests.ranks import run_ranks

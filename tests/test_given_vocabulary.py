@@ -1,6 +1,7 @@
 """A tokenizer that is given is taken over with all it says, or refused by name."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -232,7 +233,9 @@ def test_a_plain_vocabulary_has_to_go_with_the_options(tmp_path):
 
     cased = [*uncased, *(f"##Word{number}" for number in range(200))]
     write_vocabulary(path, cased)
-    sentence = r"vocab\.txt is cased \(200 of its 606 .*'Word0'.*give --cased .*or train .*--vocab-"
+    sentence = (
+        r"vocab\.txt is cased \(200 of its 606 .*'Word0'.*give --cased, .*or train .*--vocab-"
+    )
     with pytest.raises(DataError, match=sentence):
         read_vocabulary(path)
     assert read_vocabulary(path, cased=True) == (cased, CASED)
@@ -255,6 +258,28 @@ def test_a_tokenizer_that_says_otherwise_than_the_options_is_refused(tmp_path):
         read_vocabulary(tmp_path / "tokenizer.json", keep_accents=True)
     bert(lowercase=False).save(str(tmp_path / "tokenizer.json"))
     assert read_vocabulary(tmp_path / "tokenizer.json", cased=True)[1] == CASED
+
+
+def test_what_a_file_states_is_not_blamed_on_the_options(tmp_path):
+    words = {"uncased": "word{}", "cased": "Word{}", "accents": "für{}"}
+    for name, lowercases in (("uncased", False), ("cased", True), ("accents", True)):
+        folder = tmp_path / name
+        folder.mkdir()
+        tokens = [words[name].format(number) for number in range(100)]
+        write_vocabulary(folder / "vocab.txt", [*SPECIAL_TOKENS, *tokens])
+        (folder / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": lowercases}))
+        with pytest.raises(
+            DataError, match=r"mend .*tokenizer_config\.json, which says so"
+        ) as raised:
+            read_vocabulary(folder)
+        assert not re.search("--cased|--keep", str(raised.value))
+        build_tokenizer(
+            [*SPECIAL_TOKENS, *tokens], Normalization.keeping(cased=not lowercases, accents=False)
+        ).save(str(folder / "tokenizer.json"))
+        with pytest.raises(DataError, match=r"mend .*tokenizer\.json, which says so"):
+            read_vocabulary(folder / "tokenizer.json")
+    with pytest.raises(DataError, match=r"^vocabulary x*\.\.\. cannot be read: File name too long"):
+        read_vocabulary(Path("x" * 300))
 
 
 # ---------------------------------------------------------------- transformers' folders

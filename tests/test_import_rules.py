@@ -12,13 +12,13 @@ PACKAGE = REPOSITORY / "stacking_ds"
 
 # A module imports from lines above its own, or from its own folder; never from its neighbours.
 ORDER = (
+    ("text_table",),
     ("errors", "small_files"),
     (
         "stages",
         "phases",
         "fragments",
         "bundled",
-        "text_table",
         "host_memory",
         "utf8",
         "yaml_text",

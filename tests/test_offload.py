@@ -9,8 +9,9 @@ import torch
 from stacking_ds import checkpoint, zero
 from stacking_ds.boundary import capture_engine, install_state
 from stacking_ds.distributed import World
+from stacking_ds.ds_json import load_ds_config, resolve_ds_config
 from stacking_ds.ds_json.settings import section_problems
-from stacking_ds.engine import build_engine, load_ds_config, release_engine, resolve_ds_config
+from stacking_ds.engine import build_engine, release_engine
 from stacking_ds.errors import ConfigError
 from stacking_ds.fragments import MASTER, MOMENTS
 from stacking_ds.growth.operators import layer_map, source_name

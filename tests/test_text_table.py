@@ -11,5 +11,7 @@ def test_of_many_names_a_few_are_told_and_the_others_counted() -> None:
 
 
 def test_a_long_value_is_cut_off() -> None:
-    assert shortened("x" * 160) == "x" * 160
-    assert shortened("x" * 161) == f"{'x' * 160}..."
+    assert shortened("x" * 80) == "x" * 80
+    assert shortened("x" * 81) == f"{'x' * 77}..."
+    assert shortened("x" * 81, 100) == "x" * 81
+    assert shortened("é\n\x1b[2J") == r"é\n\x1b[2J"

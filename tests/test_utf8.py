@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from stacking_ds.cli import main
-from stacking_ds.utf8 import check_names, is_utf8, shown
+from stacking_ds.utf8 import check_names, is_utf8, readable_name
 
 LATIN = os.fsdecode(b"caf\xe9")
 COMMANDS = {
@@ -70,7 +70,7 @@ def test_the_working_directory_counts_too(tmp_path, monkeypatch, capsys):
 
 def test_names_are_shown_as_people_write_them():
     assert (is_utf8(LATIN), is_utf8("café")) == (False, True)
-    assert (shown(LATIN), shown("café")) == (r"caf\xe9", "café")
+    assert (readable_name(LATIN), readable_name("café")) == (r"caf\xe9", "café")
     check_names(["café", "--out", "東京"])
 
 

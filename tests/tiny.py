@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from stacking_ds.config import LambSection, OptimizerSection
-from stacking_ds.engine import load_ds_config, resolve_ds_config
+from stacking_ds.ds_json import load_ds_config, resolve_ds_config
 from stacking_ds.model.bert import BertForPreTraining
 from stacking_ds.model.config import BertConfig
 from stacking_ds.model.loss import pretraining_loss

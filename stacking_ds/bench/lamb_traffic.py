@@ -9,13 +9,8 @@ from torch.utils._pytree import tree_leaves
 
 from stacking_ds.config import OptimizerSection
 from stacking_ds.distributed import World
-from stacking_ds.engine import (
-    build_engine,
-    load_ds_config,
-    release_engine,
-    resolve_ds_config,
-    take_step,
-)
+from stacking_ds.ds_json import load_ds_config, resolve_ds_config
+from stacking_ds.engine import build_engine, release_engine, take_step
 from stacking_ds.model.bert import BertForPreTraining
 from stacking_ds.model.config import BertConfig
 from stacking_ds.model.initialization import first_value

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from stacking_ds.engine import Precision
+from stacking_ds.ds_json import Precision
 from stacking_ds.errors import ConfigError
 from stacking_ds.fragments import MOMENTS, Integers, Layout, traffic
 from stacking_ds.growth.operators import layer_map, source_name

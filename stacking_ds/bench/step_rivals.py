@@ -15,15 +15,8 @@ import torch
 from stacking_ds.bench.step_batch import StepBatch
 from stacking_ds.config import EngineSection, KernelsName, OptimizerSection
 from stacking_ds.distributed import World
-from stacking_ds.engine import (
-    Precision,
-    build_engine,
-    load_ds_config,
-    release_engine,
-    resolve_ds_config,
-    set_learning_rate,
-    take_step,
-)
+from stacking_ds.ds_json import Precision, load_ds_config, resolve_ds_config
+from stacking_ds.engine import build_engine, release_engine, set_learning_rate, take_step
 from stacking_ds.kernels.choice import choose_compute
 from stacking_ds.kernels.compute import Compute
 from stacking_ds.kernels.operations import Operations

@@ -10,13 +10,8 @@ import torch
 from stacking_ds.config import OptimizerSection
 from stacking_ds.data.batch_split import split_batch
 from stacking_ds.distributed import World
-from stacking_ds.engine import (
-    Precision,
-    build_engine,
-    load_ds_config,
-    resolve_ds_config,
-    take_step,
-)
+from stacking_ds.ds_json import Precision, load_ds_config, resolve_ds_config
+from stacking_ds.engine import build_engine, take_step
 from stacking_ds.growth.operators import layer_map
 from stacking_ds.model.bert import BertForPreTraining
 from stacking_ds.model.config import BertConfig

@@ -58,7 +58,8 @@ def _can_be_a_path(path: str) -> str:
         raise ValueError("it holds half a character, as no path does") from None
     if len(encoded) > _LONGEST_PATH_BYTES:
         raise ValueError(f"it is longer than the {_LONGEST_PATH_BYTES:,} bytes of a path")
-    return path
+    # no shell does it behind the sign of --set data.path=~/shards, nor in a recipe
+    return os.path.expanduser(path) if path.startswith("~/") else path
 
 
 PathText = Annotated[str, AfterValidator(_can_be_a_path)]

@@ -125,7 +125,7 @@ def _prepare(options: argparse.Namespace) -> int:
             f"{', '.join(rejected.first[:3])}"
         )
     if odd := odd_documents(prepared.manifest):
-        print(odd, file=sys.stderr)
+        print(f"warning: {odd}", file=sys.stderr)
     return 0
 
 
@@ -148,8 +148,9 @@ def _say_what_is_unknown(manifest: "DataManifest") -> None:
     if max(train, heldout) > MANY_UNKNOWN:
         trained = manifest.request.vocabulary.startswith("trained:")
         reason = (
-            "it has words of more than 100 characters, or more than 1,000 different characters: "
-            "look at what it holds (stacking-ds data inspect)"
+            "it has words of more than 100 characters, more than 1,000 different characters, or so "
+            "little text that most characters occur once: look at what it holds (stacking-ds data "
+            "inspect)"
             if trained
             else "take a vocabulary of its language and spelling (--cased?), or train one with "
             "--vocab-size"

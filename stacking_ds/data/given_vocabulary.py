@@ -66,8 +66,15 @@ def read_vocabulary(
     """
     if path is None:
         return None, Normalization.keeping(cased=cased, accents=keep_accents)
-    folder, stated = None, None
-    if path.is_dir():
+    folder, stated, stated_by = None, None, None
+    try:
+        is_folder = path.is_dir()
+    except OSError as error:
+        reason = error.strerror or error
+        raise DataError(
+            f"vocabulary {shortened(str(path), 160)} cannot be read: {reason}"
+        ) from error
+    if is_folder:
         folder, names = path, ("tokenizer.json", "vocab.txt")
         path = next((path / name for name in names if (path / name).exists()), path)
         if path == folder:
@@ -75,6 +82,7 @@ def read_vocabulary(
         stated = _stated_by_config(folder)
     if path.suffix == ".json":
         vocabulary, normalization = _read_json(path)
+        stated_by = path
         for switch, value in (stated or {}).items():
             if asdict(normalization)[switch] != value:
                 raise DataError(
@@ -86,11 +94,16 @@ def read_vocabulary(
         normalization = Normalization.keeping(cased=cased, accents=keep_accents)
         if stated is not None:
             normalization = Normalization(**stated)
+            stated_by = path.parent / "tokenizer_config.json"
     if cased and normalization.lowercase:
-        raise DataError(f"{path} is of a tokenizer that lowercases its text: leave --cased out")
+        raise DataError(
+            f"{stated_by} is of a tokenizer that lowercases its text: leave --cased out"
+        )
     if keep_accents and normalization.strip_accents:
-        raise DataError(f"{path} is of a tokenizer that strips accents: leave --keep-accents out")
-    _require_spelt(path, vocabulary, normalization)
+        raise DataError(
+            f"{stated_by} is of a tokenizer that strips accents: leave --keep-accents out"
+        )
+    _require_spelt(path, vocabulary, normalization, stated_by)
     return vocabulary, normalization
 
 
@@ -227,7 +240,12 @@ def _stated_by_config(folder: Path) -> dict[str, bool] | None:
 # ---------------------------------------------------------------- tokens and text
 
 
-def _require_spelt(path: Path, vocabulary: Sequence[str], normalization: Normalization) -> None:
+def _require_spelt(
+    path: Path, vocabulary: Sequence[str], normalization: Normalization, stated_by: Path | None
+) -> None:
+    """Raises DataError for tokens that the text would not spell. `stated_by` is the file that says
+    how the text is normalised; None where the options do."""
+    mend = f"mend {stated_by}, which says so" if stated_by else ""
     words = [token.removeprefix("##") for token in vocabulary if not _is_marker(token)]
     few = _STRANGE_SHARE * len(vocabulary)
     blanks = [word for word in words if " " in word or "\t" in word]
@@ -240,23 +258,23 @@ def _require_spelt(path: Path, vocabulary: Sequence[str], normalization: Normali
     if normalization.lowercase and len(capitals) > few:
         raise DataError(
             f"vocabulary {path} is cased ({len(capitals)} of its {len(vocabulary)} tokens hold "
-            f"capital letters, such as {capitals[0]!r}), and the text is lowercased: give --cased "
-            f"to a vocab.txt, take an uncased vocabulary, or train one with --vocab-size"
+            f"capital letters, such as {capitals[0]!r}), and the text is lowercased: "
+            f"{mend or 'give --cased'}, take an uncased vocabulary, or train one with --vocab-size"
         )
     small = sum(map(bool, map(_SMALL.search, words)))
     if not normalization.lowercase and len(capitals) <= few < small:
         raise DataError(
             f"vocabulary {path} is uncased (of its {len(vocabulary)} tokens {len(capitals)} hold "
-            f"capital letters), and the text keeps its capitals: leave --cased out, or take a "
-            f"cased vocabulary"
+            f"capital letters), and the text keeps its capitals: {mend or 'leave --cased out'}, "
+            f"or take a cased vocabulary"
         )
     normalize = normalization.normalizer().normalize_str
     lost = [word for word in words if normalize(word).strip() != word]
     if len(lost) > few:
         raise DataError(
             f"vocabulary {path} is of text that keeps its accents ({len(lost)} of its "
-            f"{len(vocabulary)} tokens, such as {lost[0]!r}, are never met without): give "
-            f"--keep-accents to a vocab.txt, take another vocabulary, or train one with "
+            f"{len(vocabulary)} tokens, such as {lost[0]!r}, are never met without): "
+            f"{mend or 'give --keep-accents'}, take another vocabulary, or train one with "
             f"--vocab-size"
         )
 
@@ -278,4 +296,4 @@ def _load(path: Path) -> Any:
 
 
 def _shown(value: Any) -> str:
-    return shortened(json.dumps(value, ensure_ascii=False))
+    return shortened(json.dumps(value, ensure_ascii=False), 160)

@@ -182,7 +182,8 @@ class DataManifest(Record):
 
 
 def read_manifest(folder: Path) -> DataManifest:
-    """The manifest in `folder`; DataError when it is missing, damaged or of another version."""
+    """The manifest in `folder`; DataError when it is missing, damaged or of another version,
+    OSError for a name that no folder can have."""
     path = folder / MANIFEST_NAME
     try:
         text = read_text(path)
@@ -197,6 +198,7 @@ def read_manifest(folder: Path) -> DataManifest:
             "make it with `stacking-ds prepare`"
         ) from error
     except DamagedFileError as error:
+        folder.stat()  # where its name is too long, nothing is damaged
         raise DataError(f"{error}; delete the folder and prepare it again") from error
     except OSError as error:
         raise not_opened(path, error) from error

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from stacking_ds.errors import UserError, is_mendable
+from stacking_ds.errors import UserError, is_mendable, mended_by
 
 __all__ = ["Pulse", "World"]
 
@@ -217,4 +217,4 @@ def _on_all_ranks(failure: Exception) -> Exception:
 def _sentence_of(error: OSError) -> Exception:
     if not is_mendable(error):
         return error
-    return UserError(f"{error}; make room, or mend paths and permissions")
+    return UserError(mended_by(error))

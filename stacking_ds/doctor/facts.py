@@ -26,7 +26,7 @@ import stacking_ds
 from stacking_ds.bundled import ds_config_path
 from stacking_ds.config import RunConfig
 from stacking_ds.distributed import World
-from stacking_ds.engine import load_ds_config
+from stacking_ds.ds_json import load_ds_config
 from stacking_ds.errors import DataError
 from stacking_ds.job import Job
 from stacking_ds.recipe import load_run_config

@@ -6,6 +6,7 @@ from typing import Any
 from stacking_ds.bundled import ds_config_path
 from stacking_ds.errors import ConfigError
 from stacking_ds.small_files import DamagedFileError, read_text
+from stacking_ds.text_table import shortened
 
 __all__ = ["load_ds_config"]
 
@@ -50,7 +51,7 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in found if keys.count(key) > 1)
-        raise _TwiceError(f"{twice[:80]} is written twice; keep one")
+        raise _TwiceError(f"{shortened(twice)} is written twice; keep one")
     return found
 
 

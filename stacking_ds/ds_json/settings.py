@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from stacking_ds.ds_json.values import OFFLOAD_OPTIMIZER, SECTIONS, TOP_LEVEL, Rule
+from stacking_ds.text_table import shortened
 
 __all__ = [
     "KNOWN_KEYS",
@@ -137,7 +138,7 @@ def top_level_problems(json: Mapping[str, Any]) -> list[str]:
         if key in REFUSED_KEYS:
             problems.append(f'"{key}": {REFUSED_KEYS[key]}')
         elif key not in KNOWN_KEYS:
-            problems.append(f'"{_shown(key)}": {_unknown(key, KNOWN_KEYS)}')
+            problems.append(f'"{shortened(key)}": {_unknown(key, KNOWN_KEYS)}')
     return problems
 
 
@@ -150,7 +151,7 @@ def section_problems(json: Mapping[str, Any]) -> list[str]:
         problems.append(_no_object("data_types", data_types))
     else:
         others = sorted(data_types.keys() - {"grad_accum_dtype"})
-        problems += [f'"data_types.{_shown(key)}": {_ELSEWHERE}' for key in others]
+        problems += [f'"data_types.{shortened(key)}": {_ELSEWHERE}' for key in others]
     for section, rules in SECTIONS.items():
         values = json.get(section, {})
         if not isinstance(values, dict):
@@ -172,11 +173,7 @@ def known_in_section(section: str) -> set[str]:
 
 def as_json(value: Any) -> str:
     """`value` as it stands in the JSON, in one line and not longer than a line."""
-    return _shown(json.dumps(value, ensure_ascii=False, default=repr))
-
-
-def _shown(text: str) -> str:
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return shortened(json.dumps(value, ensure_ascii=False, default=repr))
 
 
 def _only_problems(section: str, values: Mapping[str, Any]) -> list[str]:
@@ -253,7 +250,9 @@ def asks_for_log(json: Mapping[str, Any]) -> bool:
 
 def _unknown_keys(section: str, values: Mapping[str, Any], known: Collection[str]) -> list[str]:
     return [
-        f'"{section}.{_shown(key)}": {_unknown(key, known)}' for key in values if key not in known
+        f'"{section}.{shortened(key)}": {_unknown(key, known)}'
+        for key in values
+        if key not in known
     ]
 
 

@@ -29,7 +29,8 @@ def _number(least: float, most: float) -> Rule:
 
 
 def _whole(least: int, most: int, multiple_of: int = 1) -> Rule:
-    """DeepSpeed's schemas read 5e8 as a whole number, as people write bucket sizes."""
+    """5e8 is one too, as people write bucket sizes: DeepSpeed's schemas read it so, and where it
+    has none, steps are divided by it."""
     kind = "a whole number" if multiple_of == 1 else f"a multiple of {multiple_of}"
     return Rule(
         f"{kind} from {least:,} to {most:,}",
@@ -77,7 +78,7 @@ TOP_LEVEL: Mapping[str, Rule] = {
     "wall_clock_breakdown": _SWITCH,
     "memory_breakdown": _SWITCH,
     "dump_state": _SWITCH,
-    "steps_per_print": _or_null(_count(1, _MOST_STEPS)),
+    "steps_per_print": _or_null(_whole(1, _MOST_STEPS)),
 }
 
 OFFLOAD_OPTIMIZER: Mapping[str, Rule] = {

@@ -8,6 +8,19 @@ from stacking_ds.config import RunConfig
 
 __all__ = ["declared", "is_list", "meant", "unknown_part"]
 
+# what other programs call it, and no likeness of letters finds
+_OTHER_NAMES = {
+    "lr": "learning_rate",
+    "wd": "weight_decay",
+    "bs": "global_batch_size",
+    "batch_size": "global_batch_size",
+    "train_batch_size": "global_batch_size",
+    "seq_len": "sequence_length",
+    "max_seq_length": "sequence_length",
+    "num_layers": "num_hidden_layers",
+    "max_steps": "steps",
+}
+
 
 def declared(path: Sequence[str]) -> Any:
     """The type of the key at `path`, None if there is no such key. A place in a list is a part of
@@ -32,6 +45,7 @@ def unknown_part(path: Sequence[str]) -> int | None:
 def meant(path: Sequence[str]) -> str:
     """What to write instead of a `path` whose last part is unknown."""
     *parents, leaf = path
+    leaf = _OTHER_NAMES.get(leaf.lower(), leaf)
     section = _section(declared(parents))
     if section is None:
         return f"{'.'.join(parents)} has no keys of its own"

@@ -14,9 +14,10 @@ from stacking_ds.bundled import recipe_path
 from stacking_ds.config import RunConfig
 from stacking_ds.errors import ConfigError
 from stacking_ds.recipe.overrides import Override, OverrideError
-from stacking_ds.recipe.sentences import sentences
+from stacking_ds.recipe.sentences import is_of_file, sentences
 from stacking_ds.small_files import DamagedFileError, read_text
-from stacking_ds.yaml_text import Tree, YamlTextError, plain, read_yaml, shown
+from stacking_ds.text_table import shortened
+from stacking_ds.yaml_text import Tree, YamlTextError, plain, read_yaml
 
 __all__ = ["load_run_config"]
 
@@ -41,7 +42,7 @@ def load_run_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
             override = Override.parse(text)
             override.apply(tree)
         except OverrideError as error:
-            problems.append(f"--set {shown(text)}: {error}")
+            problems.append(f"--set {shortened(text)}: {error}")
         else:
             applied.append(override)
     found: list[Any] = []
@@ -63,8 +64,7 @@ def _in_one_message(path: Path, problems: Sequence[str], passed_over: int) -> st
     listed = list(problems[:_MOST_PROBLEMS])
     if more := passed_over + len(problems) - len(listed):
         listed.append(f"and {more:,} more")
-    in_file = not all(problem.startswith("--set ") for problem in problems)
-    return (f"recipe {path}: " if in_file else "") + "; ".join(listed)
+    return (f"recipe {path}: " if any(map(is_of_file, problems)) else "") + "; ".join(listed)
 
 
 def _read(path: Path) -> dict[str, Tree]:
@@ -77,6 +77,6 @@ def _read(path: Path) -> dict[str, Tree]:
     except YamlTextError as error:
         raise ConfigError(f"recipe {path} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):
-        what = "a list" if isinstance(tree, list) else shown(tree.text) or "nothing"
+        what = "a list" if isinstance(tree, list) else shortened(tree.text) or "nothing"
         raise ConfigError(f"recipe {path} must be a mapping of sections, not {what}")
     return tree

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from stacking_ds.recipe.keys import declared, is_list, meant, unknown_part
-from stacking_ds.yaml_text import Scalar, Tree, YamlTextError, read_yaml, shown
+from stacking_ds.text_table import shortened
+from stacking_ds.yaml_text import Scalar, Tree, YamlTextError, read_yaml
 
 __all__ = ["Override", "OverrideError"]
 
@@ -43,7 +44,7 @@ class Override:
             return cls(text, path, read_yaml(written))
         except YamlTextError as error:
             reason = str(error).removeprefix("line 1: ")
-            raise OverrideError(f"{shown(written)} is not a YAML value ({reason})") from None
+            raise OverrideError(f"{shortened(written)} is not a YAML value ({reason})") from None
 
     def apply(self, tree: dict[str, Tree]) -> None:
         """Put the value into a recipe.
@@ -72,8 +73,8 @@ class Override:
 def _refuse(path: tuple[str, ...]) -> None:
     *parents, part = path
     if is_list(declared(parents)):
-        raise OverrideError(f"{shown(part)} is not a position in the list {'.'.join(parents)}")
-    raise OverrideError(f"{shown('.'.join(path))} is not a key; {meant(path)}")
+        raise OverrideError(f"{shortened(part)} is not a position in the list {'.'.join(parents)}")
+    raise OverrideError(f"{shortened('.'.join(path))} is not a key; {meant(path)}")
 
 
 def _items(container: Tree, path: tuple[str, ...]) -> list[Tree]:
@@ -81,7 +82,7 @@ def _items(container: Tree, path: tuple[str, ...]) -> list[Tree]:
         return container
     written = container.text if isinstance(container, Scalar) else "..."
     raise OverrideError(
-        f"the recipe has {'.'.join(path)}: {shown(written)}, which holds no keys; override that"
+        f"the recipe has {'.'.join(path)}: {shortened(written)}, which holds no keys; override that"
     )
 
 
@@ -91,6 +92,6 @@ def _position(container: Tree, part: str) -> int:
         raise OverrideError("the recipe writes no such list; give the whole list, in brackets")
     if len(part) > 9 or int(part) >= len(container):
         raise OverrideError(
-            f"{shown(part)} is not one of the list's positions 0 to {len(container) - 1}"
+            f"{shortened(part)} is not one of the list's positions 0 to {len(container) - 1}"
         )
     return int(part)

@@ -6,12 +6,14 @@ from typing import Any
 
 from stacking_ds.recipe.keys import declared, meant
 from stacking_ds.recipe.overrides import Override
-from stacking_ds.yaml_text import Scalar, Tree, shown
+from stacking_ds.text_table import shortened
+from stacking_ds.yaml_text import Scalar, Tree
 
-__all__ = ["sentences"]
+__all__ = ["is_of_file", "sentences"]
 
 _Location = tuple[str, ...]
 
+_OVERRIDE, _WITH_OVERRIDES = "--set ", "with --set "
 _MUST_BE = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
@@ -48,32 +50,51 @@ def sentences(
     tree = {} if tree is None else tree
     told: dict[_Location, str] = {}
     for problem in problems:
-        # lamb's default is not computed where the name beside it is wrong
-        if problem["type"] != "default_factory_not_called":
-            location = tuple(str(part) for part in problem["loc"])
+        if not _only_follows(problem, problems):
+            location = _location(problem)
             told[location] = _predicate(problem, location, tree)
     for location, scalar in _scalars(tree):
         # as text it is either complained of above, or taken as it stands
         if scalar.surprise and location not in told and declared(location) is not str:
             told[location] = (
-                f": YAML reads {shown(scalar.text)} as {scalar.surprise}; write it in decimal "
+                f": YAML reads {shortened(scalar.text)} as {scalar.surprise}; write it in decimal "
                 f"digits, without a leading zero"
             )
     said = [_placed(location, told[location], tree, overrides) for location in told]
-    return sorted(said, key=lambda sentence: sentence.startswith("--set "))
+    return sorted(said, key=lambda sentence: sentence.startswith(_OVERRIDE))
+
+
+def is_of_file(sentence: str) -> bool:
+    """Whether the file is to blame, and not what `--set` gave."""
+    return not sentence.startswith((_OVERRIDE, _WITH_OVERRIDES))
+
+
+def _location(problem: Mapping[str, Any]) -> _Location:
+    return tuple(str(part) for part in problem["loc"])
+
+
+def _only_follows(problem: Mapping[str, Any], problems: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether another problem is the reason: lamb's default is not computed where the name beside
+    it is wrong, and a list lacks the parts that are wrong themselves."""
+    if problem["type"] == "default_factory_not_called":
+        return True
+    place = _location(problem)
+    return problem["type"] == "too_short" and any(
+        _location(other)[:-1][: len(place)] == place for other in problems if other is not problem
+    )
 
 
 def _placed(location: _Location, predicate: str, tree: Tree, overrides: Sequence[Override]) -> str:
     """The predicate after its key, and who is to blame."""
-    key = shown(".".join(location))
+    key = shortened(".".join(location))
     sentence = f"{key}{predicate}" if key else predicate.removeprefix(": ")
     for override in reversed(overrides):
         if location[: len(override.path)] == override.path:
-            return f"--set {shown(override.text)}: {sentence}"
+            return f"{_OVERRIDE}{shortened(override.text)}: {sentence}"
     inside = [one for one in overrides if one.path[: len(location)] == location]
     if inside:
-        given = " ".join(f"--set {shown(one.text)}" for one in inside[-3:])
-        return f"with {given}: {sentence}"
+        given = " --set ".join(shortened(one.text) for one in inside[-3:])
+        return f"{_WITH_OVERRIDES}{given}: {sentence}"
     scalar = _at(tree, location)
     if isinstance(scalar, Scalar) and scalar.line:
         return f"line {scalar.line}: {sentence}"
@@ -115,7 +136,7 @@ def _but_is(given: Tree | None, kind: str) -> str:
         return ", not a list"
     if given is None:
         return ""
-    text = shown(given.text)
+    text = shortened(given.text)
     if isinstance(given.value, str):
         return f", not '{text}'"
     if kind == "string_type":

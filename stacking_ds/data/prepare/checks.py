@@ -6,9 +6,13 @@ from stacking_ds.data.manifest import DocumentRule
 from stacking_ds.data.prepare.first_look import text_paths
 from stacking_ds.data.prepare.plan import Corpus, say_what_is_left_out
 from stacking_ds.errors import DataError
-from stacking_ds.utf8 import is_utf8, shown
+from stacking_ds.text_table import shortened
+from stacking_ds.utf8 import is_utf8, readable_name
 
 __all__ = ["check_corpus", "check_folder_name", "check_numbers"]
+
+# several times the largest that anybody trains; the library aborts when it makes room for more
+_LARGEST_VOCABULARY = 2**20
 
 
 def check_corpus(corpus: Corpus, heldout_fraction: float, documents: DocumentRule) -> None:
@@ -28,13 +32,25 @@ def check_corpus(corpus: Corpus, heldout_fraction: float, documents: DocumentRul
 
 
 def check_folder_name(out_dir: Path) -> None:
-    """Raises DataError for a name that a manifest cannot hold."""
+    """Raises DataError for a name that a manifest cannot hold, or a folder cannot have."""
     if not is_utf8(place := out_dir.absolute()):
-        raise DataError(f"the name of {shown(place)} is not UTF-8; choose another")
+        raise DataError(f"the name of {readable_name(place)} is not UTF-8; choose another")
+    try:
+        out_dir.exists()
+    except OSError as error:
+        reason = error.strerror or error
+        raise DataError(
+            f"{shortened(str(out_dir), 160)} cannot be written: {reason}; choose another folder"
+        ) from error
 
 
-def check_numbers(heldout_fraction: float, workers: int, part: tuple[int, int]) -> None:
+def check_numbers(
+    heldout_fraction: float, workers: int, part: tuple[int, int], vocab_size: int
+) -> None:
     """Raises DataError for a number that is out of range."""
+    # how small it may be, the alphabet of the text says
+    if vocab_size > _LARGEST_VOCABULARY:
+        raise DataError(f"vocab_size is {vocab_size:,}; it can be {_LARGEST_VOCABULARY:,} at most")
     if not 0 <= heldout_fraction <= 0.5:
         raise DataError(f"heldout_fraction is {heldout_fraction}; it must lie between 0 and 0.5")
     if workers < 1:

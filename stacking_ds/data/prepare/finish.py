@@ -172,11 +172,12 @@ def _held_by(split: _Split, documents: Documents) -> tuple[int, int]:
 
 def no_training_text(request: PrepareRequest, has_text_files: bool) -> DataError:
     """What to say when there is nothing to train a vocabulary on."""
-    rule = f", or are few since documents end by --documents {request.documents}"
+    held_out = f"all held out (--heldout-fraction is {request.heldout_fraction})"
+    rule = f"few since documents end by --documents {request.documents}"
+    why = f"empty, {held_out}, or {rule}" if has_text_files else f"empty, or {held_out}"
     return DataError(
         "the sources hold no training document with any text to train a vocabulary on: they are "
-        f"empty, all held out (--heldout-fraction is {request.heldout_fraction})"
-        f"{rule if has_text_files else ''}"
+        + why
     )
 
 

@@ -16,8 +16,10 @@ from statistics import median
 
 from stacking_ds.data.manifest import DataManifest, DocumentRule
 from stacking_ds.data.prepare.plan import Corpus
-from stacking_ds.data.sources.documents import Reading
+from stacking_ds.data.sources.documents import Reading, unreadable
 from stacking_ds.data.sources.lines import content_suffix, is_packed, start_of
+from stacking_ds.errors import DataError
+from stacking_ds.small_files import DamagedFileError
 
 __all__ = ["FirstLook", "look_at", "odd_documents", "say_what_documents_are", "text_paths"]
 
@@ -98,8 +100,8 @@ def text_paths(corpus: Corpus) -> list[Path]:
 
 
 def look_at(corpus: Corpus, reading: Reading) -> FirstLook:
-    """Look at the beginnings of the .txt files, of 500 at most. Raises OSError for one that cannot
-    be read."""
+    """Look at the beginnings of the .txt files, of 500 at most. Raises DataError for one that
+    cannot be read."""
     paths = text_paths(corpus)
     if not paths:
         return FirstLook()
@@ -139,12 +141,12 @@ def look_at(corpus: Corpus, reading: Reading) -> FirstLook:
 
 def say_what_documents_are(corpus: Corpus, reading: Reading, say: Callable[[str], None]) -> None:
     """Says what .txt files are taken for, and warns of what is odd, before hours are spent on it.
-    Raises OSError for a file that cannot be read."""
+    Raises DataError for a file that cannot be read."""
     found = look_at(corpus, reading)
     if found.statement:
         say(found.statement)
     for warning in found.warnings:
-        logging.getLogger("stacking_ds").warning("%s", warning)
+        logging.getLogger("stacking_ds").warning("warning: %s", warning)
 
 
 def odd_documents(manifest: DataManifest) -> str | None:
@@ -211,13 +213,16 @@ def _torn_apart(
 
 
 def _look(path: Path, most_bytes: int) -> _Seen:
-    text = start_of(path, most_bytes)
-    size = path.stat().st_size * (3 if is_packed(path) else 1)
-    used = len(text.encode("utf-8"))
-    all_of_it = used < most_bytes - 4
-    factor = 1.0 if all_of_it else max(1.0, size / max(1, used))
-    lines = [line.strip() for line in text.split("\n")]
-    if not all_of_it and len(lines) > 1:
+    try:
+        start = start_of(path, most_bytes)
+        size = path.stat().st_size * (3 if is_packed(path) else 1)
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except DamagedFileError as error:
+        raise DataError(str(error)) from error
+    factor = 1.0 if start.is_all else max(1.0, size / start.content_bytes)
+    lines = [line.strip() for line in start.text.split("\n")]
+    if not start.is_all and len(lines) > 1:
         lines.pop()
     filled = [line for line in lines if line]
     return _Seen(

@@ -49,18 +49,27 @@ class Settings(Record):
     max_document_bytes: int
     download: bool
     software: tuple[str, ...]
+    lines: int = 1
+    """How .txt files are taken apart into lines: 1 before lone carriage returns, separators and
+    byte order marks were looked at, 2 since; 1 also where there are none."""
 
     @classmethod
     def here(
-        cls, unit_bytes: int | None, shard_characters: int, max_document_bytes: int, download: bool
+        cls,
+        unit_bytes: int | None,
+        shard_characters: int,
+        max_document_bytes: int,
+        download: bool,
+        has_text_files: bool,
     ) -> "Settings":
-        """These, with the libraries that are installed."""
+        """These, with the libraries that are installed and the lines as they are read now."""
         return cls(
             unit_bytes=unit_bytes,
             shard_characters=shard_characters,
             max_document_bytes=max_document_bytes,
             download=download,
             software=software(),
+            lines=2 if has_text_files else 1,
         )
 
 

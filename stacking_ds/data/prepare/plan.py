@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stacking_ds.data.manifest import Record, SourceFile
-from stacking_ds.data.sources.documents import Item, Piece, Reader, Reading, Source
+from stacking_ds.data.sources.documents import Item, Piece, Reader, Reading, Source, unreadable
 from stacking_ds.data.sources.names import SeenFiles, open_source
-from stacking_ds.errors import DataError
+from stacking_ds.text_table import first_of
 
 __all__ = [
     "Corpus",
@@ -42,7 +42,7 @@ class InputFile(Record):
         try:
             stat = path.stat()
         except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}") from error
+            raise unreadable(path, error) from error
         return cls(size_bytes=stat.st_size, modified_ns=stat.st_mtime_ns)
 
 
@@ -200,12 +200,9 @@ def say_what_is_left_out(corpus: Corpus) -> None:
             logger.warning(
                 "%s: only its files of known kinds are read; left alone: %s",
                 source.name,
-                _few(unread),
+                first_of(unread, _NAMED),
             )
         if repeated := source.repeated:
-            logger.warning("%s: read once, under one name: %s", source.name, _few(repeated))
-
-
-def _few(names: Sequence[str]) -> str:
-    more = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {more:,} more" if more > 0 else "")
+            logger.warning(
+                "%s: read once, under one name: %s", source.name, first_of(repeated, _NAMED)
+            )

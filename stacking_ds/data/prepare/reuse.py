@@ -115,7 +115,7 @@ def _difference(field: str, there: Any, here: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    return shortened(str(value) if isinstance(value, Normalization) else repr(value))
+    return shortened(str(value) if isinstance(value, Normalization) else repr(value), 160)
 
 
 def _other(out_dir: Path, difference: str) -> DataError:

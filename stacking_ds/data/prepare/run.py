@@ -8,7 +8,7 @@ again goes on, and the folder is then the same, to the byte, as if nothing had h
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stacking_ds.data.given_vocabulary import read_vocabulary
@@ -128,7 +128,7 @@ def prepare(
     vocabularies, for bad documents, for a split that stays empty, and for an `out_dir` that holds
     something else or cannot be written. What is finished by then is kept.
     """
-    check_numbers(heldout_fraction, workers, part)
+    check_numbers(heldout_fraction, workers, part, vocab_size)
     names = (sources,) if isinstance(sources, str) else tuple(sources)
     corpus = open_corpus(names, heldout_sources, download=download)
     check_corpus(corpus, heldout_fraction, documents)
@@ -144,7 +144,10 @@ def prepare(
         documents=documents,
         normalization=normalization,
     )
-    settings = Settings.here(unit_bytes, shard_characters, max_document_bytes, download)
+    has_text_files = bool(text_paths(corpus))
+    settings = Settings.here(
+        unit_bytes, shard_characters, max_document_bytes, download, has_text_files
+    )
     job = Job.of(out_dir, names, heldout_sources, download, bad_documents)
     how = _How(vocab_size, workers, part, licence, progress or (lambda _: None), say)
     return _Run(corpus, request, settings, job, how)(given)
@@ -206,8 +209,8 @@ class _Run:
         else:
             check_request(self.folder.path, started.request, self.request)
             started = adopt(self.folder, started, self.settings, self.corpus)
-        say_what_documents_are(self.corpus, self._reading, self.how.say)
         try:
+            say_what_documents_are(self.corpus, self._reading, self.how.say)
             self._ensure_vocabulary(started, given)
             index, count = self.how.part
             self._do_units(started, range(index - 1, len(started.plan.units), count))
@@ -224,7 +227,8 @@ class _Run:
 
     @property
     def _reading(self) -> Reading:
-        return reading_of(self.request, self.settings)
+        leaves_out = self.job.bad_documents == "count"
+        return replace(reading_of(self.request, self.settings), leaves_out=leaves_out)
 
     def _overtaken(self) -> DataError:
         return DataError(f"{self.folder.path} was finished by another process")

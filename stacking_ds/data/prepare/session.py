@@ -10,7 +10,7 @@ from stacking_ds.data.prepare.folder import FileHash, Settings, UnfinishedFolder
 from stacking_ds.data.prepare.plan import Corpus, InputFile, open_corpus
 from stacking_ds.data.prepare.tokenizing import SentenceTokenizer
 from stacking_ds.data.prepare.unit import EMPTY, SPLITS, BadDocuments, Chunk, UnitWriter
-from stacking_ds.data.sources.documents import Reading
+from stacking_ds.data.sources.documents import Reading, unreadable
 from stacking_ds.data.tokenizer import special_ids, vocabulary_sha256
 from stacking_ds.errors import DataError
 
@@ -132,7 +132,7 @@ class Session:
             try:
                 sha256 = file_sha256(path)
             except OSError as error:
-                raise DataError(f"{path} cannot be read: {error.strerror}") from error
+                raise unreadable(path, error) from error
             found.append(FileHash(source=source, file=file, sha256=sha256))
         return tuple(found)
 

@@ -3,6 +3,7 @@
 import csv
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from stacking_ds.data.sources.documents import (
     Fault,
@@ -18,13 +19,17 @@ from stacking_ds.errors import DataError
 
 __all__ = ["DelimitedFile", "cut_delimited_file"]
 
-_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+# a .tsv has no quoting: a quote in it is a character like others, and often one without a second
+_DIALECTS: dict[str, dict[str, Any]] = {
+    ".csv": {"delimiter": ",", "strict": True},
+    ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "strict": True},
+}
 _MOST_NAMED = 20
 
 
 class DelimitedFile:
-    """A .csv or .tsv file; numbers are those of the lines that rows start in. A field in double
-    quotes may hold delimiters and newlines."""
+    """A .csv or .tsv file; numbers are those of the lines that rows start in. In a .csv a field in
+    double quotes may hold delimiters and newlines."""
 
     def __init__(self, path: Path, piece: Piece, reading: Reading) -> None:
         self._path, self._piece, self._reading = path, piece, reading
@@ -67,8 +72,7 @@ class _Rows:
         csv.field_size_limit(limit)
         self._lines = lines_of(path, piece, limit, JSON_ENDS)
         self._limit = limit
-        delimiter = _DELIMITERS[content_suffix(path)]
-        self._reader = csv.reader(self._fed(), delimiter=delimiter, strict=True)
+        self._reader = csv.reader(self._fed(), **_DIALECTS[content_suffix(path)])
         self._fault: Fault | None = None
         self._lost = False
         self.number = self.source_bytes = 0
@@ -101,6 +105,11 @@ class _Rows:
 def _index_of(names: list[str], key: str, path: Path) -> int:
     if names.count(key) > 1:
         raise DataError(f"{path} has {names.count(key)} columns {key!r}; rename all but one")
+    if key not in names and content_suffix(path) == ".tsv" and f'"{key}"' in names:
+        raise DataError(
+            f"{path} puts its fields in double quotes, which a .tsv has not: they would become "
+            "part of the text; write it without quotes, or as a .csv"
+        )
     if key not in names:
         raise DataError(
             f"{path} has no column {key!r} in its first line, only {names[:_MOST_NAMED]}; name the "

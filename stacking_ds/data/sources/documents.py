@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from stacking_ds.data.manifest import DocumentRule, Record, SplitName
+from stacking_ds.errors import DataError
+from stacking_ds.text_table import shortened
 
 __all__ = [
     "MAX_DOCUMENT_BYTES",
@@ -20,6 +22,7 @@ __all__ = [
     "check_text",
     "text_of_row",
     "too_long",
+    "unreadable",
 ]
 
 # A line, or a document of a .txt file, beyond this is a mistake (a base64 dump, a file without
@@ -74,11 +77,13 @@ class Piece(Record):
 @dataclass(frozen=True)
 class Reading:
     """The options of reading. `text_key` is the key, or the column, that holds the text;
-    `max_bytes` the size of the largest document; `documents` what a document of a .txt file is."""
+    `max_bytes` the size of the largest document; `documents` what a document of a .txt file is;
+    `leaves_out` whether faults are left out, and not refused."""
 
     text_key: str = "text"
     max_bytes: int = MAX_DOCUMENT_BYTES
     documents: DocumentRule = "blank-line"
+    leaves_out: bool = False
 
 
 class Reader(Protocol):
@@ -166,3 +171,8 @@ def too_long(number: int, source_bytes: int, max_bytes: int) -> Fault:
         "are its newlines there?"
     )
     return Fault("too long", sentence, number, source_bytes)
+
+
+def unreadable(path: Path, error: OSError) -> DataError:
+    """What to tell the user when a file of the sources could not be read."""
+    return DataError(f"{shortened(str(path), 160)} cannot be read: {error.strerror or error}")

@@ -2,6 +2,7 @@
 memory."""
 
 import json
+import re
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +23,7 @@ from stacking_ds.data.sources.text_files import TextFile, check_keys, cut_text_f
 __all__ = ["JsonFile", "cut_json_file"]
 
 _LOOK_BYTES = 2**20
-_BLANKS = " \t\n\r"
+_BLANKS = re.compile(r"[ \t\n\r]*")
 
 
 class JsonFile:
@@ -63,13 +64,13 @@ def cut_json_file(path: Path, file: int, piece_bytes: int, reading: Reading) -> 
     if _is_lines(path):
         return cut_text_file(path, file, piece_bytes, reading)
     values = (value for value, _ in _values(path, reading.max_bytes))
-    check_keys(path, values, reading.text_key)
+    check_keys(path, values, reading)
     return [whole(path, file)]
 
 
 def _is_lines(path: Path) -> bool:
     """Whether the first line is an object, so that the others may be too."""
-    line, newline, _ = start_of(path, _LOOK_BYTES, JSON_ENDS).lstrip().partition("\n")
+    line, newline, _ = start_of(path, _LOOK_BYTES, JSON_ENDS).text.lstrip().partition("\n")
     try:
         return bool(newline) and isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):
@@ -131,10 +132,11 @@ class _Buffer:
     def next_visible(self) -> str:
         """Goes to the next character that is no blank, and tells it; nothing at the end."""
         while True:
-            while self.position < len(self.content):
-                if self.content[self.position] not in _BLANKS:
-                    return self.content[self.position]
-                self.position += 1
+            blanks = _BLANKS.match(self.content, self.position)
+            assert blanks is not None  # it may be of no length
+            self.position = blanks.end()
+            if self.position < len(self.content):
+                return self.content[self.position]
             if not self._more():
                 return ""
 

@@ -29,6 +29,7 @@ __all__ = [
     "PACKED_SUFFIXES",
     "TEXT_ENDS",
     "Line",
+    "Start",
     "content_suffix",
     "has_newlines",
     "is_packed",
@@ -60,6 +61,16 @@ class Line:
     source_bytes: int
     text_bytes: int = 0
     fault: Fault | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """The text that a file begins with, the bytes that hold it, unpacked, and whether there is no
+    more to be read."""
+
+    text: str
+    content_bytes: int
+    is_all: bool
 
 
 def content_suffix(path: Path) -> str:
@@ -103,24 +114,28 @@ def lines_of(path: Path, piece: Piece, max_bytes: int, ends: Ends = TEXT_ENDS) -
             yield _broken(path, number, error)
 
 
-def start_of(path: Path, most_bytes: int, ends: Ends = TEXT_ENDS) -> str:
-    """The text that the file begins with, its lines ended by newlines; what is not UTF-8 is
-    replaced, what is broken left out.
+def start_of(path: Path, most_bytes: int, ends: Ends = TEXT_ENDS) -> Start:
+    """The beginning of the file, its lines ended by newlines; what is not UTF-8 is replaced, and
+    where a compressed file is broken its text ends.
 
     Raises DamagedFileError for what is no regular file, OSError for what cannot be read.
     """
+    content = b""
     with open_regular(path) as raw:
         whole = Piece(file=0, start=0, stop=2**62, source_bytes=None, text_bytes=None)
         try:
-            content = _opened(raw, path, whole, most_bytes, ends)[0].read(most_bytes)
+            file = cast("io.BufferedReader", _opened(raw, path, whole, most_bytes, ends)[0])
+            # one byte too many tells that there is more
+            while block := file.read1(most_bytes + 1 - len(content)):
+                content += block
         except _BROKEN:
-            return ""
+            pass
         except OSError as error:
             if not is_packed(path) or error.errno is not None:
                 raise
-            return ""
-    text = content.decode("utf-8-sig", errors="replace")
-    return re.sub(r"\r*\n|\r", "\n", text)
+    used = content[:most_bytes]
+    text = re.sub(r"\r*\n|\r", "\n", used.decode("utf-8-sig", errors="replace"))
+    return Start(text, len(used), is_all=used == content)
 
 
 def text_blocks(path: Path) -> Iterator[str | Fault]:

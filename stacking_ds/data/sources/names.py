@@ -23,7 +23,15 @@ import pyarrow as pa
 from stacking_ds.data import embedded
 from stacking_ds.data.manifest import SplitName
 from stacking_ds.data.sources.delimited import DelimitedFile, cut_delimited_file
-from stacking_ds.data.sources.documents import Document, Item, Piece, Reader, Reading, Source
+from stacking_ds.data.sources.documents import (
+    Document,
+    Item,
+    Piece,
+    Reader,
+    Reading,
+    Source,
+    unreadable,
+)
 from stacking_ds.data.sources.hugging_face import HuggingFace
 from stacking_ds.data.sources.json_files import JsonFile, cut_json_file
 from stacking_ds.data.sources.lines import PACKED_SUFFIXES, content_suffix, is_packed
@@ -31,7 +39,7 @@ from stacking_ds.data.sources.tables import TABLE_SUFFIXES, TableFile, cut_table
 from stacking_ds.data.sources.text_files import TextFile, cut_text_file
 from stacking_ds.errors import DataError
 from stacking_ds.small_files import DamagedFileError
-from stacking_ds.utf8 import is_utf8, shown
+from stacking_ds.utf8 import is_utf8, readable_name
 
 __all__ = ["SeenFiles", "open_source"]
 
@@ -64,10 +72,14 @@ class _Files:
     holds_out = False
 
     def __init__(self, name: str, seen: SeenFiles) -> None:
+        name = os.path.expanduser(name) if name.startswith("~/") else name
         self.name = name
         self.paths: list[Path] = []
         self.repeated: list[str] = []
-        self._found = _expand(name)
+        try:
+            self._found = _expand(name)
+        except OSError as error:
+            raise unreadable(Path(name), error) from error
         for path in self._found:
             first = seen.setdefault(_inode(path), path)
             if first is path:
@@ -81,7 +93,7 @@ class _Files:
         folder = Path(self.name)
         inside = folder.iterdir() if folder.is_dir() else ()
         names = {path.name for path in inside} - {path.name for path in self._found}
-        return sorted(map(shown, names))
+        return sorted(map(readable_name, names))
 
     def identity(self) -> list[str]:
         return [f"{path.name}, {_size(path):,} bytes" for path in self.paths]
@@ -101,7 +113,7 @@ class _Files:
             try:
                 found += _cut(path, index, piece_bytes, reading)
             except OSError as error:
-                raise _unreadable(path, error) from error
+                raise unreadable(path, error) from error
             except DamagedFileError as error:
                 raise DataError(str(error)) from error
         return found
@@ -148,7 +160,7 @@ class _OpenFile:
         except DamagedFileError as error:
             raise DataError(str(error)) from error
         except OSError as error:
-            raise _unreadable(self._path, error) from error
+            raise unreadable(self._path, error) from error
 
 
 class _Embedded:
@@ -208,7 +220,7 @@ def _expand(name: str) -> list[Path]:
         raise _nothing_found(name, path)
     for file in paths:
         if not is_utf8(file):
-            raise DataError(f"the name of {shown(file)} is not UTF-8; rename it")
+            raise DataError(f"the name of {readable_name(file)} is not UTF-8; rename it")
         if not stat.S_ISREG(_stat(file).st_mode):
             raise DataError(
                 f"{file} is not a regular file but a pipe or a device; `prepare` reads its sources "
@@ -260,8 +272,4 @@ def _stat(path: Path) -> os.stat_result:
     try:
         return path.stat()
     except OSError as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: OSError) -> DataError:
-    return DataError(f"{path} cannot be read: {error.strerror or error}")
+        raise unreadable(path, error) from error

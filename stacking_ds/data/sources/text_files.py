@@ -5,6 +5,7 @@ says; wrapped lines are joined. JSON lines: one object a line; blank lines do no
 """
 
 import json
+import logging
 from collections.abc import Iterator
 from functools import cached_property
 from itertools import islice
@@ -32,11 +33,12 @@ from stacking_ds.data.sources.lines import (
     skip_line,
 )
 from stacking_ds.errors import DataError
+from stacking_ds.text_table import shortened
 
 __all__ = ["TextFile", "check_keys", "cut_text_file", "whole"]
 
 _SKIP_BYTES = 2**20
-_ROWS_LOOKED_AT = 20
+_ROWS_LOOKED_AT = _KEYS_NAMED = 20
 # what a line may begin and end with that nobody sees
 _INVISIBLE = "\ufeff\u200b"
 
@@ -140,19 +142,28 @@ class TextFile:
                 size = 0
 
 
-def check_keys(path: Path, rows: Iterator[Any], text_key: str) -> None:
-    """Raises DataError if none of the first `rows` has the key, and some have others."""
+def check_keys(path: Path, rows: Iterator[Any], reading: Reading) -> None:
+    """Raises DataError if none of the first `rows` has the reading's key, and some have others;
+    warns of it where such rows are to be left out."""
     keys: dict[str, None] = {}
     for row in islice(rows, _ROWS_LOOKED_AT):
         if isinstance(row, dict):
-            if text_key in row:
+            if reading.text_key in row:
                 return
             keys |= dict.fromkeys(row)
-    if keys:
-        raise DataError(
-            f"{path} has no text under the key {text_key!r}, only the keys {sorted(keys)[:20]}; "
-            "name the one that holds the text by --text-key"
-        )
+    if not keys:
+        return
+    sentence = (
+        f"{path} has in its first {_ROWS_LOOKED_AT} rows no text under the key "
+        f"{reading.text_key!r}, only the keys {shortened(str(sorted(keys)[:_KEYS_NAMED]), 400)}"
+    )
+    if not reading.leaves_out:
+        raise DataError(f"{sentence}; name the one that holds the text by --text-key")
+    logging.getLogger("stacking_ds").warning(
+        "warning: %s; such rows are left out: if one of these holds the text, name it by "
+        "--text-key",
+        sentence,
+    )
 
 
 def whole(path: Path, file: int) -> Piece:
@@ -169,7 +180,7 @@ def cut_text_file(path: Path, file: int, piece_bytes: int, reading: Reading) -> 
     count = max(1, round(size / piece_bytes))
     is_text = content_suffix(path) == ".txt"
     if not is_text:
-        check_keys(path, _rows(path, reading), reading.text_key)
+        check_keys(path, _rows(path, reading), reading)
     if (
         is_packed(path)
         or count == 1
