@@ -204,5 +204,6 @@ def test_steps_of_many_micro_batches_need_no_further_files() -> None:
         next(steps)
         files = len(os.listdir("/proc/self/fd"))
         kept = list(steps)
-        assert len(os.listdir("/proc/self/fd")) == files
+        # fewer where a file of an earlier test was still to be collected
+        assert len(os.listdir("/proc/self/fd")) <= files
     assert len(kept) == 6
