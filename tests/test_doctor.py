@@ -295,7 +295,7 @@ def test_recipes_are_compared(cluster: Path) -> None:
     assert {code for code, _ in wrong} == {2}
     [line] = _lines(wrong[0][1], "FAILED")
     assert "recipe FAILED node0: " in line
-    assert "did you mean learning_rate?" in line
+    assert "did you mean optimizer.learning_rate?" in line
 
 
 def test_a_run_directory_of_each_node_is_noticed(cluster: Path) -> None:
