@@ -11,17 +11,17 @@ logger = logging.getLogger("stacking_ds")
 
 
 class RunLog:
-    """Takes what the package logs while it is entered, or until it is closed."""
+    """Takes what the package logs while it is entered, or until it is closed. Where a start is
+    refused, the console has shown sentences alone."""
 
     def __enter__(self) -> "RunLog":
         logger.setLevel(logging.INFO)
         logger.propagate = False
-        console = _Console(sys.stderr)
-        console.setFormatter(logging.Formatter("%(message)s"))
-        # on a terminal the bars show progress already; there only the sentences are printed
-        console.setLevel(logging.WARNING if sys.stderr.isatty() else logging.INFO)
+        self._console = _Console(sys.stderr)
+        self._console.setFormatter(logging.Formatter("%(message)s"))
+        self._console.setLevel(logging.WARNING)
         self._held = _Held()
-        self._handlers: list[logging.Handler] = [console, self._held]
+        self._handlers: list[logging.Handler] = [self._console, self._held]
         for handler in self._handlers:
             logger.addHandler(handler)
         return self
@@ -33,8 +33,14 @@ class RunLog:
         logger.removeHandler(self._held)
         self._handlers.append(to_file)
         logger.addHandler(to_file)
+        # on a terminal the bars show progress already; there only the sentences are printed
+        shows_lines = not sys.stderr.isatty()
         for record in self._held.records:
             to_file.handle(record)
+            if shows_lines and record.levelno < logging.WARNING:
+                self._console.handle(record)
+        if shows_lines:
+            self._console.setLevel(logging.INFO)
         self._held.records.clear()
 
     def close(self) -> None:

@@ -166,7 +166,8 @@ def test_a_stop_does_not_wait_longer_than_launchers_do(monkeypatch: pytest.Monke
 def test_no_room_for_the_processes_is_a_sentence() -> None:
     before = psutil.Process().children()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 4, hard))
+    os.close(lowest := os.open(os.devnull, os.O_RDONLY))  # others may be free above it
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 4, hard))
     try:
         with (
             pytest.raises(ConfigError, match=r"2 loader processes .* Too many open files"),
@@ -175,7 +176,7 @@ def test_no_room_for_the_processes_is_a_sentence() -> None:
             pass
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert psutil.Process().children() == before
+    assert set(psutil.Process().children()) <= set(before)
 
 
 def _be_killed(answer: Connection) -> None:
