@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 
 from stacking_ds import checkpoint
+from stacking_ds.checkpoint import background
 from stacking_ds.distributed import World
 from stacking_ds.fragments import Fragment
 from tests.checkpoints import Alone, plain_fragments, rank_fragments, save_state
@@ -45,7 +45,7 @@ class _Death:
                 return original(*arguments, **options)
 
             setattr(owner, name, operation)
-        self._break(safetensors.torch, "serialize_file", _cut_off)
+        self._break(background, "save_file", _cut_off)
         self._break(Path, "write_text", _cut_off_text)
 
     def _break(self, owner: Any, name: str, half: Callable[..., None]) -> None:
@@ -67,8 +67,8 @@ class _Death:
         self._left -= 1
 
 
-def _cut_off(serialize: Any, tensors: Any, path: Any, **options: Any) -> None:
-    serialize(tensors, path, **options)
+def _cut_off(write: Any, tensors: Any, path: Path) -> None:
+    write(tensors, path)
     os.truncate(path, Path(path).stat().st_size // 2)
 
 
