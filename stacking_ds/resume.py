@@ -94,6 +94,12 @@ def _claim_on_first(job: Job, run_dir: Path, completed_steps: int) -> str | None
     # before anything else that a start leaves: by it the directory is known to be a run's
     run_directory.write_config(run_dir, job.config.with_absolute_paths())
     run_tokenizer.keep(run_dir, job.shards)
+    with suppress(OSError):  # of a run that was killed at its very end, no save comes any more
+        checkpoint.prune(
+            run_dir,
+            keep_last=job.config.checkpoint.keep_last,
+            keep_steps=job.schedule.boundaries,
+        )
     return damage
 
 
