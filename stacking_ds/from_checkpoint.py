@@ -18,7 +18,14 @@ from stacking_ds.model.bert import BertForPreTraining, parameter_shapes
 from stacking_ds.model.config import BertConfig
 from stacking_ds.model.names import WORD_EMBEDDINGS
 
-__all__ = ["export_if_missing", "export_run", "load_model", "run_heldout", "warning_of"]
+__all__ = [
+    "export_if_missing",
+    "export_run",
+    "is_export_due",
+    "load_model",
+    "run_heldout",
+    "warning_of",
+]
 
 
 def load_model(job: Job, found: Path) -> BertForPreTraining:
@@ -99,8 +106,13 @@ def warning_of(run_dir: Path, found: Path) -> str | None:
         return f"whether the model has learned is not known: {error}"
 
 
+def is_export_due(job: Job, run_dir: Path) -> bool:
+    """Whether a run that has come to its end is still to be exported, as its recipe asks for."""
+    return job.config.checkpoint.export_at_end and not (run_dir / "export").exists()
+
+
 def export_if_missing(job: Job, run_dir: Path) -> str | None:
     """Export the finished run, as its recipe asks for; what was done, for people, if anything."""
-    if (run_dir / "export").exists() or not job.config.checkpoint.export_at_end:
+    if not is_export_due(job, run_dir):
         return None
     return f"exported for Hugging Face: {export_run(job.config, run_dir, choose(run_dir))}"

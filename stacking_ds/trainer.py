@@ -27,7 +27,7 @@ from stacking_ds.distributed import StopFlag, World
 from stacking_ds.engine import set_learning_rate, take_step
 from stacking_ds.errors import CheckpointError, NonFiniteError, StageError
 from stacking_ds.evaluate.heldout import HeldOutPasses
-from stacking_ds.from_checkpoint import export_if_missing
+from stacking_ds.from_checkpoint import export_if_missing, is_export_due
 from stacking_ds.job import Job
 from stacking_ds.kernels.choice import choose_compute
 from stacking_ds.meter import Interval, StepResult, TrainState, metrics_line
@@ -86,7 +86,10 @@ def train(
             Rereading(
                 job.shards,
                 job.train_data.values(),
-                enabled=world.is_first and found is not None and unfinished,
+                # not for a run that has long been finished
+                enabled=world.is_first
+                and found is not None
+                and (unfinished or is_export_due(job, run_dir)),
             )
         )
         if unfinished:
