@@ -211,9 +211,9 @@ def test_keys_that_take_text_take_it_as_it_is(recipe: str, tmp_path: Path, text:
 def test_a_home_is_found_that_no_shell_has_found(
     recipe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", "/of/me")
     config = load_run_config(recipe, ["data.path=~/shards", "engine.deepspeed=~/z.json"])
-    assert (config.data.path, config.engine.deepspeed) == ("/home/me/shards", "/home/me/z.json")
+    assert (config.data.path, config.engine.deepspeed) == ("/of/me/shards", "/of/me/z.json")
     assert load_run_config(recipe, ["data.path=~x"]).data.path == "~x"
 
 
