@@ -1,6 +1,6 @@
 """A YAML recipe and dotted overrides become a `RunConfig`; every mistake becomes a sentence."""
 
-from stacking_ds.recipe.loading import load_run_config
-from stacking_ds.recipe.sentences import sentences
+from stacking_ds.recipe.mistakes import sentences
+from stacking_ds.recipe.recipe_file import load_run_config
 
 __all__ = ["load_run_config", "sentences"]

@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from stacking_ds.bundled import recipe_path
 from stacking_ds.config import RunConfig
 from stacking_ds.errors import ConfigError
+from stacking_ds.recipe.mistakes import is_of_file, sentences
 from stacking_ds.recipe.overrides import Override, OverrideError
-from stacking_ds.recipe.sentences import is_of_file, sentences
 from stacking_ds.small_files import DamagedFileError, read_text
 from stacking_ds.text_table import shortened
 from stacking_ds.yaml_text import Tree, YamlTextError, plain, read_yaml
