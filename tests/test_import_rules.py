@@ -1,57 +1,22 @@
 """The house rules that a machine can read: who imports whom, and how large things may grow."""
 
 import ast
-import re
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).parents[1]
-PACKAGE = REPOSITORY / "stacking_ds"
+from tests.house import FILES, PACKAGE, README, files_page, rooms, with_tree
 
-# A module imports from lines above its own, or from its own folder; never from its neighbours.
-ORDER = (
-    ("text_table",),
-    ("errors", "small_files"),
-    (
-        "stages",
-        "phases",
-        "fragments",
-        "bundled",
-        "host_memory",
-        "utf8",
-        "yaml_text",
-        "metrics_file",
-        "run_log",
-        "launched",
-        "waiting_threads",
-        "node_scratch",
-        "divergence",
-        "tensorboard_events",
-    ),
-    ("config", "stop_request"),
-    ("recipe", "ending", "ds_json"),
-    ("distributed",),
-    ("kernels",),
-    ("data", "model", "optim", "growth"),
-    ("zero",),
-    ("engine", "boundary"),
-    ("checkpoint",),
-    ("attempts",),
-    ("run_directory", "run_tokenizer"),
-    ("which_run",),
-    ("job",),
-    ("monitor", "meter"),
-    ("evaluate", "export", "report"),
-    ("from_checkpoint", "checkpoint_commands", "doctor"),
-    ("stage_manager", "resume"),
-    ("trainer",),
-    ("bench", "launch", "slurm_command", "train_command"),
-    ("cli",),
-    ("__main__",),
-)
-LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
+PLACE = {
+    module: place
+    for place, module in enumerate(module for room in rooms() for module in room.modules)
+}
+ROOM_PLACE = {
+    room.name.removesuffix("/").removesuffix(".py"): max(PLACE[module] for module in room.modules)
+    for room in rooms()
+}
 MAY_IMPORT_DEEPSPEED = {"zero", "engine", "bench"}
 FORBIDDEN_NAMES = {"utils", "helpers", "common", "misc"}
 
@@ -70,45 +35,57 @@ def _imports(path: Path) -> Iterator[tuple[int, str]]:
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno} is a relative import"
-            module = node.module or ""
-            if module == "stacking_ds":
-                yield from ((node.lineno, f"stacking_ds.{alias.name}") for alias in node.names)
-            else:
-                yield node.lineno, module
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
 
 
-def _backward_arrows(path: Path, room: str) -> list[str]:
-    arrows = []
-    for line, module in _imports(path):
-        parts = module.split(".")
-        if parts[0] != "stacking_ds" or len(parts) < 2 or parts[1] == "__version__":
-            continue
-        target = parts[1]
-        if target != room and LEVEL[target] >= LEVEL[room]:
-            arrows.append(f"{path.name}:{line} {room} -> {target}")
-    return arrows
+def _place(module: str, room: str) -> float:
+    """Where in the list a dotted module of the package stands. Of a package it is the last of its
+    modules, and for those of its own room below them all."""
+    parts = module.split(".")[1:]
+    path = "/".join(parts)
+    for end in (f"{path}.py", f"{'/'.join(parts[:-1])}.py"):
+        if end in PLACE:
+            return PLACE[end]
+    return math.inf if parts[0] == room else ROOM_PLACE[parts[0]]
 
 
-def test_imports_point_one_way() -> None:
-    arrows = [
-        arrow
-        for path in _sources()
-        if path != PACKAGE / "__init__.py"
-        for arrow in _backward_arrows(path, _room(path))
+def _backward_arrows(path: Path, module: str) -> list[str]:
+    """The imports of the file that stands where `module` does, of what stands above it."""
+    return [
+        f"{path.name}:{line} {module} -> {target}"
+        for line, target in _imports(path)
+        if target.startswith("stacking_ds.") and target != "stacking_ds.__version__"
+        if _place(target, module.partition("/")[0]) <= PLACE[module]
     ]
+
+
+def test_the_list_names_every_module() -> None:
+    there = {str(path.relative_to(PACKAGE)) for path in _sources() if path.name != "__init__.py"}
+    assert set(PLACE) == there
+    assert len(PLACE) == sum(len(room.modules) for room in rooms()), "one is named twice"
+
+
+def test_imports_point_down_the_list() -> None:
+    arrows = [arrow for module in PLACE for arrow in _backward_arrows(PACKAGE / module, module)]
     assert arrows == []
 
 
-def test_a_backward_arrow_is_noticed(tmp_path: Path) -> None:
-    guilty = tmp_path / "bert.py"
-    guilty.write_text("from stacking_ds.engine import build_engine\n")
-    assert _backward_arrows(guilty, "model") == ["bert.py:1 model -> engine"]
-
-
-def test_neighbours_do_not_import_each_other(tmp_path: Path) -> None:
-    guilty = tmp_path / "loader.py"
-    guilty.write_text("from stacking_ds import model\n")
-    assert _backward_arrows(guilty, "data") == ["loader.py:1 data -> model"]
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("model/bert.py", "from stacking_ds import cli"),
+        ("model/bert.py", "from stacking_ds.cli import main"),
+        ("model/bert.py", "import stacking_ds.cli"),
+        ("model/layer.py", "from stacking_ds.model import bert"),
+        ("model/layer.py", "from stacking_ds.model.bert import BertForPreTraining"),
+        ("model/layer.py", "from stacking_ds.model.layer import layer"),
+    ],
+)
+def test_a_backward_arrow_is_noticed(tmp_path: Path, module: str, line: str) -> None:
+    guilty = tmp_path / "guilty.py"
+    guilty.write_text(line + "\n")
+    assert len(_backward_arrows(guilty, module)) == 1
+    assert _backward_arrows(guilty, "__main__.py") == []
 
 
 def test_deepspeed_is_known_to_its_rooms_alone() -> None:
@@ -138,18 +115,16 @@ def test_no_drawers() -> None:
     assert names & FORBIDDEN_NAMES == set()
 
 
-def test_the_readme_tree_names_every_module() -> None:
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    tree = re.findall(r"^[ ]*([\w./-]+)[ ]{2,}\S", readme, flags=re.MULTILINE)
-    named = {name.rstrip("/").split("/")[-1] for name in tree}
-    missing = [
-        str(path.relative_to(REPOSITORY))
-        for path in _sources()
-        if path.name not in named and path.name != "__init__.py"
+def test_what_is_made_of_the_list_is_up_to_date() -> None:
+    readme = README.read_text(encoding="utf-8")
+    assert with_tree(readme) == readme, "run `python -m tests.house`"
+    assert FILES.read_text(encoding="utf-8") == files_page(), "run `python -m tests.house`"
+
+
+def test_every_module_says_its_job() -> None:
+    silent = [
+        module
+        for module in PLACE
+        if not ast.get_docstring(ast.parse((PACKAGE / module).read_text(encoding="utf-8")))
     ]
-    assert missing == []
-
-
-@pytest.mark.parametrize("path", _sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_every_module_says_its_job(path: Path) -> None:
-    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    assert silent == []
