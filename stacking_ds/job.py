@@ -31,9 +31,9 @@ from stacking_ds.ds_json import load_ds_config, resolve_ds_config
 from stacking_ds.errors import CheckpointError, ConfigError
 from stacking_ds.growth.operators import layer_map
 from stacking_ds.kernels.fp8 import require_fp8_sizes
+from stacking_ds.learning_rate import LearningRateSchedule
 from stacking_ds.model.config import BertConfig
 from stacking_ds.optim.lamb import require_whole_tensors
-from stacking_ds.optim.schedule import LearningRateSchedule
 from stacking_ds.phases import Phase, PhaseSchedule
 from stacking_ds.stages import StageSchedule
 
@@ -70,7 +70,7 @@ class CheckedRecipe:
             config=config,
             schedule=schedule,
             phases=config.phase_schedule(),
-            learning_rates=LearningRateSchedule.of(config, schedule),
+            learning_rates=config.learning_rates(),
             ds_json=load_ds_config(config.engine.deepspeed),
         )
 

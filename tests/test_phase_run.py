@@ -8,7 +8,6 @@ import torch
 from stacking_ds.config import RunConfig
 from stacking_ds.errors import ConfigError, StageError
 from stacking_ds.job import Job
-from stacking_ds.optim.schedule import LearningRateSchedule
 from tests.prose import tiny_shards
 from tests.ranks import RankError, run_ranks
 from tests.runs import losses, metrics, parameters, small_recipe, train_small, train_until
@@ -130,7 +129,7 @@ def test_the_peak_follows_the_batch_of_the_phase(shards: Path, tmp_path: Path) -
         "schedule={shape: constant}",
         "phases=[{from_step: 4, global_batch_size: 40}, {from_step: 6, global_batch_size: 10}]",
     )
-    rates = LearningRateSchedule.of(config, config.stage_schedule())
+    rates = config.learning_rates()
     peak = config.optimizer.learning_rate
     assert [rates.at(step) / peak for step in (3, 4, 5, 6)] == pytest.approx([1, 2, 2, 1])
 

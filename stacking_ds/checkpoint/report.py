@@ -17,7 +17,6 @@ from stacking_ds.checkpoint.state import problems as problems_of
 from stacking_ds.checkpoint.state import read_parameters
 from stacking_ds.config import RunConfig
 from stacking_ds.errors import CheckpointError, UnreadableError, UserError
-from stacking_ds.optim.schedule import LearningRateSchedule
 from stacking_ds.text_table import aligned, first_of, readable_size
 
 __all__ = ["config_of", "contents", "listed", "listing", "parameter_lines", "verify"]
@@ -277,10 +276,7 @@ def _plans(manifest: Manifest, config: RunConfig) -> dict[str, str]:
         return facts
     if step in schedule.boundaries:
         facts["step"] += f", a boundary: {schedule.at(step).num_hidden_layers:,} layers come next"
-    rate, phase = (
-        LearningRateSchedule.of(config, schedule).at(step),
-        config.phase_schedule().at(step),
-    )
+    rate, phase = config.learning_rates().at(step), config.phase_schedule().at(step)
     first, last = phase.first_row(step), phase.first_row(step + 1) - 1
     return facts | {
         "learning rate": f"{rate:.4g} in the next step, a function of the step",

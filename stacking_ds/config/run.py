@@ -24,6 +24,7 @@ from stacking_ds.config.sections import (
     StageSection,
 )
 from stacking_ds.errors import StageError
+from stacking_ds.learning_rate import LearningRateSchedule
 from stacking_ds.phases import PhaseSchedule
 from stacking_ds.stages import StageSchedule
 from stacking_ds.yaml_text import write_yaml
@@ -130,6 +131,26 @@ class RunConfig(Section):
                 f"before the end of the run at step {start}; lower it or leave the phase out"
             )
         return StageSchedule.from_depths(pairs)
+
+    def learning_rates(self) -> LearningRateSchedule:
+        """The learning rate of each step.
+
+        Raises:
+            StageError: as `stage_schedule`.
+            ConfigError: parts of the schedule that do not fit into the run.
+        """
+        first, *later = (
+            (phase.start_step, self.optimizer.peak_learning_rate(phase.global_batch_size))
+            for phase in self.phase_schedule().phases
+        )
+        stages = self.stage_schedule()
+        return LearningRateSchedule(
+            peak=first[1],
+            later_peaks=tuple(later),
+            total_steps=stages.total_steps,
+            boundaries=stages.boundaries,
+            **self.schedule.model_dump(),
+        )
 
     def with_absolute_paths(self) -> "RunConfig":
         """The same run, whatever the working directory it is looked at from."""

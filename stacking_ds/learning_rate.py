@@ -9,9 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
-from stacking_ds.config import RunConfig
 from stacking_ds.errors import ConfigError, StageError
-from stacking_ds.stages import StageSchedule
 
 __all__ = ["AtBoundary", "LearningRateSchedule", "Shape", "learning_rate_at"]
 
@@ -116,21 +114,6 @@ class LearningRateSchedule:
     """Steps of that climb; for `rewarm` only."""
     later_peaks: tuple[tuple[int, float], ...] = ()
     """From which step on the peak is another one, since the phase has another batch."""
-
-    @classmethod
-    def of(cls, config: RunConfig, stages: StageSchedule) -> "LearningRateSchedule":
-        """The schedule of a run with these stages."""
-        first, *later = (
-            (phase.start_step, config.optimizer.peak_learning_rate(phase.global_batch_size))
-            for phase in config.phase_schedule().phases
-        )
-        return cls(
-            peak=first[1],
-            later_peaks=tuple(later),
-            total_steps=stages.total_steps,
-            boundaries=stages.boundaries,
-            **config.schedule.model_dump(),
-        )
 
     def __post_init__(self) -> None:
         assert list(self.boundaries) == sorted({b for b in self.boundaries if b < self.total_steps})
