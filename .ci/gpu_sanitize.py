@@ -14,6 +14,7 @@ from stacking_ds import kernels
 from stacking_ds.bench.lamb import Sizes
 from stacking_ds.bench.lamb_rivals import Tensors, our_step
 from stacking_ds.kernels.operations import EmbeddingTables, Norm, Weights
+from stacking_ds.optim import lamb
 
 # tokens and hidden size: fewer than a tile and more, rows that vectors do not divide
 SHAPES = ((5, 24, torch.float32), (77, 200, torch.bfloat16), (3, 1000, torch.bfloat16))
@@ -36,7 +37,10 @@ class Recorded:
 def record_all() -> set[str]:
     """Put a `Recorded` in the place of each kernel of the package; their names."""
     names = set()
-    for found in pkgutil.walk_packages(kernels.__path__, "stacking_ds.kernels."):
+    for found in (
+        *pkgutil.walk_packages(kernels.__path__, "stacking_ds.kernels."),
+        *pkgutil.walk_packages(lamb.__path__, "stacking_ds.optim.lamb."),
+    ):
         module = importlib.import_module(found.name)
         for name, value in list(vars(module).items()):
             defined_here = getattr(getattr(value, "fn", None), "__module__", None) == found.name

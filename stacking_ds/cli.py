@@ -9,22 +9,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stacking_ds import __version__
-from stacking_ds.attempts import add_again
 from stacking_ds.bench.commands import add_bench
-from stacking_ds.checkpoint_commands import add_checkpoint
-from stacking_ds.data.commands import add_prepare
-from stacking_ds.data.inspect_commands import add_data
-from stacking_ds.doctor.commands import add_doctor
-from stacking_ds.ending import tell
-from stacking_ds.launch.commands import add_launch
+from stacking_ds.commands.checkpoint import add_checkpoint
+from stacking_ds.commands.data import add_data
+from stacking_ds.commands.doctor import add_doctor
+from stacking_ds.commands.launch import add_launch
+from stacking_ds.commands.prepare import add_prepare
+from stacking_ds.commands.slurm import add_slurm
+from stacking_ds.commands.train import add_train
+from stacking_ds.launch.restart_policy import add_again
 from stacking_ds.launch.words import ENCODED, decode_arguments
-from stacking_ds.slurm_command import add_slurm
-from stacking_ds.train_command import add_train
-from stacking_ds.utf8 import check_names, steady_streams
-from stacking_ds.waiting_threads import let_waiting_threads_sleep
+from stacking_ds.process.exit import tell
+from stacking_ds.process.utf8 import check_names, steady_streams
+from stacking_ds.process.waiting_threads import let_waiting_threads_sleep
 
 if TYPE_CHECKING:
-    from stacking_ds.job import Job
+    from stacking_ds.train.plan import Job
 
 __all__ = ["main"]
 
@@ -94,19 +94,19 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 def _evaluate(options: argparse.Namespace) -> int:
     job = _job_of(options.run_dir, options.data)
-    from stacking_ds import distributed
-    from stacking_ds.checkpoint.choice import choose
-    from stacking_ds.from_checkpoint import run_heldout
+    from stacking_ds.checkpoint.chosen import choose
+    from stacking_ds.distributed import process_group
+    from stacking_ds.train.from_checkpoint import run_heldout
 
     found = choose(options.run_dir, options.checkpoint)
-    world = distributed.start()
+    world = process_group.start()
     try:
         result = run_heldout(job, found, world)
         if world.is_first:
             print(json.dumps({"checkpoint": str(found), **result.record()}))
         result.require_finite(f"of {found}")
     finally:
-        distributed.stop()
+        process_group.stop()
     return 0
 
 
@@ -123,11 +123,11 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from stacking_ds.run_directory import read_config
+    from stacking_ds.run.directory import read_config
 
     config = read_config(options.run_dir)
-    from stacking_ds.checkpoint.choice import choose
-    from stacking_ds.from_checkpoint import export_run, warning_of  # seconds of imports
+    from stacking_ds.checkpoint.chosen import choose
+    from stacking_ds.train.from_checkpoint import export_run, warning_of  # seconds of imports
 
     found = choose(options.run_dir, options.checkpoint)
     place = export_run(config, options.run_dir, found, options.out, options.data)
@@ -139,12 +139,12 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _job_of(run_dir: Path, data: str | None) -> "Job":
-    from stacking_ds.run_directory import read_config, require_shards
+    from stacking_ds.run.directory import read_config, require_shards
 
     config = read_config(run_dir)
     if data is None:
         require_shards(run_dir, config, "--data FOLDER")
-    from stacking_ds.job import Job  # seconds of imports, for a run that is there
+    from stacking_ds.train.plan import Job  # seconds of imports, for a run that is there
 
     if data is not None:
         section = config.data.model_copy(update={"path": data})
@@ -158,7 +158,7 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from stacking_ds.report import run_table
+    from stacking_ds.run.report import run_table
 
     print(run_table(options.run_dir))
     return 0

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import TypeVar
 
-from stacking_ds.text_table import shortened
+from stacking_ds.console import shortened
 
 __all__ = [
     "EXIT_FAILURE",

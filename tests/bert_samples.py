@@ -4,7 +4,7 @@ import torch
 
 from stacking_ds.kernels.compute import Compute
 from stacking_ds.model.bert import BertForPreTraining
-from stacking_ds.model.config import BertConfig
+from stacking_ds.model.bert_config import BertConfig
 
 # Wide initial weights, so that a wrong sum or a forgotten bias shows in the first digits.
 TINY = BertConfig(

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from stacking_ds import checkpoint
-from stacking_ds.distributed import World
-from stacking_ds.fragments import MASTER, MOMENTS, Cut, Fragment
+from stacking_ds.checkpoint import manifest, save
+from stacking_ds.distributed.world import World
+from stacking_ds.sharding.fragments import MASTER, MOMENTS, Cut, Fragment
 
 __all__ = ["Alone", "contents", "plain_fragments", "rank_fragments", "save_state"]
 
@@ -30,8 +30,8 @@ class Alone(World):
         return value
 
 
-def contents(step: int) -> checkpoint.Contents:
-    return checkpoint.Contents(
+def contents(step: int) -> manifest.Contents:
+    return manifest.Contents(
         step=step,
         optimizer_step=step,
         loss_scale=128.0,
@@ -67,4 +67,4 @@ def save_state(
     saved = contents(step)
     if MOMENTS[0] not in fragments[0].views:
         saved = saved.model_copy(update={"optimizer_step": 0})
-    return checkpoint.save(run_dir, fragments, world or Alone(), saved)
+    return save.save(run_dir, fragments, world or Alone(), saved)

@@ -12,17 +12,18 @@ from typing import Any
 import pytest
 import torch
 
-from stacking_ds import checkpoint, zero
-from stacking_ds.boundary import CarriedState, capture_engine, install_state
-from stacking_ds.distributed import World
-from stacking_ds.engine import release_engine, take_step
-from stacking_ds.evaluate.heldout import evaluate_heldout
-from stacking_ds.fragments import MASTER, MOMENTS
-from stacking_ds.from_checkpoint import load_model
+from stacking_ds.checkpoint import folders, load, manifest, save
+from stacking_ds.distributed.world import World
+from stacking_ds.engine.build import release_engine, take_step
+from stacking_ds.engine.zero import loss_scale, sharded_state
+from stacking_ds.growth.boundary import CarriedState, capture_engine, install_state
 from stacking_ds.growth.operators import layer_map
-from stacking_ds.job import Job
-from stacking_ds.kernels.lamb.choice import choose_kernel
-from stacking_ds.model.config import BertConfig
+from stacking_ds.model.bert_config import BertConfig
+from stacking_ds.optim.lamb.forms import choose_kernel
+from stacking_ds.sharding.fragments import MASTER, MOMENTS
+from stacking_ds.train.from_checkpoint import load_model
+from stacking_ds.train.heldout import evaluate_heldout
+from stacking_ds.train.plan import Job
 from tests.bert_samples import Batch, telling_model
 from tests.lamb_following import follow_unsharded
 from tests.runs import losses, metrics, small_recipe, train_small
@@ -54,7 +55,7 @@ def _batch(world: World, step: int) -> dict[str, torch.Tensor]:
 
 def _engine(world: World, zero_stage: int, precision: str, depth: int, seed: int | None = 0) -> Any:
     engine = start_engine(world, zero_stage, precision, depth=depth, seed=seed)
-    zero.set_loss_scale(engine, 256.0)  # the initial one makes fp16 skip its first steps
+    loss_scale.set_loss_scale(engine, 256.0)  # the initial one makes fp16 skip its first steps
     return engine
 
 
@@ -123,7 +124,7 @@ def check_growth(world: World, zero_stage: int, precision: str) -> None:
     assert error < RELATIVE_ERROR[precision]
     _train(world, engine, range(2, 4))
     assert engine.skipped_steps == 0
-    assert zero.optimizer_step(engine) == 4
+    assert sharded_state.optimizer_step(engine) == 4
     moved = whole_state(world, engine)
     assert not torch.equal(moved[name][MASTER], after[name][MASTER])
     assert all(views[MASTER].isfinite().all() for views in moved.values())
@@ -146,16 +147,16 @@ def check_overflow(world: World, zero_stage: int) -> None:
         assert norm is not None
         assert not torch.tensor(norm).isfinite()
         assert (engine.skipped_steps, engine.global_steps) == (skipped, 2 + skipped)
-    assert zero.loss_scale(engine) < 256.0
+    assert loss_scale.loss_scale(engine) < 256.0
     after = whole_state(world, engine)
     for name, views in before.items():
         for key, value in views.items():
             assert torch.equal(after[name][key], value), (name, key)
     assert torch.equal(_logits(world, engine), logits)
-    assert zero.optimizer_step(engine) == 2
+    assert sharded_state.optimizer_step(engine) == 2
     _train(world, engine, range(3, 5))
     assert (engine.skipped_steps, engine.global_steps) == (2, 6)
-    assert zero.optimizer_step(engine) == 4
+    assert sharded_state.optimizer_step(engine) == 4
     moved = whole_state(world, engine)
     assert all(views[MASTER].isfinite().all() for views in moved.values())
     assert not torch.equal(moved[name][MASTER], after[name][MASTER])
@@ -263,13 +264,13 @@ def check_checkpoint(world: World, folder: Path, zero_stage: int, precision: str
     engine = _engine(world, zero_stage, precision, 2)
     _train(world, engine, range(2))
     saved = whole_state(world, engine)
-    found = checkpoint.save(
+    found = save.save(
         folder,
-        zero.fragments(engine),
+        sharded_state.fragments(engine),
         world,
-        checkpoint.Contents(
+        manifest.Contents(
             step=2,
-            optimizer_step=zero.optimizer_step(engine),
+            optimizer_step=sharded_state.optimizer_step(engine),
             num_hidden_layers=2,
             zero_stage=zero_stage,
             vocabulary_sha256="",
@@ -280,12 +281,12 @@ def check_checkpoint(world: World, folder: Path, zero_stage: int, precision: str
     )
     release_engine(engine)
     engine = _engine(world, 3 - zero_stage, precision, 2, seed=99)
-    zero.seed_moments(engine, checkpoint.read_manifest(found).optimizer_step)
-    checkpoint.load(found, zero.fragments(engine))
-    zero.refresh(engine)
+    sharded_state.seed_moments(engine, manifest.read_manifest(found).optimizer_step)
+    load.load(found, sharded_state.fragments(engine))
+    sharded_state.refresh(engine)
     loaded = whole_state(world, engine)
     release_engine(engine)
-    on_cpu = dict(checkpoint.read_parameters(found))
+    on_cpu = dict(load.read_parameters(found))
     assert on_cpu.keys() == saved.keys() == loaded.keys()
     for name, views in saved.items():
         assert torch.equal(on_cpu[name], views[MASTER]), name
@@ -305,7 +306,7 @@ def check_run(
         4
     ] * 3
     assert (folder / "run" / "export" / "model.safetensors").is_file()
-    found = checkpoint.latest(folder / "run")
+    found = folders.latest(folder / "run")
     assert found is not None
     job = Job.check(config)
     on_cpu = replace(world, device=torch.device("cpu"))

@@ -12,16 +12,17 @@ from pathlib import Path
 
 import torch
 
-from stacking_ds import distributed, stage_manager
-from stacking_ds.config import RunConfig
-from stacking_ds.distributed import World
-from stacking_ds.job import Job
-from stacking_ds.metrics_file import read_metrics
+from stacking_ds.config.recipe import load_run_config
+from stacking_ds.config.run import RunConfig
+from stacking_ds.distributed import process_group
+from stacking_ds.distributed.world import World
 from stacking_ds.model.initialization import first_value
-from stacking_ds.recipe import load_run_config
-from stacking_ds.stage_manager import StageManager
-from stacking_ds.stages import Stage
-from stacking_ds.trainer import train
+from stacking_ds.run.metrics_file import read_metrics
+from stacking_ds.schedule.stages import Stage
+from stacking_ds.train import stage_engine
+from stacking_ds.train.loop import train
+from stacking_ds.train.plan import Job
+from stacking_ds.train.stage_engine import StageManager
 
 __all__ = ["heldout_losses", "table", "train_arm"]
 
@@ -44,11 +45,11 @@ def _initialise_anew(manager: StageManager, old: Stage, new: Stage) -> None:
     manager.finish_save()
     manager.close()
     # another seed: first values depend on seed and name alone, and would be the old ones again
-    stage_manager.first_value = partial(_reseeded, 1000 * new.index)
+    stage_engine.first_value = partial(_reseeded, 1000 * new.index)
     try:
         manager.start(new)
     finally:
-        stage_manager.first_value = first_value
+        stage_engine.first_value = first_value
 
 
 def _reseeded(offset: int, name: str, shape: torch.Size, seed: int, std: float) -> torch.Tensor:
@@ -88,12 +89,12 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="an empty folder for the runs")
     options = parser.parse_args()
     results = {}
-    world = distributed.start()
+    world = process_group.start()
     for seed in options.seeds:
         config = load_run_config(options.recipe, [*options.set, f"seed={seed}"])
         for arm in ARMS:
             results[seed, arm] = train_arm(world, config, options.work / f"{arm}-{seed}", arm)
-    distributed.stop()
+    process_group.stop()
     print(table(config, results))
 
 

@@ -19,17 +19,20 @@ import torch
 import yaml
 from torch import nn
 
-from stacking_ds import distributed, stage_manager, zero
-from stacking_ds.config import OptimizerSection, RunConfig
-from stacking_ds.distributed import World
-from stacking_ds.fragments import Shard, Span
-from stacking_ds.job import Job
-from stacking_ds.metrics_file import read_metrics
-from stacking_ds.optim.build import build_optimizer
+from stacking_ds.config.recipe import load_run_config
+from stacking_ds.config.run import RunConfig
+from stacking_ds.config.sections import OptimizerSection
+from stacking_ds.distributed import process_group
+from stacking_ds.distributed.world import World
+from stacking_ds.engine.zero import binding
 from stacking_ds.optim.groups import parameter_groups
-from stacking_ds.optim.lamb import Lamb
-from stacking_ds.recipe import load_run_config
-from stacking_ds.trainer import train
+from stacking_ds.optim.lamb.optimizer import Lamb
+from stacking_ds.optim.optimizers import build_optimizer
+from stacking_ds.run.metrics_file import read_metrics
+from stacking_ds.sharding.fragments import Shard, Span
+from stacking_ds.train import stage_engine
+from stacking_ds.train.loop import train
+from stacking_ds.train.plan import Job
 
 __all__ = ["ARMS", "FlatPartitionLamb", "Run", "runs_in", "table", "train_arm", "write_recipe"]
 
@@ -80,7 +83,7 @@ def _flat_partition_lamb(
     for group in parameter_groups(named_parameters, config.weight_decay):
         merged.setdefault(group["weight_decay"], {**group, "params": []})
         merged[group["weight_decay"]]["params"] += group["params"]
-    zero.accept_under_zero(FlatPartitionLamb)
+    binding.accept_under_zero(FlatPartitionLamb)
     return FlatPartitionLamb(
         list(merged.values()), lr=config.learning_rate, betas=config.betas, eps=config.eps
     )
@@ -110,11 +113,11 @@ def write_recipe(folder: Path, data: Path, arm: str, learning_rate: float) -> Pa
 
 
 def train_arm(world: World, config: RunConfig, run_dir: Path, arm: str) -> None:
-    stage_manager.build_optimizer = ARMS[arm][3]  # type: ignore[assignment]
+    stage_engine.build_optimizer = ARMS[arm][3]  # type: ignore[assignment]
     try:
         train(Job.check(config), world, run_dir)
     finally:
-        stage_manager.build_optimizer = build_optimizer
+        stage_engine.build_optimizer = build_optimizer
 
 
 # ------------------------------------------------------------------ what came of it
@@ -215,13 +218,13 @@ def main() -> None:
         draw(runs_in(options.work), options.svg)
         return
     options.work.mkdir(parents=True, exist_ok=True)
-    world = distributed.start()
+    world = process_group.start()
     path = world.on_first(
         lambda: write_recipe(options.work, options.data, options.arm, options.learning_rate)
     )
     assert world.size == ARMS[options.arm][2], f"{options.arm} is a run of {ARMS[options.arm][2]}"
     train_arm(world, load_run_config(str(path), options.set), options.work / path.stem, options.arm)
-    distributed.stop()
+    process_group.stop()
 
 
 if __name__ == "__main__":

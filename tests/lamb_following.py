@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from stacking_ds import zero
-from stacking_ds.boundary import capture_engine, install_state
-from stacking_ds.distributed import World
-from stacking_ds.engine import build_engine, release_engine
-from stacking_ds.fragments import MASTER
+from stacking_ds.distributed.world import World
+from stacking_ds.engine.build import build_engine, release_engine
+from stacking_ds.engine.zero import binding, loss_scale, sharded_state
+from stacking_ds.growth.boundary import capture_engine, install_state
 from stacking_ds.growth.operators import layer_map, source_name
+from stacking_ds.sharding.fragments import MASTER
 from tests.sharded import State, train_engine, whole_state
 from tests.tiny import tiny_model, tiny_optimizer, tiny_settings
 
@@ -47,7 +47,7 @@ def lamb_engine(
     model = tiny_model(depth, seed)
     settings = tiny_settings(zero_stage, precision, world.size, gas, clipping)
     engine = build_engine(model, tiny_optimizer(model, **{"name": "lamb", **lamb}), settings)
-    zero.set_loss_scale(engine, 256.0)  # the initial one makes fp16 skip its first steps
+    loss_scale.set_loss_scale(engine, 256.0)  # the initial one makes fp16 skip its first steps
     return engine
 
 
@@ -75,8 +75,8 @@ def grown_by_hand(model: Any, optimizer: torch.optim.Optimizer, depth: int, **la
 def _gradients_seen(world: World, engine: Any) -> Iterator[dict[str, torch.Tensor]]:
     """While this lasts: the whole gradients that the optimizer is given, on every rank."""
     optimizer = engine.basic_optimizer
-    shards = {id(shard.flat): shard for shard in zero.shards(engine)}
-    fragments = {fragment.name: fragment for fragment in zero.fragments(engine)}
+    shards = {id(shard.flat): shard for shard in binding.shards(engine)}
+    fragments = {fragment.name: fragment for fragment in sharded_state.fragments(engine)}
     parts: list[tuple[str, int, torch.Tensor]] = []
     whole: dict[str, torch.Tensor] = {}
     step = optimizer.step

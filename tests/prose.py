@@ -9,7 +9,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from stacking_ds.data.prepare.run import prepare
+from stacking_ds.data.prepare.preparation import prepare
 
 __all__ = ["documents", "tiny_shards", "write_text"]
 

@@ -34,7 +34,8 @@ _PRELOAD = [
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "deepspeed.runtime.zero.stage3",
     "pytest",
-    "stacking_ds.checkpoint",
+    "stacking_ds.checkpoint.load",
+    "stacking_ds.checkpoint.save",
     "tests.sharded",
 ]
 _context = multiprocessing.get_context("forkserver")
@@ -104,11 +105,11 @@ def _spawned_main(
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
     _be_rank(rank, world_size, port)
-    from stacking_ds import distributed
+    from stacking_ds.distributed import process_group
 
     try:
-        fn(distributed.start(), *args)
-        distributed.stop()
+        fn(process_group.start(), *args)
+        process_group.stop()
     except BaseException:  # noqa: BLE001 - shown in the log
         traceback.print_exc()
         sys.stderr.flush()
@@ -209,14 +210,14 @@ def _rank_main(
     _be_rank(rank, world_size, port)
     import torch
 
-    from stacking_ds import distributed
+    from stacking_ds.distributed import process_group
 
     # what the server imported is never garbage: full collections take milliseconds again
     gc.freeze()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     try:
-        world = distributed.start()
+        world = process_group.start()
         report = (False, fn(world, *args))
     except BaseException:  # noqa: BLE001 - handed to the test, which raises it
         report = (True, traceback.format_exc())
@@ -227,7 +228,7 @@ def _rank_main(
     connection.send_bytes(payload)
     connection.close()
     if not report[0]:
-        distributed.stop()
+        process_group.stop()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

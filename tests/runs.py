@@ -8,12 +8,13 @@ from typing import Any
 
 import yaml
 
-from stacking_ds import checkpoint, trainer
-from stacking_ds.config import RunConfig
-from stacking_ds.distributed import World
-from stacking_ds.job import Job
-from stacking_ds.recipe import load_run_config
-from stacking_ds.trainer import train
+from stacking_ds.checkpoint import folders, load
+from stacking_ds.config.recipe import load_run_config
+from stacking_ds.config.run import RunConfig
+from stacking_ds.distributed.world import World
+from stacking_ds.train import loop
+from stacking_ds.train.loop import train
+from stacking_ds.train.plan import Job
 
 __all__ = ["losses", "metrics", "parameters", "small_recipe", "train_small", "train_until"]
 
@@ -61,7 +62,7 @@ def train_small(world: World, config: RunConfig, run_dir: Path, resume: bool = F
 
 def train_until(world: World, config: RunConfig, run_dir: Path, stop: str, at_step: int) -> int:
     """Train, and at `at_step` be asked to stop ("term") or die ("kill")."""
-    original = trainer._Run.train_step
+    original = loop._Run.train_step
 
     def step(run: Any, rank_step: Any) -> Any:
         if run.state.step == at_step and world.rank == world.size - 1:
@@ -70,7 +71,7 @@ def train_until(world: World, config: RunConfig, run_dir: Path, stop: str, at_st
             os.kill(os.getpid(), signal.SIGTERM)
         return original(run, rank_step)
 
-    trainer._Run.train_step = step  # type: ignore[method-assign]
+    loop._Run.train_step = step  # type: ignore[method-assign]
     return train_small(world, config, run_dir)
 
 
@@ -84,6 +85,6 @@ def losses(run_dir: Path) -> list[float]:
 
 def parameters(run_dir: Path) -> dict[str, Any]:
     """The fp32 parameters of the run's newest checkpoint."""
-    found = checkpoint.latest(run_dir)
+    found = folders.latest(run_dir)
     assert found is not None
-    return dict(checkpoint.read_parameters(found))
+    return dict(load.read_parameters(found))

@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 
-from stacking_ds import zero
-from stacking_ds.distributed import World
-from stacking_ds.engine import build_engine, take_step
-from stacking_ds.fragments import Fragment
+from stacking_ds.distributed.world import World
+from stacking_ds.engine.build import build_engine, take_step
+from stacking_ds.engine.zero import sharded_state
+from stacking_ds.sharding.fragments import Fragment
 from tests.tiny import SAMPLES, tiny_batch, tiny_loss, tiny_model, tiny_optimizer, tiny_settings
 
 __all__ = ["State", "start_engine", "train_engine", "train_losses", "whole_state"]
@@ -60,7 +60,7 @@ def whole_state(world: World, engine: Any) -> State:
 
     Fails unless each element is owned exactly once.
     """
-    owned = [f.owned_by(world.rank) for f in zero.fragments(engine)]
+    owned = [f.owned_by(world.rank) for f in sharded_state.fragments(engine)]
     state: State = {}
     holes: dict[str, int] = {}
     for parts in world.gather([_plain(fragment) for fragment in owned]):

@@ -15,10 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stacking_ds import attempts
-from stacking_ds.attempts import ATTEMPTS_FILE, add_again, begun, ended, judge
 from stacking_ds.checkpoint.folders import latest
 from stacking_ds.errors import CheckpointError, UserError
+from stacking_ds.launch.restart_policy import add_again, judge
+from stacking_ds.run import attempts
+from stacking_ds.run.attempts import ATTEMPTS_FILE, begun, ended
 
 HOSTS = ["node1", "node2"]
 
@@ -90,7 +91,7 @@ def test_a_line_cut_in_a_letter_or_of_something_else_is_ignored(run: Path) -> No
 
 def test_two_writers_do_not_cut_each_others_lines(run: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from stacking_ds import attempts\n"
+        "import sys; from pathlib import Path; from stacking_ds.run import attempts\n"
         "for step in range(100): attempts.ended(Path(sys.argv[1]), 'failed', step, 'x' * 500)"
     )
     other = subprocess.Popen([sys.executable, "-c", code, str(run)])
@@ -214,8 +215,9 @@ def test_a_checkpoint_that_is_known_by_its_folder_alone_is_gone_on_from(run: Pat
 
 def test_nothing_slow_is_imported() -> None:
     code = (
-        "import sys, stacking_ds.attempts; print(*sorted({'torch', 'numpy', 'yaml', 'pydantic', "
-        "'psutil'} & set(sys.modules)))"
+        "import sys, stacking_ds.run.attempts\n"
+        "heavy = {'torch', 'numpy', 'yaml', 'pydantic', 'psutil'}\n"
+        "print(*sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""

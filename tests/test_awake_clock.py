@@ -5,7 +5,7 @@ import time
 import pytest
 
 from stacking_ds.distributed.awake_clock import AwakeClock
-from stacking_ds.distributed.verdict import Missing, Seen, sentence, who_is_missing
+from stacking_ds.distributed.lost_ranks import Missing, Seen, sentence, who_is_missing
 
 
 def test_a_pause_of_its_own_hardly_counts(monkeypatch: pytest.MonkeyPatch) -> None:

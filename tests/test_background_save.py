@@ -21,14 +21,17 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from stacking_ds import boundary, checkpoint, trainer
-from stacking_ds.checkpoint import background
-from stacking_ds.checkpoint.background import BackgroundSave
-from stacking_ds.config import RunConfig
-from stacking_ds.distributed import World
+from stacking_ds.checkpoint import folders as checkpoint_folders
+from stacking_ds.checkpoint import load, save
+from stacking_ds.checkpoint import manifest as checkpoint_manifest
+from stacking_ds.checkpoint.save import BackgroundSave
+from stacking_ds.config.run import RunConfig
+from stacking_ds.distributed.world import World
 from stacking_ds.errors import CheckpointError, NonFiniteError, UserError
-from stacking_ds.fragments import MASTER, Fragment
-from stacking_ds.growth.state import capture
+from stacking_ds.growth import boundary
+from stacking_ds.growth.transfer import capture
+from stacking_ds.sharding.fragments import MASTER, Fragment
+from stacking_ds.train import loop
 from tests.checkpoints import Alone, contents, plain_fragments, rank_fragments, save_state
 from tests.prose import tiny_shards
 from tests.ranks import RankError, run_ranks
@@ -46,7 +49,7 @@ class _Gate:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.open = threading.Event()
-        monkeypatch.setattr(background, "save_file", self._write)
+        monkeypatch.setattr(save, "save_file", self._write)
 
     def _write(self, tensors: Any, path: Path) -> None:
         assert self.open.wait(60)
@@ -66,9 +69,9 @@ def _start(run_dir: Path, step: int, fragments: tuple[Fragment, ...] | None = No
 
 
 def _first_value(run_dir: Path) -> float:
-    folder = checkpoint.latest(run_dir)
+    folder = checkpoint_folders.latest(run_dir)
     assert folder is not None
-    return float(next(checkpoint.read_parameters(folder))[1][0, 0])
+    return float(next(load.read_parameters(folder))[1][0, 0])
 
 
 def test_nothing_waits_for_the_writer(tmp_path: Path, gate: _Gate) -> None:
@@ -76,12 +79,12 @@ def test_nothing_waits_for_the_writer(tmp_path: Path, gate: _Gate) -> None:
     for _ in range(3):
         assert not saving.poll()
     assert not saving.over
-    assert checkpoint.latest(tmp_path) is None
+    assert checkpoint_folders.latest(tmp_path) is None
     gate.open.set()
     saving.finish()
     assert saving.over
-    assert saving.folder == checkpoint.latest(tmp_path)
-    assert checkpoint.problems(saving.folder) == []
+    assert saving.folder == checkpoint_folders.latest(tmp_path)
+    assert load.problems(saving.folder) == []
 
 
 def test_polling_alone_publishes(tmp_path: Path) -> None:
@@ -90,7 +93,7 @@ def test_polling_alone_publishes(tmp_path: Path) -> None:
     while not saving.poll():
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert checkpoint.latest(tmp_path) == saving.folder
+    assert checkpoint_folders.latest(tmp_path) == saving.folder
 
 
 def test_only_the_work_of_the_threads_is_counted(
@@ -100,9 +103,9 @@ def test_only_the_work_of_the_threads_is_counted(
         time.sleep(0.3)
         publish(folder, manifest)
 
-    publish = background.publish
-    monkeypatch.setattr(background, "publish", publish_slowly)
-    monkeypatch.setattr(background, "save_file", background.save_file)  # put back in the end
+    publish = save.publish
+    monkeypatch.setattr(save, "publish", publish_slowly)
+    monkeypatch.setattr(save, "save_file", save.save_file)  # put back in the end
     _write_slowly(0.2)
     saving = _start(tmp_path, 1)
     while not saving.over:
@@ -139,7 +142,11 @@ def test_what_comes_afterwards_comes_after_publication(tmp_path: Path) -> None:
     found = []
     fragments = capture(plain_fragments()).fragments
     saving = BackgroundSave(
-        tmp_path, fragments, Alone(), contents(1), lambda: found.append(checkpoint.latest(tmp_path))
+        tmp_path,
+        fragments,
+        Alone(),
+        contents(1),
+        lambda: found.append(checkpoint_folders.latest(tmp_path)),
     )
     saving.finish()
     assert found == [saving.folder]
@@ -151,14 +158,14 @@ def test_an_abandoned_save_stays_hidden(
     gate.open.set()
     _start(tmp_path, 1).finish()
     gate.open.clear()
-    monkeypatch.setattr(background, "_PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(save, "_PATIENCE_SECONDS", 0.05)
     saving = _start(tmp_path, 2)
     started = time.monotonic()
     saving.abandon()
     assert time.monotonic() - started < 10
     assert saving.over
     assert _first_value(tmp_path) == 1.0
-    assert checkpoint.saved_steps(tmp_path) == [1]
+    assert checkpoint_folders.saved_steps(tmp_path) == [1]
 
 
 def _no_rename(path: Path, target: Path) -> None:
@@ -235,7 +242,7 @@ def test_a_full_disk_costs_nothing_but_the_checkpoint(small_disk: Path) -> None:
         assert _first_value(small_disk) == (0.0 if message else 2.0)
         outcomes.add("failed" if message else "saved")
         for folder in (small_disk / "checkpoints").glob("step_*"):
-            assert checkpoint.problems(folder) == []
+            assert load.problems(folder) == []
         (small_disk / "filler").unlink()
         (small_disk / "checkpoints" / "latest").write_text("step_00000001\n")
         shutil.rmtree(small_disk / "checkpoints" / "step_00000002", ignore_errors=True)
@@ -288,7 +295,7 @@ def _write_slowly(seconds: float) -> list[int]:
         with lock:
             now -= 1
 
-    background.save_file = write
+    save.save_file = write
     return writing
 
 
@@ -307,11 +314,17 @@ def test_slow_writing_changes_nothing_of_a_run(shards: Path, tmp_path: Path) -> 
     run_ranks(train_small, 2, config, plain)
     writing = run_ranks(_train_slowly, 2, config, slow, 0.4)
     assert writing == [[1] * 6] * 2, "one save at a time, and all that were due"
-    assert checkpoint.saved_steps(slow) == [3, 4, 6, 7, 9, 10] == checkpoint.saved_steps(plain)
+    assert (
+        checkpoint_folders.saved_steps(slow)
+        == [3, 4, 6, 7, 9, 10]
+        == checkpoint_folders.saved_steps(plain)
+    )
     assert losses(slow) == losses(plain)
-    for step in checkpoint.saved_steps(slow):
-        folders = [run / "checkpoints" / checkpoint.folder_name(step) for run in (slow, plain)]
-        assert checkpoint.problems(folders[0]) == []
+    for step in checkpoint_folders.saved_steps(slow):
+        folders = [
+            run / "checkpoints" / checkpoint_folders.folder_name(step) for run in (slow, plain)
+        ]
+        assert load.problems(folders[0]) == []
         ours, theirs = (_saved(folder) for folder in folders)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs), step
@@ -319,7 +332,7 @@ def test_slow_writing_changes_nothing_of_a_run(shards: Path, tmp_path: Path) -> 
 
 def _saved(folder: Path) -> dict[str, torch.Tensor]:
     """Masters and moments."""
-    manifest = checkpoint.read_manifest(folder)
+    manifest = checkpoint_manifest.read_manifest(folder)
     targets = [
         Fragment(
             name,
@@ -331,7 +344,7 @@ def _saved(folder: Path) -> dict[str, torch.Tensor]:
         )
         for name, parameter in manifest.parameters.items()
     ]
-    checkpoint.load(folder, targets)
+    load.load(folder, targets)
     return {f"{key}/{f.name}": view for f in targets for key, view in f.views.items()}
 
 
@@ -339,7 +352,7 @@ def _train_while_writing(world: World, config: RunConfig, run_dir: Path) -> list
     """The checkpoint of step 4 is not written before step 7 is done."""
     events: list[str] = []
     seventh = threading.Event()
-    take_step = trainer._Run.train_step
+    take_step = loop._Run.train_step
 
     def step(run: Any, rank_step: Any) -> Any:
         result = take_step(run, rank_step)
@@ -354,8 +367,8 @@ def _train_while_writing(world: World, config: RunConfig, run_dir: Path) -> list
         save_file(tensors, path)
         events.append(f"written {path.parent.name}")
 
-    trainer._Run.train_step = step  # type: ignore[method-assign]
-    background.save_file = write
+    loop._Run.train_step = step  # type: ignore[method-assign]
+    save.save_file = write
     train_small(world, config, run_dir)
     return events
 
@@ -371,7 +384,7 @@ def test_steps_are_taken_while_a_checkpoint_is_written(shards: Path, tmp_path: P
         begun = events.index("writing .step_00000004.partial")
         done = events.index("written .step_00000004.partial")
         assert [e for e in events[begun:done] if "step " in e] == ["step 5", "step 6", "step 7"]
-    assert checkpoint.saved_steps(tmp_path / "run") == [4, 8, 12]
+    assert checkpoint_folders.saved_steps(tmp_path / "run") == [4, 8, 12]
 
 
 def _full_at(steps: tuple[int, ...]) -> None:
@@ -383,7 +396,7 @@ def _full_at(steps: tuple[int, ...]) -> None:
             raise OSError(28, "No space left on device")
         save_file(tensors, path)
 
-    background.save_file = write
+    save.save_file = write
 
 
 def _train_with_a_full_disk(
@@ -391,14 +404,14 @@ def _train_with_a_full_disk(
 ) -> tuple[str, str]:
     if world.rank == 1:
         _full_at(steps)
-    take_step = trainer._Run.train_step
+    take_step = loop._Run.train_step
 
     def step(run: Any, rank_step: Any) -> Any:
         if run.state.step + 1 == stop_at and world.is_first:
             os.kill(os.getpid(), signal.SIGTERM)
         return take_step(run, rank_step)
 
-    trainer._Run.train_step = step  # type: ignore[method-assign]
+    loop._Run.train_step = step  # type: ignore[method-assign]
     try:
         train_small(world, config, run_dir)
     except UserError as error:
@@ -412,7 +425,7 @@ def test_a_checkpoint_that_fails_costs_only_itself(shards: Path, tmp_path: Path)
     run_ranks(train_small, 2, config, whole)
     # one at a boundary, one in a stage
     assert run_ranks(_train_with_a_full_disk, 2, config, run, (4, 9)) == [("done", "")] * 2
-    assert checkpoint.saved_steps(run) == [3, 6, 7, 10]
+    assert checkpoint_folders.saved_steps(run) == [3, 6, 7, 10]
     assert not list((run / "checkpoints").glob(".step_*"))
     warnings = [
         line for line in (run / "train.log").read_text().splitlines() if "was not saved" in line
@@ -436,14 +449,14 @@ def test_a_run_that_can_save_nothing_ends(shards: Path, tmp_path: Path) -> None:
 
 
 def _run_out_of_memory(world: World, config: RunConfig, run_dir: Path, at_step: int) -> str:
-    take_step = trainer._Run.train_step
+    take_step = loop._Run.train_step
 
     def step(run: Any, rank_step: Any) -> Any:
         if run.state.step + 1 == at_step:
             raise torch.OutOfMemoryError("the deeper model does not fit")
         return take_step(run, rank_step)
 
-    trainer._Run.train_step = step  # type: ignore[method-assign]
+    loop._Run.train_step = step  # type: ignore[method-assign]
     _write_slowly(1.0)
     with pytest.raises(torch.OutOfMemoryError):
         train_small(world, config, run_dir)
@@ -490,11 +503,11 @@ def test_what_fails_after_publication_is_not_called_a_lost_checkpoint(
         publish(folder, manifest)
         raise OSError(5, "Input/output error")
 
-    publish = background.publish
-    monkeypatch.setattr(background, "publish", late)
+    publish = save.publish
+    monkeypatch.setattr(save, "publish", late)
     with pytest.raises(CheckpointError, match="was saved, but may not outlast a power failure"):
         save_state(tmp_path, 1, plain_fragments())
-    assert checkpoint.problems(tmp_path / "checkpoints" / "step_00000001") == []
+    assert load.problems(tmp_path / "checkpoints" / "step_00000001") == []
 
 
 def test_a_failure_where_latest_cannot_be_read_is_still_one_of_checkpoints(
@@ -506,8 +519,8 @@ def test_a_failure_where_latest_cannot_be_read_is_still_one_of_checkpoints(
     def full(tensors: Any, path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(background, "named_by_latest", stale)
-    monkeypatch.setattr(background, "save_file", full)
+    monkeypatch.setattr(save, "named_by_latest", stale)
+    monkeypatch.setattr(save, "save_file", full)
     with pytest.raises(CheckpointError, match=r"No space left.*latest cannot be read \(Stale"):
         save_state(tmp_path, 1, plain_fragments())
 
@@ -534,7 +547,7 @@ def _train_until(
 ) -> str:
     """Something happens in `at_step`, when the checkpoint before it is still being written."""
     _write_slowly(seconds)
-    take_step = trainer._Run.train_step
+    take_step = loop._Run.train_step
 
     def step(run: Any, rank_step: Any) -> Any:
         if run.state.step + 1 == at_step:
@@ -548,7 +561,7 @@ def _train_until(
                 raise RuntimeError("a broken rank")
         return take_step(run, rank_step)
 
-    trainer._Run.train_step = step  # type: ignore[method-assign]
+    loop._Run.train_step = step  # type: ignore[method-assign]
     try:
         train_small(world, config, run_dir)
     except NonFiniteError as error:
@@ -564,7 +577,7 @@ def test_a_loss_that_is_not_finite_does_not_cost_the_checkpoint_under_way(
     found = run_ranks(_train_until, 2, config, run, 1.0, 5, "not finite")
     assert found == ["the loss is nan"] * 2
     assert (run / "checkpoints" / "latest").read_text().strip() == "step_00000004"
-    assert checkpoint.problems(run / "checkpoints" / "step_00000004") == []
+    assert load.problems(run / "checkpoints" / "step_00000004") == []
 
 
 @pytest.mark.parametrize("how", ["killed", pytest.param("broken", marks=slow)])
@@ -577,9 +590,9 @@ def test_a_rank_that_dies_while_saving_costs_only_that_checkpoint(
     message = "exit code -9" if how == "killed" else "a broken rank"
     with pytest.raises(RankError, match=message):
         run_ranks(_train_until, 2, config, run, 1.5, 9, how)
-    assert checkpoint.saved_steps(run) == [4]
+    assert checkpoint_folders.saved_steps(run) == [4]
     assert run_ranks(train_small, 2, config, run, True) == [12, 12]
-    assert checkpoint.saved_steps(run) == [4, 8, 12]
+    assert checkpoint_folders.saved_steps(run) == [4, 8, 12]
     assert not list((run / "checkpoints").glob(".step_*"))
     assert losses(run) == losses(whole)
     ours, theirs = parameters(run), parameters(whole)
@@ -631,7 +644,7 @@ def test_an_interrupted_process_ends_though_a_save_is_under_way(
     )
     assert done.returncode == 130, done.stderr
     assert time.monotonic() - started < 90
-    assert checkpoint.saved_steps(tmp_path / "run") == []
+    assert checkpoint_folders.saved_steps(tmp_path / "run") == []
 
 
 def _train_with_one_copy(world: World, config: RunConfig, run_dir: Path) -> None:
@@ -645,4 +658,4 @@ def _train_with_one_copy(world: World, config: RunConfig, run_dir: Path) -> None
 def test_a_boundary_uses_the_copy_that_its_save_made(shards: Path, tmp_path: Path) -> None:
     config = small_recipe(tmp_path, shards, "engine.deepspeed=zero0")
     run_ranks(_train_with_one_copy, 1, config, tmp_path / "run")
-    assert checkpoint.saved_steps(tmp_path / "run") == [4, 7, 9, 10]
+    assert checkpoint_folders.saved_steps(tmp_path / "run") == [4, 7, 9, 10]

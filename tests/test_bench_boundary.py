@@ -11,7 +11,7 @@ from stacking_ds.bench.boundary import measure_boundary
 from stacking_ds.bench.boundary_table import boundary_table, boundary_targets
 from stacking_ds.bench.workload import Workload
 from stacking_ds.cli import main
-from stacking_ds.distributed import World
+from stacking_ds.distributed.world import World
 from tests.ranks import RankError, run_ranks
 
 TINY = {

@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 
 from stacking_ds.bench.bytes_sent import BytesSent, written_bytes
-from stacking_ds.distributed import World
+from stacking_ds.distributed.world import World
 from tests.ranks import run_ranks
 
 N = 1200  # fp32 elements; 2 and 3 ranks divide them

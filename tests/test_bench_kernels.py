@@ -11,12 +11,7 @@ import torch
 from stacking_ds.bench import kernels_clock, kernels_operations
 from stacking_ds.bench.kernels_attention import attention_flops, measure_attention, packed_lengths
 from stacking_ds.bench.kernels_clock import CpuClock, Entrant, GpuClock, race
-from stacking_ds.bench.kernels_operations import (
-    OPERATIONS,
-    Sizes,
-    measure_operations,
-    subjects,
-)
+from stacking_ds.bench.kernels_operations import OPERATIONS, Sizes, measure_operations, subjects
 from stacking_ds.bench.kernels_products import measure_products
 from stacking_ds.bench.kernels_table import kernel_targets, kernels_table
 from stacking_ds.bench.targets import Target

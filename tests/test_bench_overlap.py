@@ -8,7 +8,7 @@ import pytest
 from stacking_ds.bench.overlap import overlap_options, overlap_table
 from stacking_ds.bench.workload import Workload
 from stacking_ds.cli import main
-from stacking_ds.distributed import World
+from stacking_ds.distributed.world import World
 from tests.ranks import run_ranks
 
 

@@ -10,11 +10,11 @@ from stacking_ds.bench.bytes_sent import BytesSent
 from stacking_ds.bench.crossing import LabelledWorld
 from stacking_ds.bench.planner import MODELS, Growth, PerRank, price
 from stacking_ds.bench.workload import Workload
-from stacking_ds.boundary import capture_engine, install_state
 from stacking_ds.cli import main
-from stacking_ds.distributed import World
-from stacking_ds.engine import release_engine
-from stacking_ds.model.config import BertConfig
+from stacking_ds.distributed.world import World
+from stacking_ds.engine.build import release_engine
+from stacking_ds.growth.boundary import capture_engine, install_state
+from stacking_ds.model.bert_config import BertConfig
 from tests.ranks import run_ranks
 
 LAYER = 7_087_872  # BERT-base: 12 * 768^2 weights and 13 * 768 biases and LayerNorms

@@ -35,12 +35,12 @@ from stacking_ds.bench.step_rivals import (
 from stacking_ds.bench.step_table import step_table, step_targets
 from stacking_ds.bench.targets import Target
 from stacking_ds.cli import main
-from stacking_ds.distributed import World
+from stacking_ds.distributed.world import World
 from stacking_ds.errors import ConfigError
 from stacking_ds.kernels.operations import Operations
 from stacking_ds.model.bert import BertForPreTraining
-from stacking_ds.model.config import BertConfig
-from stacking_ds.model.names import to_hugging_face
+from stacking_ds.model.bert_config import BertConfig
+from stacking_ds.model.parameter_names import to_hugging_face
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")

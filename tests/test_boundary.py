@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-from stacking_ds import checkpoint, zero
-from stacking_ds.boundary import capture_engine, install_state
-from stacking_ds.distributed import World
-from stacking_ds.engine import release_engine, take_step
+from stacking_ds.checkpoint import load, save
+from stacking_ds.distributed.world import World
+from stacking_ds.engine.build import release_engine, take_step
+from stacking_ds.engine.zero import loss_scale, sharded_state
 from stacking_ds.errors import StageError
-from stacking_ds.fragments import MASTER, MOMENTS
+from stacking_ds.growth.boundary import capture_engine, install_state
 from stacking_ds.growth.operators import layer_map, source_name
+from stacking_ds.sharding.fragments import MASTER, MOMENTS
 from tests.checkpoints import contents
 from tests.ranks import run_ranks
 from tests.sharded import start_engine, train_engine, whole_state
@@ -46,21 +47,21 @@ def _grow_in_fp16(world: World, zero_stage: int) -> Any:
 
     get_accelerator().is_fp16_supported = lambda: True  # a CPU can, slowly
     engine = start_engine(world, zero_stage, "fp16")
-    zero.set_loss_scale(engine, 256.0)
+    loss_scale.set_loss_scale(engine, 256.0)
     train_engine(world, engine, range(1))
     for _ in range(2):  # DeepSpeed forgives the first overflow, and lowers its scale then
         engine.backward(1e30 * tiny_loss(engine, tiny_batch(1), slice(None)))
         take_step(engine)
     assert engine.skipped_steps == 2
-    before, scale = whole_state(world, engine), zero.loss_scale(engine)
+    before, scale = whole_state(world, engine), loss_scale.loss_scale(engine)
     state = capture_engine(engine)
     release_engine(engine)
     engine = start_engine(world, zero_stage, "fp16", depth=4, seed=99)
     install_state(engine, state, LAYERS, "carry", world)
-    assert zero.loss_scale(engine) == scale < 256.0
-    assert zero.optimizer_step(engine) == 1
+    assert loss_scale.loss_scale(engine) == scale < 256.0
+    assert sharded_state.optimizer_step(engine) == 1
     after = whole_state(world, engine)
-    weights = {name: weight.clone() for name, weight in zero.whole_weights(engine).items()}
+    weights = {name: weight.clone() for name, weight in sharded_state.whole_weights(engine).items()}
     train_engine(world, engine, range(2, 3))
     assert engine.skipped_steps == 0
     release_engine(engine)
@@ -82,18 +83,18 @@ def test_growth_in_fp16_is_exact_after_skipped_steps(ranks: int, zero_stage: int
 def _grow_after_restoring(world: World, run_dir: Path) -> Any:
     engine = start_engine(world, 2, "bf16")
     train_engine(world, engine, range(2))
-    folder = checkpoint.save(run_dir, zero.fragments(engine), world, contents(2))
+    folder = save.save(run_dir, sharded_state.fragments(engine), world, contents(2))
     release_engine(engine)
     engine = start_engine(world, 1, "bf16", seed=99)
-    zero.seed_moments(engine, 2)
-    checkpoint.load(folder, zero.fragments(engine), world=world)
-    zero.refresh(engine)
+    sharded_state.seed_moments(engine, 2)
+    load.load(folder, sharded_state.fragments(engine), world=world)
+    sharded_state.refresh(engine)
     before = whole_state(world, engine)
     state = capture_engine(engine)
     release_engine(engine)
     engine = start_engine(world, 1, "bf16", depth=4, seed=99)
     install_state(engine, state, LAYERS, "carry", world)
-    weights = {name: weight.clone() for name, weight in zero.whole_weights(engine).items()}
+    weights = {name: weight.clone() for name, weight in sharded_state.whole_weights(engine).items()}
     release_engine(engine)
     return before, weights
 

@@ -8,13 +8,14 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from stacking_ds import checkpoint, zero
-from stacking_ds.checkpoint import background
+from stacking_ds.checkpoint import folders, load, save
+from stacking_ds.checkpoint import manifest as checkpoint_manifest
 from stacking_ds.checkpoint.manifest import Parameter, RankFile, rank_file_name
-from stacking_ds.distributed import World
-from stacking_ds.engine import release_engine
+from stacking_ds.distributed.world import World
+from stacking_ds.engine.build import release_engine
+from stacking_ds.engine.zero import sharded_state
 from stacking_ds.errors import CheckpointError
-from stacking_ds.fragments import MASTER, MOMENTS
+from stacking_ds.sharding.fragments import MASTER, MOMENTS
 from tests.checkpoints import contents, plain_fragments, rank_fragments, save_state
 from tests.ranks import run_ranks
 from tests.sharded import start_engine, train_engine, whole_state
@@ -26,16 +27,16 @@ Place = tuple[int, str]  # a ZeRO stage and a precision
 
 
 def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
-    assert checkpoint.latest(tmp_path) is None
+    assert folders.latest(tmp_path) is None
     folder = save_state(tmp_path, 7, plain_fragments(value=0.5))
-    assert checkpoint.latest(tmp_path) == folder
+    assert folders.latest(tmp_path) == folder
     assert folder == tmp_path / "checkpoints" / "step_00000007"
-    manifest = checkpoint.read_manifest(folder)
+    manifest = checkpoint_manifest.read_manifest(folder)
     assert (manifest.step, manifest.optimizer_step, manifest.loss_scale) == (7, 7, 128.0)
     assert manifest.train_state == {"step": 7, "samples_seen": 448}
     assert manifest.package_versions["torch"] == importlib.metadata.version("torch")
     targets = plain_fragments()
-    checkpoint.load(folder, targets)
+    load.load(folder, targets)
     for target, source in zip(targets, plain_fragments(value=0.5), strict=True):
         for key in (MASTER, *MOMENTS):
             assert torch.equal(target.views[key], source.views[key])
@@ -43,7 +44,7 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
 
 def test_parameters_are_read_whole_and_in_order(tmp_path: Path) -> None:
     folder = save_state(tmp_path, 1, plain_fragments("ba"))
-    found = list(checkpoint.read_parameters(folder))
+    found = list(load.read_parameters(folder))
     assert [name for name, _ in found] == ["b", "a"]
     assert found[1][1].tolist() == [[10, 11, 12], [13, 14, 15]]
 
@@ -53,12 +54,12 @@ def test_pruning_keeps_the_newest_the_boundaries_and_the_latest(tmp_path: Path) 
         save_state(tmp_path, step, plain_fragments())
     (tmp_path / "checkpoints" / ".step_00000006.partial").mkdir()
     (tmp_path / "checkpoints" / "latest").write_text("step_00000003\n")
-    checkpoint.prune(tmp_path, keep_last=1, keep_steps={2})
+    folders.prune(tmp_path, keep_last=1, keep_steps={2})
     # 1 is old; 4 and 5 lie beyond the one that somebody went back to, and do not count
-    assert checkpoint.saved_steps(tmp_path) == [2, 3, 4, 5]
+    assert folders.saved_steps(tmp_path) == [2, 3, 4, 5]
     save_state(tmp_path, 4, plain_fragments())
-    checkpoint.prune(tmp_path, keep_last=1, keep_steps={2})
-    assert checkpoint.saved_steps(tmp_path) == [2, 4, 5]
+    folders.prune(tmp_path, keep_last=1, keep_steps={2})
+    assert folders.saved_steps(tmp_path) == [2, 4, 5]
     names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
     assert names == {"latest", "step_00000002", "step_00000004", "step_00000005"}
 
@@ -66,7 +67,7 @@ def test_pruning_keeps_the_newest_the_boundaries_and_the_latest(tmp_path: Path) 
 def test_a_step_saved_again_replaces_the_old_one(tmp_path: Path) -> None:
     save_state(tmp_path, 1, plain_fragments())
     folder = save_state(tmp_path, 1, plain_fragments(value=0.25))
-    assert next(checkpoint.read_parameters(folder))[1][0, 0] == 0.25
+    assert next(load.read_parameters(folder))[1][0, 0] == 0.25
     assert sorted(path.name for path in folder.parent.iterdir()) == ["latest", "step_00000001"]
 
 
@@ -83,7 +84,7 @@ def test_moments_that_were_not_there_yet_become_zero(tmp_path: Path) -> None:
             del fragment.views[key]  # type: ignore[attr-defined]
     folder = save_state(tmp_path, 0, saved)
     targets = plain_fragments(value=9.0)
-    checkpoint.load(folder, targets)
+    load.load(folder, targets)
     assert torch.equal(targets[1].views[MASTER], saved[1].views[MASTER])
     assert not any(targets[1].views[key].any() for key in MOMENTS)
 
@@ -95,7 +96,7 @@ def test_a_manifest_does_not_grow_with_ranks_times_parameters(tmp_path: Path) ->
             RankFile(name=rank_file_name(rank), size_bytes=10**6, checksums=("c" * 32,))
             for rank in range(ranks)
         ]
-        manifest = checkpoint.Manifest(
+        manifest = checkpoint_manifest.Manifest(
             **contents(1).model_dump(exclude={"optimizer_step"}),
             optimizer_step=0,
             package_versions={},
@@ -117,7 +118,7 @@ def test_a_latest_that_leads_nowhere_names_the_others(tmp_path: Path) -> None:
     save_state(tmp_path, 1, plain_fragments())
     (tmp_path / "checkpoints" / "latest").write_text("step_00000009\n")
     with pytest.raises(CheckpointError, match=r"step_00000009.*there is: step_00000001"):
-        checkpoint.latest(tmp_path)
+        folders.latest(tmp_path)
 
 
 # ------------------------------------------------------------------ on ranks
@@ -127,7 +128,9 @@ def _save_trained(world: World, run_dir: Path, place: Place) -> Any:
     engine = start_engine(world, *place)
     train_engine(world, engine, range(3))
     state = whole_state(world, engine)
-    save_state(run_dir, zero.optimizer_step(engine), zero.fragments(engine), world)
+    save_state(
+        run_dir, sharded_state.optimizer_step(engine), sharded_state.fragments(engine), world
+    )
     return state
 
 
@@ -135,15 +138,15 @@ def _load_at(world: World, run_dir: Path, places: list[Place]) -> Any:
     states = []
     for place in places:
         engine = start_engine(world, *place, seed=99)
-        folder = checkpoint.latest(run_dir)
+        folder = folders.latest(run_dir)
         assert folder is not None
-        zero.seed_moments(engine, checkpoint.read_manifest(folder).optimizer_step)
-        checkpoint.load(folder, zero.fragments(engine), world=world)
-        zero.refresh(engine)
+        sharded_state.seed_moments(engine, checkpoint_manifest.read_manifest(folder).optimizer_step)
+        load.load(folder, sharded_state.fragments(engine), world=world)
+        sharded_state.refresh(engine)
         state = whole_state(world, engine)
         if SAMPLES % world.size == 0:
             train_engine(world, engine, range(3, 5))
-        states.append((state, whole_state(world, engine), zero.optimizer_step(engine)))
+        states.append((state, whole_state(world, engine), sharded_state.optimizer_step(engine)))
         release_engine(engine)
     return states if world.is_first else None
 
@@ -198,7 +201,7 @@ def _one_rank_cannot_write(world: World, run_dir: Path) -> str:
         raise OSError(28, "No space left on device")
 
     if world.rank == 1:
-        background.save_file = full
+        save.save_file = full
     try:
         save_state(run_dir, 2, rank_fragments(world, 2.0), world)
     except CheckpointError as error:
@@ -219,10 +222,10 @@ def _save_after_a_crash(world: World, run_dir: Path) -> None:
 
 
 def _one_rank_cannot_read(world: World, run_dir: Path) -> str:
-    folder = checkpoint.latest(run_dir)
+    folder = folders.latest(run_dir)
     assert folder is not None
     try:
-        checkpoint.load(folder, rank_fragments(world, 0.0), world=world)
+        load.load(folder, rank_fragments(world, 0.0), world=world)
     except CheckpointError as error:
         return str(error)
     return "no error"

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from stacking_ds import checkpoint
-from stacking_ds.checkpoint import background
+from stacking_ds.checkpoint import folders, load, save
+from stacking_ds.checkpoint import manifest as checkpoint_manifest
 from stacking_ds.checkpoint import reader as reading
-from stacking_ds.distributed import World
+from stacking_ds.distributed.world import World
 from stacking_ds.errors import CheckpointError
-from stacking_ds.fragments import MASTER, MOMENTS, Cut, Fragment
+from stacking_ds.sharding.fragments import MASTER, MOMENTS, Cut, Fragment
 from tests.checkpoints import plain_fragments, rank_fragments, save_state
 from tests.ranks import run_ranks
 
@@ -24,7 +24,7 @@ CHUNK_BYTES = 64
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(background, "CHUNK_BYTES", CHUNK_BYTES)
+    monkeypatch.setattr(save, "CHUNK_BYTES", CHUNK_BYTES)
 
 
 def _flip(path: Path, place: int) -> None:
@@ -35,7 +35,7 @@ def _flip(path: Path, place: int) -> None:
 
 def _error_of(folder: Path, targets: list[Fragment] | None = None) -> str:
     with pytest.raises(CheckpointError) as caught:
-        checkpoint.load(folder, targets or plain_fragments())
+        load.load(folder, targets or plain_fragments())
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -95,14 +95,14 @@ def test_damage_is_named_and_the_previous_checkpoint_offered(tmp_path: Path, kin
     latest = tmp_path / "checkpoints" / "latest"
     remedy = f"go on from step_00000900: `stacking-ds checkpoint use {tmp_path} step_00000900`, and"
     assert remedy in message
-    [problem] = checkpoint.problems(folder)
+    [problem] = load.problems(folder)
     assert str(problem).startswith(str(folder))
     # the remedy works
     latest.write_text("step_00000900\n")
-    found = checkpoint.latest(tmp_path)
+    found = folders.latest(tmp_path)
     assert found is not None
     targets = plain_fragments()
-    checkpoint.load(found, targets)
+    load.load(found, targets)
     assert targets[0].views[MASTER][0] == 900
 
 
@@ -129,15 +129,15 @@ def test_no_byte_of_a_file_can_change_unnoticed(tmp_path: Path) -> None:
     for place in range(len(original)):
         _flip(folder / FILE, place)
         assert "is damaged" in _error_of(folder, plain_fragments("a"))
-        assert "1 of " in str(checkpoint.problems(folder)[0])
+        assert "1 of " in str(load.problems(folder)[0])
         (folder / FILE).write_bytes(original)
-    assert checkpoint.problems(folder) == []
+    assert load.problems(folder) == []
 
 
 def test_no_byte_of_a_manifest_can_change_unnoticed(tmp_path: Path) -> None:
     folder = save_state(tmp_path, 1, plain_fragments("a"))
     path = folder / "manifest.json"
-    original, before = path.read_bytes(), checkpoint.read_manifest(folder)
+    original, before = path.read_bytes(), checkpoint_manifest.read_manifest(folder)
     noticed = 0
     for place in range(len(original)):
         for bit in (1, 4, 32):
@@ -145,7 +145,7 @@ def test_no_byte_of_a_manifest_can_change_unnoticed(tmp_path: Path) -> None:
                 original[:place] + bytes([original[place] ^ bit]) + original[place + 1 :]
             )
             try:
-                found = checkpoint.read_manifest(folder)
+                found = checkpoint_manifest.read_manifest(folder)
             except CheckpointError as error:
                 noticed += str(error).startswith(f"{path} is ")
             else:
@@ -164,7 +164,7 @@ def test_a_checkpoint_of_version_1_is_refused(tmp_path: Path) -> None:
 
 def test_a_manifest_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
     folder = save_state(tmp_path, 1, plain_fragments())
-    manifest = checkpoint.read_manifest(folder)
+    manifest = checkpoint_manifest.read_manifest(folder)
     [file] = manifest.files
     a = manifest.parameters["a"]
     for change, what in (
@@ -197,7 +197,7 @@ def test_the_manifest_of_another_model_does_not_fit_the_files(tmp_path: Path, na
     message = _error_of(folder, plain_fragments(names))
     assert f"{folder / FILE} is damaged: " in message
     assert "go on from step_00000001" in message
-    assert len(checkpoint.problems(folder)) == 1
+    assert len(load.problems(folder)) == 1
 
 
 # ------------------------------------------------------------------ what is read, and no more
@@ -220,14 +220,14 @@ def test_damage_matters_where_it_is_read(tmp_path: Path) -> None:
     for start, stop in ((0, 450), (550, 1000)):
         targets = _wide(start, stop)
         targets[0].views[MASTER].zero_()
-        checkpoint.load(folder, targets)
+        load.load(folder, targets)
         assert torch.equal(targets[0].views[MASTER], torch.arange(1000.0)[start:stop])
     for start, stop in ((0, 501), (500, 501), (500, 1000)):
         assert FILE in _error_of(folder, _wide(start, stop))
     with pytest.raises(CheckpointError, match="is damaged"):
-        dict(checkpoint.read_parameters(folder))
+        dict(load.read_parameters(folder))
     chunk = _place_of(folder, 500) // CHUNK_BYTES
-    [problem] = checkpoint.problems(folder)
+    [problem] = load.problems(folder)
     assert f"{FILE} is damaged: 1 of " in str(problem)
     assert f"the first at byte {chunk * CHUNK_BYTES}" in str(problem)
 
@@ -240,10 +240,10 @@ def test_the_chunks_of_an_interval_are_verified_and_no_others(
 
     def checksum(data: memoryview) -> str:
         hashed.append(bytes(data))
-        return background.checksum(data)
+        return save.checksum(data)
 
     monkeypatch.setattr(reading, "checksum", checksum)
-    reader = reading.FragmentReader(folder, checkpoint.read_manifest(folder))
+    reader = reading.FragmentReader(folder, checkpoint_manifest.read_manifest(folder))
     view = torch.zeros(100)
     reader.fill(view, MASTER, "w", 200, 300)
     assert torch.equal(view, torch.arange(200.0, 300.0))
@@ -257,13 +257,13 @@ def test_the_chunks_of_an_interval_are_verified_and_no_others(
 
 def _load_part(world: World, run_dir: Path, rank: int) -> str:
     """Load what `rank` of 3 saved."""
-    folder = checkpoint.latest(run_dir)
+    folder = folders.latest(run_dir)
     assert folder is not None
     cut = Cut(9, 3)
     values = torch.zeros(3)
     target = Fragment("w", (9,), *cut.interval(rank), {MASTER: values}, cut)
     try:
-        checkpoint.load(folder, [target])
+        load.load(folder, [target])
     except CheckpointError as error:
         return str(error)
     return str(values.tolist())
@@ -274,10 +274,10 @@ def _save_on_ranks(world: World, run_dir: Path) -> None:
 
 
 def _load_on_ranks(world: World, run_dir: Path) -> str:
-    folder = checkpoint.latest(run_dir)
+    folder = folders.latest(run_dir)
     assert folder is not None
     try:
-        checkpoint.load(folder, rank_fragments(world, 0.0), world=world)
+        load.load(folder, rank_fragments(world, 0.0), world=world)
     except CheckpointError as error:
         return str(error) if error.on_all_ranks else "on this rank alone"
     return "no error"
@@ -291,7 +291,7 @@ def test_only_the_files_of_the_wanted_elements_are_opened(tmp_path: Path) -> Non
     alone = World(0, 1, 0, 1, torch.device("cpu"), None)
     assert _load_part(alone, tmp_path, 2) == "[4.0, 4.0, 4.0]"
     assert "rank_00001.safetensors cannot be read" in _load_part(alone, tmp_path, 1)
-    missing, flipped = sorted(map(str, checkpoint.problems(folder)), reverse=True)
+    missing, flipped = sorted(map(str, load.problems(folder)), reverse=True)
     assert "rank_00001.safetensors cannot be read" in missing
     assert "rank_00000.safetensors is damaged" in flipped
     for message in run_ranks(_load_on_ranks, 3, tmp_path):
@@ -306,14 +306,14 @@ def test_moments_are_verified_too(tmp_path: Path) -> None:
     targets = plain_fragments(numel=100)
     for target in targets:
         del target.views[MOMENTS[1]]  # type: ignore[attr-defined]
-    checkpoint.load(folder, targets)
+    load.load(folder, targets)
     assert FILE in _error_of(folder, plain_fragments(numel=100))
 
 
 def test_a_reader_keeps_no_file_open(tmp_path: Path) -> None:
     # a process may open a thousand files, and a run may have more ranks
     folder = save_state(tmp_path, 1, plain_fragments())
-    reader = reading.FragmentReader(folder, checkpoint.read_manifest(folder))
+    reader = reading.FragmentReader(folder, checkpoint_manifest.read_manifest(folder))
     before = len(os.listdir("/proc/self/fd"))
     view = torch.empty(6)
     reader.fill(view, MASTER, "a", 0, 6)

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from stacking_ds.cli import main
-from stacking_ds.evaluate.heldout import HeldOut
+from stacking_ds.train.heldout import HeldOut
 from tests.prose import tiny_shards, write_text
 from tests.runs import small_recipe
 
@@ -205,8 +205,8 @@ def test_a_checkpoint_whose_loss_is_not_finite_is_null_in_json(
 ) -> None:
     found = HeldOut(math.inf, 0.0, math.nan, 0.5, 235)
     monkeypatch.setattr("stacking_ds.cli._job_of", lambda *_: None)
-    monkeypatch.setattr("stacking_ds.checkpoint.choice.choose", lambda *_: Path("step_00000004"))
-    monkeypatch.setattr("stacking_ds.from_checkpoint.run_heldout", lambda *_: found)
+    monkeypatch.setattr("stacking_ds.checkpoint.chosen.choose", lambda *_: Path("step_00000004"))
+    monkeypatch.setattr("stacking_ds.train.from_checkpoint.run_heldout", lambda *_: found)
     assert main(["evaluate", "run"]) == 3
     said = capsys.readouterr()
     assert json.loads(said.out, parse_constant=pytest.fail) == {

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from stacking_ds import checkpoint
+from stacking_ds.checkpoint import load
+from stacking_ds.checkpoint import manifest as checkpoint_manifest
 from stacking_ds.checkpoint.manifest import CHUNK_BYTES
 from stacking_ds.cli import main
-from stacking_ds.distributed import World
-from stacking_ds.fragments import MASTER, Cut, Fragment
+from stacking_ds.distributed.world import World
+from stacking_ds.sharding.fragments import MASTER, Cut, Fragment
 from tests.checkpoints import plain_fragments, save_state
 from tests.prose import tiny_shards
 from tests.ranks import run_ranks
@@ -175,7 +176,7 @@ def test_list_before_the_first_checkpoint(tmp_path: Path, capsys: Capture) -> No
 
 
 def test_verify_counts_what_is_whole(trained: Path, capsys: Capture) -> None:
-    numel = sum(tensor.numel() for _, tensor in checkpoint.read_parameters(_folder(trained, 10)))
+    numel = sum(tensor.numel() for _, tensor in load.read_parameters(_folder(trained, 10)))
     said = _run(capsys, "verify", trained)
     assert said.startswith(f"whole: {_folder(trained, 10)}: 2 files, ")
     assert said.endswith(f" KiB, {numel:,} parameters in 78 tensors\n")
@@ -278,7 +279,7 @@ def test_verify_of_a_copy_outside_a_run(run_dir: Path, tmp_path: Path, capsys: C
 
 def test_inspect_says_what_is_in_a_checkpoint(trained: Path, capsys: Capture) -> None:
     text = _run(capsys, "inspect", trained, "--checkpoint", "step_00000007")
-    manifest = checkpoint.read_manifest(_folder(trained, 7))
+    manifest = checkpoint_manifest.read_manifest(_folder(trained, 7))
     lines = (trained / "metrics.jsonl").read_text().splitlines()
     metrics = {line["step"]: line for line in map(json.loads, lines)}
     assert _fact(text, "step") == "7 of 10, a boundary: 4 layers come next"
@@ -305,7 +306,7 @@ def test_inspect_of_a_finished_run(trained: Path, capsys: Capture) -> None:
 def test_inspect_measures_every_parameter(trained: Path, capsys: Capture) -> None:
     text = _run(capsys, "inspect", trained, "--parameters")
     rows = text.partition("\n\n")[2].splitlines()[1:]
-    masters = dict(checkpoint.read_parameters(_folder(trained, 10)))
+    masters = dict(load.read_parameters(_folder(trained, 10)))
     assert [row.split()[0] for row in rows] == list(masters)
     for row, master in zip(rows, masters.values(), strict=True):
         mean, std, norm = map(float, row.split()[-3:])

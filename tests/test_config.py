@@ -13,9 +13,9 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stacking_ds.config import RunConfig, changed_keys
+from stacking_ds.config.recipe import load_run_config
+from stacking_ds.config.run import RunConfig, changed_keys
 from stacking_ds.errors import ConfigError, StageError
-from stacking_ds.recipe import load_run_config
 from tests.test_yaml_text import ODD_YAML
 
 REPOSITORY = Path(__file__).parents[1]
@@ -406,7 +406,7 @@ def test_bundled_recipes_exist() -> None:
 def test_reading_a_recipe_needs_nothing_heavy() -> None:
     heavy = ("torch", "deepspeed", "pandas", "pyarrow", "transformers")
     code = (
-        "import sys, stacking_ds.recipe, stacking_ds.ds_json\n"
+        "import sys, stacking_ds.config.recipe, stacking_ds.engine.ds_json\n"
         f"print([name for name in {heavy} if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

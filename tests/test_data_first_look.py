@@ -8,15 +8,15 @@ import textwrap
 import pytest
 
 from stacking_ds.cli import main
-from stacking_ds.data.manifest import read_manifest
 from stacking_ds.data.prepare.first_look import look_at, odd_documents
-from stacking_ds.data.prepare.plan import open_corpus
-from stacking_ds.data.prepare.run import prepare
+from stacking_ds.data.prepare.preparation import prepare
+from stacking_ds.data.prepare.work_plan import open_corpus
+from stacking_ds.data.shard_manifest import read_manifest
 from stacking_ds.data.sources import lines
 from stacking_ds.data.sources.documents import Reading
 from stacking_ds.data.sources.lines import start_of
 from stacking_ds.errors import DataError
-from stacking_ds.small_files import open_regular
+from stacking_ds.files import open_regular
 from tests import prose
 
 TEXTS = [" ".join(text.split()) for text in prose.documents(120, seed=3)]

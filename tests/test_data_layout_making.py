@@ -16,13 +16,13 @@ import numpy as np
 import psutil
 import pytest
 
-from stacking_ds.data import layout_store
-from stacking_ds.data.layout import LAYOUT_VERSION, LayoutSpec
-from stacking_ds.data.layout_store import find_layout, open_layout
+from stacking_ds.data import row_store
 from stacking_ds.data.loader import PretrainingData, RowOptions
+from stacking_ds.data.row_store import find_layout, open_layout
+from stacking_ds.data.rows import LAYOUT_VERSION, LayoutSpec
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.errors import DataError
-from stacking_ds.job import Job
+from stacking_ds.train.plan import Job
 from tests.runs import small_recipe
 from tests.token_shards import make_shards
 
@@ -59,7 +59,7 @@ def _rows_hash(folder: Path, name: str) -> str:
 
 @pytest.mark.parametrize("name", ROWS_OF_VERSION_1)
 def test_the_rows_of_this_version_stay_what_they_are(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(layout_store, "_TOKENS_PER_PART", 100)
+    monkeypatch.setattr(row_store, "_TOKENS_PER_PART", 100)
     assert LAYOUT_VERSION == 1, "pin the rows of the new version here"
     assert _rows_hash(tmp_path, name) == ROWS_OF_VERSION_1[name]
 
@@ -67,8 +67,8 @@ def test_the_rows_of_this_version_stay_what_they_are(tmp_path, monkeypatch, name
 def _open_and_say_who_made_it(folder: Path, barrier, answers) -> None:
     split = TokenShards.open(folder).split("train")
     made = []
-    write = layout_store._write
-    layout_store._write = lambda *arguments: made.append(1) or write(*arguments)
+    write = row_store._write
+    row_store._write = lambda *arguments: made.append(1) or write(*arguments)
     barrier.wait()
     found = open_layout(split, SPEC)
     answers.put((len(made), found.num_rows, str(found.folder)))
@@ -95,7 +95,7 @@ def test_without_a_lock_the_layout_of_the_faster_node_stays(tmp_path, monkeypatc
     split = make_shards(tmp_path, DOCUMENTS).split("train")
     first = open_layout(split, SPEC)
     inode = first.folder.stat().st_ino
-    again = layout_store._write(first.folder, split, SPEC, first.record.identity, 1)
+    again = row_store._write(first.folder, split, SPEC, first.record.identity, 1)
     assert first.folder.stat().st_ino == inode, "somebody may have mapped it"
     assert again.record == first.record
     (first.folder / "layout.json").write_text("{")
@@ -358,7 +358,7 @@ def test_an_error_of_a_worker_is_the_parents(tmp_path, monkeypatch):
 
 
 def test_many_processes_write_the_rows_that_one_writes(tmp_path, monkeypatch):
-    monkeypatch.setattr(layout_store, "_TOKENS_PER_PART", 100)
+    monkeypatch.setattr(row_store, "_TOKENS_PER_PART", 100)
     split = make_shards(tmp_path, DOCUMENTS, documents_per_shard=3).split("train")
     alone = open_layout(split, SPEC)
     shutil.rmtree(alone.folder)

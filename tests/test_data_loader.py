@@ -24,7 +24,7 @@ from stacking_ds.data.loader import (
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.data.unigram import unigram_log_probabilities, unigram_mlm_loss
 from stacking_ds.errors import ConfigError, DataError
-from stacking_ds.phases import PhaseSchedule
+from stacking_ds.schedule.phases import PhaseSchedule
 from tests import prose
 from tests.token_shards import FIRST_TOKEN, make_shards
 

@@ -10,10 +10,10 @@ import pytest
 
 from stacking_ds.cli import main
 from stacking_ds.data.prepare.finish import finish_splits
-from stacking_ds.data.prepare.plan import make_plan, open_corpus
-from stacking_ds.data.prepare.run import prepare
+from stacking_ds.data.prepare.learned_vocabulary import VocabularySample
+from stacking_ds.data.prepare.preparation import prepare
 from stacking_ds.data.prepare.unit import document_hash, words_of
-from stacking_ds.data.prepare.vocabulary import VocabularySample
+from stacking_ds.data.prepare.work_plan import make_plan, open_corpus
 from stacking_ds.data.sentences import split_sentences
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.data.sources.documents import Reading
@@ -421,7 +421,7 @@ def test_plans_share_small_files_and_cut_large_ones(tmp_path):
 
 
 def test_batch_jobs_get_lines_instead_of_a_bar(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("stacking_ds.data.commands._SECONDS_BETWEEN_LINES", -1)
+    monkeypatch.setattr("stacking_ds.commands.prepare._SECONDS_BETWEEN_LINES", -1)
     text = str(prose.write_text(tmp_path / "a.txt", 40))
     command = ["prepare", text, "--out", str(tmp_path / "out"), "--vocab-size", "300"]
     assert main([*command, "--heldout-fraction", "0.2"]) == 0

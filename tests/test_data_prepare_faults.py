@@ -13,10 +13,10 @@ import pytest
 
 from stacking_ds.cli import main
 from stacking_ds.data import shard_writer
-from stacking_ds.data.manifest import read_manifest
 from stacking_ds.data.prepare import finish
-from stacking_ds.data.prepare.run import prepare
+from stacking_ds.data.prepare.preparation import prepare
 from stacking_ds.data.prepare.unit import Rejections
+from stacking_ds.data.shard_manifest import read_manifest
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.errors import DataError
 from tests import prose

@@ -6,8 +6,8 @@ import json
 import pytest
 
 from stacking_ds.cli import main
-from stacking_ds.data import commands
-from stacking_ds.data.prepare.run import Progress, prepare
+from stacking_ds.commands import prepare as commands_prepare
+from stacking_ds.data.prepare.preparation import Progress, prepare
 from stacking_ds.data.sources import text_files
 from stacking_ds.data.tokenizer import SPECIAL_TOKENS
 from stacking_ds.errors import DataError
@@ -94,8 +94,8 @@ def test_an_array_job_with_gaps_is_refused(monkeypatch, tmp_path, capsys):
 
 def test_work_of_an_earlier_run_is_no_speed_of_this_one(tmp_path, monkeypatch, capsys):
     clock = iter(range(0, 10**6, 40))
-    monkeypatch.setattr(commands.time, "monotonic", lambda: next(clock))
-    display = commands._Display()
+    monkeypatch.setattr(commands_prepare.time, "monotonic", lambda: next(clock))
+    display = commands_prepare._Display()
     for source_bytes in (10_000_000, 60_000_000, 100_000_000):
         display(Progress("shards", 5, source_bytes, 200_000_000, kept_bytes=60_000_000))
     said = capsys.readouterr().err.splitlines()

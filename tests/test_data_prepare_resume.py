@@ -15,9 +15,9 @@ import psutil
 import pytest
 
 from stacking_ds.cli import main
-from stacking_ds.data.manifest import read_manifest
-from stacking_ds.data.prepare.run import prepare
+from stacking_ds.data.prepare.preparation import prepare
 from stacking_ds.data.sentences import split_sentences
+from stacking_ds.data.shard_manifest import read_manifest
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.data.tokenizer import build_tokenizer
 from stacking_ds.errors import DataError

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from stacking_ds.data import layout, rereading, shards
+from stacking_ds.data import rereading, rows, shards
 from stacking_ds.data.rereading import Rereading
 from stacking_ds.errors import DataError, UnreadableDataError
-from stacking_ds.job import Job
+from stacking_ds.train.plan import Job
 from tests.prose import tiny_shards
 from tests.runs import small_recipe
 
@@ -66,7 +66,7 @@ def test_whole_data_are_read_to_their_end(job: Job) -> None:
     assert not Rereading(job.shards, [], enabled=False).goes_on(60.0)
 
 
-@pytest.mark.parametrize("module", [shards, layout])
+@pytest.mark.parametrize("module", [shards, rows])
 def test_damage_is_found(job: Job, monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
     monkeypatch.setattr(module, "file_sha256", lambda path: "0" * 64)
     with _again(job) as reading:
@@ -76,7 +76,7 @@ def test_damage_is_found(job: Job, monkeypatch: pytest.MonkeyPatch, module: Any)
             reading.require_whole(7)
 
 
-@pytest.mark.parametrize("module", [shards, layout])
+@pytest.mark.parametrize("module", [shards, rows])
 @pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EACCES])
 def test_what_cannot_be_read_is_no_damage_and_tried_again(
     job: Job,
@@ -99,7 +99,7 @@ def test_what_cannot_be_read_is_no_damage_and_tried_again(
 def test_the_end_of_a_run_does_not_wait_for_what_cannot_be_read(
     job: Job, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
 ) -> None:
-    _failing(layout, monkeypatch, errno.ESTALE, times=1000)
+    _failing(rows, monkeypatch, errno.ESTALE, times=1000)
     with _again(job) as reading:
         _wait(reading)
         reading.require_whole(0)
@@ -111,7 +111,7 @@ def test_rows_that_cannot_be_read_are_not_to_be_deleted(
     job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     [data] = job.train_data.values()
-    _failing(layout, monkeypatch, errno.EACCES, times=1)
+    _failing(rows, monkeypatch, errno.EACCES, times=1)
     with pytest.raises(UnreadableDataError, match=r"cannot be read \(Permission denied\); mend"):
         list(data.verifying())
     list(data.verifying())

@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 
-from stacking_ds.data.prepare.run import prepare
+from stacking_ds.data.prepare.preparation import prepare
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.errors import DataError
 from tests import prose

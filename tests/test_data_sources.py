@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stacking_ds.data.sources.documents import Document, Fault, Reading
-from stacking_ds.data.sources.names import open_source
+from stacking_ds.data.sources.kinds import open_source
 from stacking_ds.errors import DataError
 
 TEXTS = ["The first document.\nIt has two paragraphs.", "The second döcument."]

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from stacking_ds.data.sources.documents import Document, Fault, Reading
+from stacking_ds.data.sources.kinds import open_source
 from stacking_ds.data.sources.lines import content_suffix
-from stacking_ds.data.sources.names import open_source
 from stacking_ds.errors import DataError
 from tests.test_data_sources import items_of, json_lines, texts_of
 

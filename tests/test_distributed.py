@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from stacking_ds import distributed
-from stacking_ds.distributed import StopFlag, World
-from stacking_ds.distributed.meeting import agree
+from stacking_ds.distributed import process_group
+from stacking_ds.distributed.rendezvous import agree
+from stacking_ds.distributed.stop_flag import StopFlag
+from stacking_ds.distributed.world import World
 from stacking_ds.errors import ConfigError, DataError, LostRankError
-from stacking_ds.stop_request import StopRequest
+from stacking_ds.process.stop_signals import StopRequest
 from tests.ranks import run_ranks
 
 
@@ -150,7 +151,7 @@ def test_half_a_launcher_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(ConfigError, match="WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"):
-        distributed.start()
+        process_group.start()
 
 
 def test_a_taken_port_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,21 +169,21 @@ def test_a_taken_port_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         }.items():
             monkeypatch.setenv(name, value)
         with pytest.raises(ConfigError, match=f"127.0.0.1:{port}.*--master_port"):
-            distributed.start()
-    distributed.stop()
+            process_group.start()
+    process_group.stop()
 
 
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="there is no mpirun here")
 def test_ranks_find_one_another_under_mpirun() -> None:
     program = (
-        "from stacking_ds import distributed\n"
-        "from stacking_ds.launched import rank_from_environment, world_size_from_environment\n"
-        "size = world_size_from_environment()\n"
-        "rank = rank_from_environment()\n"
-        "world = distributed.start()\n"
+        "from stacking_ds.distributed import process_group\n"
+        "from stacking_ds.process import launcher_env\n"
+        "size = launcher_env.world_size_from_environment()\n"
+        "rank = launcher_env.rank_from_environment()\n"
+        "world = process_group.start()\n"
         "ranks = world.gather((rank, world.size, world.local_rank, world.local_size, size))\n"
         "world.is_first and print(ranks)\n"
-        "distributed.stop()\n"
+        "process_group.stop()\n"
     )
     command = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable]
     done = subprocess.run(
@@ -203,4 +204,4 @@ def test_srun_without_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
     monkeypatch.delenv("SLURM_PROCID", raising=False)
     with pytest.raises(ConfigError, match="let containers pass"):
-        distributed.start()
+        process_group.start()

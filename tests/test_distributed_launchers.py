@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from stacking_ds.distributed import addresses, launchers
 from stacking_ds.distributed.launchers import complete_environment, first_host, slurm_environment
 from stacking_ds.errors import ConfigError
-from stacking_ds.launched import rank_from_environment, world_size_from_environment
+from stacking_ds.process.launcher_env import rank_from_environment, world_size_from_environment
 
 # of `srun` in a batch job of three nodes, the first two with two tasks
 STEP = {

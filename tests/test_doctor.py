@@ -18,13 +18,13 @@ from typing import Any
 import pytest
 import torch
 
-from stacking_ds.config import RunConfig
-from stacking_ds.distributed import World
-from stacking_ds.doctor import facts, places, speed
-from stacking_ds.doctor.alike import require_alike
-from stacking_ds.doctor.commands import add_doctor, report
+from stacking_ds.commands.doctor import add_doctor, report
+from stacking_ds.config.run import RunConfig
+from stacking_ds.distributed.world import World
+from stacking_ds.doctor import facts, shared_folder, speed
+from stacking_ds.doctor.agreement import require_alike
 from stacking_ds.errors import ConfigError
-from stacking_ds.job import Job
+from stacking_ds.train.plan import Job
 from tests.ranks import run_ranks
 from tests.runs import small_recipe
 from tests.token_shards import make_shards
@@ -46,7 +46,7 @@ def _another_torch() -> None:
 
 
 def _another_trainer() -> None:
-    facts._code = lambda: _code() | {"stacking_ds/trainer.py": "0" * 64}
+    facts._code = lambda: _code() | {"stacking_ds/train/loop.py": "0" * 64}
 
 
 def _a_full_disk() -> None:
@@ -141,7 +141,7 @@ def _as_node(world: World, cluster: Path) -> World:
     # what is measured is no matter here, and the machine may be busy or small
     speed._SECONDS_EACH = 0.01
     speed.measure_matmul_peak = lambda device, dtype: 2e10
-    places._PATIENCE_SECONDS = 1.0
+    shared_folder._PATIENCE_SECONDS = 1.0
     facts._free_bytes = lambda folder: 1 << 40
     facts._open_files = lambda: 10_000
     return replace(world, local_rank=0, local_size=1)
@@ -217,7 +217,7 @@ def test_all_that_would_stop_a_run_is_told_with_the_node(cluster: Path) -> None:
     _assert_told(
         _lines(results[0][1], "FAILED"),
         "versions FAILED node1: torch 2.12.0, the other 2 nodes 2.1",
-        "code FAILED node1: stacking_ds/trainer.py, other than on the other 2 nodes",
+        "code FAILED node1: stacking_ds/train/loop.py, other than on the other 2 nodes",
         "disk space FAILED node1: 1000 bytes free at the run directory, one checkpoint takes",
         "run directory FAILED node1: cannot write into",
         "matrix products FAILED node1: cannot compute (OutOfMemoryError: CUDA out of memory) ->",

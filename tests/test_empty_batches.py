@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from stacking_ds.config import RunConfig
+from stacking_ds.config.run import RunConfig
 from stacking_ds.data.batches import IGNORE_INDEX, Batch, RankStep
 from stacking_ds.data.loader import PretrainingSteps
-from stacking_ds.distributed import World
-from stacking_ds.job import Job
-from stacking_ds.meter import Interval, StepResult, TrainState
+from stacking_ds.distributed.world import World
 from stacking_ds.model.bert import BertForPreTraining
+from stacking_ds.train.metrics import Interval, StepResult, TrainState
+from stacking_ds.train.plan import Job
 from tests.prose import tiny_shards
 from tests.ranks import run_ranks
 from tests.runs import losses, metrics, parameters, small_recipe, train_small

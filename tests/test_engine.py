@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from stacking_ds import zero
-from stacking_ds.distributed import World
-from stacking_ds.ds_json import load_ds_config, resolve_ds_config
-from stacking_ds.engine import build_engine, release_engine, set_learning_rate, take_step
+from stacking_ds.distributed.world import World
+from stacking_ds.engine.build import build_engine, release_engine, set_learning_rate, take_step
+from stacking_ds.engine.ds_json import load_ds_config
+from stacking_ds.engine.ds_resolving import resolve_ds_config
+from stacking_ds.engine.zero import loss_scale, sharded_state
 from stacking_ds.errors import ConfigError
-from stacking_ds.fragments import MASTER
+from stacking_ds.sharding.fragments import MASTER
 from tests.ranks import run_ranks
 from tests.sharded import start_engine, train_engine, whole_state
 from tests.tiny import tiny_batch, tiny_loss, tiny_model, tiny_optimizer, tiny_settings, train_tiny
@@ -244,7 +245,7 @@ def _not_finite(world: World, cases: list[tuple[int, str]]) -> Any:
         norm = take_step(engine)
         after = whole_state(world, engine)
         train_engine(world, engine, range(1, 2))
-        found.append((before, norm, after, zero.optimizer_step(engine)))
+        found.append((before, norm, after, sharded_state.optimizer_step(engine)))
         release_engine(engine)
     return found if world.is_first else None
 
@@ -286,9 +287,9 @@ def _fp16(world: World) -> Any:
         engine = start_engine(world, zero_stage, "fp16", clipping=1.0)
         first = whole_state(world, engine)
         norms = train_engine(world, engine, range(3))
-        zero.set_loss_scale(engine, 1024.0)
-        state, scale = whole_state(world, engine), zero.loss_scale(engine)
-        found.append((first, norms, state, scale, zero.optimizer_step(engine)))
+        loss_scale.set_loss_scale(engine, 1024.0)
+        state, scale = whole_state(world, engine), loss_scale.loss_scale(engine)
+        found.append((first, norms, state, scale, sharded_state.optimizer_step(engine)))
         release_engine(engine)
     return found
 

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from stacking_ds import zero
-from stacking_ds.boundary import capture_engine, install_state
-from stacking_ds.distributed import World
-from stacking_ds.engine import build_engine, release_engine
+from stacking_ds.distributed.world import World
+from stacking_ds.engine.build import build_engine, release_engine
+from stacking_ds.engine.zero import sharded_state
+from stacking_ds.growth.boundary import capture_engine, install_state
 from stacking_ds.growth.operators import layer_map
 from stacking_ds.model.bert import BertForPreTraining
-from stacking_ds.model.config import BertConfig
+from stacking_ds.model.bert_config import BertConfig
 from tests.ranks import run_ranks
 from tests.sharded import start_engine, train_engine
 from tests.tiny import tiny_config, tiny_optimizer, tiny_settings
@@ -118,7 +118,7 @@ def _grow_large(world: World, zero_stage: int, precision: str) -> tuple[list[flo
         del model
         train_engine(world, engine, range(2))
         engine = _grow(world, engine, _large_config(4), zero_stage, precision)
-        state_mib = 12 * sum(math.prod(f.shape) for f in zero.fragments(engine)) / 2**20
+        state_mib = 12 * sum(math.prod(f.shape) for f in sharded_state.fragments(engine)) / 2**20
         train_engine(world, engine, range(2, 4))
         release_engine(engine)
         resident_mib.append(_resident_mib())

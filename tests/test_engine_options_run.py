@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from stacking_ds import trainer
 from stacking_ds.bench.launch import run_on_ranks
-from stacking_ds.config import EngineSection, RunConfig
-from stacking_ds.distributed import World
-from stacking_ds.kernels.choice import choose_compute
+from stacking_ds.config.run import RunConfig
+from stacking_ds.config.sections import EngineSection
+from stacking_ds.distributed.world import World
 from stacking_ds.kernels.compute import Compute
 from stacking_ds.kernels.operations import Operations, Weights
+from stacking_ds.kernels.registry import choose_compute
+from stacking_ds.train import loop
 from tests.prose import tiny_shards
 from tests.ranks import run_ranks
 from tests.runs import losses, metrics, small_recipe, train_small
@@ -64,7 +65,7 @@ def _operations_used(world: World, config: RunConfig, run_dir: Path) -> tuple[Co
         sections.add(section)
         return replace(choose_compute(section, *others), operations=Counting())
 
-    trainer.choose_compute = choose  # type: ignore[assignment]
+    loop.choose_compute = choose  # type: ignore[assignment]
     train_small(world, config, run_dir)
     return called, sections
 

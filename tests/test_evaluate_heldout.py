@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from stacking_ds.config import RunConfig
-from stacking_ds.distributed import World
-from stacking_ds.evaluate.heldout import HeldOut, evaluate_heldout
-from stacking_ds.job import Job
+from stacking_ds.config.run import RunConfig
+from stacking_ds.distributed.world import World
 from stacking_ds.model.bert import BertForPreTraining
+from stacking_ds.train.heldout import HeldOut, evaluate_heldout
+from stacking_ds.train.plan import Job
 from tests.prose import tiny_shards
 from tests.ranks import run_ranks
 from tests.runs import small_recipe

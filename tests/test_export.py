@@ -16,19 +16,19 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from stacking_ds import checkpoint, export
-from stacking_ds.checkpoint.choice import choose
-from stacking_ds.data.prepare.run import prepare
+from stacking_ds.checkpoint import hugging_face, manifest, save
+from stacking_ds.checkpoint.chosen import choose
+from stacking_ds.checkpoint.hugging_face import export_to_hugging_face
+from stacking_ds.data.prepare.preparation import prepare
 from stacking_ds.data.sentences import split_sentences
 from stacking_ds.data.shards import TokenShards
-from stacking_ds.distributed import World
+from stacking_ds.distributed.world import World
 from stacking_ds.errors import CheckpointError, ConfigError, DataError
-from stacking_ds.export import export_to_hugging_face
-from stacking_ds.fragments import MASTER, Cut, Fragment
-from stacking_ds.from_checkpoint import export_run
-from stacking_ds.job import Job
 from stacking_ds.model.bert import BertForPreTraining, parameter_shapes
-from stacking_ds.model.config import BertConfig
+from stacking_ds.model.bert_config import BertConfig
+from stacking_ds.sharding.fragments import MASTER, Cut, Fragment
+from stacking_ds.train.from_checkpoint import export_run
+from stacking_ds.train.plan import Job
 from tests.prose import documents, tiny_shards
 from tests.ranks import run_ranks
 from tests.runs import small_recipe
@@ -322,7 +322,7 @@ def test_a_failing_export_leaves_the_earlier_one_and_nothing_else(
     def full_disk(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export.shutil, "copyfile", full_disk)
+    monkeypatch.setattr(hugging_face.shutil, "copyfile", full_disk)
     with pytest.raises(
         ConfigError, match=r"cannot write the export.*No space left.*another folder"
     ):
@@ -380,11 +380,11 @@ def _save_deep(world: World, job: Job, run_dir: Path) -> tuple[float, float]:
         for name, shape in parameter_shapes(job.model_config(24)).items()
         for numel in [math.prod(shape)]
     ]
-    checkpoint.save(
+    save.save(
         run_dir,
         fragments,
         world,
-        checkpoint.Contents(
+        manifest.Contents(
             step=1,
             optimizer_step=0,
             num_hidden_layers=24,

@@ -10,9 +10,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stacking_ds import checkpoint
+from stacking_ds.checkpoint import load
 from stacking_ds.errors import CheckpointError
-from stacking_ds.fragments import MASTER
+from stacking_ds.sharding.fragments import MASTER
 from tests.checkpoints import plain_fragments, save_state
 from tests.forging import ODD_VALUES, Change, forge_header, forge_manifest, places, put
 
@@ -26,10 +26,10 @@ def _set(*path: Any, to: Any) -> Change:
 def _refused(folder: Path) -> str:
     """The sentence with which it is neither loaded nor looked through."""
     with pytest.raises(CheckpointError) as caught:
-        checkpoint.load(folder, plain_fragments())
+        load.load(folder, plain_fragments())
     with pytest.raises(CheckpointError):
-        dict(checkpoint.read_parameters(folder))
-    [problem] = checkpoint.problems(folder)
+        dict(load.read_parameters(folder))
+    [problem] = load.problems(folder)
     assert str(folder) in str(problem)
     message = str(caught.value)
     assert message.isprintable()
@@ -154,7 +154,7 @@ def test_a_header_that_cannot_be_true_is_damage(tmp_path: Path, kind: str) -> No
 def test_tensors_that_no_manifest_knows_are_told(tmp_path: Path) -> None:
     folder = save_state(tmp_path, 7, plain_fragments("abc"))
     forge_manifest(folder, lambda record: record["parameters"].pop("c"))
-    [problem] = checkpoint.problems(folder)
+    [problem] = load.problems(folder)
     assert "it holds 9 tensors instead of 6" in str(problem)
 
 
@@ -190,9 +190,9 @@ def test_whatever_is_exchanged_it_is_whole_or_damaged(tmp_path: Path, data: Any)
     forge = forge_header if path.name == FILE else forge_manifest
     forge(folder, _set(*place, to=value))
     targets = plain_fragments(value=100.0)
-    if _try(lambda: checkpoint.load(folder, targets)):
+    if _try(lambda: load.load(folder, targets)):
         expected = plain_fragments()
         for target, right in zip(targets, expected, strict=True):
             assert torch.equal(target.views[MASTER], right.views[MASTER])
-    _try(lambda: dict(checkpoint.read_parameters(folder)))
-    checkpoint.problems(folder)
+    _try(lambda: dict(load.read_parameters(folder)))
+    load.problems(folder)

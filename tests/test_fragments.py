@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stacking_ds.fragments import (
+from stacking_ds.growth.operators import layer_map, source_name
+from stacking_ds.sharding.fragments import (
     MASTER,
     Cut,
     Fragment,
@@ -15,7 +16,6 @@ from stacking_ds.fragments import (
     traffic,
     windows,
 )
-from stacking_ds.growth.operators import layer_map, source_name
 
 
 def _replicated(numel: int, ranks: int) -> Fragment:

@@ -18,8 +18,8 @@ pytest.register_assert_rewrite("tests.gpu_checks", "tests.gpu_kernel_checks")
 
 import torch
 
-from stacking_ds import distributed
-from stacking_ds.distributed import World
+from stacking_ds.distributed import process_group
+from stacking_ds.distributed.world import World
 from tests.gpu_checks import (
     check_checkpoint,
     check_growth,
@@ -46,11 +46,11 @@ precisions = pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def world() -> Iterator[World]:
     """This process as a world of one on the GPU."""
     before = dict(os.environ)
-    started = distributed.start()
+    started = process_group.start()
     assert started.device.type == "cuda"
     assert torch.get_float32_matmul_precision() == "highest", "TF32 is on"
     yield started
-    distributed.stop()
+    process_group.stop()
     os.environ.clear()
     os.environ.update(before)
 

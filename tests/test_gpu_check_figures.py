@@ -23,7 +23,7 @@ from gpu_ground import Ground, PartError
 from gpu_parts import count_tests
 from gpu_runs import checkpointing_rows, chosen_kernels, run_figures
 
-from stacking_ds.recipe import load_run_config
+from stacking_ds.config.recipe import load_run_config
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from stacking_ds.config import RunConfig
-from stacking_ds.distributed import World
+from stacking_ds.config.run import RunConfig
+from stacking_ds.distributed.world import World
 from tests.growth_against_random import table, train_arm
 from tests.prose import tiny_shards
 from tests.ranks import run_ranks

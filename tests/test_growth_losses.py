@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from stacking_ds.boundary import capture_engine, install_state
-from stacking_ds.distributed import World
-from stacking_ds.engine import release_engine
+from stacking_ds.distributed.world import World
+from stacking_ds.engine.build import release_engine
+from stacking_ds.growth.boundary import capture_engine, install_state
 from stacking_ds.growth.operators import layer_map
-from stacking_ds.growth.state import Moments
+from stacking_ds.growth.transfer import Moments
 from tests.ranks import run_ranks
 from tests.sharded import start_engine, train_losses
 from tests.tiny import tiny_batch, tiny_loss, tiny_model, tiny_optimizer

@@ -6,15 +6,15 @@ from typing import Any
 import pytest
 import torch
 
-from stacking_ds import zero
-from stacking_ds.boundary import capture_engine, install_state
-from stacking_ds.distributed import World
-from stacking_ds.engine import release_engine
+from stacking_ds.distributed.world import World
+from stacking_ds.engine.build import release_engine
+from stacking_ds.engine.zero import sharded_state
 from stacking_ds.errors import StageError
-from stacking_ds.fragments import MASTER, MOMENTS, Cut, Fragment
-from stacking_ds.growth import exchange
+from stacking_ds.growth.boundary import capture_engine, install_state
 from stacking_ds.growth.operators import layer_map
-from stacking_ds.growth.state import Moments, capture, install
+from stacking_ds.growth.transfer import Moments, capture, install
+from stacking_ds.sharding import reshard
+from stacking_ds.sharding.fragments import MASTER, MOMENTS, Cut, Fragment
 from tests.ranks import run_ranks
 from tests.sharded import start_engine, train_engine, whole_state
 from tests.tiny import tiny_batch, tiny_model
@@ -122,7 +122,7 @@ def _grow(world: World, zero_stage: int, precision: str, moments: Moments) -> An
         tied = engine.module.cls.predictions.decoder.weight
         assert tied is engine.module.bert.embeddings.word_embeddings.weight
         after = whole_state(world, engine)
-        arrived.append((new, before, after, _logits(engine), zero.optimizer_step(engine)))
+        arrived.append((new, before, after, _logits(engine), sharded_state.optimizer_step(engine)))
     train_engine(world, engine, range(1))
     release_engine(engine)
     return arrived if world.is_first else None
@@ -205,7 +205,7 @@ def test_growth_is_exact_everywhere(ranks: int, cases: Cases) -> None:
 
 def _move(world: World, old: tuple[int, str], new: tuple[int, str], bucket_elements: int) -> Any:
     """From one ZeRO stage to another at a boundary; what the ranks sent, and what arrived."""
-    exchange._BUCKET_ELEMENTS = bucket_elements
+    reshard._BUCKET_ELEMENTS = bucket_elements
     engine = start_engine(world, *old, depth=2)
     train_engine(world, engine, range(1))
     before = whole_state(world, engine)

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from stacking_ds import distributed, host_memory, trainer
 from stacking_ds.cli import main
+from stacking_ds.distributed import process_group
+from stacking_ds.process import host_memory
+from stacking_ds.train import loop
 from tests.prose import tiny_shards
 from tests.runs import small_recipe
 
@@ -57,13 +59,13 @@ def test_training_on_a_cpu_keeps_it(
     device: str, keeps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small_recipe(tmp_path, tiny_shards(tmp_path))
-    start = distributed.start
+    start = process_group.start
     called: list[str] = []
     monkeypatch.setattr(
-        distributed, "start", lambda timeout: replace(start(timeout), device=torch.device(device))
+        process_group, "start", lambda timeout: replace(start(timeout), device=torch.device(device))
     )
     monkeypatch.setattr(host_memory, "keep_freed_memory", lambda: called.append("kept"))
-    monkeypatch.setattr(trainer, "train", lambda *given, **options: called.append("trained"))
+    monkeypatch.setattr(loop, "train", lambda *given, **options: called.append("trained"))
     recipe = ["--recipe", str(tmp_path / "small.yaml"), "--run-dir", str(tmp_path / "run")]
     assert main(["train", *recipe]) == 0
     assert called == ["kept"] * keeps + ["trained"]

@@ -17,7 +17,7 @@ ROOM_PLACE = {
     room.name.removesuffix("/").removesuffix(".py"): max(PLACE[module] for module in room.modules)
     for room in rooms()
 }
-MAY_IMPORT_DEEPSPEED = {"zero", "engine", "bench"}
+MAY_IMPORT_DEEPSPEED = {"engine", "bench"}
 FORBIDDEN_NAMES = {"utils", "helpers", "common", "misc"}
 
 

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 from torch.nn.attention import SDPBackend
 
-from stacking_ds.config import AttentionName
+from stacking_ds.config.sections import AttentionName
 from stacking_ds.errors import ConfigError
 from stacking_ds.kernels.attention import flash, padded
 from stacking_ds.kernels.attention.choice import choose_attention

@@ -8,15 +8,15 @@ from types import ModuleType
 import pytest
 import torch
 
-from stacking_ds.config import EngineSection
+from stacking_ds.config.sections import EngineSection
 from stacking_ds.errors import ConfigError
-from stacking_ds.kernels import choice, compute
+from stacking_ds.kernels import compute, registry
 from stacking_ds.kernels.apex_norm import ApexOperations
 from stacking_ds.kernels.attention.loops import attend_loops
 from stacking_ds.kernels.attention.sequences import Sequences
-from stacking_ds.kernels.choice import choose_compute, choose_operations
 from stacking_ds.kernels.fp8 import linear_fp8
 from stacking_ds.kernels.operations import Norm
+from stacking_ds.kernels.registry import choose_compute, choose_operations
 from tests.bert_samples import TINY
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -55,7 +55,7 @@ def test_attention_is_chosen_for_the_precision_of_the_run(
     precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    monkeypatch.setattr(choice, "choose_attention", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(registry, "choose_attention", lambda *arguments: asked.append(arguments))
     sizes = replace(TINY, attention_probs_dropout_prob=0.1)
     choose_compute(EngineSection(precision=precision), CPU, sizes)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
@@ -86,7 +86,7 @@ def test_compile_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_triton_a_gpu_computes_by_torch(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(registry.importlib.util, "find_spec", lambda name: None)
     with caplog.at_level(logging.INFO, logger="stacking_ds"):
         assert choose_operations("auto", CUDA).name == "torch"
     assert "expect a slow step" in caplog.text

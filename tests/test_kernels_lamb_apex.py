@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from stacking_ds.errors import ConfigError
-from stacking_ds.fragments import Shard, Span
-from stacking_ds.kernels.lamb.apex import ApexLamb, find_amp_C
-from stacking_ds.kernels.lamb.choice import choose_kernel
-from stacking_ds.kernels.lamb.contract import Hyper, Item
-from stacking_ds.kernels.lamb.reference import ReferenceLamb
+from stacking_ds.optim.lamb.apex import ApexLamb, find_amp_C
+from stacking_ds.optim.lamb.contract import Hyper, Item
+from stacking_ds.optim.lamb.forms import choose_kernel
+from stacking_ds.optim.lamb.reference import ReferenceLamb
+from stacking_ds.sharding.fragments import Shard, Span
 
 CPU = torch.device("cpu")
 

@@ -16,12 +16,12 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from stacking_ds.fragments import Shard, Span
-from stacking_ds.kernels.lamb.contract import Hyper, Item, LambKernel, trust_ratio
-from stacking_ds.kernels.lamb.reference import ReferenceLamb
+from stacking_ds.optim.lamb.contract import Hyper, Item, LambKernel, trust_ratio
+from stacking_ds.optim.lamb.reference import ReferenceLamb
+from stacking_ds.sharding.fragments import Shard, Span
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from stacking_ds.kernels.lamb import fused
+from stacking_ds.optim.lamb import triton_lamb
 from tests.cubins import (
     INTERPRETED,
     IS_OTHER_HALF,
@@ -128,7 +128,7 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
 def compare(flats: Sequence[Flat], **how: Any) -> None:
     """Every parameter's state after the Triton form's steps is that of the reference."""
     expected, expected_2P = step(ReferenceLamb(), flats, **how)
-    found, found_2P = step(fused.TritonLamb(), flats, **how)
+    found, found_2P = step(triton_lamb.TritonLamb(), flats, **how)
     for item, wanted in zip(found, expected, strict=True):
         for span in item.shard.spans:
             part = slice(span.offset, span.offset + span.numel)
@@ -162,11 +162,11 @@ class TestAgainstTheReference:
 
     @pytest.mark.parametrize("offset", [0, 37, 2048])
     def test_several_chunks(self, offset: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(fused, "CHUNK_ELEMENTS", 2048)
+        monkeypatch.setattr(triton_lamb, "CHUNK_ELEMENTS", 2048)
         compare([Flat(((0, offset, 5000),))])
 
     def test_chunks_as_on_a_gpu(self) -> None:
-        compare([Flat(((0, 3, fused.CHUNK_ELEMENTS + 1000), (1, 18000, 5)))])
+        compare([Flat(((0, 3, triton_lamb.CHUNK_ELEMENTS + 1000), (1, 18000, 5)))])
 
     def test_several_spans_between_padding(self) -> None:
         compare([Flat(((2, 3, 1030), (0, 1040, 2100), (1, 3140, 1), (3, 3150, 900)))])
@@ -212,7 +212,7 @@ class TestAgainstTheReference:
     def test_the_ratio_is_the_contract_s(self, square: float) -> None:
         sums = torch.tensor([[square, 4.0], [4.0, square]], dtype=torch.float64, device=DEVICE)
         weights = []
-        for kernel in (fused.TritonLamb(), ReferenceLamb()):
+        for kernel in (triton_lamb.TritonLamb(), ReferenceLamb()):
             item, gradient = Flat(((0, 0, 9), (1, 9, 9)), replace(HYPER, min_coeff=1.5)).item(0)
             items = [item]
             kernel.accumulate(items, [gradient], torch.zeros_like(sums), None)
@@ -226,7 +226,7 @@ class TestAgainstTheReference:
         compare(flats, steps=3)
 
     def test_one_kernel_may_step_on_other_tensors(self) -> None:
-        kernel = fused.TritonLamb()
+        kernel = triton_lamb.TritonLamb()
         for place in ((0, 0, 40), (0, 2, 40), (0, 0, 41), (0, 0, 40)):
             _, found_2P = step(kernel, [Flat((place,))])
             _, expected_2P = step(ReferenceLamb(), [Flat((place,))])
@@ -234,7 +234,7 @@ class TestAgainstTheReference:
 
     @pytest.mark.parametrize("what", ["shard", "exp_avg", "exp_avg_sq", "address", "order", "all"])
     def test_what_changes_between_steps_is_followed(self, what: str) -> None:
-        kernels, results = (fused.TritonLamb(), ReferenceLamb()), []
+        kernels, results = (triton_lamb.TritonLamb(), ReferenceLamb()), []
         for kernel in kernels:
             old = [Flat(((i, 0, 40),)).item(i) for i in range(2)]
             new = [Flat(((i, 0, 40),)).item(i + 2) for i in range(2)]
@@ -259,7 +259,7 @@ class TestAgainstTheReference:
             assert distance(one.shard.flat[:40], other.shard.flat[:40]) <= TOLERANCE
 
     def test_pass_2_is_of_the_items_of_pass_1_and_lets_go_of_the_gradients(self) -> None:
-        kernel, (item, gradient) = fused.TritonLamb(), Flat(((0, 0, 40),)).item(0)
+        kernel, (item, gradient) = triton_lamb.TritonLamb(), Flat(((0, 0, 40),)).item(0)
         items, sums_2P = [item], torch.zeros(2, 1, dtype=torch.float64, device=DEVICE)
         kernel.accumulate(items, [gradient], sums_2P, None)
         with pytest.raises(AssertionError):
@@ -270,7 +270,7 @@ class TestAgainstTheReference:
         assert gone() is None
 
     def test_a_gradient_that_does_not_fit_is_refused(self) -> None:
-        kernel, (item, gradient) = fused.TritonLamb(), Flat(((0, 0, 40),)).item(0)
+        kernel, (item, gradient) = triton_lamb.TritonLamb(), Flat(((0, 0, 40),)).item(0)
         sums_2P = torch.zeros(2, 1, dtype=torch.float64, device=DEVICE)
         for wrong in (gradient[1:], gradient.half(), gradient.repeat_interleave(2)[::2]):
             with pytest.raises(AssertionError):
@@ -283,7 +283,7 @@ class TestAgainstTheReference:
 
     def test_the_same_bits_every_time(self) -> None:
         flats = [Flat(((0, 3, 2500), (1, 2503, 40)))]
-        (one, sums), (other, other_sums) = (step(fused.TritonLamb(), flats) for _ in range(2))
+        (one, sums), (other, other_sums) = (step(triton_lamb.TritonLamb(), flats) for _ in range(2))
         assert same_bits(sums, other_sums)
         assert same_bits(one[0].shard.flat, other[0].shard.flat)
 
@@ -308,8 +308,8 @@ class TestAgainstTheReference:
 
 
 def compiled_form(form: tuple[Any, dict[str, Any]], capability: int, **options: Any) -> Any:
-    constants = {**fused.OPTIONS, **form[1]}
-    return compiled(form[0], fused.TYPES, constants, capability, **options)
+    constants = {**triton_lamb.OPTIONS, **form[1]}
+    return compiled(form[0], triton_lamb.TYPES, constants, capability, **options)
 
 
 def name_of(form: tuple[Any, dict[str, Any]]) -> str:
@@ -320,20 +320,20 @@ class TestCompiled:
     __test__ = not INTERPRETED
 
     @pytest.mark.parametrize("capability", [80, 90, 100])
-    @pytest.mark.parametrize("form", fused.FORMS, ids=name_of)
+    @pytest.mark.parametrize("form", triton_lamb.FORMS, ids=name_of)
     def test_nothing_spills(self, form: Any, capability: int, tmp_path: Path) -> None:
         assert spills(compiled_form(form, capability).asm["cubin"], tmp_path) == (0, 0)
 
     def test_a_spill_would_be_seen(self, tmp_path: Path) -> None:
         stack, instructions = spills(
-            compiled_form(fused.FORMS[0], 90, maxnreg=24).asm["cubin"], tmp_path
+            compiled_form(triton_lamb.FORMS[0], 90, maxnreg=24).asm["cubin"], tmp_path
         )
         assert stack > 0
         assert instructions > 0
 
     @pytest.mark.parametrize(("form", "loads", "stores"), [(0, 4, 2), (3, 3, 1)])
     def test_only_whole_blocks_move_as_vectors(self, form: int, loads: int, stores: int) -> None:
-        ptx = compiled_form(fused.FORMS[form], 90).asm["ptx"]
+        ptx = compiled_form(triton_lamb.FORMS[form], 90).asm["ptx"]
         assert len(re.findall(r"^\s*ld\.global\.v4\.b32", ptx, re.M)) == loads
         assert len(re.findall(r"^\s*st\.global\.v4\.b32", ptx, re.M)) == stores
         assert not re.findall(r"@%p\d+ (?:ld|st)\.global\.v", ptx)
@@ -344,8 +344,8 @@ class TestCompiled:
     ) -> None:
         """A device is only made believe: what would be launched is compiled."""
         launched = believe_in_a_device(monkeypatch)
-        expected = [compiled_form(fused.FORMS[form], 90).asm["cubin"] for form in (1, 2, 4)]
-        kernel = fused.TritonLamb()
+        expected = [compiled_form(triton_lamb.FORMS[form], 90).asm["cubin"] for form in (1, 2, 4)]
+        kernel = triton_lamb.TritonLamb()
         for count in (1, 3, 16, 40):  # Triton would make special cases of 1 and of multiples of 16
             pairs = [Flat(((i, 0, 9),), low=torch.bfloat16).item(i) for i in range(count)]
             items, gradients = [item for item, _ in pairs], [gradient for _, gradient in pairs]

@@ -12,11 +12,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from stacking_ds.kernels import (
-    triton_embedding,
-    triton_gelu,
-    triton_norm,
-)
+from stacking_ds.kernels import triton_embedding, triton_gelu, triton_norm
 from stacking_ds.kernels.triton_embedding import embed
 from stacking_ds.kernels.triton_gelu import bias_gelu
 from stacking_ds.kernels.triton_norm import bias_dropout_add, bias_dropout_add_norm

@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 import torch
 
-from stacking_ds import checkpoint, trainer
-from stacking_ds.config import RunConfig
-from stacking_ds.distributed import World
-from stacking_ds.evaluate.heldout import HeldOutPasses
-from stacking_ds.fragments import Fragment
-from stacking_ds.stage_manager import StageManager
+from stacking_ds.checkpoint import folders, load
+from stacking_ds.checkpoint import manifest as checkpoint_manifest
+from stacking_ds.config.run import RunConfig
+from stacking_ds.distributed.world import World
+from stacking_ds.sharding.fragments import Fragment
+from stacking_ds.train import loop
+from stacking_ds.train.heldout import HeldOutPasses
+from stacking_ds.train.stage_engine import StageManager
 from tests.prose import tiny_shards
 from tests.ranks import RankError, run_ranks
 from tests.runs import losses, small_recipe, train_small
@@ -47,9 +49,9 @@ def _train_traced(
     """Train, and write down what this rank is at, one line a change; the seconds it took."""
     with (traces / f"rank_{world.rank}").open("a", buffering=1) as trace:
         for owner, name, phase in [
-            (trainer._Run, "train_step", "step"),
+            (loop._Run, "train_step", "step"),
             (HeldOutPasses, "metrics", "evaluation"),
-            (trainer, "export_if_missing", "export"),
+            (loop, "export_if_missing", "export"),
             (StageManager, "start", "start"),
             (StageManager, "restore", "restoring"),
             (StageManager, "save", "save"),
@@ -205,19 +207,19 @@ class _Attempts:
     def _check(self, at_least: int) -> None:
         """Every checkpoint that is there is whole, and what the uninterrupted run had; none is
         lost but the one under way, and the one before it if that was not waited for."""
-        newest = checkpoint.latest(self._run_dir)
-        steps = checkpoint.saved_steps(self._run_dir)
+        newest = folders.latest(self._run_dir)
+        steps = folders.saved_steps(self._run_dir)
         assert (newest is None) == (not steps)
-        there = {self._run_dir / "checkpoints" / checkpoint.folder_name(step) for step in steps}
+        there = {self._run_dir / "checkpoints" / folders.folder_name(step) for step in steps}
         for folder in there if newest is None else {newest, *there}:
-            assert checkpoint.problems(folder) == []
-            step = checkpoint.read_manifest(folder).step
+            assert load.problems(folder) == []
+            step = checkpoint_manifest.read_manifest(folder).step
             ours = _state(folder)
-            theirs = _state(self._whole / "checkpoints" / checkpoint.folder_name(step))
+            theirs = _state(self._whole / "checkpoints" / folders.folder_name(step))
             assert ours.keys() == theirs.keys()
             for name, value in theirs.items():
                 assert torch.equal(ours[name], value), (folder, name)
-        step = checkpoint.read_manifest(newest).step if newest else 0
+        step = checkpoint_manifest.read_manifest(newest).step if newest else 0
         assert step >= max(self._step, at_least)
         self._step = step
 
@@ -235,13 +237,13 @@ class _Attempts:
 
 def _state(folder: Path) -> dict[str, torch.Tensor]:
     """Masters and moments, whole."""
-    manifest = checkpoint.read_manifest(folder)
+    manifest = checkpoint_manifest.read_manifest(folder)
     targets = []
     for name, parameter in manifest.parameters.items():
         cut = parameter.cut
         views = {key: torch.empty(cut.numel) for key in manifest.keys}
         targets.append(Fragment(name, parameter.shape, 0, cut.numel, views, cut))
-    checkpoint.load(folder, targets)
+    load.load(folder, targets)
     return {f"{key}/{f.name}": view for f in targets for key, view in f.views.items()}
 
 

@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from stacking_ds import checkpoint
-from stacking_ds.checkpoint import background
-from stacking_ds.distributed import World
-from stacking_ds.fragments import Fragment
+from stacking_ds.checkpoint import folders, load, save
+from stacking_ds.distributed.world import World
+from stacking_ds.sharding.fragments import Fragment
 from tests.checkpoints import Alone, plain_fragments, rank_fragments, save_state
 from tests.ranks import RankError, run_ranks
 
@@ -45,7 +44,7 @@ class _Death:
                 return original(*arguments, **options)
 
             setattr(owner, name, operation)
-        self._break(background, "save_file", _cut_off)
+        self._break(save, "save_file", _cut_off)
         self._break(Path, "write_text", _cut_off_text)
 
     def _break(self, owner: Any, name: str, half: Callable[..., None]) -> None:
@@ -82,7 +81,7 @@ def _cut_off_text(write: Any, path: Path, text: str, **options: Any) -> None:
 def _save_and_prune(run_dir: Path, step: int, fragments: list[Fragment], world: World) -> None:
     save_state(run_dir, step, fragments, world)
     if world.is_first:
-        checkpoint.prune(run_dir, keep_last=1, keep_steps={2})
+        folders.prune(run_dir, keep_last=1, keep_steps={2})
 
 
 def _dies(run_dir: Path, step: int, moment: int) -> bool:
@@ -98,7 +97,7 @@ def _dies(run_dir: Path, step: int, moment: int) -> bool:
 
 
 def _state(folder: Path, targets: list[Fragment]) -> list[torch.Tensor]:
-    checkpoint.load(folder, targets)
+    load.load(folder, targets)
     return [view for target in targets for view in target.views.values()]
 
 
@@ -141,13 +140,13 @@ def test_the_previous_or_the_new_one_is_whole(tmp_path: Path, before: list[int],
 
 def _outcome(run_dir: Path, before: list[int], step: int) -> str:
     """Which checkpoint is the latest, after making sure that all that is there is whole."""
-    folder = checkpoint.latest(run_dir)
-    for there in checkpoint.saved_steps(run_dir):
-        assert checkpoint.problems(run_dir / "checkpoints" / f"step_{there:08d}") == []
+    folder = folders.latest(run_dir)
+    for there in folders.saved_steps(run_dir):
+        assert load.problems(run_dir / "checkpoints" / f"step_{there:08d}") == []
     if folder is None:
         assert not before
         return "old"
-    assert checkpoint.problems(folder) == []
+    assert load.problems(folder) == []
     state = _state(folder, plain_fragments())
     if _same(state, _values(step + 0.5)):
         return "new"
@@ -209,11 +208,11 @@ def test_and_so_it_is_when_one_of_the_ranks_dies(tmp_path: Path, victim: int) ->
         try:
             run_ranks(_save_and_die, 2, run_dir, victim, moment)
         except RankError:
-            folder = checkpoint.latest(run_dir)
+            folder = folders.latest(run_dir)
             assert folder is not None
-            assert checkpoint.problems(folder) == []
+            assert load.problems(folder) == []
             value = float(folder.name.removeprefix("step_"))
-            [(name, whole)] = checkpoint.read_parameters(folder)
+            [(name, whole)] = load.read_parameters(folder)
             assert name == "w"
             assert whole.tolist() == [value] * 3 + [value + 1] * 3
             found.append(value)

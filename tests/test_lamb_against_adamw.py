@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from stacking_ds.distributed import World
-from stacking_ds.recipe import load_run_config
+from stacking_ds.config.recipe import load_run_config
+from stacking_ds.distributed.world import World
 from tests.lamb_against_adamw import ARMS, runs_in, table, train_arm, write_recipe
 from tests.prose import tiny_shards
 from tests.ranks import run_ranks

@@ -8,9 +8,9 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from stacking_ds.optim.lamb import Lamb, LambStatistics
-from stacking_ds.optim.lamb_metrics import lamb_metrics
-from stacking_ds.stage_manager import StageManager
+from stacking_ds.optim.lamb.optimizer import Lamb, LambStatistics
+from stacking_ds.optim.lamb.ratios import lamb_metrics
+from stacking_ds.train.stage_engine import StageManager
 from tests.prose import tiny_shards
 from tests.ranks import RankError, run_ranks
 from tests.runs import losses, metrics, parameters, small_recipe, train_small, train_until

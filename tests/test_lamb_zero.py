@@ -10,14 +10,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from stacking_ds import checkpoint, zero
-from stacking_ds.boundary import capture_engine, install_state
-from stacking_ds.distributed import World
-from stacking_ds.engine import build_engine, release_engine
-from stacking_ds.fragments import MASTER, MOMENTS
+from stacking_ds.checkpoint import load, manifest, save
+from stacking_ds.distributed.world import World
+from stacking_ds.engine.build import build_engine, release_engine
+from stacking_ds.engine.zero import binding, loss_scale, sharded_state
+from stacking_ds.engine.zero import binding as engine_zero_binding
+from stacking_ds.engine.zero.compatibility import Masters
+from stacking_ds.growth.boundary import capture_engine, install_state
 from stacking_ds.growth.operators import layer_map
-from stacking_ds.zero import binding
-from stacking_ds.zero.compatibility import Masters
+from stacking_ds.sharding.fragments import MASTER, MOMENTS
 from tests.checkpoints import contents
 from tests.lamb_following import (
     AFTER,
@@ -102,7 +103,7 @@ def _norms_in_fp16(world: World, zero_stage: int) -> list[float]:
     optimizer._kernel.accumulate = watched
     train_engine(world, engine, range(6))
     assert engine.skipped_steps == 0
-    assert zero.loss_scale(engine) > 2**4
+    assert loss_scale.loss_scale(engine) > 2**4
     release_engine(engine)
     if zero_stage > 0:
         squares = world.sum(squares)
@@ -258,7 +259,7 @@ def test_sums_on_the_host_are_added_by_nccl_on_the_device(monkeypatch: pytest.Mo
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
     monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor.clone())
     sums = torch.ones(2, 3, dtype=torch.float64)
-    add = zero.adder_over_ranks(None)
+    add = engine_zero_binding.adder_over_ranks(None)
     assert add is not None
     add(sums)
     assert reduced[0] is not sums
@@ -318,9 +319,9 @@ def _untouched_by_initialize(world: World, zero_stage: int) -> None:
     state = whole_state(world, engine)
     for name, parameter in tiny_model(2).named_parameters():
         assert torch.equal(state[name][MASTER], parameter.detach()), name
-    assert zero.optimizer_step(engine) == 0
+    assert sharded_state.optimizer_step(engine) == 0
     train_engine(world, engine, range(1))
-    assert zero.optimizer_step(engine) == 1
+    assert sharded_state.optimizer_step(engine) == 1
     release_engine(engine)
 
 
@@ -340,13 +341,13 @@ def _fp16(world: World, zero_stage: int) -> None:
     engine = lamb_engine(world, zero_stage, "fp16")
     train_engine(world, engine, range(2))
     before = whole_state(world, engine)
-    zero.set_loss_scale(engine, 2.0**40)  # too large for fp16: the step is skipped
+    loss_scale.set_loss_scale(engine, 2.0**40)  # too large for fp16: the step is skipped
     assert train_engine(world, engine, range(2, 3)) == [float("inf")]
-    assert zero.optimizer_step(engine) == 2
+    assert sharded_state.optimizer_step(engine) == 2
     assert _same(whole_state(world, engine), before)
-    zero.set_loss_scale(engine, 256.0)
+    loss_scale.set_loss_scale(engine, 256.0)
     train_engine(world, engine, range(3, 5))
-    assert (engine.skipped_steps, zero.optimizer_step(engine)) == (1, 4)
+    assert (engine.skipped_steps, sharded_state.optimizer_step(engine)) == (1, 4)
     after = whole_state(world, engine)
     assert not _same(after, before)
     assert all(views[MASTER].isfinite().all() for views in after.values())
@@ -369,14 +370,14 @@ def test_a_step_that_loss_scaling_skips_leaves_no_trace(zero_stage: int) -> None
 def _resume(world: World, folder: Path, saved_at: int, loaded_at: int) -> Any:
     engine = lamb_engine(world, saved_at)
     train_engine(world, engine, range(3))
-    found = checkpoint.save(folder, zero.fragments(engine), world, contents(3))
+    found = save.save(folder, sharded_state.fragments(engine), world, contents(3))
     train_engine(world, engine, range(3, 6))
     uninterrupted = whole_state(world, engine)
     release_engine(engine)
     engine = lamb_engine(world, loaded_at, seed=99)
-    zero.seed_moments(engine, checkpoint.read_manifest(found).optimizer_step)
-    checkpoint.load(found, zero.fragments(engine), world=world)
-    zero.refresh(engine)
+    sharded_state.seed_moments(engine, manifest.read_manifest(found).optimizer_step)
+    load.load(found, sharded_state.fragments(engine), world=world)
+    sharded_state.refresh(engine)
     train_engine(world, engine, range(3, 6))
     resumed = whole_state(world, engine)
     release_engine(engine)
@@ -397,7 +398,7 @@ def _left_after_release(world: World, zero_stage: int) -> int:
     train_engine(world, engine, range(2))
     optimizer = engine.basic_optimizer  # which a caller may still hold
     state = [value for entry in optimizer.state.values() for value in entry.values()]
-    flats = [shard.flat for shard in zero.shards(engine)]
+    flats = [shard.flat for shard in engine_zero_binding.shards(engine)]
     alive = [weakref.ref(tensor) for tensor in (*flats, *state)]
     assert len(alive) == 4 * len(flats)
     del state, flats

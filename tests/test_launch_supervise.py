@@ -16,13 +16,14 @@ from typing import Any
 import psutil
 import pytest
 
-from stacking_ds import attempts
+from stacking_ds.commands.launch import add_launch
 from stacking_ds.errors import ConfigError, UserError
+from stacking_ds.launch import restart_policy
 from stacking_ds.launch import supervise as supervise_module
-from stacking_ds.launch.commands import add_launch
 from stacking_ds.launch.request import Patience, Request
 from stacking_ds.launch.signals import StopSignals
 from stacking_ds.launch.supervise import supervise
+from stacking_ds.run import attempts
 
 # reads what this attempt is to do, writes down how it was started, and does it
 RUNNER = """
@@ -241,13 +242,13 @@ def test_a_failed_run_is_resumed_on_the_hosts_that_are_left(
     cluster: Cluster, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster.plan(failure(4), COMPLETE)
-    judge = attempts.judge
+    judge = restart_policy.judge
 
-    def node2_dies_too(*arguments: Any, **options: Any) -> attempts.Verdict:
+    def node2_dies_too(*arguments: Any, **options: Any) -> restart_policy.Verdict:
         cluster.dead("node2")
         return judge(*arguments, **options)
 
-    monkeypatch.setattr(attempts, "judge", node2_dies_too)
+    monkeypatch.setattr(restart_policy, "judge", node2_dies_too)
     assert cluster.launch(restarts=1, min_nodes=2) == 0
     first, second = cluster.seen()
     assert "--resume" not in first["command"]
@@ -511,14 +512,14 @@ def test_a_stop_between_attempts_ends_it(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cluster.plan(failure(4), COMPLETE)
-    judge = attempts.judge
+    judge = restart_policy.judge
 
-    def judged(*arguments: Any, **options: Any) -> attempts.Verdict:
+    def judged(*arguments: Any, **options: Any) -> restart_policy.Verdict:
         verdict = judge(*arguments, **options)
         (cluster.folder / "judged").write_text("")
         return verdict
 
-    monkeypatch.setattr(attempts, "judge", judged)
+    monkeypatch.setattr(restart_policy, "judge", judged)
     thread = cluster.signal_when("judged", signal.SIGTERM)
     patience = Patience(pause_seconds=60, survivors_seconds=0.1, look_seconds=0.1)
     started = time.monotonic()

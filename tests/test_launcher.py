@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from stacking_ds import checkpoint
+from stacking_ds.checkpoint import folders, manifest
 from tests.prose import tiny_shards
 from tests.runs import losses, metrics, small_recipe
 
@@ -94,9 +94,9 @@ def test_a_signal_saves_and_resume_goes_on(
     _wait_for_a_step(run, job)
     os.killpg(job.pid, number)
     output, _ = job.communicate(timeout=120)
-    found = checkpoint.latest(run)
+    found = folders.latest(run)
     assert found is not None, output
-    step = checkpoint.read_manifest(found).step
+    step = manifest.read_manifest(found).step
     assert 0 < step < 2000, output
     assert f"stopped at step {step}" in output
     # once, though the launcher passes a Ctrl-C on as SIGTERM
@@ -144,9 +144,9 @@ def test_a_closed_terminal_saves(shards: Path, tmp_path: Path) -> None:
         assert job.wait(timeout=60) == 0
     finally:
         job.kill()
-    found = checkpoint.latest(run)
+    found = folders.latest(run)
     assert found is not None
-    assert checkpoint.read_manifest(found).step == len(losses(run))
+    assert manifest.read_manifest(found).step == len(losses(run))
 
 
 def test_a_dead_loader_ends_the_run_instead_of_hanging_it(shards: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stacking_ds.errors import ConfigError, StageError
-from stacking_ds.learning_rate import LearningRateSchedule, learning_rate_at
+from stacking_ds.schedule.learning_rate import LearningRateSchedule, learning_rate_at
 
 TEN = LearningRateSchedule(
     peak=8.0, total_steps=10, warmup_steps=4, shape="linear", final_ratio=0.25

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from stacking_ds.meter import Interval, StepResult, TrainState, metrics_line
+from stacking_ds.train.metrics import Interval, StepResult, TrainState, metrics_line
 
 
 def _result(mlm_loss: float, tokens: int, grad_norm: float = 1.0) -> StepResult:

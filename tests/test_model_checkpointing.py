@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stacking_ds.distributed import World
-from stacking_ds.engine import build_engine, release_engine, take_step
+from stacking_ds.distributed.world import World
+from stacking_ds.engine.build import build_engine, release_engine, take_step
 from stacking_ds.kernels.compute import Compute
 from stacking_ds.model import layer
 from stacking_ds.model.bert import BertForPreTraining

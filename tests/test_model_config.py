@@ -8,7 +8,7 @@ import pytest
 
 from stacking_ds.errors import ConfigError
 from stacking_ds.model.bert import BertForPreTraining, parameter_shapes
-from stacking_ds.model.config import BertConfig
+from stacking_ds.model.bert_config import BertConfig
 
 BASE = BertConfig(
     vocab_size=30522,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stacking_ds.model.bert import BertForPreTraining
-from stacking_ds.model.config import BertConfig
+from stacking_ds.model.bert_config import BertConfig
 
 CONFIG = BertConfig(
     vocab_size=512,

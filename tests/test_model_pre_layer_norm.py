@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from stacking_ds.model.config import BertConfig
+from stacking_ds.model.bert_config import BertConfig
 from tests.bert_samples import BATCHES, TINY, Batch, telling_model
 
 

@@ -15,9 +15,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from stacking_ds.errors import CheckpointError
-from stacking_ds.metrics_file import drop_after, read_metrics
-from stacking_ds.monitor import Monitor, measure_matmul_peak, peak_memory_gib
-from stacking_ds.stages import StageSchedule
+from stacking_ds.run.metrics_file import drop_after, read_metrics
+from stacking_ds.schedule.stages import StageSchedule
+from stacking_ds.train.sinks import Monitor, measure_matmul_peak, peak_memory_gib
 
 SCHEDULE = StageSchedule.from_depths([(2, 3), (4, 3)])
 
@@ -254,7 +254,7 @@ def test_a_disk_that_stays_full_ends_nothing_either(
 
 
 def test_no_more_is_held_than_memory_bears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stacking_ds.monitor._MOST_HELD_BYTES", 30_000)
+    monkeypatch.setattr("stacking_ds.train.sinks._MOST_HELD_BYTES", 30_000)
     with Monitor(tmp_path, SCHEDULE, completed_steps=0, enabled=True) as monitor:
         with _no_file_larger_than(1000):
             _record(monitor, range(1, 7))

@@ -6,15 +6,17 @@ from typing import Any
 import pytest
 import torch
 
-from stacking_ds import checkpoint, zero
-from stacking_ds.boundary import capture_engine, install_state
-from stacking_ds.distributed import World
-from stacking_ds.ds_json import load_ds_config, resolve_ds_config
-from stacking_ds.ds_json.settings import section_problems
-from stacking_ds.engine import build_engine, release_engine
+from stacking_ds.checkpoint import load
+from stacking_ds.distributed.world import World
+from stacking_ds.engine.build import build_engine, release_engine
+from stacking_ds.engine.ds_json import load_ds_config
+from stacking_ds.engine.ds_resolving import resolve_ds_config
+from stacking_ds.engine.ds_settings import section_problems
+from stacking_ds.engine.zero import sharded_state
 from stacking_ds.errors import ConfigError
-from stacking_ds.fragments import MASTER, MOMENTS
+from stacking_ds.growth.boundary import capture_engine, install_state
 from stacking_ds.growth.operators import layer_map, source_name
+from stacking_ds.sharding.fragments import MASTER, MOMENTS
 from tests.ranks import run_ranks
 from tests.sharded import train_engine, whole_state
 from tests.tiny import tiny_model, tiny_optimizer, train_tiny
@@ -37,7 +39,7 @@ def _offloaded(world: World, zero_stage: int, precision: Any, depth: int, seed: 
 
 def _grow_offloaded(world: World, zero_stage: int, precision: str) -> Any:
     engine = _offloaded(world, zero_stage, precision, 2)
-    assert all(f.views[MASTER].device.type == "cpu" for f in zero.fragments(engine))
+    assert all(f.views[MASTER].device.type == "cpu" for f in sharded_state.fragments(engine))
     train_engine(world, engine, range(3))
     before = whole_state(world, engine)
     state = capture_engine(engine)
@@ -84,11 +86,11 @@ def _save_offloaded_load_plain(world: World, run_dir: Path) -> Any:
     engine = _offloaded(world, 2, "bf16", 2)
     train_engine(world, engine, range(2))
     saved = whole_state(world, engine)
-    folder = save_state(run_dir, 2, zero.fragments(engine), world)
+    folder = save_state(run_dir, 2, sharded_state.fragments(engine), world)
     release_engine(engine)
     engine = start_engine(world, 3, seed=99)
-    zero.seed_moments(engine, 2)
-    checkpoint.load(folder, zero.fragments(engine), world=world)
+    sharded_state.seed_moments(engine, 2)
+    load.load(folder, sharded_state.fragments(engine), world=world)
     return saved, whole_state(world, engine)
 
 

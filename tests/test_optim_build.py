@@ -7,9 +7,9 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from stacking_ds.config import LambSection, OptimizerSection
-from stacking_ds.optim.build import build_optimizer
-from stacking_ds.optim.lamb import Lamb
+from stacking_ds.config.sections import LambSection, OptimizerSection
+from stacking_ds.optim.lamb.optimizer import Lamb
+from stacking_ds.optim.optimizers import build_optimizer
 
 
 def _build(module: nn.Module, **section: object) -> torch.optim.Optimizer:

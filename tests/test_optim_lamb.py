@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stacking_ds.errors import ConfigError
-from stacking_ds.fragments import Shard, Span
-from stacking_ds.kernels.lamb import blocked
-from stacking_ds.kernels.lamb.choice import choose_kernel
-from stacking_ds.optim.lamb import Lamb
+from stacking_ds.optim.lamb import blocked
+from stacking_ds.optim.lamb.forms import choose_kernel
+from stacking_ds.optim.lamb.optimizer import Lamb
+from stacking_ds.sharding.fragments import Shard, Span
 from tests.lamb_paper import PaperLamb
 
 KERNELS = ("reference", "blocked")

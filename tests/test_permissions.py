@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from stacking_ds import attempts, checkpoint, run_directory
+from stacking_ds.checkpoint import folders, load
 from stacking_ds.cli import main
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.errors import DataError, UnreadableError
+from stacking_ds.launch import restart_policy
+from stacking_ds.run import directory
 from tests.checkpoints import plain_fragments, save_state
 from tests.prose import tiny_shards
 from tests.runs import small_recipe
@@ -55,7 +57,7 @@ def test_everything_that_is_written_follows_the_umask(umask: int, tmp_path: Path
     train = ["train", "--recipe", str(tmp_path / "small.yaml"), "--run-dir", str(run_dir)]
     assert main([*train, *one_stage, "--set", "schedule.warmup_steps=1"]) == 0
     assert main(["checkpoint", "use", str(run_dir), "2"]) == 0
-    attempts.judge(run_dir, 0)
+    restart_policy.judge(run_dir, 0)
     names = {Path(name).name for name in _modes(tmp_path)}
     assert names >= {
         *("manifest.json", "vocab.txt", "layouts", "rank_00000.safetensors", "latest", ".lock"),
@@ -117,7 +119,7 @@ def test_what_cannot_be_read_is_not_damaged(run_dir: Path, capsys: Capture, name
         listed = _said(capsys, 0, "list", run_dir)
         inspected = _said(capsys, 2, "inspect", run_dir, "--parameters")
         with pytest.raises(UnreadableError, match=r"cannot be read \(Permission denied\); "):
-            checkpoint.load(newest, plain_fragments())
+            load.load(newest, plain_fragments())
     assert verified[0].startswith(f"not verified: {newest}/")
     assert "cannot be read (Permission denied)" in verified[0]
     assert verified[1].startswith("what cannot be read may be whole: mend access to it")
@@ -134,22 +136,22 @@ def test_a_run_that_cannot_be_read_is_not_started_anew(open_place: Path) -> None
     config = small_recipe(open_place, open_place)
     run_dir = open_place / "run"
     save_state(run_dir, 1, plain_fragments())
-    run_directory.write_config(run_dir, config)
-    run_directory.check(run_dir, config, resume=True)
+    directory.write_config(run_dir, config)
+    directory.check(run_dir, config, resume=True)
     with _forbidden(run_dir / "checkpoints"):
         for resume in (True, False):
             with pytest.raises(UnreadableError, match=r"checkpoints cannot be read \(Permission"):
-                run_directory.check(run_dir, config, resume=resume)
+                directory.check(run_dir, config, resume=resume)
     with (
         _forbidden(run_dir / "checkpoints" / "latest"),
         pytest.raises(UnreadableError, match=r"latest cannot be read \(Permission denied\); mend"),
     ):
-        checkpoint.latest(run_dir)
+        folders.latest(run_dir)
     with (
         _forbidden(run_dir / "config.yaml"),
         pytest.raises(UnreadableError, match=r"config.yaml cannot be read \(Permission denied\)"),
     ):
-        run_directory.read_config(run_dir)
+        directory.read_config(run_dir)
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from stacking_ds.config import RunConfig
+from stacking_ds.config.run import RunConfig
 from stacking_ds.errors import ConfigError, StageError
-from stacking_ds.job import Job
+from stacking_ds.train.plan import Job
 from tests.prose import tiny_shards
 from tests.ranks import RankError, run_ranks
 from tests.runs import losses, metrics, parameters, small_recipe, train_small, train_until

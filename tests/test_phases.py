@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stacking_ds.errors import ConfigError, StageError
-from stacking_ds.phases import PhaseSchedule
+from stacking_ds.schedule.phases import PhaseSchedule
 
 BERT = PhaseSchedule.from_shapes([(0, 128, 256, 32), (900, 512, 128, 8)])
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from stacking_ds.distributed import World
+from stacking_ds.distributed.world import World
 from tests.ranks import RankError, RankTimeoutError, run_ranks
 
 

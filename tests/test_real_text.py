@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from stacking_ds.data.prepare.run import prepare
-from stacking_ds.recipe import load_run_config
+from stacking_ds.config.recipe import load_run_config
+from stacking_ds.data.prepare.preparation import prepare
 from tests.ranks import run_ranks
 from tests.runs import losses, metrics, train_small
 

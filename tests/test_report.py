@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from stacking_ds import attempts, run_directory
 from stacking_ds.errors import CheckpointError
-from stacking_ds.report import run_table
+from stacking_ds.launch import restart_policy
+from stacking_ds.run import attempts, directory
+from stacking_ds.run.report import run_table
 from tests.runs import small_recipe
 
 
@@ -17,7 +18,7 @@ from tests.runs import small_recipe
 def run_dir(tmp_path: Path) -> Path:
     folder = tmp_path / "run"
     folder.mkdir()
-    run_directory.write_config(folder, small_recipe(tmp_path, tmp_path))
+    directory.write_config(folder, small_recipe(tmp_path, tmp_path))
     return folder
 
 
@@ -89,7 +90,7 @@ def test_attempts_are_told_of_when_there_were_several(run_dir: Path) -> None:
     attempts.ended(run_dir, "stopped", 1, "")
     assert "1 stopped" not in run_table(run_dir)
     attempts.begun(run_dir, 1, 2, ["node1"])
-    attempts.judge(run_dir, 137)
+    restart_policy.judge(run_dir, 137)
     attempts.begun(run_dir, 1, 2, ["node1"])
     attempts.ended(run_dir, "complete", 2, "")
     assert "3 attempts: 1 stopped, 1 killed, 1 complete" in run_table(run_dir)

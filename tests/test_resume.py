@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from stacking_ds import run_directory
-from stacking_ds.checkpoint.choice import choose
+from stacking_ds.checkpoint.chosen import choose
 from stacking_ds.cli import main
 from stacking_ds.errors import CheckpointError
+from stacking_ds.run import directory
 from tests.prose import tiny_shards
 from tests.runs import losses, parameters, small_recipe
 
@@ -115,7 +115,7 @@ def test_only_a_whole_checkpoint_is_used(run_dir: Path, capsys: Capture) -> None
 
 
 def test_nothing_is_chosen_while_a_job_trains(run_dir: Path, capsys: Capture) -> None:
-    with run_directory.lock(run_dir):
+    with directory.lock(run_dir):
         said = _refused(capsys, "checkpoint", "use", run_dir, "2")
     assert said.endswith(f"another job is training in {run_dir}; wait for it or stop it first")
     assert (run_dir / "checkpoints" / "latest").read_text() == "step_00000004\n"
@@ -205,7 +205,7 @@ def test_the_options_that_say_which_run_it_is(run_dir: Path, capsys: Capture) ->
     _did(capsys, "train", f"--resume={run_dir}")
     _did(capsys, "train", "--resume", "--run-dir", run_dir)
     _did(capsys, "train", "--resume", run_dir, "--set", "logging.every_steps=3")
-    assert run_directory.read_config(run_dir).logging.every_steps == 3
+    assert directory.read_config(run_dir).logging.every_steps == 3
     said = _refused(capsys, "train", "--resume", run_dir, "--run-dir", run_dir.parent)
     assert "are two runs; give one" in said
     assert "holds another run (seed: 3 -> 4)" in _refused(

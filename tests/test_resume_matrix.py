@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from stacking_ds import checkpoint, zero
-from stacking_ds.distributed import World
-from stacking_ds.engine import release_engine
-from stacking_ds.fragments import MASTER, MOMENTS
+from stacking_ds.checkpoint import folders, load, manifest
+from stacking_ds.distributed.world import World
+from stacking_ds.engine.build import release_engine
+from stacking_ds.engine.zero import sharded_state
+from stacking_ds.sharding.fragments import MASTER, MOMENTS
 from tests.checkpoints import save_state
 from tests.ranks import run_ranks
 from tests.sharded import State, start_engine, train_losses, whole_state
@@ -59,8 +60,12 @@ def _save_at(world: World, root: Path, places: list[Place]) -> list[Saved]:
         engine = start_engine(world, place.zero_stage, place.precision)
         train_losses(world, engine, range(STEPS))
         run_dir = root / "-".join(map(str, place))
-        found.append(Saved(run_dir, whole_state(world, engine), zero.optimizer_step(engine)))
-        save_state(run_dir, zero.optimizer_step(engine), zero.fragments(engine), world)
+        found.append(
+            Saved(run_dir, whole_state(world, engine), sharded_state.optimizer_step(engine))
+        )
+        save_state(
+            run_dir, sharded_state.optimizer_step(engine), sharded_state.fragments(engine), world
+        )
         release_engine(engine)
     return found
 
@@ -69,12 +74,12 @@ def _load_at(world: World, moves: list[tuple[Path, Place]]) -> list[Loaded] | No
     found = []
     for run_dir, place in moves:
         engine = start_engine(world, place.zero_stage, place.precision, seed=99)
-        folder = checkpoint.latest(run_dir)
+        folder = folders.latest(run_dir)
         assert folder is not None
-        zero.seed_moments(engine, checkpoint.read_manifest(folder).optimizer_step)
-        checkpoint.load(folder, zero.fragments(engine), world=world)
-        zero.refresh(engine)
-        state, step = whole_state(world, engine), zero.optimizer_step(engine)
+        sharded_state.seed_moments(engine, manifest.read_manifest(folder).optimizer_step)
+        load.load(folder, sharded_state.fragments(engine), world=world)
+        sharded_state.refresh(engine)
+        state, step = whole_state(world, engine), sharded_state.optimizer_step(engine)
         losses = train_losses(world, engine, range(STEPS, STEPS + MORE_STEPS))
         found.append(Loaded(state, step, losses))
         release_engine(engine)

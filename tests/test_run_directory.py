@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from stacking_ds import attempts, resume, run_directory, run_tokenizer
-from stacking_ds.config import RunConfig
-from stacking_ds.distributed import World
+from stacking_ds.config.run import RunConfig
+from stacking_ds.distributed.world import World
 from stacking_ds.errors import CheckpointError, ConfigError
-from stacking_ds.job import Job
+from stacking_ds.launch import restart_policy
+from stacking_ds.run import attempts, directory, kept_tokenizer
+from stacking_ds.train import resume
+from stacking_ds.train.plan import Job
 from tests.prose import tiny_shards
 from tests.ranks import run_ranks
 from tests.runs import small_recipe
@@ -27,32 +29,32 @@ def config(tmp_path: Path) -> RunConfig:
 
 def test_what_is_written_is_read_back(config: RunConfig, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    run_directory.check(run_dir, config, resume=False)
+    directory.check(run_dir, config, resume=False)
     assert not run_dir.exists(), "checking writes nothing"
-    with run_directory.lock(run_dir):
-        run_directory.write_config(run_dir, config)
-    assert run_directory.read_config(run_dir) == config
-    run_directory.check(run_dir, config, resume=False)  # nothing was saved yet
+    with directory.lock(run_dir):
+        directory.write_config(run_dir, config)
+    assert directory.read_config(run_dir) == config
+    directory.check(run_dir, config, resume=False)  # nothing was saved yet
     (run_dir / "checkpoints" / "step_00000001").mkdir(parents=True)
-    run_directory.check(run_dir, config, resume=True)
+    directory.check(run_dir, config, resume=True)
     with pytest.raises(CheckpointError, match=r"already holds a run.*--resume"):
-        run_directory.check(run_dir, config, resume=False)
+        directory.check(run_dir, config, resume=False)
 
 
 def test_a_second_job_is_kept_out_while_the_first_works(tmp_path: Path) -> None:
-    first = run_directory.lock(tmp_path / "run")
+    first = directory.lock(tmp_path / "run")
     with pytest.raises(CheckpointError, match="another job is training in"):
-        run_directory.lock(tmp_path / "run")
+        directory.lock(tmp_path / "run")
     first.close()
-    run_directory.lock(tmp_path / "run").close()
+    directory.lock(tmp_path / "run").close()
 
 
 def test_what_a_killed_job_leaves_running_for_a_moment_is_waited_for(tmp_path: Path) -> None:
-    first = run_directory.lock(tmp_path / "run")
+    first = directory.lock(tmp_path / "run")
     with pytest.raises(CheckpointError, match="another job is training in"):
-        run_directory.lock(tmp_path / "run", patience_seconds=0.2)
+        directory.lock(tmp_path / "run", patience_seconds=0.2)
     threading.Timer(0.5, first.close).start()
-    run_directory.lock(tmp_path / "run", patience_seconds=30.0).close()
+    directory.lock(tmp_path / "run", patience_seconds=30.0).close()
 
 
 def test_a_file_system_without_locks_is_told_of(
@@ -62,19 +64,19 @@ def test_a_file_system_without_locks_is_told_of(
         raise OSError(errno.ENOTSUP, "Operation not supported")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    monkeypatch.setattr(run_directory.logger, "propagate", True)
-    run_directory.lock(tmp_path / "run").close()
+    monkeypatch.setattr(directory.logger, "propagate", True)
+    directory.lock(tmp_path / "run").close()
     assert "has no locks (Operation not supported): see that no other job" in caplog.text
 
 
 def test_what_a_killed_start_left_behind_is_no_obstacle(config: RunConfig, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    run_directory.lock(run_dir).close()
-    attempts.judge(run_dir, 1)
+    directory.lock(run_dir).close()
+    restart_policy.judge(run_dir, 1)
     assert (run_dir / attempts.ATTEMPTS_FILE).exists()
     (run_dir / "config.tmp").write_text("name: sm")
-    run_directory.check(run_dir, config, resume=True)
-    run_directory.check(run_dir, config, resume=False)
+    directory.check(run_dir, config, resume=True)
+    directory.check(run_dir, config, resume=False)
 
 
 def test_the_tokenizer_is_that_of_the_last_start(tmp_path: Path) -> None:
@@ -86,17 +88,17 @@ def test_the_tokenizer_is_that_of_the_last_start(tmp_path: Path) -> None:
         folder.mkdir()
         shards = tiny_shards(folder, vocab_size=size)
         jobs.append(Job.check(small_recipe(folder, shards)))
-        run_tokenizer.keep(run_dir, jobs[-1].shards)
+        kept_tokenizer.keep(run_dir, jobs[-1].shards)
     job = jobs[-1]
     sha256 = job.shards.manifest.vocabulary_sha256
-    kept = run_tokenizer.choose(run_dir, job.config, sha256, None)
+    kept = kept_tokenizer.choose(run_dir, job.config, sha256, None)
     assert kept == run_dir / "tokenizer"
     before = (kept / "vocab.txt").stat()
-    run_tokenizer.keep(run_dir, job.shards)
+    kept_tokenizer.keep(run_dir, job.shards)
     assert (kept / "vocab.txt").stat() == before, "what is there is not written again"
     (kept / "SHA256SUMS").unlink()
-    run_tokenizer.keep(run_dir, job.shards)
-    assert run_tokenizer.choose(run_dir, job.config, sha256, None) == kept
+    kept_tokenizer.keep(run_dir, job.shards)
+    assert kept_tokenizer.choose(run_dir, job.config, sha256, None) == kept
 
 
 @pytest.mark.parametrize("name", ["config.tmp", "vocab.txt", "SHA256SUMS"])
@@ -112,32 +114,32 @@ def test_a_start_that_finds_the_disk_full_leaves_a_directory_that_can_be_used(
             raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(run_directory, "sync", full)
-        patched.setattr(run_tokenizer, "sync", full)
+        patched.setattr(directory, "sync", full)
+        patched.setattr(kept_tokenizer, "sync", full)
         with pytest.raises((OSError, ConfigError), match="No space left"):
             resume._claim_on_first(job, run_dir, 0)
     assert {path.name for path in run_dir.iterdir()} <= {"config.yaml", "config.tmp"}
-    run_directory.check(run_dir, job.config, resume=True)
+    directory.check(run_dir, job.config, resume=True)
     resume._claim_on_first(job, run_dir, 0)
-    run_directory.check(run_dir, job.config, resume=True)
+    directory.check(run_dir, job.config, resume=True)
 
 
 def test_somebody_elses_folder_or_file_is_refused(config: RunConfig, tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "draft.tex").write_text("")
     with pytest.raises(CheckpointError, match="not empty and holds no run"):
-        run_directory.check(tmp_path / "thesis", config, resume=True)
+        directory.check(tmp_path / "thesis", config, resume=True)
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="is a file"):
-        run_directory.check(tmp_path / "file", config, resume=False)
+        directory.check(tmp_path / "file", config, resume=False)
 
 
 def test_what_cannot_be_written_is_named(config: RunConfig, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot write the run directory"):
-        run_directory.lock(tmp_path / "file" / "run")
+        directory.lock(tmp_path / "file" / "run")
     with pytest.raises(ConfigError, match="cannot write the run directory"):
-        run_directory.write_config(tmp_path / "nowhere", config)
+        directory.write_config(tmp_path / "nowhere", config)
 
 
 def test_paths_in_the_config_do_not_depend_on_where_one_stands(
@@ -156,25 +158,25 @@ def test_paths_in_the_config_do_not_depend_on_where_one_stands(
 def test_a_job_that_waited_does_not_take_over_the_run_of_the_one_before(tmp_path: Path) -> None:
     shards = tiny_shards(tmp_path)
     run_dir = tmp_path / "run"
-    first = run_directory.lock(run_dir)
+    first = directory.lock(run_dir)
     other = Job.check(small_recipe(tmp_path, shards, "seed=77"))
 
     def leave_a_run() -> None:
-        run_directory.write_config(run_dir, small_recipe(tmp_path, shards))
+        directory.write_config(run_dir, small_recipe(tmp_path, shards))
         (run_dir / "checkpoints" / "step_00000001").mkdir(parents=True)
         first.close()
 
     threading.Timer(0.5, leave_a_run).start()
     with ExitStack() as held, pytest.raises(CheckpointError, match=r"holds another run \(seed"):
         resume._lock_on_first(other, run_dir, True, held)
-    assert run_directory.read_config(run_dir).seed == 3
-    run_directory.lock(run_dir).close()  # who is refused keeps nobody out
+    assert directory.read_config(run_dir).seed == 3
+    directory.lock(run_dir).close()  # who is refused keeps nobody out
 
 
 def test_the_lock_says_who_holds_it(tmp_path: Path) -> None:
     said = []
     for _ in range(2):
-        with run_directory.lock(tmp_path):
+        with directory.lock(tmp_path):
             said.append((tmp_path / ".lock").read_text())
     assert said[0] != said[1], "of no two attempts it is the same"
     assert all(text.startswith(f"{socket.gethostname()} {os.getpid()} ") for text in said)
@@ -187,11 +189,11 @@ def _look_for_the_run(world: World, folder: Path, shared: bool, wait: float) -> 
     (run_dir / "config.yaml").write_text("name: x")
     (run_dir / ".lock").write_text("node1 123 0123456789abcdef\n")
     world.barrier()
-    run_directory._PATIENCE_SECONDS = wait
-    held = run_directory.lock(run_dir) if world.is_first else None
+    directory._PATIENCE_SECONDS = wait
+    held = directory.lock(run_dir) if world.is_first else None
     world.barrier()
     try:
-        run_directory.require_shared(run_dir, world)
+        directory.require_shared(run_dir, world)
     except ConfigError as error:
         return str(error)
     finally:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from stacking_ds import attempts
-from stacking_ds.attempts import begun, ended
+from stacking_ds.run import attempts
+from stacking_ds.run.attempts import begun, ended
 
 SLURM = Path(__file__).parents[1] / "slurm"
 STACKING_DS = Path(sys.executable).with_name("stacking-ds")

@@ -5,13 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from stacking_ds.small_files import (
-    DamagedFileError,
-    PassedOver,
-    read_json,
-    read_json_lines,
-    read_text,
-)
+from stacking_ds.files import DamagedFileError, PassedOver, read_json, read_json_lines, read_text
 
 
 def test_what_was_written_is_read(tmp_path: Path) -> None:
@@ -79,7 +73,7 @@ def test_lines_that_are_no_records_are_told_and_passed_over(tmp_path: Path) -> N
 def test_a_line_without_an_end_is_read_in_bounded_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stacking_ds.small_files._LONGEST_LINE_BYTES", 16)
+    monkeypatch.setattr("stacking_ds.files._LONGEST_LINE_BYTES", 16)
     path = tmp_path / "lines.jsonl"
     path.write_bytes(b'{"a": 1}\n"' + b"x" * 100 + b'"\n{"b": 2}\n')
     passed = PassedOver(path)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stacking_ds.errors import StageError
-from stacking_ds.stages import Stage, StageSchedule
+from stacking_ds.schedule.stages import Stage, StageSchedule
 
 SCHEDULE = StageSchedule.from_depths([(2, 3), (4, 2), (8, 4)])
 

@@ -12,17 +12,20 @@ from typing import Any
 
 import pytest
 
-from stacking_ds import attempts, checkpoint, run_directory, stage_manager, trainer
-from stacking_ds.checkpoint import background
-from stacking_ds.config import RunConfig
+from stacking_ds.checkpoint import folders, manifest
+from stacking_ds.checkpoint import save as checkpoint_save
+from stacking_ds.config.run import RunConfig
 from stacking_ds.data.shards import TokenShards
-from stacking_ds.distributed import World
+from stacking_ds.distributed.world import World
 from stacking_ds.errors import CheckpointError, NonFiniteError
-from stacking_ds.evaluate.heldout import HeldOutPasses
-from stacking_ds.job import Job
-from stacking_ds.stage_manager import StageManager
-from stacking_ds.stop_request import StopRequest
-from stacking_ds.trainer import train
+from stacking_ds.launch import restart_policy
+from stacking_ds.process.stop_signals import StopRequest
+from stacking_ds.run import directory
+from stacking_ds.train import loop, stage_engine
+from stacking_ds.train.heldout import HeldOutPasses
+from stacking_ds.train.loop import train
+from stacking_ds.train.plan import Job
+from stacking_ds.train.stage_engine import StageManager
 from tests.prose import tiny_shards
 from tests.ranks import run_ranks
 from tests.runs import losses, metrics, small_recipe, train_small
@@ -76,8 +79,8 @@ def test_no_step_is_taken_after_a_stop(
     config = small_recipe(tmp_path, shards, "evaluation.every_steps=2")
     run = tmp_path / "run"
     assert run_ranks(_asked_during, RANKS, config, run, name) == [step] * RANKS
-    found = checkpoint.latest(run)
-    assert (found and checkpoint.read_manifest(found).step) == saved
+    found = folders.latest(run)
+    assert (found and manifest.read_manifest(found).step) == saved
     assert run_ranks(train_small, RANKS, config, run, True) == [10] * RANKS
     assert losses(run) == losses(whole)
     evaluations = [[line.get("eval/mlm_loss") for line in metrics(r)] for r in (run, whole)]
@@ -114,7 +117,7 @@ def _asked_while_reading_again(world: World, config: RunConfig, run_dir: Path) -
             yield
 
     TokenShards.verifying = read_for_long  # type: ignore[method-assign]
-    trainer._LOOK_SECONDS = 0.1
+    loop._LOOK_SECONDS = 0.1
     return train_small(world, config, run_dir, resume=True)
 
 
@@ -129,7 +132,7 @@ def test_the_end_of_a_run_that_went_on_waits_for_its_data_and_can_be_stopped(
     assert run_ranks(_asked_while_reading_again, RANKS, config, run) == [10] * RANKS
     assert time.monotonic() - started < 9
     assert not (run / "export").exists()
-    assert attempts.judge(run, 0).again
+    assert restart_policy.judge(run, 0).again
     assert run_ranks(train_small, RANKS, config, run, True) == [10] * RANKS
     assert (run / "export").is_dir()
     outcomes = [record.get("outcome") for record in _records(run)]
@@ -162,7 +165,7 @@ def test_what_fails_before_a_run_goes_on_is_recorded_in_it(
     run_ranks(_cannot_be_built, 1, config, run, error)
     assert not run.exists(), "a new run leaves nothing"
     run.mkdir()
-    run_directory.write_config(run, config)  # of a start that saved nothing
+    directory.write_config(run, config)  # of a start that saved nothing
     run_ranks(_cannot_be_built, 1, config, run, error)
     if outcome is None:
         assert not (run / "attempts.jsonl").exists()
@@ -175,8 +178,8 @@ def test_what_fails_before_a_run_goes_on_is_recorded_in_it(
 def _slow_saves(
     world: World, config: RunConfig, run_dir: Path, step: float, save: float, grace: float
 ) -> int:
-    stage_manager._STOP_SECONDS = grace
-    take_step, write = trainer._Run.train_step, background.save_file
+    stage_engine._STOP_SECONDS = grace
+    take_step, write = loop._Run.train_step, checkpoint_save.save_file
 
     def slow_step(run: Any, rank_step: Any) -> Any:
         time.sleep(step)
@@ -186,8 +189,8 @@ def _slow_saves(
         time.sleep(save)
         write(tensors, path)
 
-    trainer._Run.train_step = slow_step  # type: ignore[method-assign]
-    background.save_file = slow_write
+    loop._Run.train_step = slow_step  # type: ignore[method-assign]
+    checkpoint_save.save_file = slow_write
     return train_small(world, config, run_dir)
 
 
@@ -211,14 +214,14 @@ def test_saves_that_a_launcher_would_cut_off_are_warned_of_once(
 
 
 def _fails(world: World, config: RunConfig, run_dir: Path, error: Exception) -> str:
-    original = trainer._Run.train_step
+    original = loop._Run.train_step
 
     def step(run: Any, rank_step: Any) -> Any:
         if run.state.step == 5:
             raise error
         return original(run, rank_step)
 
-    trainer._Run.train_step = step  # type: ignore[method-assign]
+    loop._Run.train_step = step  # type: ignore[method-assign]
     with pytest.raises(type(error)):
         train_small(world, config, run_dir)
     return "raised"

@@ -1,6 +1,6 @@
 """Lists and values of any length are told in a line."""
 
-from stacking_ds.text_table import first_of, shortened
+from stacking_ds.console import first_of, shortened
 
 
 def test_of_many_names_a_few_are_told_and_the_others_counted() -> None:

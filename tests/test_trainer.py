@@ -8,12 +8,13 @@ import pytest
 import torch
 from transformers import BertForPreTraining as HuggingFaceBert
 
-from stacking_ds import run_directory, trainer
-from stacking_ds.config import RunConfig
-from stacking_ds.data.prepare.run import prepare
-from stacking_ds.distributed import World
+from stacking_ds.config.run import RunConfig
+from stacking_ds.data.prepare.preparation import prepare
+from stacking_ds.distributed.world import World
 from stacking_ds.errors import NonFiniteError, UserError
-from stacking_ds.job import Job
+from stacking_ds.run import directory
+from stacking_ds.train import loop
+from stacking_ds.train.plan import Job
 from tests.prose import tiny_shards, write_text
 from tests.ranks import RankError, run_ranks
 from tests.runs import (
@@ -207,10 +208,10 @@ def test_other_shards_do_not_continue_a_run(shards: Path, tmp_path: Path) -> Non
 
 def _with_a_bad_loss(world: World, config: RunConfig, run_dir: Path) -> tuple[str, str, bool]:
     """At step 5 the last rank's loss is NaN; are the weights those from before the step?"""
-    original = trainer.pretraining_loss
+    original = loop.pretraining_loss
     before: dict[str, torch.Tensor] = {}
     untouched: list[bool] = []
-    train_step = trainer._Run.train_step
+    train_step = loop._Run.train_step
 
     def step(run: Any, rank_step: Any) -> Any:
         module = run.stages.engine.module
@@ -228,8 +229,8 @@ def _with_a_bad_loss(world: World, config: RunConfig, run_dir: Path) -> tuple[st
         bad = bool(before) and world.rank == world.size - 1
         return sums._replace(mlm_sum=sums.mlm_sum * float("nan")) if bad else sums
 
-    trainer._Run.train_step = step  # type: ignore[method-assign]
-    trainer.pretraining_loss = loss
+    loop._Run.train_step = step  # type: ignore[method-assign]
+    loop.pretraining_loss = loss
     kind, message = _error_of(world, config, run_dir, False)
     return kind, message, untouched == [True]
 
@@ -282,7 +283,7 @@ def test_a_finished_run_makes_up_for_a_lost_export(shards: Path, tmp_path: Path)
 
 
 def test_a_job_keeps_others_out_of_its_run(shards: Path, tmp_path: Path) -> None:
-    with run_directory.lock(tmp_path / "run"):
+    with directory.lock(tmp_path / "run"):
         config = small_recipe(tmp_path, shards)
         [(kind, message)] = run_ranks(_error_of, 1, config, tmp_path / "run", False)
     assert kind == "CheckpointError"

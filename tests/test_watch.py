@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from stacking_ds.distributed import Watch, World
+from stacking_ds.distributed.heartbeat import Watch
+from stacking_ds.distributed.world import World
 from stacking_ds.errors import EXIT_LOST_RANK, ConfigError, LostRankError
 from tests.ranks import run_ranks, spawn_ranks
 

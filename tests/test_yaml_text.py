@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stacking_ds.yaml_text import Scalar, YamlTextError, plain, read_yaml, write_yaml
+from stacking_ds.config.yaml_text import Scalar, YamlTextError, plain, read_yaml, write_yaml
 
 # what YAML gives a meaning to, so that more than plain words comes of it
 ODD_YAML = (

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from stacking_ds import zero
-from stacking_ds.distributed import World
+from stacking_ds.distributed.world import World
+from stacking_ds.engine.zero import release, sharded_state
+from stacking_ds.engine.zero.compatibility import masters_of, require_pinned_deepspeed
+from stacking_ds.engine.zero.flat_buffers import flat_tensors, predicted_layout
 from stacking_ds.errors import ConfigError
-from stacking_ds.fragments import MASTER, MOMENTS, Layout
 from stacking_ds.model.bert import BertForPreTraining
 from stacking_ds.optim.groups import parameter_groups
-from stacking_ds.zero.compatibility import masters_of, require_pinned_deepspeed
-from stacking_ds.zero.layout import flat_tensors, predicted_layout
+from stacking_ds.sharding.fragments import MASTER, MOMENTS, Layout
 from tests.ranks import run_ranks
 from tests.sharded import start_engine, train_engine, whole_state
 from tests.tiny import tiny_batch, tiny_config, tiny_loss, tiny_model, tiny_optimizer, train_tiny
@@ -29,9 +29,9 @@ def _fresh(world: World, zero_stage: int) -> Any:
     found = []
     for precision in PRECISIONS:
         engine = start_engine(world, zero_stage, precision)
-        views = {key for fragment in zero.fragments(engine) for key in fragment.views}
-        found.append((whole_state(world, engine), zero.optimizer_step(engine), views))
-        zero.release(engine)
+        views = {key for fragment in sharded_state.fragments(engine) for key in fragment.views}
+        found.append((whole_state(world, engine), sharded_state.optimizer_step(engine), views))
+        release.release(engine)
     return found
 
 
@@ -52,7 +52,7 @@ def test_a_new_engines_masters_are_the_models_values(zero_stage: int, ranks: int
 def _trained(world: World, zero_stage: int) -> Any:
     engine = start_engine(world, zero_stage)
     train_engine(world, engine, range(3))
-    return whole_state(world, engine), zero.optimizer_step(engine)
+    return whole_state(world, engine), sharded_state.optimizer_step(engine)
 
 
 @pytest.mark.parametrize(("zero_stage", "ranks"), EVERY_STAGE)
@@ -77,18 +77,18 @@ def _written_in(world: World, zero_stage: int, precision: str) -> Any:
     engine = start_engine(world, zero_stage, precision)
     before = _logits(engine)  # a forward pass leaves gathered, soon stale, weights behind
     donor = dict(tiny_model(2, seed=5).named_parameters())
-    zero.seed_moments(engine, 11)
-    for fragment in zero.fragments(engine):
+    sharded_state.seed_moments(engine, 11)
+    for fragment in sharded_state.fragments(engine):
         whole = donor[fragment.name].detach().view(-1)[fragment.start : fragment.stop]
         fragment.views[MASTER].copy_(whole)
         fragment.views["exp_avg"].copy_(whole * 2)
         fragment.views["exp_avg_sq"].copy_(whole * whole)
-    zero.refresh(engine)
+    sharded_state.refresh(engine)
     state = whole_state(world, engine)
     after = _logits(engine)
     train_engine(world, engine, range(2))
-    step = zero.optimizer_step(engine)
-    zero.release(engine)
+    step = sharded_state.optimizer_step(engine)
+    release.release(engine)
     return before, after, state, step
 
 
@@ -117,8 +117,8 @@ def test_what_is_written_is_what_trains_on(zero_stage: int, ranks: int) -> None:
 
 def _cuts(world: World, zero_stage: int) -> Any:
     engine = start_engine(world, zero_stage, "bf16")
-    found = zero.fragments(engine)
-    zero.release(engine)
+    found = sharded_state.fragments(engine)
+    release.release(engine)
     return Layout.of(found, world.size), [(f.start, f.stop) for f in found]
 
 
@@ -140,10 +140,10 @@ def test_the_layout_is_the_predicted_one(zero_stage: int, ranks: int) -> None:
 def _leak(world: World, zero_stage: int) -> tuple[int, int]:
     engine = start_engine(world, zero_stage, "bf16")
     held = flat_tensors(engine)
-    leaked = zero.release(engine)
+    leaked = release.release(engine)
     expected = sum(flat.nbytes for flat in held)
     del held
-    return leaked - expected, zero.release(start_engine(world, zero_stage, "bf16"))
+    return leaked - expected, release.release(start_engine(world, zero_stage, "bf16"))
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 3])
@@ -156,7 +156,7 @@ def _norms(world: World, cases: list[tuple[int, int, float]]) -> Any:
     for zero_stage, gas, clipping in cases:
         engine = start_engine(world, zero_stage, gas=gas, clipping=clipping)
         norms[zero_stage, gas, clipping] = train_engine(world, engine, range(3), gas)
-        zero.release(engine)
+        release.release(engine)
     return norms
 
 
@@ -239,8 +239,8 @@ def _with_fused_adam(world: World) -> Any:
     fresh = whole_state(world, engine)
     train_engine(world, engine, range(1))
     moved = {name: p.detach() + 1.0 for name, p in tiny_model(2).named_parameters()}
-    zero.write_masters(engine, lambda name, shape: moved[name])
-    zero.refresh(engine)
+    sharded_state.write_masters(engine, lambda name, shape: moved[name])
+    sharded_state.refresh(engine)
     weights = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
     return kind, fresh, weights
 

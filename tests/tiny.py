@@ -5,12 +5,13 @@ from typing import Any
 
 import torch
 
-from stacking_ds.config import LambSection, OptimizerSection
-from stacking_ds.ds_json import load_ds_config, resolve_ds_config
+from stacking_ds.config.sections import LambSection, OptimizerSection
+from stacking_ds.engine.ds_json import load_ds_config
+from stacking_ds.engine.ds_resolving import resolve_ds_config
 from stacking_ds.model.bert import BertForPreTraining
-from stacking_ds.model.config import BertConfig
+from stacking_ds.model.bert_config import BertConfig
 from stacking_ds.model.loss import pretraining_loss
-from stacking_ds.optim.build import build_optimizer
+from stacking_ds.optim.optimizers import build_optimizer
 
 __all__ = [
     "SAMPLES",

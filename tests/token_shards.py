@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from stacking_ds.data.manifest import (
+from stacking_ds.data.shard_manifest import (
     MANIFEST_NAME,
     DataManifest,
     DuplicatesFile,

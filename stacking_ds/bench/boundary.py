@@ -13,14 +13,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from stacking_ds import zero
 from stacking_ds.bench.crossing import Crossing, LabelledWorld, Record
 from stacking_ds.bench.memory import settle, touched_bytes
 from stacking_ds.bench.rivals import gather_whole, load_stock, save_stock, set_from_whole
 from stacking_ds.bench.workload import Workload
-from stacking_ds.boundary import capture_engine, install_state
-from stacking_ds.distributed import World
-from stacking_ds.fragments import MASTER
+from stacking_ds.distributed.world import World
+from stacking_ds.engine.zero import sharded_state
+from stacking_ds.growth.boundary import capture_engine, install_state
+from stacking_ds.sharding.fragments import MASTER
 
 __all__ = ["measure_boundary"]
 
@@ -55,7 +55,7 @@ def _ours(crossing: Crossing, step_too: bool) -> None:
 
 def _gathering(crossing: Crossing) -> None:
     workload = crossing.workload
-    step = zero.optimizer_step(crossing.engine)
+    step = sharded_state.optimizer_step(crossing.engine)
     with crossing.measured():
         with crossing.phase("gather"):
             whole = gather_whole(crossing.engine)
@@ -91,7 +91,7 @@ def _through_disk(crossing: Crossing, folder: Path) -> None:
             crossing.engine = workload.stock_engine(model, world)
             del model
     # what somebody would have to make of the old checkpoint, whose making is not timed
-    zero.seed_moments(crossing.engine, 1)
+    sharded_state.seed_moments(crossing.engine, 1)
     save_stock(crossing.engine, folder / "grown")
     world.barrier()
     with crossing.phase("load grown"):
@@ -100,7 +100,7 @@ def _through_disk(crossing: Crossing, folder: Path) -> None:
 
 
 def _forget_masters(engine: Any) -> None:
-    for fragment in zero.fragments(engine):
+    for fragment in sharded_state.fragments(engine):
         fragment.views[MASTER].zero_()
 
 

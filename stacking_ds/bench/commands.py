@@ -190,10 +190,10 @@ def _measure_there(workload: "Workload", ranks: int, rounds: int) -> list[Any]:
 def _measure_here(
     options: argparse.Namespace, workloads: Sequence["Workload"], chosen_ranks: Sequence[int] | None
 ) -> int:
-    from stacking_ds import distributed
     from stacking_ds.bench.boundary import measure_boundary
+    from stacking_ds.distributed import process_group
 
-    world = distributed.start()
+    world = process_group.start()
     try:
         if chosen_ranks not in (None, (world.size,)):
             raise ConfigError(
@@ -204,7 +204,7 @@ def _measure_here(
         if world.is_first:
             _report(cases, options)
     finally:
-        distributed.stop()
+        process_group.stop()
     return 0
 
 

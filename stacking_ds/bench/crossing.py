@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from stacking_ds import zero
 from stacking_ds.bench.bytes_sent import BytesSent, written_bytes
 from stacking_ds.bench.memory import HostPeak, live_tensor_bytes, resident_bytes, settle
 from stacking_ds.bench.workload import Workload
-from stacking_ds.distributed import World
-from stacking_ds.engine import release_engine
-from stacking_ds.fragments import MASTER
+from stacking_ds.distributed.world import World
+from stacking_ds.engine.build import release_engine
+from stacking_ds.engine.zero import sharded_state
 from stacking_ds.growth.operators import source_name
+from stacking_ds.sharding.fragments import MASTER
 
 __all__ = ["Crossing", "LabelledWorld", "Record"]
 
@@ -121,7 +121,7 @@ class Crossing:
 
 
 def _master_sums(engine: Any, world: World) -> dict[str, float]:
-    owned = [fragment.owned_by(world.rank) for fragment in zero.fragments(engine)]
+    owned = [fragment.owned_by(world.rank) for fragment in sharded_state.fragments(engine)]
     # of absolute values: a plain sum is 0 for much that is lost
     sums = [float(fragment.views[MASTER].abs().sum(dtype=torch.float64)) for fragment in owned]
     names = [fragment.name for fragment in owned]

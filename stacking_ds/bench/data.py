@@ -27,9 +27,9 @@ from stacking_ds.data.loader import PretrainingData, PretrainingSteps, RowOption
 from stacking_ds.data.masking import MaskingName, MaskingVocabulary, mask_tokens
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.data.sources.documents import Document, Reading
-from stacking_ds.data.sources.names import open_source
+from stacking_ds.data.sources.kinds import open_source
 from stacking_ds.errors import DataError
-from stacking_ds.phases import PhaseSchedule
+from stacking_ds.schedule.phases import PhaseSchedule
 
 __all__ = ["Corpus", "measure_loader", "measure_masking", "measure_memory", "measure_prepare"]
 

@@ -69,7 +69,7 @@ def _measure(
     options: argparse.Namespace, parts: tuple[str, ...], folder: Path
 ) -> Mapping[str, dict[str, Any]]:
     from stacking_ds.bench import data
-    from stacking_ds.data.prepare.run import prepare
+    from stacking_ds.data.prepare.preparation import prepare
     from stacking_ds.data.shards import TokenShards
 
     workers, rounds = options.workers, options.rounds

@@ -21,7 +21,7 @@ from stacking_ds.bench.step_rivals import (
     ds_settings,
     our_compute,
 )
-from stacking_ds.distributed import World
+from stacking_ds.distributed.world import World
 from stacking_ds.errors import ConfigError
 
 __all__ = ["affine_fit", "growth_ratio", "measure_growth"]

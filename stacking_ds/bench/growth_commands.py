@@ -52,16 +52,16 @@ def _growth(options: argparse.Namespace) -> int:
     cases = _cases(options, device)
     for case in cases:
         _ = case.config  # says what is wrong with the sizes before anything is measured
-    from stacking_ds import distributed
     from stacking_ds.bench.growth import measure_growth
     from stacking_ds.bench.growth_table import growth_table, growth_targets
     from stacking_ds.bench.machine import describe_machine
     from stacking_ds.bench.step import How
+    from stacking_ds.distributed import process_group
 
     how = How(options.kernels, options.zero_stage, options.rounds, with_compile=False)
     depths = ", ".join(str(case.model.layers) for case in cases)
     print(f"{depths} layers: building, then {how.rounds} rounds", file=sys.stderr, flush=True)
-    world = distributed.start()
+    world = process_group.start()
     try:
         figures = {
             "machine": describe_machine(),
@@ -73,7 +73,7 @@ def _growth(options: argparse.Namespace) -> int:
             **measure_growth(cases, how, world),
         }
     finally:
-        distributed.stop()
+        process_group.stop()
     targets = [{**one._asdict(), "verdict": one.verdict} for one in growth_targets(figures)]
     print(growth_table(figures))
     if options.json is not None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from stacking_ds.bench.kernels_clock import Clock, Entrant, race
-from stacking_ds.config import AttentionName
+from stacking_ds.config.sections import AttentionName
 from stacking_ds.errors import ConfigError
 from stacking_ds.kernels.attention.choice import choose_attention
 from stacking_ds.kernels.attention.sequences import Attend, Sequences

@@ -24,8 +24,8 @@ from torch.nn import functional
 
 from stacking_ds.bench.kernels_clock import Clock, Entrant, race
 from stacking_ds.errors import ConfigError
-from stacking_ds.kernels.choice import choose_operations
 from stacking_ds.kernels.operations import EmbeddingTables, Norm, Operations, Weights
+from stacking_ds.kernels.registry import choose_operations
 
 __all__ = ["FORMS", "OPERATIONS", "Sizes", "Subject", "measure_operations", "subjects"]
 
@@ -34,7 +34,7 @@ OPERATIONS = ("gelu", "add_norm", "norm", "embedding", "cross_entropy")
 MASKED_FRACTION = 0.15
 TYPES, POSITIONS = 2, 512
 _DROPOUT, _EPS, _IGNORED = 0.1, 1e-12, -100
-_ALIGNED_LOGITS = 64  # on a GPU, as `stacking_ds.kernels.vocabulary` makes them
+_ALIGNED_LOGITS = 64  # on a GPU, as `stacking_ds.kernels.vocabulary_product` makes them
 _ERROR = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # relative, of forms to one another
 
 

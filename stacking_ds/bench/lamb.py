@@ -37,7 +37,7 @@ from stacking_ds.bench.lamb_rivals import (
 )
 from stacking_ds.bench.machine import one_thread
 from stacking_ds.errors import ConfigError
-from stacking_ds.model.config import BertConfig
+from stacking_ds.model.bert_config import BertConfig
 
 __all__ = ["BYTES_PER_PARAMETER", "Sizes", "count_launches", "measure_cpu", "measure_gpu"]
 

@@ -87,18 +87,18 @@ def _lamb(options: argparse.Namespace) -> int:
 
 def _measure_here(options: argparse.Namespace, parts: Sequence[str], sizes: "Sizes") -> int:
     """On the launcher's ranks."""
-    from stacking_ds import distributed
     from stacking_ds.bench.lamb_traffic import measure_communication
+    from stacking_ds.distributed import process_group
 
     if set(parts) != {"communication"}:
         raise ConfigError("under a launcher say --only=communication, or start without one")
-    world = distributed.start()
+    world = process_group.start()
     try:
         found = measure_communication(world)
         if world.is_first:
             _report({"communication": found}, sizes, options)
     finally:
-        distributed.stop()
+        process_group.stop()
     return 0
 
 

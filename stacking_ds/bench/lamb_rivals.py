@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from stacking_ds.config import LambKernelName
-from stacking_ds.fragments import Shard, Span
-from stacking_ds.kernels.lamb.apex import ApexLamb
-from stacking_ds.kernels.lamb.contract import Hyper, Item
+from stacking_ds.config.sections import LambKernelName
 from stacking_ds.model.bert import BertForPreTraining
-from stacking_ds.model.config import BertConfig
+from stacking_ds.model.bert_config import BertConfig
 from stacking_ds.optim.groups import parameter_groups
-from stacking_ds.optim.lamb import Lamb
+from stacking_ds.optim.lamb.apex import ApexLamb
+from stacking_ds.optim.lamb.contract import Hyper, Item
+from stacking_ds.optim.lamb.optimizer import Lamb
+from stacking_ds.sharding.fragments import Shard, Span
 
 __all__ = [
     "Step",

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stacking_ds.errors import UserError
-from stacking_ds.launched import HYDRA_SIZE, OPEN_MPI_SIZE, by_srun
+from stacking_ds.process.launcher_env import HYDRA_SIZE, OPEN_MPI_SIZE, by_srun
 
 __all__ = ["run_on_ranks", "say_if_no_gpu", "under_launcher"]
 

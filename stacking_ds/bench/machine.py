@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from stacking_ds.zero.compatibility import deepspeed
+from stacking_ds.engine.zero.compatibility import deepspeed
 
 __all__ = ["describe_machine", "host_copy_gib_per_second", "one_thread"]
 

@@ -16,8 +16,8 @@ import torch
 
 from stacking_ds.bench.targets import grid
 from stacking_ds.bench.workload import Workload
-from stacking_ds.distributed import World
-from stacking_ds.engine import release_engine
+from stacking_ds.distributed.world import World
+from stacking_ds.engine.build import release_engine
 
 __all__ = ["measure_overlap", "overlap_options", "overlap_table"]
 

@@ -97,10 +97,10 @@ def _workload(options: argparse.Namespace, zero_stage: int) -> Any:
 
 
 def _measure_here(options: argparse.Namespace, workloads: Sequence[Any]) -> int:
-    from stacking_ds import distributed
     from stacking_ds.bench.overlap import measure_overlap
+    from stacking_ds.distributed import process_group
 
-    world = distributed.start()
+    world = process_group.start()
     try:
         cases = [
             case
@@ -110,7 +110,7 @@ def _measure_here(options: argparse.Namespace, workloads: Sequence[Any]) -> int:
         if world.is_first:
             _report(cases, options)
     finally:
-        distributed.stop()
+        process_group.stop()
     return 0
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-from stacking_ds import zero
-from stacking_ds.fragments import MASTER, MOMENTS
+from stacking_ds.engine.zero import sharded_state
 from stacking_ds.growth.operators import source_name
+from stacking_ds.sharding.fragments import MASTER, MOMENTS
 
 __all__ = ["WholeState", "gather_whole", "load_stock", "save_stock", "set_from_whole"]
 
@@ -34,12 +34,12 @@ def gather_whole(engine: Any) -> WholeState:
 def set_from_whole(engine: Any, whole: WholeState, layers: tuple[int, ...], step: int) -> None:
     """Fill a deeper engine. Through our fragments, since DeepSpeed's own setters fail for ZeRO-3
     parameters that the ranks do not divide."""
-    zero.seed_moments(engine, step)
-    for fragment in zero.fragments(engine):
+    sharded_state.seed_moments(engine, step)
+    for fragment in sharded_state.fragments(engine):
         source = whole[source_name(fragment.name, layers)]
         for key, view in fragment.views.items():
             view.copy_(source[key].view(-1)[fragment.start : fragment.stop])
-    zero.refresh(engine)
+    sharded_state.refresh(engine)
 
 
 def save_stock(engine: Any, folder: Path) -> None:

@@ -34,8 +34,8 @@ from stacking_ds.bench.step_rivals import (
     ds_settings,
     our_compute,
 )
-from stacking_ds.config import KernelsName
-from stacking_ds.distributed import World
+from stacking_ds.config.sections import KernelsName
+from stacking_ds.distributed.world import World
 from stacking_ds.errors import ConfigError
 
 __all__ = ["How", "built", "free", "measure_accumulation", "measure_cases", "rates"]

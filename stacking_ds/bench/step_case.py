@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from stacking_ds.bench.lamb import Sizes
-from stacking_ds.ds_json import Precision
+from stacking_ds.engine.ds_resolving import Precision
 from stacking_ds.errors import ConfigError
-from stacking_ds.model.config import BertConfig
+from stacking_ds.model.bert_config import BertConfig
 
 __all__ = [
     "ACCUMULATION",

@@ -8,12 +8,12 @@ import time
 from typing import TYPE_CHECKING, Any, get_args
 
 from stacking_ds.bench.options import add_json
-from stacking_ds.config import KernelsName
+from stacking_ds.config.sections import KernelsName
 from stacking_ds.errors import ConfigError
 
 if TYPE_CHECKING:
     from stacking_ds.bench.step_case import Model, StepCase
-    from stacking_ds.distributed import World
+    from stacking_ds.distributed.world import World
 
 __all__ = ["add_how", "add_step", "keeps_memory", "require_no_launcher"]
 
@@ -76,7 +76,7 @@ def require_no_launcher() -> None:
 
 def keeps_memory(options: argparse.Namespace, device: str) -> bool:
     """Arrange for what --keep-memory says; whether it is so."""
-    from stacking_ds.host_memory import keep_freed_memory
+    from stacking_ds.process.host_memory import keep_freed_memory
 
     return options.keep_memory and device == "cpu" and keep_freed_memory()
 
@@ -100,11 +100,11 @@ def _step(options: argparse.Namespace) -> int:
     )
     for case in cases:
         _ = case.config  # says what is wrong with the sizes before anything is measured
-    from stacking_ds import distributed
     from stacking_ds.bench.machine import describe_machine
     from stacking_ds.bench.step_table import step_table, step_targets
+    from stacking_ds.distributed import process_group
 
-    world = distributed.start()
+    world = process_group.start()
     try:
         figures = {
             "machine": describe_machine(),
@@ -112,7 +112,7 @@ def _step(options: argparse.Namespace) -> int:
             **_measure(options, cases, with_accumulation, world),
         }
     finally:
-        distributed.stop()
+        process_group.stop()
     targets = [{**one._asdict(), "verdict": one.verdict} for one in step_targets(figures)]
     print(step_table(figures))
     if options.json is not None:

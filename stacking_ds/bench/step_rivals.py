@@ -13,19 +13,20 @@ from typing import Any, Protocol
 import torch
 
 from stacking_ds.bench.step_batch import StepBatch
-from stacking_ds.config import EngineSection, KernelsName, OptimizerSection
-from stacking_ds.distributed import World
-from stacking_ds.ds_json import Precision, load_ds_config, resolve_ds_config
-from stacking_ds.engine import build_engine, release_engine, set_learning_rate, take_step
-from stacking_ds.kernels.choice import choose_compute
+from stacking_ds.config.sections import EngineSection, KernelsName, OptimizerSection
+from stacking_ds.distributed.world import World
+from stacking_ds.engine.build import build_engine, release_engine, set_learning_rate, take_step
+from stacking_ds.engine.ds_json import load_ds_config
+from stacking_ds.engine.ds_resolving import Precision, resolve_ds_config
+from stacking_ds.engine.zero.compatibility import deepspeed
 from stacking_ds.kernels.compute import Compute
 from stacking_ds.kernels.operations import Operations
+from stacking_ds.kernels.registry import choose_compute
 from stacking_ds.model.bert import BertForPreTraining
-from stacking_ds.model.config import BertConfig
+from stacking_ds.model.bert_config import BertConfig
 from stacking_ds.model.initialization import first_value
 from stacking_ds.model.loss import PretrainingLoss, pretraining_loss
-from stacking_ds.optim.build import build_optimizer
-from stacking_ds.zero.compatibility import deepspeed
+from stacking_ds.optim.optimizers import build_optimizer
 
 __all__ = [
     "DTYPES",

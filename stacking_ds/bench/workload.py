@@ -7,19 +7,20 @@ from typing import Any
 
 import torch
 
-from stacking_ds.config import OptimizerSection
+from stacking_ds.config.sections import OptimizerSection
 from stacking_ds.data.batch_split import split_batch
-from stacking_ds.distributed import World
-from stacking_ds.ds_json import Precision, load_ds_config, resolve_ds_config
-from stacking_ds.engine import build_engine, take_step
+from stacking_ds.distributed.world import World
+from stacking_ds.engine.build import build_engine, take_step
+from stacking_ds.engine.ds_json import load_ds_config
+from stacking_ds.engine.ds_resolving import Precision, resolve_ds_config
+from stacking_ds.engine.zero.compatibility import deepspeed
+from stacking_ds.engine.zero.sharded_state import seed_moments
 from stacking_ds.growth.operators import layer_map
 from stacking_ds.model.bert import BertForPreTraining
-from stacking_ds.model.config import BertConfig
+from stacking_ds.model.bert_config import BertConfig
 from stacking_ds.model.initialization import first_value
 from stacking_ds.model.loss import pretraining_loss
-from stacking_ds.optim.build import build_optimizer
-from stacking_ds.zero import seed_moments
-from stacking_ds.zero.compatibility import deepspeed
+from stacking_ds.optim.optimizers import build_optimizer
 
 __all__ = ["Workload"]
 

@@ -14,9 +14,9 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
+from stacking_ds.console import first_of
 from stacking_ds.errors import CheckpointError, UnreadableError, unreadable
-from stacking_ds.small_files import DamagedFileError, read_text
-from stacking_ds.text_table import first_of
+from stacking_ds.files import DamagedFileError, read_text
 
 __all__ = [
     "begin",

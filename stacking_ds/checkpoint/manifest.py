@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from stacking_ds.checkpoint.folders import fall_back, step_of
 from stacking_ds.errors import CheckpointError, UnreadableError, unreadable
-from stacking_ds.fragments import MASTER, MOMENTS, Cut
-from stacking_ds.small_files import DamagedFileError, read_json
+from stacking_ds.files import DamagedFileError, read_json
+from stacking_ds.sharding.fragments import MASTER, MOMENTS, Cut
 
 __all__ = [
     "CHUNK_BYTES",

@@ -6,7 +6,7 @@
 import re
 from typing import Any
 
-from stacking_ds.small_files import is_count, parse_json
+from stacking_ds.files import is_count, parse_json
 
 __all__ = ["LENGTH_BYTES", "header_end", "read_header"]
 

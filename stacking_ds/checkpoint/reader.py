@@ -20,7 +20,7 @@ from stacking_ds.checkpoint.folders import fall_back
 from stacking_ds.checkpoint.manifest import Manifest, RankFile, checksum
 from stacking_ds.checkpoint.rank_header import LENGTH_BYTES, header_end, read_header
 from stacking_ds.errors import CheckpointError, UnreadableError, unreadable
-from stacking_ds.small_files import DamagedFileError, open_regular
+from stacking_ds.files import DamagedFileError, open_regular
 
 __all__ = ["FragmentReader"]
 

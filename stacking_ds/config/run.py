@@ -23,11 +23,11 @@ from stacking_ds.config.sections import (
     Section,
     StageSection,
 )
+from stacking_ds.config.yaml_text import write_yaml
 from stacking_ds.errors import StageError
-from stacking_ds.learning_rate import LearningRateSchedule
-from stacking_ds.phases import PhaseSchedule
-from stacking_ds.stages import StageSchedule
-from stacking_ds.yaml_text import write_yaml
+from stacking_ds.schedule.learning_rate import LearningRateSchedule
+from stacking_ds.schedule.phases import PhaseSchedule
+from stacking_ds.schedule.stages import StageSchedule
 
 __all__ = ["RunConfig", "changed_keys"]
 

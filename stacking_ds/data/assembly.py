@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from stacking_ds.data.batches import IGNORE_INDEX, Batch, RankStep
 from stacking_ds.data.counter_random import Words
 from stacking_ds.data.examples import Examples
-from stacking_ds.data.layout import LayoutSpec, ranges
 from stacking_ds.data.masking import MaskingName, MaskingVocabulary, mask_tokens
+from stacking_ds.data.rows import LayoutSpec, ranges
 from stacking_ds.data.shards import TokenSplit
 
 __all__ = ["Assembler"]

@@ -14,6 +14,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, processors
 
+from stacking_ds.console import first_of, shortened
 from stacking_ds.data.tokenizer import (
     SPECIAL_TOKENS,
     Normalization,
@@ -22,8 +23,7 @@ from stacking_ds.data.tokenizer import (
     require_tokens,
 )
 from stacking_ds.errors import DataError
-from stacking_ds.small_files import DamagedFileError, read_json
-from stacking_ds.text_table import first_of, shortened
+from stacking_ds.files import DamagedFileError, read_json
 
 __all__ = ["read_vocabulary"]
 

@@ -4,6 +4,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from stacking_ds.console import aligned, readable_size
 from stacking_ds.data.inspection import (
     REPEATS_FROM_TOKENS,
     FolderFacts,
@@ -11,10 +12,9 @@ from stacking_ds.data.inspection import (
     Overlap,
     SplitFacts,
 )
-from stacking_ds.data.manifest import MANY_UNKNOWN
 from stacking_ds.data.row_inspection import Readings, RowFacts
+from stacking_ds.data.shard_manifest import MANY_UNKNOWN
 from stacking_ds.data.shown_examples import ShownExample
-from stacking_ds.text_table import aligned, readable_size
 
 __all__ = ["as_text"]
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stacking_ds.data.counter_random import derive_key, random_bits
-from stacking_ds.data.manifest import MANIFEST_NAME, Rejected, SourceFile, SplitName
+from stacking_ds.data.shard_manifest import MANIFEST_NAME, Rejected, SourceFile, SplitName
 from stacking_ds.data.shards import TokenShards, TokenSplit
 from stacking_ds.data.tokenizer import Normalization
 from stacking_ds.errors import DataError

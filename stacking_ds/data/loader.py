@@ -15,20 +15,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from stacking_ds.config import DataSection
+from stacking_ds.config.sections import DataSection
 from stacking_ds.data.assembly import Assembler
 from stacking_ds.data.batch_split import rows_of_rank, split_batch
 from stacking_ds.data.batches import RankStep
 from stacking_ds.data.counter_random import KeyedPermutation, Words, derive_key
 from stacking_ds.data.examples import ExampleKind, Examples, concatenate
-from stacking_ds.data.layout import Layout, LayoutSpec
-from stacking_ds.data.layout_store import find_layout, open_layout
-from stacking_ds.data.manifest import SplitName
 from stacking_ds.data.masking import MaskingName
 from stacking_ds.data.prefetch import Patience, PrefetchedSteps
+from stacking_ds.data.row_store import find_layout, open_layout
+from stacking_ds.data.rows import Layout, LayoutSpec
+from stacking_ds.data.shard_manifest import SplitName
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.errors import ConfigError, DataError
-from stacking_ds.phases import Phase
+from stacking_ds.schedule.phases import Phase
 
 __all__ = [
     "EvaluationSteps",

@@ -26,8 +26,8 @@ import torch
 from stacking_ds.data.batches import RankStep
 from stacking_ds.data.orphans import end_with_parent
 from stacking_ds.errors import ConfigError, LoaderError, UserError
-from stacking_ds.host_memory import keep_freed_memory
-from stacking_ds.stop_request import STOP_SIGNALS
+from stacking_ds.process.host_memory import keep_freed_memory
+from stacking_ds.process.stop_signals import STOP_SIGNALS
 
 __all__ = ["Patience", "PrefetchedSteps", "Steps"]
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stacking_ds.config import RunConfig
+from stacking_ds.config.run import RunConfig
 from stacking_ds.data.inspection import LengthBin
-from stacking_ds.data.layout import Layout
-from stacking_ds.data.layout_store import open_layout
 from stacking_ds.data.loader import RowOptions
-from stacking_ds.data.manifest import SplitName
+from stacking_ds.data.row_store import open_layout
+from stacking_ds.data.rows import Layout
+from stacking_ds.data.shard_manifest import SplitName
 from stacking_ds.data.shards import TokenSplit
 
 __all__ = ["PhaseReading", "Readings", "RowFacts", "readings", "row_facts"]

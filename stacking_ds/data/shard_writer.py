@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import DTypeLike, NDArray
 
-from stacking_ds.data.manifest import ShardFile
+from stacking_ds.data.shard_manifest import ShardFile
 
 __all__ = [
     "ShardWriter",

@@ -13,14 +13,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from stacking_ds.data.arrow_checks import (
-    is_rising,
-    only_batch,
-    require_ids,
-    require_sentences,
-)
+from stacking_ds.data.arrow_checks import is_rising, only_batch, require_ids, require_sentences
 from stacking_ds.data.arrow_numbers import numbers
-from stacking_ds.data.manifest import (
+from stacking_ds.data.shard_manifest import (
     DataManifest,
     DuplicatesFile,
     ShardFile,
@@ -30,14 +25,9 @@ from stacking_ds.data.manifest import (
     not_opened,
     read_manifest,
 )
-from stacking_ds.data.tokenizer import (
-    SpecialIds,
-    load_vocabulary,
-    special_ids,
-    vocabulary_sha256,
-)
+from stacking_ds.data.tokenizer import SpecialIds, load_vocabulary, special_ids, vocabulary_sha256
 from stacking_ds.errors import DataError
-from stacking_ds.small_files import DamagedFileError, open_regular
+from stacking_ds.files import DamagedFileError, open_regular
 
 __all__ = ["ShardArrays", "TokenShards", "TokenSplit"]
 

@@ -20,9 +20,9 @@ from tokenizers import (
     trainers,
 )
 
+from stacking_ds.console import shortened
 from stacking_ds.errors import DataError
-from stacking_ds.small_files import DamagedFileError, read_text
-from stacking_ds.text_table import shortened
+from stacking_ds.files import DamagedFileError, read_text
 
 __all__ = [
     "SPECIAL_TOKENS",

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from stacking_ds.distributed.addresses import address_of_this_node, free_port
 from stacking_ds.errors import ConfigError
-from stacking_ds.launched import HYDRA_SIZE, OPEN_MPI_SIZE, by_srun
+from stacking_ds.process.launcher_env import HYDRA_SIZE, OPEN_MPI_SIZE, by_srun
 
 __all__ = ["complete_environment", "first_host", "slurm_environment"]
 

@@ -1,7 +1,7 @@
 """All ranks stop at the same step, whichever of them was asked to."""
 
 from stacking_ds.distributed.world import World
-from stacking_ds.stop_request import StopRequest
+from stacking_ds.process.stop_signals import StopRequest
 
 __all__ = ["StopFlag"]
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from stacking_ds.distributed import World
-from stacking_ds.doctor import node_findings, world_findings
+from stacking_ds.distributed.world import World
+from stacking_ds.doctor import node_checks, world_checks
 from stacking_ds.doctor.comparing import Finding
 from stacking_ds.doctor.facts import (
     NodeFacts,
@@ -19,7 +19,7 @@ from stacking_ds.doctor.facts import (
     open_subject,
     rank_facts,
 )
-from stacking_ds.doctor.places import probe
+from stacking_ds.doctor.shared_folder import probe
 from stacking_ds.doctor.speed import Matmul, clock_offset, measure_all_reduce, measure_matmul
 
 __all__ = ["Examination", "Request", "examine"]
@@ -87,7 +87,7 @@ def examine(
         node = all_facts(world, subject).model_dump()
     told = world.gather_on_first((node, rank_facts(world).model_dump()))
     found = Examination(
-        nodes=node_findings.by_name([NodeFacts.model_validate(each) for each, _ in told if each]),
+        nodes=node_checks.by_name([NodeFacts.model_validate(each) for each, _ in told if each]),
         ranks=[RankFacts.model_validate(each) for _, each in told],
     )
     if world.is_first:
@@ -105,26 +105,26 @@ def _checks(
     """The findings, on rank 0; every rank has to go through all of it."""
     names, first = found.names(), world.is_first
     if first:
-        yield from node_findings.alike(found.nodes)
+        yield from node_checks.alike(found.nodes)
     probing = probe(world, subject.run_dir)
     if probing is not None:
-        yield world_findings.run_directory(probing, names)
+        yield world_checks.run_directory(probing, names)
         if not probing.problem:
-            yield world_findings.locks(probing, names)
+            yield world_checks.locks(probing, names)
     if first:
-        yield from node_findings.own_way(found.nodes, found.ranks)
+        yield from node_checks.own_way(found.nodes, found.ranks)
     backend = str(dist.get_backend())
     if first:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        yield world_findings.network(found.nodes, backend, place)
+        yield world_checks.network(found.nodes, backend, place)
     offsets = world.gather_on_first(clock_offset(world))
     if first:
-        yield world_findings.clocks({names[rank]: offsets[rank] for rank in names})
+        yield world_checks.clocks({names[rank]: offsets[rank] for rank in names})
     products = world.gather_on_first(measure_matmul(world, precision).model_dump())
     if first:
         measured = [Matmul.model_validate(each) for each in products]
         found.measured["matrix_products"] = products
-        yield world_findings.matrix_products(measured, len(names))
+        yield world_checks.matrix_products(measured, len(names))
     if world.any(first and "FAILED" in {each.verdict for each in found.findings[-1:]}):
         return  # a rank that cannot compute would keep the others waiting
     speed = measure_all_reduce(world)
@@ -132,4 +132,4 @@ def _checks(
         if speed is not None:
             figures = {"bus_bytes_per_second": speed.bus_bytes_per_second}
             found.measured["all_reduce"] = asdict(speed) | figures
-        yield world_findings.all_reduce(speed, backend)
+        yield world_checks.all_reduce(speed, backend)

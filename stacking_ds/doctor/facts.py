@@ -23,13 +23,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch.cuda import nccl
 
 import stacking_ds
-from stacking_ds.bundled import ds_config_path
-from stacking_ds.config import RunConfig
-from stacking_ds.distributed import World
-from stacking_ds.ds_json import load_ds_config
+from stacking_ds.config.bundled import ds_config_path
+from stacking_ds.config.recipe import load_run_config
+from stacking_ds.config.run import RunConfig
+from stacking_ds.distributed.world import World
+from stacking_ds.engine.ds_json import load_ds_config
 from stacking_ds.errors import DataError
-from stacking_ds.job import Job
-from stacking_ds.recipe import load_run_config
+from stacking_ds.train.plan import Job
 
 __all__ = [
     "NodeFacts",

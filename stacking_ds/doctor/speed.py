@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from stacking_ds.distributed import World
+from stacking_ds.distributed.world import World
 from stacking_ds.doctor.facts import Told
-from stacking_ds.monitor import measure_matmul_peak
+from stacking_ds.train.sinks import measure_matmul_peak
 
 __all__ = ["AllReduce", "Matmul", "clock_offset", "measure_all_reduce", "measure_matmul"]
 

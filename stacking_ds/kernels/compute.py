@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from stacking_ds.config import ActivationCheckpointing
+from stacking_ds.config.sections import ActivationCheckpointing
 from stacking_ds.kernels.attention.loops import attend_loops
 from stacking_ds.kernels.attention.padded import attend_padded
 from stacking_ds.kernels.attention.sequences import Attend, Sequences

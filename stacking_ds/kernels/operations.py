@@ -1,6 +1,6 @@
 """What a BERT computes besides attention, in the torch form, which defines it.
 
-A form is chosen in `stacking_ds.kernels.choice`; the others derive from this one and replace what
+A form is chosen in `stacking_ds.kernels.registry`; the others derive from this one and replace what
 they do faster. Matrix products belong to an operation with what follows them, so that each form
 decides how much of that one pass over memory can do.
 

@@ -19,13 +19,7 @@ from triton.language import constexpr, tensor
 
 from stacking_ds.kernels.triton_columns import WALKING, column_sums, walkers
 from stacking_ds.kernels.triton_dropout import draw_seed, dropped
-from stacking_ds.kernels.triton_norm import (
-    moments,
-    norm_gradient,
-    options,
-    records,
-    statistics,
-)
+from stacking_ds.kernels.triton_norm import moments, norm_gradient, options, records, statistics
 
 __all__ = ["FORMS", "TYPES", "embed", "options", "traffic"]
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from stacking_ds.console import first_of
 from stacking_ds.errors import ConfigError
 from stacking_ds.launch.census import Census
 from stacking_ds.launch.hostfile import Host, read_hostfile
@@ -19,7 +20,6 @@ from stacking_ds.launch.request import Request
 from stacking_ds.launch.runner import prepare_local, prepare_on_hosts
 from stacking_ds.launch.signals import StopSignals
 from stacking_ds.launch.ssh import run_on_hosts
-from stacking_ds.text_table import first_of
 
 __all__ = ["run_attempt", "say", "usable_hosts"]
 

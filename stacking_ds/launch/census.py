@@ -5,10 +5,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from stacking_ds.console import first_of
 from stacking_ds.launch.request import PACKAGE_FOLDER
 from stacking_ds.launch.ssh import Answer, run_on_hosts
 from stacking_ds.launch.sweep import Action, Found, sweep
-from stacking_ds.text_table import first_of
 
 __all__ = ["Census", "Count"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stacking_ds.errors import ConfigError
-from stacking_ds.small_files import DamagedFileError, read_text
+from stacking_ds.files import DamagedFileError, read_text
 
 __all__ = ["Host", "draw_hostfile", "read_hostfile"]
 

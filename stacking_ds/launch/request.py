@@ -13,7 +13,7 @@ import stacking_ds
 from stacking_ds.errors import ConfigError, UserError
 from stacking_ds.launch.environment import parse_assignments
 from stacking_ds.launch.words import require_plain
-from stacking_ds.which_run import add_run_options, run_dir_of
+from stacking_ds.run.which_run import add_run_options, run_dir_of
 
 __all__ = ["PACKAGE_FOLDER", "Patience", "Request", "tracked_run", "with_resume"]
 

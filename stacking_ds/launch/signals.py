@@ -6,7 +6,7 @@ import time
 from types import FrameType
 from typing import Any
 
-from stacking_ds.stop_request import STOP_SIGNALS
+from stacking_ds.process.stop_signals import STOP_SIGNALS
 
 __all__ = ["StopSignals"]
 

@@ -4,12 +4,13 @@ import os
 from functools import partial
 from pathlib import Path
 
-from stacking_ds import attempts
 from stacking_ds.errors import UserError
+from stacking_ds.launch import restart_policy
 from stacking_ds.launch.attempt import run_attempt, say, usable_hosts
 from stacking_ds.launch.environment import parse_assignments, secret_names
 from stacking_ds.launch.request import Request, tracked_run, with_resume
 from stacking_ds.launch.signals import StopSignals
+from stacking_ds.run import attempts
 
 __all__ = ["supervise"]
 
@@ -62,7 +63,7 @@ def _train(request: Request, run_dir: Path, stop: StopSignals) -> int:
         code = run_attempt(request, command, hosts, stop, partial(_has_ended, run_dir, since))
         if stop.asked_by:
             return _after_stop(run_dir, since, code)
-        verdict = attempts.judge(run_dir, code, since=since)
+        verdict = restart_policy.judge(run_dir, code, since=since)
         if verdict.outcome == "complete":
             say(verdict.why)
             return 0

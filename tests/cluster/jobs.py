@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from stacking_ds import checkpoint
+from stacking_ds.checkpoint import folders, manifest
 from tests.cluster.hosts import wait_until
 from tests.cluster.running import REPOSITORY, Job
 from tests.cluster.slurm import Slurm
@@ -119,9 +119,9 @@ class BatchRun:
 
     def newest_step(self) -> int:
         """Of the checkpoint that `latest` leads to."""
-        found = checkpoint.latest(self.run_dir)
+        found = folders.latest(self.run_dir)
         assert found is not None
-        return checkpoint.read_manifest(found).step
+        return manifest.read_manifest(found).step
 
     def require_as_uninterrupted(self) -> None:
         """Losses and final weights are the same, bit by bit."""

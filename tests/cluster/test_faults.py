@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stacking_ds import checkpoint
+from stacking_ds.checkpoint import folders, load, manifest
 from tests.cluster.hosts import Hosts
 from tests.cluster.running import Job, last_end, require_same, wait_gone
 from tests.prose import tiny_shards
@@ -94,10 +94,10 @@ def test_the_launcher_that_is_told_to_end_leaves_a_checkpoint(job: Job, whole: P
     runner.send_signal(signal.SIGTERM)
     wait_gone(job, runner, 60)
     assert last_end(job)["outcome"] == "stopped"
-    found = checkpoint.latest(job.run_dir)
+    found = folders.latest(job.run_dir)
     assert found is not None
-    assert checkpoint.read_manifest(found).step == 5
-    assert checkpoint.problems(found) == []
+    assert manifest.read_manifest(found).step == 5
+    assert load.problems(found) == []
     _resume(job, whole)
 
 
@@ -231,6 +231,6 @@ def test_a_stale_latest_is_one_sentence(job: Job) -> None:
     assert "names 'step_00000099', which is not there; say from which" in job.said()
     assert job.said().count("stacking-ds: error:") == 1
     pointer.write_text(right)
-    found = checkpoint.latest(job.run_dir)
+    found = folders.latest(job.run_dir)
     assert found is not None
-    assert checkpoint.problems(found) == []
+    assert load.problems(found) == []

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stacking_ds import checkpoint
+from stacking_ds.checkpoint import folders, load, manifest
 from tests.cluster.hosts import Hosts
 from tests.cluster.running import Job, last_end, require_same, wait_gone
 from tests.prose import tiny_shards
@@ -115,10 +115,10 @@ def test_asked_to_stop_it_returns_when_all_is_saved(
     assert launch.wait(60) == 0, job.said()
     assert not [p for node in TWO for p in job.hosts.processes(node, str(job.folder))]
     assert "stopped at step 5" in job.said()
-    found = checkpoint.latest(job.run_dir)
+    found = folders.latest(job.run_dir)
     assert found is not None
-    assert checkpoint.read_manifest(found).step == 5
-    assert checkpoint.problems(found) == []
+    assert manifest.read_manifest(found).step == 5
+    assert load.problems(found) == []
 
 
 def test_nothing_that_was_typed_is_run_by_a_shell(whole: Path) -> None:

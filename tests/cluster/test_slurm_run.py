@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from stacking_ds import checkpoint
+from stacking_ds.checkpoint import folders, load
 from tests.cluster.jobs import TWO_NODES, BatchRun, uninterrupted
 from tests.cluster.running import REPOSITORY
 from tests.cluster.slurm import Slurm
@@ -126,17 +126,17 @@ def test_a_job_cancelled_while_it_saves_stays_so_and_goes_on_when_submitted_anew
     run = BatchRun.create(slurm, tmp_path, hold="save:6")
     job = run.submit(TWO_NODES)
     run.wait_held("save-6", 4)
-    before = checkpoint.latest(run.run_dir)
+    before = folders.latest(run.run_dir)
     assert before is not None
-    assert before.name == checkpoint.folder_name(4)
+    assert before.name == folders.folder_name(4)
     slurm.cancel(job)
     run.wait_judged(1)
     run.wait(job, "CANCELLED")
-    assert checkpoint.problems(before) == []
+    assert load.problems(before) == []
     # the step that followed was done when the ranks were asked to stop
     [(outcome, step)] = run.ends()
     assert (outcome, run.newest_step()) == ("stopped", step)
-    assert checkpoint.problems(run.run_dir / "checkpoints" / checkpoint.folder_name(step)) == []
+    assert load.problems(run.run_dir / "checkpoints" / folders.folder_name(step)) == []
     again = run.submit(TWO_NODES)
     run.wait(again)
     assert slurm.job(job)["JobState"] == "CANCELLED"
@@ -158,7 +158,7 @@ def test_text_becomes_shards_a_run_and_a_held_out_loss_one_after_the_other(
         assert former[0] <= later[1]
     [line] = [line for line in slurm.log(jobs[2]).splitlines() if line.startswith("{")]
     assert '"mlm_loss": ' in line, slurm.log(jobs[2])
-    assert str(tmp_path / "run/checkpoints" / checkpoint.folder_name(10)) in line
+    assert str(tmp_path / "run/checkpoints" / folders.folder_name(10)) in line
 
 
 def _times(slurm: Slurm, job: int) -> list[tuple[str, str]]:

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from stacking_ds.data.manifest import DocumentRule
+from stacking_ds.console import shortened
 from stacking_ds.data.prepare.first_look import text_paths
-from stacking_ds.data.prepare.plan import Corpus, say_what_is_left_out
+from stacking_ds.data.prepare.work_plan import Corpus, say_what_is_left_out
+from stacking_ds.data.shard_manifest import DocumentRule
 from stacking_ds.errors import DataError
-from stacking_ds.text_table import shortened
-from stacking_ds.utf8 import is_utf8, readable_name
+from stacking_ds.process.utf8 import is_utf8, readable_name
 
 __all__ = ["check_corpus", "check_folder_name", "check_numbers"]
 

@@ -10,7 +10,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from stacking_ds.data.arrow_numbers import numbers
-from stacking_ds.data.manifest import (
+from stacking_ds.data.prepare.unit import SPLITS
+from stacking_ds.data.shard_manifest import (
     DuplicatesFile,
     PrepareRequest,
     Rejected,
@@ -18,7 +19,6 @@ from stacking_ds.data.manifest import (
     SplitManifest,
     SplitName,
 )
-from stacking_ds.data.prepare.unit import SPLITS
 from stacking_ds.data.shard_writer import write_arrow
 from stacking_ds.errors import DataError
 

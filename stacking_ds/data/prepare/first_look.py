@@ -14,12 +14,12 @@ from itertools import groupby
 from pathlib import Path
 from statistics import median
 
-from stacking_ds.data.manifest import DataManifest, DocumentRule
-from stacking_ds.data.prepare.plan import Corpus
+from stacking_ds.data.prepare.work_plan import Corpus
+from stacking_ds.data.shard_manifest import DataManifest, DocumentRule
 from stacking_ds.data.sources.documents import Reading, unreadable
 from stacking_ds.data.sources.lines import content_suffix, is_packed, start_of
 from stacking_ds.errors import DataError
-from stacking_ds.small_files import DamagedFileError
+from stacking_ds.files import DamagedFileError
 
 __all__ = ["FirstLook", "look_at", "odd_documents", "say_what_documents_are", "text_paths"]
 

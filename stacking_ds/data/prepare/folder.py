@@ -19,7 +19,9 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-from stacking_ds.data.manifest import (
+from stacking_ds.data.prepare.unit import SPLITS, Chunk
+from stacking_ds.data.prepare.work_plan import InputFile, Plan
+from stacking_ds.data.shard_manifest import (
     MANIFEST_NAME,
     UNFINISHED_NAME,
     PrepareRequest,
@@ -27,12 +29,10 @@ from stacking_ds.data.manifest import (
     ShardFile,
     file_sha256,
 )
-from stacking_ds.data.prepare.plan import InputFile, Plan
-from stacking_ds.data.prepare.unit import SPLITS, Chunk
 from stacking_ds.data.shard_writer import write_file
 from stacking_ds.data.tokenizer import load_vocabulary
 from stacking_ds.errors import DataError
-from stacking_ds.small_files import DamagedFileError, read_bytes
+from stacking_ds.files import DamagedFileError, read_bytes
 
 __all__ = ["FileHash", "Settings", "Started", "UnfinishedFolder", "UnitRecord"]
 

@@ -4,20 +4,20 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from stacking_ds.data.manifest import (
+from stacking_ds.console import shortened
+from stacking_ds.data.prepare.folder import Settings, Started, UnfinishedFolder
+from stacking_ds.data.prepare.unit import EMPTY, BadDocuments
+from stacking_ds.data.prepare.work_plan import Corpus
+from stacking_ds.data.shard_manifest import (
     MANIFEST_NAME,
     DataManifest,
     PrepareRequest,
     file_sha256,
     read_manifest,
 )
-from stacking_ds.data.prepare.folder import Settings, Started, UnfinishedFolder
-from stacking_ds.data.prepare.plan import Corpus
-from stacking_ds.data.prepare.unit import EMPTY, BadDocuments
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.data.tokenizer import Normalization
 from stacking_ds.errors import DataError
-from stacking_ds.text_table import shortened
 
 __all__ = ["adopt", "check_request", "reusable"]
 

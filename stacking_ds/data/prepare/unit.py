@@ -11,9 +11,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from stacking_ds.data.manifest import Record, Rejected, ShardFile, SplitName
 from stacking_ds.data.prepare.tokenizing import SentenceTokenizer
 from stacking_ds.data.sentences import split_sentences
+from stacking_ds.data.shard_manifest import Record, Rejected, ShardFile, SplitName
 from stacking_ds.data.shard_writer import ShardWriter
 from stacking_ds.data.sources.documents import NO_TEXT, Document, Fault, Item, Reader
 from stacking_ds.errors import DataError

@@ -5,14 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stacking_ds.data.sources.documents import (
-    Fault,
-    Item,
-    Piece,
-    Reading,
-    check_text,
-    too_long,
-)
+from stacking_ds.data.sources.documents import Fault, Item, Piece, Reading, check_text, too_long
 from stacking_ds.data.sources.lines import JSON_ENDS, content_suffix, lines_of
 from stacking_ds.data.sources.text_files import whole
 from stacking_ds.errors import DataError

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from stacking_ds.data.manifest import DocumentRule, Record, SplitName
+from stacking_ds.console import shortened
+from stacking_ds.data.shard_manifest import DocumentRule, Record, SplitName
 from stacking_ds.errors import DataError
-from stacking_ds.text_table import shortened
 
 __all__ = [
     "MAX_DOCUMENT_BYTES",

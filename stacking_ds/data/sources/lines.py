@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, cast
 import pyarrow as pa
 
 from stacking_ds.data.sources.documents import Fault, Piece, too_long
-from stacking_ds.small_files import open_regular
+from stacking_ds.files import open_regular
 
 __all__ = [
     "JSON_ENDS",

@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from stacking_ds.console import shortened
 from stacking_ds.data.sources.documents import (
     Document,
     Fault,
@@ -33,7 +34,6 @@ from stacking_ds.data.sources.lines import (
     skip_line,
 )
 from stacking_ds.errors import DataError
-from stacking_ds.text_table import shortened
 
 __all__ = ["TextFile", "check_keys", "cut_text_file", "whole"]
 

@@ -1,1 +1,0 @@
-"""Attention within sequences that lie one behind the other, without a slot of padding."""

@@ -14,7 +14,7 @@ from typing import NamedTuple, get_args
 
 import torch
 
-from stacking_ds.config import AttentionName
+from stacking_ds.config.sections import AttentionName
 from stacking_ds.errors import ConfigError
 from stacking_ds.kernels.attention.flash import (
     attend_flash,

@@ -71,10 +71,10 @@ def _patch_signals(module: ModuleType) -> None:
 
 
 _PATCHES = {
-    "stacking_ds.trainer": _patch_trainer,
-    "stacking_ds.stage_manager": _patch_stages,
-    "stacking_ds.checkpoint.background": _patch_saves,
-    "stacking_ds.stop_request": _patch_signals,
+    "stacking_ds.train.loop": _patch_trainer,
+    "stacking_ds.train.stage_engine": _patch_stages,
+    "stacking_ds.checkpoint.save": _patch_saves,
+    "stacking_ds.process.stop_signals": _patch_signals,
 }
 
 

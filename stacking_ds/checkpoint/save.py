@@ -1,0 +1,239 @@
+"""Write a checkpoint while training goes on.
+
+    main thread    start ── poll ── poll ── poll ──────────── poll ── …
+                     │                       │ gather records   │ done
+    each rank        └ write, fsync, hash ───┘                  │
+    first rank                                └ publish, prune ─┘
+
+Only the main thread talks to other ranks. A checkpoint is published when all ranks' files are on
+disk; whatever fails or is killed before leaves the previous one as it was.
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+from stacking_ds.checkpoint.folders import (
+    begin,
+    folder_name,
+    named_by_latest,
+    partial_of,
+    publish,
+    sync,
+)
+from stacking_ds.checkpoint.manifest import (
+    CHUNK_BYTES,
+    Contents,
+    Manifest,
+    Parameter,
+    RankFile,
+    checksum,
+    package_versions,
+    rank_file_name,
+)
+from stacking_ds.checkpoint.tensor_file import save_file
+from stacking_ds.console import first_of
+from stacking_ds.distributed.world import World
+from stacking_ds.errors import CheckpointError
+from stacking_ds.files import DamagedFileError
+from stacking_ds.growth.transfer import capture
+from stacking_ds.sharding.fragments import Fragment
+
+__all__ = ["BackgroundSave", "save"]
+
+_PATIENCE_SECONDS = 10.0
+_MEET_SECONDS = 1.0
+
+
+def save(run_dir: Path, fragments: Sequence[Fragment], world: World, contents: Contents) -> Path:
+    """Write the state of all ranks as the checkpoint of `contents.step`. A collective.
+
+    Returns:
+        The new folder, which `latest` now names.
+
+    Raises:
+        CheckpointError: on every rank, if one could not write; `latest` still names the previous
+            checkpoint, which is untouched.
+    """
+    owned = [fragment.owned_by(world.rank) for fragment in fragments]
+    saving = BackgroundSave(run_dir, capture(owned).fragments, world, contents)
+    saving.finish()
+    return saving.folder
+
+
+class BackgroundSave:
+    """One checkpoint on its way to the disk. Every method but `abandon` is a collective."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        fragments: Sequence[Fragment],
+        world: World,
+        contents: Contents,
+        afterwards: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Start to write.
+
+        Args:
+            fragments: host tensors that nobody writes to while the save lasts (`growth.capture`).
+            afterwards: called on the first rank, in its thread, when the checkpoint is published.
+        """
+        self.folder = run_dir / "checkpoints" / folder_name(contents.step)
+        self.over = False
+        """Whether it has been published or has failed."""
+        self.seconds = 0.0
+        """What its threads have taken so far; on the first rank, once it is published, with what
+        the slowest rank took to write. When they were waited for does not count."""
+        self._world = world
+        self._contents = contents
+        self._afterwards = afterwards
+        self._keys = tuple(fragments[0].views)
+        self._parameters = {
+            fragment.name: Parameter(
+                shape=fragment.shape, size=fragment.cut.size, offset=fragment.cut.offset
+            )
+            for fragment in fragments
+        }
+        self._written: RankFile | None = None
+        self._publishing = False
+        self._failure: str | None = None
+        self._thread: Thread | None = None
+        owned = [fragment.owned_by(world.rank) for fragment in fragments]
+        refusal = world.on_first(self._begin)
+        if refusal is None:
+            self._go(self._write, owned)
+        elif world.is_first:
+            self._failure = refusal
+
+    def poll(self) -> bool:
+        """Is the checkpoint published? Asks the ranks in one small all-reduce, and waits for no
+        thread.
+
+        Raises:
+            CheckpointError: on every rank, if one could not write; the save is over, nothing of it
+                is left, and `latest` still names the previous checkpoint, which is untouched.
+        """
+        if self._world.any(self._thread is not None and self._thread.is_alive()):
+            return False
+        self._raise_failures()
+        if self._publishing:
+            self.over = True
+            return True
+        written = self._world.gather_on_first((self._written, self.seconds))
+        self._publishing = True
+        if self._world.is_first:
+            self.seconds = max(seconds for _, seconds in written)
+            self._go(self._publish, [file for file, _ in written])
+        return False
+
+    def finish(self) -> None:
+        """Wait until the checkpoint is published.
+
+        Raises:
+            CheckpointError: as `poll`.
+        """
+        with self._world.waiting_for(self._thread):
+            while not self.poll():
+                self._world.pulse.work = self._thread
+                if self._thread is not None:
+                    # not to its end: who is done earlier waits in a collective, which times out
+                    self._thread.join(_MEET_SECONDS)
+
+    def abandon(self) -> None:
+        """Give up without asking the other ranks, of which one may be gone; what is written stays
+        under its hidden name."""
+        self.over = True
+        if self._thread is not None:
+            # Not for ever, since a file system may hang; but a thread that comes back from native
+            # code into an interpreter that has ended can abort the process.
+            self._thread.join(_PATIENCE_SECONDS)
+
+    # ------------------------------------------------------------- in the threads
+
+    def _go(self, action: Callable[..., None], *arguments: Any) -> None:
+        def act(*arguments: Any) -> None:
+            started = time.monotonic()
+            try:
+                action(*arguments)
+            except BaseException as error:  # noqa: BLE001 - the main thread raises it on all ranks
+                self._failure = str(error) or type(error).__name__
+            self.seconds += time.monotonic() - started
+
+        # the thread lets go of its arguments, the captured state, when it ends
+        self._thread = Thread(target=act, args=arguments, name="checkpoint", daemon=True)
+        try:
+            self._thread.start()
+        except RuntimeError as error:  # no more threads: the other ranks must learn of it
+            self._thread, self._failure = None, str(error)
+
+    def _write(self, owned: Sequence[Fragment]) -> None:
+        path = partial_of(self.folder) / rank_file_name(self._world.rank)
+        tensors = {
+            f"{key}/{fragment.name}": view
+            for fragment in owned
+            if fragment.numel
+            for key, view in fragment.views.items()
+        }
+        save_file(tensors, path)
+        sync(path)
+        self._written = RankFile(
+            name=path.name, size_bytes=path.stat().st_size, checksums=tuple(_checksums(path))
+        )
+
+    def _publish(self, files: Sequence[RankFile]) -> None:
+        manifest = Manifest(
+            **self._contents.model_dump(),
+            package_versions=package_versions(),
+            world_size=self._world.size,
+            chunk_bytes=CHUNK_BYTES,
+            keys=self._keys,
+            parameters=self._parameters,
+            files=tuple(files),
+        )
+        publish(self.folder, manifest.to_json())
+        self._afterwards()
+
+    # ------------------------------------------------------------- when it fails
+
+    def _begin(self) -> str | None:
+        try:
+            begin(self.folder)
+        except OSError as error:
+            return str(error)
+        return None
+
+    def _raise_failures(self) -> None:
+        if not self._world.any(self._failure is not None):
+            return
+        self.over = True
+        reasons = [
+            f"rank {rank}: {reason}"
+            for rank, reason in enumerate(self._world.gather(self._failure))
+            if reason is not None
+        ]
+        failure = CheckpointError(self._world.on_first(lambda: self._clean_up(reasons)))
+        failure.on_all_ranks = True
+        raise failure
+
+    def _clean_up(self, reasons: Sequence[str]) -> str:
+        shutil.rmtree(partial_of(self.folder), ignore_errors=True)
+        why = first_of(reasons, 3, "; ")
+        try:
+            newest = named_by_latest(self.folder.parent)
+            before = f"{newest} is untouched" if newest else "there is no earlier checkpoint"
+        except OSError as error:  # the file system that has just failed
+            newest, before = None, f"which one is the latest cannot be read ({error.strerror})"
+        except DamagedFileError as damage:
+            newest, before = None, f"which one is the latest cannot be read ({damage.reason})"
+        if newest == self.folder.name:
+            return f"{self.folder} was saved, but may not outlast a power failure ({why})"
+        return f"{self.folder} was not saved ({why}); {before}: make room or mend the file system"
+
+
+def _checksums(path: Path) -> Iterator[str]:
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            yield checksum(chunk)

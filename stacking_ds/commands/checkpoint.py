@@ -1,0 +1,108 @@
+"""`stacking-ds checkpoint list · verify · inspect · use`."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+__all__ = ["add_checkpoint"]
+
+_DAMAGED = 2
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Give `parser` the actions; each sets `command`, which returns the exit code."""
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+    action = actions.add_parser(allow_abbrev=False, name="list", help="what is there")
+    action.add_argument("run_dir", type=Path)
+    action.add_argument("--json", action="store_true", help="for programs")
+    action.set_defaults(command=_list)
+
+    action = actions.add_parser(
+        allow_abbrev=False, name="verify", help="read every byte: is it whole; exit code 2 if not"
+    )
+    which = _which(action)
+    which.add_argument("--all", action="store_true", help="every checkpoint of the run")
+    action.set_defaults(command=_verify)
+
+    action = actions.add_parser(allow_abbrev=False, name="inspect", help="what is in it")
+    _which(action)
+    action.add_argument(
+        "--parameters", action="store_true", help="shape, cut and statistics of each parameter"
+    )
+    action.set_defaults(command=_inspect)
+
+    action = actions.add_parser(
+        allow_abbrev=False,
+        name="use",
+        help="go on from this one: verify it, and have `latest` name it; exit code 2 if it is not "
+        "whole",
+    )
+    action.add_argument("run_dir", type=Path)
+    action.add_argument("checkpoint", metavar="STEP", help="e.g. 1000, or step_00001000")
+    action.set_defaults(command=_use)
+
+
+def _which(action: argparse.ArgumentParser) -> "argparse._MutuallyExclusiveGroup":
+    action.add_argument("run_dir", type=Path, help="a run's directory, or a checkpoint's")
+    which = action.add_mutually_exclusive_group()
+    which.add_argument("--checkpoint", help="e.g. 1000; the newest if not given")
+    return which
+
+
+def _list(options: argparse.Namespace) -> int:
+    from stacking_ds.checkpoint.listing import listed, listing
+
+    as_json = options.json
+    _say(json.dumps(listed(options.run_dir), indent=1) if as_json else listing(options.run_dir))
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from stacking_ds.checkpoint.chosen import choose, choose_all
+    from stacking_ds.checkpoint.listing import verify
+
+    if options.all:
+        folders = choose_all(options.run_dir)
+    else:
+        folders = [choose(options.run_dir, options.checkpoint)]
+    return 0 if verify(folders, _say) else _DAMAGED
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from stacking_ds.checkpoint.chosen import choose
+    from stacking_ds.checkpoint.listing import contents, parameter_lines
+
+    found = choose(options.run_dir, options.checkpoint)
+    _say(contents(found))
+    if options.parameters:
+        _say("")
+        for line in parameter_lines(found):
+            _say(line)
+    return 0
+
+
+def _use(options: argparse.Namespace) -> int:
+    from stacking_ds.checkpoint.chosen import choose
+    from stacking_ds.checkpoint.folders import point_to
+    from stacking_ds.checkpoint.listing import verify
+    from stacking_ds.run import directory
+
+    run_dir = options.run_dir
+    found = choose(run_dir, options.checkpoint)
+    with directory.lock(run_dir, remedy="wait for it or stop it first"):
+        if not verify([found], _say):
+            return _DAMAGED
+        point_to(found)
+        if directory.mend_config(run_dir, found):
+            _say(f"{run_dir / 'config.yaml'} is written anew, from the manifest of {found.name}")
+    _say(f"`latest` names {found.name}: --resume goes on from it")
+    return 0
+
+
+def _say(line: str) -> None:
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:  # `| head` has read enough; the exit code is still to come
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

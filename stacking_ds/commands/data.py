@@ -1,0 +1,237 @@
+"""`stacking-ds data inspect · layout`."""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, is_dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ValidationError
+
+from stacking_ds.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from stacking_ds.config.run import RunConfig
+    from stacking_ds.config.sections import DataSection
+    from stacking_ds.data.inspection import Overlap
+    from stacking_ds.data.shards import TokenShards
+
+__all__ = ["add_data"]
+
+_SEQUENCE_LENGTH = 128
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Give `parser` the two actions; each sets `command`, which returns the exit code."""
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+    action = actions.add_parser(
+        allow_abbrev=False,
+        name="inspect",
+        help="what is in it, the rows it makes, how many epochs a recipe reads, and examples; exit "
+        "code 2 if held-out documents are trained on",
+    )
+    _take_recipe(action, required=False)
+    plain = action.add_argument_group("without a recipe")
+    plain.add_argument(
+        "--sequence-length", type=int, help=f"tokens of a row ({_SEQUENCE_LENGTH} if not given)"
+    )
+    plain.add_argument("--examples", choices=("pairs", "documents"), help="default pairs")
+    plain.add_argument("--masking", choices=("tokens", "whole_words", "spans"))
+    plain.add_argument(
+        "--packing", action="store_true", default=None, help="several examples share a row"
+    )
+    action.add_argument(
+        "--examples-shown", type=int, default=3, metavar="N", help="default %(default)s"
+    )
+    action.add_argument("--verify", action="store_true", help="read every byte: is all of it whole")
+    action.add_argument("--json", action="store_true", help="for programs")
+    action.set_defaults(command=_inspect)
+
+    action = actions.add_parser(
+        allow_abbrev=False,
+        name="layout",
+        help="fix the rows of a recipe ahead of its run, which otherwise does it when it starts",
+    )
+    _take_recipe(action, required=True)
+    action.set_defaults(command=_layout)
+
+
+def _take_recipe(action: argparse.ArgumentParser, required: bool) -> None:
+    action.add_argument("shards", type=Path, help="folder that `stacking-ds prepare` wrote")
+    action.add_argument(
+        "--recipe", required=required, help="a bundled recipe's name, or a .yaml file"
+    )
+    action.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a key of the recipe, e.g. data.packing=true; repeatable, the last one for "
+        "a key wins",
+    )
+    action.add_argument(
+        "--workers", type=int, help="processes that lay out rows (all cores this process may use)"
+    )
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from stacking_ds.data.shards import TokenShards
+
+    if options.examples_shown < 0:
+        raise ConfigError(f"--examples-shown is {options.examples_shown}; it must be at least 0")
+    workers = _workers(options.workers)
+    config, section = _recipe(options)
+    shards = TokenShards.open(options.shards, options.verify)
+    from stacking_ds.data.inspect_report import as_text  # seconds of imports, for what is there
+
+    found = {}
+    for name, facts in _findings(options, shards, config, section, workers):
+        found[name] = facts
+        if not options.json:
+            _say(as_text(name, facts))
+    if options.json:
+        _say(json.dumps(found, indent=1, default=_plain))
+    _require_no_overlap(shards, found["overlap"])
+    return 0
+
+
+def _findings(
+    options: argparse.Namespace,
+    shards: "TokenShards",
+    config: "RunConfig | None",
+    section: "DataSection",
+    workers: int,
+) -> Iterator[tuple[str, Any]]:
+    """Each part of the report by its name, as soon as it is known."""
+    from stacking_ds.data import inspection, row_inspection
+    from stacking_ds.data.loader import PretrainingData, RowOptions
+    from stacking_ds.data.shown_examples import shown_examples
+
+    train, heldout = shards.split("train"), shards.split("heldout")
+    yield "folder", inspection.folder_facts(shards, options.verify)
+    yield "splits", [inspection.split_facts(split) for split in (train, heldout)]
+    yield "overlap", inspection.find_overlap(shards)
+    options_by_length = {
+        length: RowOptions.of(section, length) for length in _lengths(section, config)
+    }
+    rows = []
+    for row in options_by_length.values():
+        rows.append(row_inspection.row_facts(train, row, workers))
+        # a run evaluates on the first variant only
+        one = replace(row, variants=1)
+        rows.append(row_inspection.row_facts(heldout, one, workers))
+    yield "rows", rows
+    seed = 0 if config is None else config.seed
+    data = {
+        length: PretrainingData(shards, "train", row, seed=seed)
+        for length, row in options_by_length.items()
+    }
+    if config is None:
+        yield "readings", None
+    else:
+        by_length = {facts.sequence_length: facts for facts in rows if facts.split == "train"}
+        yield "readings", row_inspection.readings(config, by_length)
+        for phase in config.phase_schedule().phases:
+            data[phase.sequence_length].require_rows(phase.global_batch_size)
+    yield "examples", shown_examples(data[section.sequence_length], options.examples_shown)
+
+
+def _layout(options: argparse.Namespace) -> int:
+    from stacking_ds.data.shards import TokenShards
+
+    workers = _workers(options.workers)
+    config, section = _recipe(options)
+    shards = TokenShards.open(options.shards)
+    from stacking_ds.data.loader import RowOptions
+    from stacking_ds.data.row_store import open_layout  # seconds of imports, for what is there
+
+    # a run evaluates on the first variant only
+    for split, variants in (
+        (shards.split("train"), section.variants),
+        (shards.split("heldout"), 1),
+    ):
+        for length in _lengths(section, config):
+            for variant in range(variants):
+                started = time.monotonic()
+                spec = RowOptions.of(section, length).layout(variant)
+                found = open_layout(split, spec, workers)
+                _say(
+                    f"{found.folder}: {found.num_rows:,} rows, {found.fill:.1%} full, "
+                    f"{time.monotonic() - started:.1f} s"
+                )
+    return 0
+
+
+def _recipe(options: argparse.Namespace) -> "tuple[RunConfig | None, DataSection]":
+    """The recipe, None if none is given, and how rows are to be made."""
+    from stacking_ds.config.mistakes import sentences
+    from stacking_ds.config.recipe import load_run_config
+    from stacking_ds.config.sections import DataSection
+
+    names = ("sequence_length", "examples", "masking", "packing")
+    plain = {name: getattr(options, name, None) for name in names}
+    plain = {name: value for name, value in plain.items() if value is not None}
+    if options.recipe is None:
+        if options.set:
+            raise ConfigError(f"--set {options.set[0]} overrides a recipe; give --recipe too")
+        try:
+            return None, DataSection.model_validate({"path": str(options.shards), **plain})
+        except ValidationError as error:
+            # choices are argparse's to check, so that it is the length
+            problems = "; ".join(sentences(error.errors()))
+            raise ConfigError(
+                f"--sequence-length is {options.sequence_length}, but {problems}"
+            ) from None
+    if plain:
+        name, value = next(iter(plain.items()))
+        option = "--" + name.replace("_", "-")
+        raise ConfigError(
+            f"{option} is for use without a recipe; write --set data.{name}={json.dumps(value)}"
+        )
+    path = f"data.path={options.shards}"
+    config = load_run_config(options.recipe, [*options.set, path])
+    config.stage_schedule()
+    return config, config.data
+
+
+def _lengths(section: "DataSection", config: "RunConfig | None") -> list[int]:
+    """The sequence lengths of all phases."""
+    if config is None:
+        return [section.sequence_length]
+    return sorted({phase.sequence_length for phase in config.phase_schedule().phases})
+
+
+def _workers(wanted: int | None) -> int:
+    if wanted is None:
+        return len(os.sched_getaffinity(0))
+    if wanted < 1:
+        raise ConfigError(f"--workers is {wanted}; it must be at least 1")
+    return wanted
+
+
+def _require_no_overlap(shards: "TokenShards", overlap: "Overlap") -> None:
+    if overlap.documents:
+        raise DataError(
+            f"{overlap.documents:,} training documents of {shards.folder} are held out too, the "
+            f"first at {', '.join(overlap.first)}: a held-out loss would say nothing; delete the "
+            f"folder and prepare it again"
+        )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    assert is_dataclass(value)
+    assert not isinstance(value, type)
+    return asdict(value)
+
+
+def _say(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # `| head` has read enough; the exit code is still to come
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,143 @@
+"""`stacking-ds doctor`: the options, and the table."""
+
+import argparse
+import json
+import os
+import sys
+import textwrap
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stacking_ds.doctor.comparing import Finding, join_names, plural
+from stacking_ds.errors import ConfigError
+
+if TYPE_CHECKING:
+    from stacking_ds.distributed.world import World
+    from stacking_ds.doctor.examination import Examination
+
+__all__ = ["add_doctor", "report"]
+
+_FAILED = 2
+# who asks whether a rank is missing does not want to wait as long as a run would
+_MEETING_SECONDS = 45.0
+_CHECK_COLUMNS, _VERDICT_COLUMNS, _LINE_COLUMNS = 17, 9, 110
+_DESCRIPTION = """\
+Start it as you start a run, for example `deepspeed --hostfile hosts --module stacking_ds doctor
+--recipe R`, or alone. It looks for what differs between the nodes and for what would stop the run
+later; exit code 2 if something would."""
+
+
+def add_doctor(parser: argparse.ArgumentParser) -> None:
+    """Give `parser` the options; it sets `command`, which returns the exit code."""
+    parser.description = _DESCRIPTION
+    parser.add_argument("--recipe", help="also the recipe, its data and its checkpoints' size")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a key of the recipe; repeatable, the last one for a key wins",
+    )
+    parser.add_argument(
+        "--run-dir", type=Path, help="where the run will live (runs/<recipe's name>)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all of it here too")
+    # launchers pass it; the environment says the same
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    parser.set_defaults(command=_doctor)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    # with it comes DeepSpeed, some of whose functions have torch's default group as an argument's
+    # default: imported later they would keep gloo's threads alive, which at exit can abort Python
+    from stacking_ds.distributed import process_group
+    from stacking_ds.doctor import examination  # noqa: F401
+
+    world = process_group.start(timedelta(seconds=_MEETING_SECONDS))
+    try:
+        return report(world, options)
+    finally:
+        process_group.stop()
+
+
+def report(world: "World", options: argparse.Namespace) -> int:
+    """Examine the cluster and print the table on rank 0; the exit code, on every rank.
+
+    Raises:
+        ConfigError: on every rank, if the JSON file cannot be written.
+    """
+    from stacking_ds.doctor.examination import Request, examine
+
+    world.on_first(lambda: _require_writable(options.json))
+    request = Request(options.recipe, tuple(options.set), options.run_dir)
+    found = examine(world, request, greet=_greet, say=_say)
+    failed: bool = world.broadcast(found.failed)
+    world.on_first(lambda: _write(options.json, found.to_record()))
+    if world.is_first:
+        _conclude(found)
+    return _FAILED if failed else 0
+
+
+# ---------------------------------------------------------------------------- table
+
+
+def _greet(found: "Examination") -> None:
+    counts = f"{plural(len(found.nodes), 'node')}, {plural(len(found.ranks), 'rank')}"
+    _print(f"{counts}: {join_names(list(found.nodes))}\n")
+
+
+def _say(finding: Finding) -> None:
+    lead = f"{finding.check:<{_CHECK_COLUMNS}}{finding.verdict:<{_VERDICT_COLUMNS}}"
+    indent = " " * len(lead)
+    lines = [lead + line for line in _wrapped(finding.text)[:1]]
+    lines += [indent + line for line in _wrapped(finding.text)[1:]]
+    if finding.remedy:
+        first, *rest = _wrapped(f"-> {finding.remedy}")
+        lines += [indent + first, *(f"{indent}   {line}" for line in rest)]
+    _print("\n".join(lines))
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # nobody reads on, but the other ranks wait for this one
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _wrapped(text: str) -> list[str]:
+    width = _LINE_COLUMNS - _CHECK_COLUMNS - _VERDICT_COLUMNS
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]
+
+
+def _conclude(found: "Examination") -> None:
+    verdicts = [finding.verdict for finding in found.findings]
+    failed, warnings = verdicts.count("FAILED"), verdicts.count("warning")
+    counts = [f"{failed:,} FAILED"] * (failed > 0) + [plural(warnings, "warning")] * (warnings > 0)
+    _print(f"\n{', '.join(counts) or 'all is well'}: {_meaning(found.failed)}")
+
+
+def _meaning(failed: bool) -> str:
+    if failed:
+        return "a run would stop, or be wrong, for what has FAILED"
+    return "a run can start"
+
+
+# ----------------------------------------------------------------------------- JSON
+
+
+def _require_writable(path: Path | None) -> None:
+    if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+        raise ConfigError(f"--json {path} is no file in a folder that can be written; name another")
+
+
+def _write(path: Path | None, record: dict[str, Any]) -> None:
+    if path is None:
+        return
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        unfinished.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        os.replace(unfinished, path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise ConfigError(f"cannot write --json {path} ({error.strerror})") from None

@@ -1,0 +1,243 @@
+"""`stacking-ds prepare`."""
+
+import argparse
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stacking_ds.errors import ConfigError
+
+if TYPE_CHECKING:
+    from stacking_ds.data.prepare.preparation import Progress
+    from stacking_ds.data.shard_manifest import DataManifest
+
+__all__ = ["add_prepare"]
+
+_SECONDS_BETWEEN_LINES = 30
+
+
+def add_prepare(parser: argparse.ArgumentParser) -> None:
+    """Give `parser` the options of `prepare`; sets `command`, which returns the exit code."""
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help="files, folders or globs: .txt (see --documents), .jsonl, .ndjson, .json, .csv, .tsv, "
+        "each also .gz, .bz2, .xz or .zst; .parquet, .arrow (in a folder .json, .csv and .tsv are "
+        "left alone); hf:NAME[:CONFIG][@SPLIT] for a Hugging Face dataset; `embedded` for the "
+        "English prose that a Python installation carries",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument(
+        "--vocab", type=Path, help="vocab.txt, tokenizer.json or folder of a tokenizer to use"
+    )
+    parser.add_argument(
+        "--vocab-size", type=int, default=8192, help="size of the vocabulary to train (%(default)s)"
+    )
+    parser.add_argument("--cased", action="store_true", help="keep capital letters and accents")
+    parser.add_argument("--keep-accents", action="store_true", help="strip no accents")
+    parser.add_argument(
+        "--heldout", nargs="+", default=[], metavar="SOURCE", help="what to hold out; else a share"
+    )
+    parser.add_argument(
+        "--heldout-fraction", type=float, default=0.02, help="share of documents (%(default)s)"
+    )
+    parser.add_argument("--licence", help="the text's licence, for the manifest")
+    parser.add_argument(
+        "--text-key", default="text", help="key or column of the text (%(default)s)"
+    )
+    parser.add_argument(
+        "--documents",
+        choices=("blank-line", "line", "file"),
+        default="blank-line",
+        help="what a document of a .txt file is: what stands between blank lines, a line, or the "
+        "file (%(default)s)",
+    )
+    parser.add_argument(
+        "--bad-documents",
+        choices=("refuse", "count"),
+        default="refuse",
+        help="what cannot be read: stop at the first, or leave such documents out and list them in "
+        "the manifest (%(default)s)",
+    )
+    parser.add_argument(
+        "--download", action="store_true", help="fetch hf: datasets whole instead of streaming them"
+    )
+    parser.add_argument(
+        "--workers", type=int, help="processes to work in (all cores this process may use)"
+    )
+    parser.add_argument(
+        "--part",
+        default="1/1",
+        metavar="I/N",
+        help="do the I-th of N parts, the last of which finishes; `auto` takes both from the SLURM "
+        "array job",
+    )
+    parser.set_defaults(command=_prepare)
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    from stacking_ds.data.prepare.first_look import odd_documents
+    from stacking_ds.data.prepare.preparation import prepare
+
+    started = time.monotonic()
+    part = _part(options.part)
+    with _Display() as display:
+        prepared = prepare(
+            options.sources,
+            options.out,
+            vocabulary=options.vocab,
+            vocab_size=options.vocab_size,
+            cased=options.cased,
+            keep_accents=options.keep_accents,
+            heldout_sources=options.heldout,
+            heldout_fraction=options.heldout_fraction,
+            licence=options.licence,
+            text_key=options.text_key,
+            documents=options.documents,
+            bad_documents=options.bad_documents,
+            download=options.download,
+            workers=len(os.sched_getaffinity(0)) if options.workers is None else options.workers,
+            part=part,
+            progress=display,
+            say=display.say,
+        )
+    seconds = time.monotonic() - started
+    if prepared.manifest is None:
+        print(
+            f"part {part[0]} of {part[1]} done in {seconds:.0f} s; {options.out} is unfinished: "
+            f"{prepared.missing_units} units are missing, which other parts do; run a part again "
+            "if it failed"
+        )
+        return 0
+    speed = f" ({prepared.manifest.text_bytes / 1e6 / seconds:.1f} MB/s of text)"
+    # a resumed run was spared a part of the work
+    done = f"prepared in {seconds:.0f} s{'' if prepared.resumed else speed}:"
+    verb = "re-using" if prepared.reused else done
+    print(f"{verb} {options.out}: {_summary(prepared.manifest)}")
+    _say_what_is_unknown(prepared.manifest)
+    for rejected in prepared.manifest.rejected:
+        print(
+            f"left out, {rejected.reason}: {rejected.documents:,} documents, the first at "
+            f"{', '.join(rejected.first[:3])}"
+        )
+    if odd := odd_documents(prepared.manifest):
+        print(f"warning: {odd}", file=sys.stderr)
+    return 0
+
+
+def _summary(manifest: "DataManifest") -> str:
+    return (
+        f"vocabulary {manifest.vocab_size:,}, {manifest.request.normalization}; train "
+        f"{manifest.train.documents:,} documents, {manifest.train.tokens:,} tokens; held out "
+        f"{manifest.heldout.documents:,} documents, {manifest.heldout.tokens:,} tokens; "
+        f"{manifest.duplicate_documents:,} duplicates do not count"
+    )
+
+
+def _say_what_is_unknown(manifest: "DataManifest") -> None:
+    from stacking_ds.data.shard_manifest import MANY_UNKNOWN
+
+    train, heldout = manifest.train.unknown_share, manifest.heldout.unknown_share
+    if train is None or heldout is None:
+        return
+    print(f"[UNK]: {train:.3%} of the tokens of train, {heldout:.3%} of those held out")
+    if max(train, heldout) > MANY_UNKNOWN:
+        trained = manifest.request.vocabulary.startswith("trained:")
+        reason = (
+            "it has words of more than 100 characters, more than 1,000 different characters, or so "
+            "little text that most characters occur once: look at what it holds (stacking-ds data "
+            "inspect)"
+            if trained
+            else "take a vocabulary of its language and spelling (--cased?), or train one with "
+            "--vocab-size"
+        )
+        print(
+            f"warning: {max(train, heldout):.1%} of the tokens, more than {MANY_UNKNOWN:.0%}, are "
+            "[UNK], of which nothing is learned: the vocabulary does not spell this text; "
+            f"{reason}",
+            file=sys.stderr,
+        )
+
+
+def _part(text: str) -> tuple[int, int]:
+    """`I/N`, or what the environment of a SLURM array job says."""
+    if text == "auto":
+        try:
+            first, task, last, step = (
+                int(os.environ[f"SLURM_ARRAY_TASK_{name}"]) for name in ("MIN", "ID", "MAX", "STEP")
+            )
+        except (KeyError, ValueError) as error:
+            raise ConfigError(
+                "--part auto needs the environment of a SLURM array job (sbatch --array=1-16); "
+                "without one write --part 3/16, say"
+            ) from error
+        parts = (last - first) // step + 1
+        tasks = int(os.environ.get("SLURM_ARRAY_TASK_COUNT", parts))
+        if tasks != parts:
+            raise ConfigError(
+                f"the array job has {tasks} tasks from {first} to {last}, so --part auto cannot "
+                f"tell of how many parts they are; give it tasks without a gap (sbatch "
+                f"--array=1-{parts}; what is done is not done again)"
+            )
+        return (task - first) // step + 1, parts
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None:
+        raise ConfigError(f"--part is {text!r}; write 3/16, say, or auto in a SLURM array job")
+    return int(match[1]), int(match[2])
+
+
+class _Display:
+    """A bar on a terminal, else a line now and then; of each reading of the sources, which are two
+    for a vocabulary that is trained, and one for the shards."""
+
+    def __init__(self) -> None:
+        from tqdm import tqdm
+
+        self._terminal = sys.stderr.isatty()
+        self._bar = tqdm(unit="B", unit_scale=True, disable=not self._terminal)
+        self._task, self._reading, self._read = "", 0, 0
+        self._started = self._last = time.monotonic()
+
+    def __call__(self, now: "Progress") -> None:
+        begins_again = now.task == "vocabulary" and now.source_bytes < self._read
+        if now.task != self._task or begins_again:
+            self._reading = self._reading + 1 if now.task == self._task else 1
+            self._task = now.task
+            self._bar.reset(now.total_bytes)
+            self._bar.initial = self._bar.n = now.kept_bytes
+            self._started = self._last = time.monotonic()
+        self._read = now.source_bytes
+        self._bar.set_description(f"{self._what(now)}: {now.documents:,} documents", refresh=False)
+        self._bar.update(max(0, now.source_bytes - self._bar.n))
+        if not self._terminal and time.monotonic() - self._last > _SECONDS_BETWEEN_LINES:
+            self._last = time.monotonic()
+            print(self._line(now, self._last - self._started), file=sys.stderr, flush=True)
+
+    def say(self, sentence: str) -> None:
+        """A line that the bar goes on below."""
+        self._bar.write(sentence, file=sys.stdout)
+
+    def __enter__(self) -> "_Display":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def _what(self, now: "Progress") -> str:
+        return (
+            f"vocabulary, pass {self._reading} of 2" if now.task == "vocabulary" else "tokenizing"
+        )
+
+    def _line(self, now: "Progress", seconds: float) -> str:
+        line = f"{self._what(now)}: {now.documents:,} documents, {now.source_bytes / 1e6:,.1f}"
+        line += f" of {now.total_bytes / 1e6:,.1f} MB" if now.total_bytes else " MB"
+        speed = max(0, now.source_bytes - now.kept_bytes) / seconds
+        line += f" at {speed / 1e6:.1f} MB/s"
+        if now.total_bytes and speed:
+            left = max(0, now.total_bytes - now.source_bytes) / speed
+            line += f", {min(1, now.source_bytes / now.total_bytes):.0%}, {left:,.0f} s left"
+        return line

@@ -1,0 +1,175 @@
+"""`stacking-ds train`: check together, train together, and end together when a rank is lost."""
+
+import argparse
+import os
+import sys
+import traceback
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from stacking_ds.errors import ConfigError, LostRankError, UserError
+from stacking_ds.process.compiler_caches import keep_caches_on_node
+from stacking_ds.process.exit import tell
+from stacking_ds.process.launcher_env import (
+    local_rank_from_environment,
+    rank_from_environment,
+    world_size_from_environment,
+)
+from stacking_ds.process.stop_signals import StopRequest
+from stacking_ds.run import attempts
+from stacking_ds.run.which_run import add_run_options, config_of, run_dir_of
+
+if TYPE_CHECKING:
+    from stacking_ds.distributed.world import World
+    from stacking_ds.train.plan import CheckedRecipe, Job
+
+__all__ = ["add_train"]
+
+
+def add_train(parser: argparse.ArgumentParser) -> None:
+    """Give `parser` the options of `train`; sets `command`, which returns the exit code."""
+    add_run_options(parser)
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check recipe and data, lay out its rows, show the schedule, and stop",
+    )
+    parser.add_argument(
+        "--without-data",
+        action="store_true",
+        help="with --dry-run: check what can be checked before the token shards are there",
+    )
+    # launchers pass it; the environment says the same
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    parser.set_defaults(command=_train)
+
+
+def _train(options: argparse.Namespace) -> int:
+    if options.without_data and not options.dry_run:
+        raise ConfigError("--without-data is for --dry-run: training needs the token shards")
+    with StopRequest() as request:  # torch takes seconds to import, and SLURM may signal meanwhile
+        if options.dry_run:
+            return _dry_run(options)
+        return _train_on_ranks(options, request)
+
+
+def _dry_run(options: argparse.Namespace) -> int:
+    from stacking_ds.run import directory
+
+    check = _checked_recipe if options.without_data else _checked_job
+    checked = check(options, world_size_from_environment())
+    run_dir = run_dir_of(options, checked.config)
+    directory.check(run_dir, checked.config, resume=bool(options.resume))
+    if rank_from_environment() == 0:
+        print(f"{checked.config.to_yaml()}\n{checked.draw()}")
+    return 0
+
+
+def _train_on_ranks(options: argparse.Namespace, request: StopRequest) -> int:
+    from stacking_ds.config.sections import ClusterSection
+
+    cluster, refused = ClusterSection(), False
+    try:
+        cluster = config_of(options).cluster
+    except UserError:
+        # a recipe that one node lacks must not keep the others waiting for its ranks
+        if world_size_from_environment() == 1:
+            raise
+        refused = True
+    keep_caches_on_node(_say_on_first_of_node)
+    # a lost connection is one sentence of ours, not a page of c10d's from every rank
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if not refused:
+        # DeepSpeed, imported while there is a process group, would keep it and its threads for ever
+        import stacking_ds.train.loop  # noqa: F401
+    request.raise_if_interrupted()
+    from stacking_ds.distributed import heartbeat, process_group
+    from stacking_ds.process.host_memory import keep_freed_memory
+
+    places: list[Path] = []
+    world = process_group.start(timedelta(seconds=cluster.timeout_seconds))
+    if world.device.type == "cpu":
+        keep_freed_memory()
+    try:
+        with heartbeat.Watch(
+            world,
+            timeout_seconds=cluster.timeout_seconds,
+            silence_seconds=min(cluster.silence_seconds, cluster.timeout_seconds),
+            on_lost=lambda verdict: _note_lost(places, world, verdict),
+        ):
+            _train_in_world(options, world, request, places)
+    except Exception as error:
+        if isinstance(error, LostRankError):
+            _note_lost(places, world, str(error))
+        if world.size > 1 and not heartbeat.is_raised_by_all(error):
+            _end_alone(error)
+        raise
+    finally:
+        process_group.stop()
+    return 0
+
+
+def _end_alone(error: Exception) -> NoReturn:
+    """Not by way of the interpreter's end, which may wait for collectives that nobody answers."""
+    code = tell(error)
+    with suppress(OSError):  # nobody may read any more
+        if code is None:
+            traceback.print_exception(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(1 if code is None else code)
+
+
+def _train_in_world(
+    options: argparse.Namespace, world: "World", request: StopRequest, places: list[Path]
+) -> None:
+    job: Job = world.on_all(lambda: _checked_job(options, world.size))
+    request.raise_if_interrupted()
+    from stacking_ds.doctor.agreement import require_alike
+    from stacking_ds.train.loop import train
+
+    run_dir = run_dir_of(options, job.config)
+    require_alike(world, job, run_dir)
+    places.append(run_dir)
+    train(job, world, run_dir, resume=bool(options.resume), request=request)
+    if world.is_first:
+        with suppress(OSError):  # a launcher that was told to stop reads no more
+            print(f"see `stacking-ds report {run_dir}`", flush=True)
+
+
+def _checked_recipe(options: argparse.Namespace, world_size: int) -> "CheckedRecipe":
+    config = config_of(options)
+    from stacking_ds.train.plan import (
+        CheckedRecipe,  # seconds of imports, for a recipe that is right
+    )
+
+    recipe = CheckedRecipe.check(config)
+    recipe.require_ds_configs(world_size)
+    return recipe
+
+
+def _checked_job(options: argparse.Namespace, world_size: int) -> "Job":
+    from stacking_ds.run.directory import require_shards
+
+    config = config_of(options)
+    if options.recipe is None:
+        require_shards(run_dir_of(options, config), config, "--set data.path=FOLDER")
+    from stacking_ds.train.plan import Job  # seconds of imports, for a recipe that is right
+
+    job = Job.check(config)
+    job.require_ds_configs(world_size)
+    job.lay_out_rows(_say_on_first_of_node, len(os.sched_getaffinity(0)))
+    return job
+
+
+def _note_lost(places: list[Path], world: "World", verdict: str) -> None:
+    if world.is_first and places:
+        with suppress(OSError, UserError):
+            attempts.ended(places[0], "lost", world.pulse.step, verdict)
+
+
+def _say_on_first_of_node(message: str) -> None:
+    if local_rank_from_environment() == 0:
+        print(message, file=sys.stderr, flush=True)

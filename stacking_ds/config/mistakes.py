@@ -1,0 +1,184 @@
+"""What is wrong with a recipe, in words for whoever wrote it: which key, what it must be, what was
+typed, and in which line or which `--set`."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from stacking_ds.config.keys import declared, meant
+from stacking_ds.config.overrides import Override
+from stacking_ds.config.yaml_text import Scalar, Tree
+from stacking_ds.console import shortened
+
+__all__ = ["is_of_file", "sentences"]
+
+_Location = tuple[str, ...]
+
+_OVERRIDE, _WITH_OVERRIDES = "--set ", "with --set "
+_MUST_BE = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "int_parsing": "a whole number",
+    "int_parsing_size": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "text",
+    "string_unicode": "text in UTF-8",
+    "tuple_type": "a list, in brackets",
+    "list_type": "a list, in brackets",
+    "model_type": "a section of keys",
+    "model_attributes_type": "a section of keys",
+    "dict_type": "a section of keys",
+}
+_BOUNDS = {
+    "greater_than": ("gt", "above"),
+    "greater_than_equal": ("ge", "at least"),
+    "less_than": ("lt", "below"),
+    "less_than_equal": ("le", "at most"),
+}
+
+
+def sentences(
+    problems: Sequence[Mapping[str, Any]],
+    tree: Tree | None = None,
+    overrides: Sequence[Override] = (),
+) -> list[str]:
+    """One for each problem that the sections found in `tree` after `overrides`, and for each value
+    that YAML takes for another than everybody means; those of the file first."""
+    tree = {} if tree is None else tree
+    told: dict[_Location, str] = {}
+    for problem in problems:
+        if not _only_follows(problem, problems):
+            location = _location(problem)
+            told[location] = _predicate(problem, location, tree)
+    for location, scalar in _scalars(tree):
+        # as text it is either complained of above, or taken as it stands
+        if scalar.surprise and location not in told and declared(location) is not str:
+            told[location] = (
+                f": YAML reads {shortened(scalar.text)} as {scalar.surprise}; write it in decimal "
+                f"digits, without a leading zero"
+            )
+    said = [_placed(location, told[location], tree, overrides) for location in told]
+    return sorted(said, key=lambda sentence: sentence.startswith(_OVERRIDE))
+
+
+def is_of_file(sentence: str) -> bool:
+    """Whether the file is to blame, and not what `--set` gave."""
+    return not sentence.startswith((_OVERRIDE, _WITH_OVERRIDES))
+
+
+def _location(problem: Mapping[str, Any]) -> _Location:
+    return tuple(str(part) for part in problem["loc"])
+
+
+def _only_follows(problem: Mapping[str, Any], problems: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether another problem is the reason: lamb's default is not computed where the name beside
+    it is wrong, and a list lacks the parts that are wrong themselves."""
+    if problem["type"] == "default_factory_not_called":
+        return True
+    place = _location(problem)
+    return problem["type"] == "too_short" and any(
+        _location(other)[:-1][: len(place)] == place for other in problems if other is not problem
+    )
+
+
+def _placed(location: _Location, predicate: str, tree: Tree, overrides: Sequence[Override]) -> str:
+    """The predicate after its key, and who is to blame."""
+    key = shortened(".".join(location))
+    sentence = f"{key}{predicate}" if key else predicate.removeprefix(": ")
+    for override in reversed(overrides):
+        if location[: len(override.path)] == override.path:
+            return f"{_OVERRIDE}{shortened(override.text)}: {sentence}"
+    inside = [one for one in overrides if one.path[: len(location)] == location]
+    if inside:
+        given = " --set ".join(shortened(one.text) for one in inside[-3:])
+        return f"{_WITH_OVERRIDES}{given}: {sentence}"
+    scalar = _at(tree, location)
+    if isinstance(scalar, Scalar) and scalar.line:
+        return f"line {scalar.line}: {sentence}"
+    return sentence
+
+
+def _predicate(problem: Mapping[str, Any], location: _Location, tree: Tree) -> str:
+    """What follows the key: " must be a number, not 'x'"."""
+    kind, context = problem["type"], problem.get("ctx", {})
+    given = _at(tree, location)
+    if kind == "extra_forbidden":
+        return f" is not a key; {meant(location)}"
+    if kind == "missing":
+        return " is missing; give it a value"
+    if kind == "value_error":
+        return f": {context['error']}"
+    if isinstance(given, Scalar) and given.text == "" and given.value is None:
+        return " has no value; give it one, or leave the key out"
+    if kind == "too_short":
+        return f" needs at least {context['min_length']:,} of its parts"
+    if kind == "too_long":
+        return f" can have at most {context['max_length']:,} parts"
+    if kind == "literal_error":
+        must = f"must be {context['expected']}"
+    elif kind in _BOUNDS:
+        name, words = _BOUNDS[kind]
+        must = f"must be {words} {_number(context[name])}"
+    elif kind in _MUST_BE:
+        must = f"must be {_MUST_BE[kind]}"
+    else:
+        must = "cannot have this value"
+    return f" {must}{_but_is(given, kind)}"
+
+
+def _but_is(given: Tree | None, kind: str) -> str:
+    if isinstance(given, dict):
+        return ", not a section"
+    if isinstance(given, list):
+        return ", not a list"
+    if given is None:
+        return ""
+    text = shortened(given.text)
+    if isinstance(given.value, str):
+        return f", not '{text}'"
+    if kind == "string_type":
+        return f', and YAML reads {text} as {_what(given.value)}: write "{text}" in quotes'
+    if kind.startswith("int") and isinstance(given.value, float) and given.value.is_integer():
+        return f", not {text}: write {int(given.value)}"
+    meaning = _what(given.value)
+    if meaning.endswith("number") or text == meaning:
+        return f", not {text}"
+    return f", not {text}, which YAML reads as {meaning}"
+
+
+def _what(value: bool | int | float | str | None) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return "a number"
+
+
+def _number(value: float) -> str:
+    whole = int(value)
+    return f"{whole:,}" if whole == value else f"{value:g}"
+
+
+def _at(tree: Tree, location: _Location) -> Tree | None:
+    """What the recipe has there, None where it has nothing."""
+    here: Tree | None = tree
+    for part in location:
+        if isinstance(here, dict):
+            here = here.get(part)
+        elif isinstance(here, list) and part.isdecimal() and int(part) < len(here):
+            here = here[int(part)]
+        else:
+            return None
+    return here
+
+
+def _scalars(tree: Tree, location: _Location = ()) -> Iterator[tuple[_Location, Scalar]]:
+    if isinstance(tree, Scalar):
+        yield location, tree
+    else:
+        children = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        for key, child in children:
+            yield from _scalars(child, (*location, str(key)))

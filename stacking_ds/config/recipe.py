@@ -1,0 +1,82 @@
+"""A YAML recipe and dotted overrides become a `RunConfig`.
+
+The order is: defaults of the sections, then the recipe, then `--set section.key=value`. What
+results is written into the run directory, so that a run says by itself what it was.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from stacking_ds.config.bundled import recipe_path
+from stacking_ds.config.mistakes import is_of_file, sentences
+from stacking_ds.config.overrides import Override, OverrideError
+from stacking_ds.config.run import RunConfig
+from stacking_ds.config.yaml_text import Tree, YamlTextError, plain, read_yaml
+from stacking_ds.console import shortened
+from stacking_ds.errors import ConfigError
+from stacking_ds.files import DamagedFileError, read_text
+
+__all__ = ["load_run_config"]
+
+_MOST_BYTES = 2**18
+_MOST_PROBLEMS = 20
+
+
+def load_run_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a recipe (a path, or the name of a bundled one) and apply `key=value` overrides, the
+    later of two for the same key last.
+
+    Raises:
+        ConfigError: no such recipe, not YAML, unknown keys (with the nearest right one), values
+            of the wrong type or range; all of them in one message.
+    """
+    path = recipe_path(recipe)
+    tree = _read(path)
+    applied: list[Override] = []
+    problems: list[str] = []
+    for text in overrides:
+        try:
+            override = Override.parse(text)
+            override.apply(tree)
+        except OverrideError as error:
+            problems.append(f"--set {shortened(text)}: {error}")
+        else:
+            applied.append(override)
+    found: list[Any] = []
+    config: RunConfig | None = None
+    try:
+        config = RunConfig.model_validate(plain(tree))
+    except ValidationError as error:
+        # what is missing may be what a wrong override was to give
+        left_out = ("missing",) if problems else ()
+        found = [one for one in error.errors() if one["type"] not in left_out]
+    problems = [*sentences(found[:_MOST_PROBLEMS], tree, applied), *problems]
+    if config is None or problems:
+        passed_over = max(0, len(found) - _MOST_PROBLEMS)
+        raise ConfigError(_in_one_message(path, problems, passed_over))
+    return config
+
+
+def _in_one_message(path: Path, problems: Sequence[str], passed_over: int) -> str:
+    listed = list(problems[:_MOST_PROBLEMS])
+    if more := passed_over + len(problems) - len(listed):
+        listed.append(f"and {more:,} more")
+    return (f"recipe {path}: " if any(map(is_of_file, problems)) else "") + "; ".join(listed)
+
+
+def _read(path: Path) -> dict[str, Tree]:
+    try:
+        tree = read_yaml(read_text(path, _MOST_BYTES))
+    except OSError as error:
+        raise ConfigError(f"cannot read recipe {path}: {error.strerror}") from None
+    except DamagedFileError as error:
+        raise ConfigError(f"cannot read recipe {path}: {error.reason}") from None
+    except YamlTextError as error:
+        raise ConfigError(f"recipe {path} is not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        what = "a list" if isinstance(tree, list) else shortened(tree.text) or "nothing"
+        raise ConfigError(f"recipe {path} must be a mapping of sections, not {what}")
+    return tree

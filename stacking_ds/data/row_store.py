@@ -1,0 +1,318 @@
+"""Where layouts lie, and how they are made: beside the shards, or in the user's cache where these
+cannot be written. Whoever needs one that is not there makes it, once for all processes of a node.
+"""
+
+import atexit
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import traceback
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+
+import filelock
+import numpy as np
+import pyarrow as pa
+from pydantic import ValidationError
+
+from stacking_ds.data.counter_random import derive_key
+from stacking_ds.data.examples import Examples, cut_documents, cut_pairs, read_passages
+from stacking_ds.data.orphans import end_with_parent
+from stacking_ds.data.packing import pack
+from stacking_ds.data.rows import (
+    LAYOUT_VERSION,
+    RECORD_NAME,
+    Layout,
+    LayoutRecord,
+    LayoutSpec,
+    PartRecord,
+)
+from stacking_ds.data.shard_writer import write_arrow, write_file
+from stacking_ds.data.shards import TokenSplit
+from stacking_ds.errors import DataError
+from stacking_ds.files import DamagedFileError, read_bytes
+from stacking_ds.process.stop_signals import STOP_SIGNALS
+
+__all__ = ["find_layout", "open_layout", "require_documents"]
+
+_TOKENS_PER_PART = 2**24
+_KEY = 20190524
+_Group = tuple[int, range]
+_Parts = dict[int, PartRecord]
+_Write = Callable[[_Group], PartRecord]
+_REMEDY = {
+    "train": "prepare more text (in .txt files a blank line ends a document)",
+    "heldout": "prepare the data again with a higher --heldout-fraction, or with more documents in "
+    "--heldout SOURCE",
+}
+
+
+def find_layout(split: TokenSplit, spec: LayoutSpec) -> Layout | None:
+    """The layout of `split` by `spec` if it is there, and whole."""
+    identity = _identity(split)
+    found = (_read(root / _name(split, spec, identity), spec, identity) for root in _roots(split))
+    return next((layout for layout in found if layout is not None), None)
+
+
+def open_layout(split: TokenSplit, spec: LayoutSpec, workers: int = 1) -> Layout:
+    """The layout of `split` by `spec`, made by up to `workers` processes if it is not there.
+
+    Raises DataError for a sequence that is too short, for a split with too few documents, for
+    shards that are not those of the manifest, and when the layout can be written nowhere.
+    """
+    require_documents(split, spec)
+    return find_layout(split, spec) or _make(split, spec, workers)
+
+
+def require_documents(split: TokenSplit, spec: LayoutSpec) -> None:
+    """Raises DataError when no row, or no random pair, can be made of the split."""
+    documents = split.shards.manifest.split(split.name).documents
+    least, what = (2, "sentence pairs") if spec.examples == "pairs" else (1, "examples")
+    if documents < least:
+        raise DataError(
+            f"the {split.name} split of {split.shards.folder} has {documents} document(s); {what} "
+            f"need at least {least}: {_REMEDY[split.name]}"
+        )
+
+
+def _identity(split: TokenSplit) -> str:
+    text = f"{split.shards.split_sha256(split.name)} layout {LAYOUT_VERSION}"
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _name(split: TokenSplit, spec: LayoutSpec, identity: str) -> str:
+    return f"{spec}-{split.name}-{identity[:16]}"
+
+
+def _roots(split: TokenSplit) -> Iterator[Path]:
+    yield split.shards.folder / "layouts"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if os.path.isabs(cache):  # who has no home has no cache
+        yield Path(cache) / "stacking_ds" / "layouts"
+
+
+def _read(folder: Path, spec: LayoutSpec, identity: str) -> Layout | None:
+    try:
+        record = LayoutRecord.model_validate_json(read_bytes(folder / RECORD_NAME))
+        sizes = [(folder / part.name).stat().st_size for part in record.parts]
+        if (record.spec, record.identity) != (spec, identity):
+            return None
+        if sizes != [part.size_bytes for part in record.parts]:
+            return None
+        return Layout(folder, record)
+    except (OSError, ValidationError, DamagedFileError, DataError):
+        return None
+
+
+def _make(split: TokenSplit, spec: LayoutSpec, workers: int) -> Layout:
+    identity = _identity(split)
+    refused: list[str] = []
+    for root in _roots(split):
+        folder = root / _name(split, spec, identity)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            # the ranks of a node need the same one at the same time
+            with filelock.FileLock(root / f"{folder.name}.lock"):
+                _remove_unfinished(folder)
+                if (found := _read(folder, spec, identity)) is not None:
+                    return found
+                # rows of a damaged shard would outlive it
+                split.shards.verify_once()
+                return _write(folder, split, spec, identity, workers)
+        except OSError as error:
+            refused.append(f"{root}: {error.strerror or error}")
+    raise DataError(
+        f"the rows of {split.shards.folder} cannot be laid out, since nothing can be written "
+        f"({'; '.join(refused)}); make room, or run `stacking-ds data layout` where it can"
+    )
+
+
+def _unfinished(folder: Path) -> str:
+    return f"{folder.name}.tmp-{os.uname().nodename}-"
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """What killed processes of this node have left; the lock may not reach others."""
+    for left in folder.parent.glob(f"{_unfinished(folder)}*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _write(
+    folder: Path, split: TokenSplit, spec: LayoutSpec, identity: str, workers: int
+) -> Layout:
+    building = folder.with_name(_unfinished(folder) + uuid.uuid4().hex)
+    try:
+        building.mkdir()
+        record = LayoutRecord(
+            identity=identity,
+            spec=spec,
+            split=split.name,
+            parts=tuple(_write_parts(building, split, spec, workers)),
+        )
+        text = json.dumps(record.model_dump(mode="json"), indent=2) + "\n"
+        write_file(building / RECORD_NAME, text.encode(), building)
+        return _publish(building, folder, record)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _publish(building: Path, folder: Path, record: LayoutRecord) -> Layout:
+    try:
+        os.replace(building, folder)
+    except OSError:
+        # another node was faster, or what is there is damaged
+        if (found := _read(folder, record.spec, record.identity)) is not None:
+            return found
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(building, folder)
+    return Layout(folder, record)
+
+
+def _write_parts(
+    folder: Path, split: TokenSplit, spec: LayoutSpec, workers: int
+) -> list[PartRecord]:
+    write = partial(_write_part, folder, split, spec)
+    groups = list(enumerate(_groups(split)))
+    if workers == 1 or len(groups) == 1:
+        return [write(group) for group in groups]
+    parts = _write_in_processes(write, groups, min(workers, len(groups)))
+    return [parts[number] for number, _ in groups]
+
+
+def _write_in_processes(write: _Write, groups: Sequence[_Group], workers: int) -> _Parts:
+    """Each process writes every `workers`-th part; not a pool, which cannot end processes that
+    hear no SIGTERM, and waits for them where the program is interrupted."""
+    context = multiprocessing.get_context("spawn")
+    processes: dict[Connection, SpawnProcess] = {}
+
+    def end() -> None:
+        for process in processes.values():
+            process.kill()
+
+    atexit.register(end)  # this may be a thread which the interpreter's end does not interrupt
+    try:
+        with _stop_signals_blocked():
+            for first in range(workers):
+                answer, theirs = context.Pipe(duplex=False)
+                process = context.Process(
+                    target=_work, args=(theirs, write, groups[first::workers]), daemon=True
+                )
+                process.start()
+                processes[answer] = process
+                theirs.close()  # so that the process's death closes the pipe
+        return _collect(processes)
+    finally:
+        end()
+        atexit.unregister(end)
+        for answer, process in processes.items():
+            process.join()
+            answer.close()
+
+
+def _collect(answers: Iterable[Connection]) -> _Parts:
+    parts: _Parts = {}
+    waiting = list(answers)
+    while waiting:
+        for answer in wait(waiting):
+            assert isinstance(answer, Connection)
+            waiting.remove(answer)
+            try:
+                found: _Parts | Exception = answer.recv()
+            except EOFError:
+                raise DataError(
+                    "a process that lays out rows was killed, as when memory runs out; run "
+                    "`stacking-ds data layout` with fewer --workers"
+                ) from None
+            if isinstance(found, Exception):
+                raise found
+            parts.update(found)
+    return parts
+
+
+def _work(answer: Connection, write: _Write, groups: Sequence[_Group]) -> None:
+    end_with_parent()
+    try:
+        answer.send({group[0]: write(group) for group in groups})
+    except Exception as error:  # noqa: BLE001 - raised in the parent
+        error.add_note(traceback.format_exc())
+        answer.send(error)
+
+
+@contextmanager
+def _stop_signals_blocked() -> Iterator[None]:
+    """What is started meanwhile never hears of them: SLURM and Ctrl-C signal every process, and
+    what a stop means is for the parent to say. A handler would come too late, after the imports."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        resource_tracker.ensure_running()  # which unblocks some when it has to start
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _groups(split: TokenSplit) -> list[range]:
+    """Runs of consecutive files, each with enough documents for its pairs and packs."""
+    groups: list[range] = []
+    first = 0
+    for stop in range(1, len(split.arrays) + 1):
+        if split.token_bases[stop] - split.token_bases[first] >= _TOKENS_PER_PART:
+            groups.append(range(first, stop))
+            first = stop
+    if first < len(split.arrays):
+        # what is left over joins the last: alone it might be a single document
+        before = groups.pop().start if groups else first
+        groups.append(range(before, len(split.arrays)))
+    return groups
+
+
+def _write_part(folder: Path, split: TokenSplit, spec: LayoutSpec, group: _Group) -> PartRecord:
+    number, shards = group
+    examples = _examples(split, spec, number, shards)
+    offsets = np.arange(len(examples) + 1)
+    if spec.packed:
+        order, offsets = pack(examples.slots, spec.sequence_length)
+        examples = examples[order]
+    structs = pa.StructArray.from_arrays(
+        [
+            pa.array(examples.first_start_E),
+            pa.array(examples.first_length_E.astype(np.int32)),
+            pa.array(examples.second_start_E),
+            pa.array(examples.second_length_E.astype(np.int32)),
+            pa.array(examples.is_random_E.astype(np.uint8)),
+        ],
+        names=["first_start", "first_length", "second_start", "second_length", "is_random"],
+    )
+    rows = pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), structs)
+    path = folder / f"part-{number:05d}.arrow"
+    size_bytes, sha256 = write_arrow(pa.record_batch({"examples": rows}), path, folder)
+    pairs = int((examples.second_length_E > 0).sum())
+    random_pairs = int(examples.is_random_E.sum())
+    return PartRecord(
+        name=path.name,
+        size_bytes=size_bytes,
+        sha256=sha256,
+        rows=len(offsets) - 1,
+        examples=len(examples),
+        tokens=int(examples.first_length_E.sum() + examples.second_length_E.sum()),
+        true_pairs=pairs - random_pairs,
+        random_pairs=random_pairs,
+        squared_slots=int((examples.slots**2).sum()),
+    )
+
+
+def _examples(split: TokenSplit, spec: LayoutSpec, number: int, shards: range) -> Examples:
+    passages = read_passages(split, shards)
+    key = derive_key(_KEY, spec.variant, spec.sequence_length, number)
+    if spec.examples == "pairs":
+        return cut_pairs(passages, spec.sequence_length, key)
+    return cut_documents(passages, spec.sequence_length, key if spec.variant else None)

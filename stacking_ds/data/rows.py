@@ -1,0 +1,230 @@
+"""The rows of a split: which examples stand in each, fixed once and memory-mapped.
+
+A layout is a pure function of the shards and a `LayoutSpec`; `layout_store` makes and finds it.
+
+    SHARDS/layouts/pairs-512-packed-0-train-…/{layout.json, part-00000.arrow, ...}
+
+A part is one Arrow record batch, a row of it being a row of the layout: the column `examples`,
+list<struct<first_start, first_length, second_start, second_length, is_random>>, see `Examples`.
+It covers the documents of a few consecutive shards, and none of its rows holds others.
+
+Shapes: R rows, E examples.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from stacking_ds.data.arrow_checks import only_batch
+from stacking_ds.data.arrow_numbers import numbers
+from stacking_ds.data.examples import ExampleKind, Examples, concatenate
+from stacking_ds.data.shard_manifest import (
+    Count,
+    FileName,
+    Positive,
+    Sha256,
+    SplitName,
+    file_sha256,
+    not_opened,
+)
+from stacking_ds.errors import DataError
+from stacking_ds.files import DamagedFileError
+
+__all__ = [
+    "LAYOUT_VERSION",
+    "RECORD_NAME",
+    "Layout",
+    "LayoutRecord",
+    "LayoutSpec",
+    "PartRecord",
+    "ranges",
+]
+
+LAYOUT_VERSION = 1
+"""Part of what a run's data are known by. Raise it whenever other rows come out of the shards."""
+
+RECORD_NAME = "layout.json"
+
+_EXAMPLES = pa.list_(
+    pa.struct(
+        {
+            "first_start": pa.int64(),
+            "first_length": pa.int32(),
+            "second_start": pa.int64(),
+            "second_length": pa.int32(),
+            "is_random": pa.uint8(),
+        }
+    )
+)
+
+Integers = NDArray[np.int64]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+
+class LayoutSpec(_Record):
+    """What a layout is made by."""
+
+    examples: ExampleKind
+    sequence_length: int
+    """Slots of a row, [CLS] and [SEP] included."""
+    packed: bool
+    """Several examples share a row; else each has its own."""
+    variant: int = 0
+    """Another variant pairs and cuts the same documents otherwise."""
+
+    def __str__(self) -> str:
+        packed = "packed" if self.packed else "single"
+        return f"{self.examples}-{self.sequence_length}-{packed}-{self.variant}"
+
+
+class PartRecord(_Record):
+    """One file of a layout."""
+
+    name: FileName
+    size_bytes: Positive
+    sha256: Sha256
+    rows: Positive
+    examples: Positive
+    tokens: Positive
+    true_pairs: Count
+    random_pairs: Count
+    squared_slots: Positive
+    """The sum of the squares of the examples' slots: what attention is computed on."""
+
+
+class LayoutRecord(_Record):
+    """`layout.json`: what the layout was made by, of what, and what came out."""
+
+    identity: str
+    """Hash of the split's documents and of LAYOUT_VERSION."""
+    spec: LayoutSpec
+    split: SplitName
+    parts: Annotated[tuple[PartRecord, ...], Field(min_length=1)]
+
+
+@dataclass(frozen=True)
+class _Part:
+    row_offsets: Integers
+    examples: Examples
+
+
+class Layout:
+    """The rows of one split, opened for reading."""
+
+    def __init__(self, folder: Path, record: LayoutRecord) -> None:
+        self.folder, self.record = folder, record
+        self._parts = [_map(folder, part) for part in record.parts]
+        self._row_bases = np.cumsum([0, *(part.rows for part in record.parts)])
+
+    @property
+    def num_rows(self) -> int:
+        return int(self._row_bases[-1])
+
+    def total(self, count: str) -> int:
+        """The sum of a count over the parts, by its name in `PartRecord`."""
+        return sum(getattr(part, count) for part in self.record.parts)
+
+    def verifying(self) -> Iterator[None]:
+        """Reads a file at a time; raises DataError, naming it, where a byte is not what was
+        written."""
+        for part in self.record.parts:
+            path = self.folder / part.name
+            try:
+                whole = file_sha256(path) == part.sha256
+            except (FileNotFoundError, DamagedFileError):
+                whole = False
+            except OSError as error:
+                raise not_opened(path, error) from error
+            if not whole:
+                raise DataError(f"{path} is damaged: delete {self.folder}, it will be made again")
+            yield
+
+    @property
+    def used_slots(self) -> int:
+        """The slots that hold a token, [CLS] and [SEP] included."""
+        pairs = self.total("true_pairs") + self.total("random_pairs")
+        return self.total("tokens") + 2 * self.total("examples") + pairs
+
+    @property
+    def fill(self) -> float:
+        """The share of the slots that hold a token."""
+        return self.used_slots / (self.num_rows * self.record.spec.sequence_length)
+
+    @property
+    def mean_attended_slots(self) -> float:
+        """How many tokens a token attends to, itself included, on average."""
+        return self.total("squared_slots") / self.used_slots
+
+    def examples_of(self, rows_R: Integers) -> tuple[Integers, Examples]:
+        """The examples of these rows, one row after the other, and how many each has [R]."""
+        part_R = np.searchsorted(self._row_bases, rows_R, side="right") - 1
+        counts_R = np.zeros(len(rows_R), dtype=np.int64)
+        found: list[tuple[Integers, Examples]] = []
+        for number in np.unique(part_R):
+            part, here = self._parts[number], np.flatnonzero(part_R == number)
+            rows = rows_R[here] - self._row_bases[number]
+            first, last = part.row_offsets[rows], part.row_offsets[rows + 1]
+            if not ((first >= 0) & (first < last) & (last <= len(part.examples))).all():
+                raise self._damaged("rows")
+            counts_R[here] = last - first
+            examples = part.examples[ranges(first.astype(np.int64), counts_R[here])]
+            self._require_room(examples, counts_R[here])
+            found.append((here, examples))
+        if len(found) < 2:
+            return counts_R, concatenate([examples for _, examples in found])
+        # parts were visited one by one: back to the order of the rows
+        row_E = np.concatenate([np.repeat(here, counts_R[here]) for here, _ in found])
+        joined = concatenate([examples for _, examples in found])
+        return counts_R, joined[np.argsort(row_E, kind="stable")]
+
+    def _require_room(self, examples: Examples, counts_R: Integers) -> None:
+        """Raises DataError where the examples of these rows do not fit into them: they would be
+        written into the next one."""
+        room = self.record.spec.sequence_length
+        first_E, second_E = examples.first_length_E, examples.second_length_E
+        fits = (first_E > 0) & (first_E <= room) & (second_E >= 0) & (second_E <= room)
+        if not fits.all() or len(first_E) == 0:
+            raise self._damaged("examples")
+        used_R = np.add.reduceat(examples.slots, np.cumsum(counts_R) - counts_R)
+        if used_R.max() > room:
+            raise self._damaged("examples")
+
+    def _damaged(self, what: str) -> DataError:
+        return DataError(
+            f"{self.folder} is damaged (its {what} are not those of a layout): delete it, it will "
+            "be made again"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Worker processes map the files anew."""
+        return (Layout, (self.folder, self.record))
+
+
+def ranges(starts: Integers, counts: Integers) -> Integers:
+    """starts[0], starts[0] + 1, ... (counts[0] of them), starts[1], ..."""
+    before = np.cumsum(counts) - counts
+    found: Integers = np.arange(int(counts.sum())) + np.repeat(starts - before, counts)
+    return found
+
+
+def _map(folder: Path, record: PartRecord) -> _Part:
+    path = folder / record.name
+    try:
+        column = only_batch(path, {"examples": (_EXAMPLES,)}).column("examples")
+        fields = [numbers(field) for field in column.values.flatten()]
+        if (len(column), len(fields[0])) != (record.rows, record.examples):
+            raise ValueError(f"it holds {len(column)} rows and {len(fields[0])} examples")
+    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise not_opened(path, error) from error
+        raise DataError(f"{path} is damaged ({error}); delete {folder}") from error
+    return _Part(numbers(column.offsets), Examples(*fields))

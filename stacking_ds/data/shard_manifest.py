@@ -1,0 +1,232 @@
+"""What a folder of token shards says about itself: `manifest.json`."""
+
+import hashlib
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from stacking_ds.data.tokenizer import UNCASED, Normalization
+from stacking_ds.errors import DataError, UnreadableDataError, unreadable
+from stacking_ds.files import DamagedFileError, open_regular, read_text
+
+__all__ = [
+    "MANIFEST_NAME",
+    "MANY_UNKNOWN",
+    "UNFINISHED_NAME",
+    "Count",
+    "DataManifest",
+    "DocumentRule",
+    "DuplicatesFile",
+    "FileName",
+    "Positive",
+    "PrepareRequest",
+    "Record",
+    "Rejected",
+    "Sha256",
+    "ShardFile",
+    "SourceFile",
+    "SplitManifest",
+    "SplitName",
+    "VocabularyFile",
+    "file_sha256",
+    "not_opened",
+    "read_manifest",
+]
+
+MANIFEST_NAME = "manifest.json"
+# the folder inside a prepared one that is there until all is done
+UNFINISHED_NAME = ".unfinished"
+MANY_UNKNOWN = 0.01
+"""The share of [UNK] above which people are warned; English has a thousandth of that."""
+SplitName = Literal["train", "heldout"]
+# what a document of a .txt file is: what stands between blank lines, a line, or the file
+DocumentRule = Literal["blank-line", "line", "file"]
+
+_MOST = 2**53
+Count = Annotated[int, Field(ge=0, le=_MOST)]
+Positive = Annotated[int, Field(ge=1, le=_MOST)]
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}$")]
+"""Of a file in the folder itself, whatever a manifest says."""
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class Record(BaseModel):
+    """A strict, frozen model that is kept as JSON."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+
+class PrepareRequest(Record):
+    """What `prepare` was asked for: enough to recognise it without reading the sources, whose
+    contents are in `DataManifest.sources`."""
+
+    sources: tuple[str, ...]
+    heldout_sources: tuple[str, ...]
+    heldout_fraction: float
+    vocabulary: str
+    text_key: str
+    documents: DocumentRule = "blank-line"
+    normalization: Normalization = UNCASED
+    """Folders of earlier versions, which do not say, are uncased."""
+
+
+class SourceFile(Record):
+    """Something that was read: a file, a Hugging Face dataset, or a package of the embedded corpus.
+
+    `size_bytes` and `sha256` are None for what is no file, `licence` is None where unknown.
+    """
+
+    name: str
+    heldout: bool
+    size_bytes: int | None
+    sha256: str | None
+    licence: str | None
+
+
+class Rejected(Record):
+    """Documents that were left out for one reason, and the places of the first 20, such as
+    `wiki.jsonl:17` (line 17, or row 17 of a table)."""
+
+    reason: str
+    documents: int
+    first: tuple[str, ...]
+
+
+class ShardFile(Record):
+    """One Arrow file of a split, duplicates included. `unknown_tokens` are those that are [UNK];
+    None where nobody counted, as in earlier versions and in lists of duplicates."""
+
+    name: FileName
+    size_bytes: Positive
+    sha256: Sha256
+    documents: Count
+    sentences: Count
+    tokens: Count
+    unknown_tokens: Count | None = None
+
+
+class DuplicatesFile(ShardFile):
+    """The Arrow file that lists the documents of a split which do not count, and what they hold."""
+
+
+class SplitManifest(Record):
+    """What counts in a split, that is without its duplicates, and the files that hold it, in
+    order."""
+
+    documents: Count
+    sentences: Count
+    tokens: Count
+    shards: tuple[ShardFile, ...]
+    duplicates: DuplicatesFile
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> "SplitManifest":
+        for count in ("documents", "sentences", "tokens"):
+            there = sum(getattr(shard, count) for shard in self.shards)
+            if getattr(self, count) + getattr(self.duplicates, count) != there:
+                raise ValueError(f"its {count} are not those of its files without the duplicates")
+        return self
+
+    @property
+    def unknown_share(self) -> float | None:
+        """How much of the tokens of all files is [UNK]; None where an earlier version wrote one."""
+        counts = [shard.unknown_tokens for shard in self.shards]
+        if None in counts:
+            return None
+        tokens = sum(shard.tokens for shard in self.shards)
+        return sum(count or 0 for count in counts) / max(tokens, 1)
+
+
+class VocabularyFile(Record):
+    """`vocab.txt` or `tokenizer.json`."""
+
+    name: FileName
+    size_bytes: Positive
+    sha256: Sha256
+
+
+class DataManifest(Record):
+    """Everything needed to trust and to read the folder. `licence` is what the user said the text's
+    licence is, None where nothing was said; `text_bytes` is the size of the documents in all
+    shards, their words joined by single spaces."""
+
+    format_version: Literal[2] = 2
+    request: PrepareRequest
+    licence: str | None
+    sources: tuple[SourceFile, ...]
+    vocab_size: Annotated[int, Field(ge=1, le=2**31)]
+    vocabulary_sha256: Sha256
+    vocabulary_files: tuple[VocabularyFile, ...]
+    rejected: tuple[Rejected, ...]
+    text_bytes: Count
+    train: SplitManifest
+    heldout: SplitManifest
+
+    @model_validator(mode="after")
+    def _has_vocabulary(self) -> "DataManifest":
+        if "vocab.txt" not in {file.name for file in self.vocabulary_files}:
+            raise ValueError("vocab.txt is not among its vocabulary_files")
+        return self
+
+    def split(self, name: SplitName) -> SplitManifest:
+        return self.train if name == "train" else self.heldout
+
+    @property
+    def duplicate_documents(self) -> int:
+        """Over both splits."""
+        return self.train.duplicates.documents + self.heldout.duplicates.documents
+
+    def to_json(self) -> str:
+        return self.model_dump_json(indent=2) + "\n"
+
+
+def read_manifest(folder: Path) -> DataManifest:
+    """The manifest in `folder`; DataError when it is missing, damaged or of another version,
+    OSError for a name that no folder can have."""
+    path = folder / MANIFEST_NAME
+    try:
+        text = read_text(path)
+    except FileNotFoundError as error:
+        if (folder / UNFINISHED_NAME).is_dir():
+            raise DataError(
+                f"{folder} is unfinished: run the same `stacking-ds prepare` again, which goes on "
+                "where it stopped"
+            ) from error
+        raise DataError(
+            f"{folder} holds no prepared data ({MANIFEST_NAME} is missing); "
+            "make it with `stacking-ds prepare`"
+        ) from error
+    except DamagedFileError as error:
+        folder.stat()  # where its name is too long, nothing is damaged
+        raise DataError(f"{error}; delete the folder and prepare it again") from error
+    except OSError as error:
+        raise not_opened(path, error) from error
+    try:
+        return DataManifest.model_validate_json(text)
+    except ValidationError as error:
+        if any(problem["loc"] == ("format_version",) for problem in error.errors()):
+            raise DataError(
+                f"{folder} was prepared in another version of the format; delete it and run "
+                "`stacking-ds prepare` again"
+            ) from error
+        first = error.errors()[0]
+        place = ".".join(ascii(part).strip("'") for part in first["loc"])[:100] or "the file"
+        reason = first["msg"].removeprefix("Value error, ")
+        raise DataError(f"{path} is damaged or of another version: {place}: {reason}") from error
+
+
+def not_opened(path: Path, error: OSError) -> UnreadableDataError:
+    """The error for a file that may be whole, but that the system does not let us read."""
+    return unreadable(UnreadableDataError, path, error)
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's bytes, in hexadecimal.
+
+    Raises:
+        DamagedFileError: it is no regular file.
+        OSError: it is not there, or cannot be read.
+    """
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,275 @@
+"""A source is named by a string:
+
+    embedded                            the prose of the installed packages, see `data.embedded`
+    hf:NAME, hf:NAME:CONFIG, ...@SPLIT  a Hugging Face dataset, see `hugging_face`
+    a file, a folder or a glob          .txt, .jsonl, .ndjson, see `text_files`; .json, see
+                                        `json_files`; .csv, .tsv, see `delimited`; each of these
+                                        also .gz, .bz2, .xz, .zst; .parquet, .arrow, see `tables`
+
+Suffixes may be in capitals. Within a text a newline ends a paragraph. The text's key or column is
+`text` unless said otherwise.
+"""
+
+import errno
+import glob
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+
+import pyarrow as pa
+
+from stacking_ds.data.shard_manifest import SplitName
+from stacking_ds.data.sources import embedded
+from stacking_ds.data.sources.delimited import DelimitedFile, cut_delimited_file
+from stacking_ds.data.sources.documents import (
+    Document,
+    Item,
+    Piece,
+    Reader,
+    Reading,
+    Source,
+    unreadable,
+)
+from stacking_ds.data.sources.hub_datasets import HuggingFace
+from stacking_ds.data.sources.json_files import JsonFile, cut_json_file
+from stacking_ds.data.sources.lines import PACKED_SUFFIXES, content_suffix, is_packed
+from stacking_ds.data.sources.tables import TABLE_SUFFIXES, TableFile, cut_table_file
+from stacking_ds.data.sources.text_files import TextFile, cut_text_file
+from stacking_ds.errors import DataError
+from stacking_ds.files import DamagedFileError
+from stacking_ds.process.utf8 import is_utf8, readable_name
+
+__all__ = ["SeenFiles", "open_source"]
+
+_LINE_SUFFIXES = (".txt", ".jsonl", ".ndjson")
+# in a folder these may as well be notes about the data
+_ONLY_IF_NAMED = (".json", ".csv", ".tsv")
+_KINDS = (
+    f"{', '.join(_LINE_SUFFIXES + _ONLY_IF_NAMED)} (each also {', '.join(PACKED_SUFFIXES)}), "
+    f"{' or '.join(TABLE_SUFFIXES)}"
+)
+
+SeenFiles = dict[tuple[int, int] | Path, Path]
+"""The files that are read, by device and inode, under the name that came first."""
+
+
+def open_source(name: str, *, download: bool = False, seen: SeenFiles | None = None) -> Source:
+    """The source called `name`; DataError when its files do not exist or cannot be told apart.
+
+    `download` is for Hugging Face datasets: fetch them whole instead of streaming. Files that are
+    `seen` already are left out; those of this source are added.
+    """
+    if name == "embedded":
+        return _Embedded()
+    if name.startswith("hf:"):
+        return HuggingFace(name, download)
+    return _Files(name, {} if seen is None else seen)
+
+
+class _Files:
+    holds_out = False
+
+    def __init__(self, name: str, seen: SeenFiles) -> None:
+        name = os.path.expanduser(name) if name.startswith("~/") else name
+        self.name = name
+        self.paths: list[Path] = []
+        self.repeated: list[str] = []
+        try:
+            self._found = _expand(name)
+        except OSError as error:
+            raise unreadable(Path(name), error) from error
+        for path in self._found:
+            first = seen.setdefault(_inode(path), path)
+            if first is path:
+                self.paths.append(path)
+            else:
+                self.repeated.append(f"{path} is {first}")
+
+    @property
+    def unread(self) -> list[str]:
+        """What lies in the folder, if it is one, and is not read."""
+        folder = Path(self.name)
+        inside = folder.iterdir() if folder.is_dir() else ()
+        names = {path.name for path in inside} - {path.name for path in self._found}
+        return sorted(map(readable_name, names))
+
+    def identity(self) -> list[str]:
+        return [f"{path.name}, {_size(path):,} bytes" for path in self.paths]
+
+    def contents(self) -> list[tuple[str, str | None]]:
+        return []
+
+    def estimate(self) -> int:
+        return sum(
+            _size(path) * (3 if is_packed(path) or content_suffix(path) == ".parquet" else 1)
+            for path in self.paths
+        )
+
+    def pieces(self, piece_bytes: int, reading: Reading) -> list[Piece]:
+        found: list[Piece] = []
+        for index, path in enumerate(self.paths):
+            try:
+                found += _cut(path, index, piece_bytes, reading)
+            except OSError as error:
+                raise unreadable(path, error) from error
+            except DamagedFileError as error:
+                raise DataError(str(error)) from error
+        return found
+
+    def open(self, piece: Piece, reading: Reading) -> Reader:
+        return _OpenFile(self.paths[piece.file], piece, reading)
+
+
+def _cut(path: Path, index: int, piece_bytes: int, reading: Reading) -> list[Piece]:
+    match content_suffix(path):
+        case ".parquet" | ".arrow":
+            return cut_table_file(path, index, piece_bytes, reading.text_key)
+        case ".json":
+            return cut_json_file(path, index, piece_bytes, reading)
+        case ".csv" | ".tsv":
+            return cut_delimited_file(path, index, reading)
+    return cut_text_file(path, index, piece_bytes, reading)
+
+
+def _reader(path: Path, piece: Piece, reading: Reading) -> Reader:
+    match content_suffix(path):
+        case ".parquet" | ".arrow":
+            return TableFile(path, piece, reading)
+        case ".json":
+            return JsonFile(path, piece, reading)
+        case ".csv" | ".tsv":
+            return DelimitedFile(path, piece, reading)
+    return TextFile(path, piece, reading)
+
+
+class _OpenFile:
+    """Any file's reader, with its errors named."""
+
+    def __init__(self, path: Path, piece: Piece, reading: Reading) -> None:
+        self._path = path
+        self._reader = _reader(path, piece, reading)
+        self.place = self._reader.place
+
+    def items(self) -> Iterator[Item]:
+        try:
+            yield from self._reader.items()
+        except pa.ArrowException as error:
+            raise DataError(f"{self._path} cannot be read: {error}") from error
+        except DamagedFileError as error:
+            raise DataError(str(error)) from error
+        except OSError as error:
+            raise unreadable(self._path, error) from error
+
+
+class _Embedded:
+    name = "embedded"
+    holds_out = True
+    paths: Sequence[Path] = ()
+    unread: Sequence[str] = ()
+    repeated: Sequence[str] = ()
+
+    def identity(self) -> list[str]:
+        return embedded.identity()
+
+    def contents(self) -> list[tuple[str, str | None]]:
+        return embedded.licences()
+
+    def estimate(self) -> int:
+        return embedded.TEXT_BYTES
+
+    def pieces(self, piece_bytes: int, reading: Reading) -> list[Piece]:
+        size = embedded.TEXT_BYTES
+        return [Piece(file=0, start=0, stop=1, source_bytes=size, text_bytes=size)]
+
+    def open(self, piece: Piece, reading: Reading) -> Reader:
+        return _EmbeddedDocuments()
+
+
+class _EmbeddedDocuments:
+    def items(self) -> Iterator[Item]:
+        for number, (split, text) in enumerate(_embedded_texts(), start=1):
+            yield Document(text, number, len(text), split)
+
+    def place(self, number: int) -> tuple[str, str]:
+        return f"embedded:{number}", f"the embedded corpus, document {number}"
+
+
+@cache
+def _embedded_texts() -> list[tuple[SplitName, str]]:
+    """A few megabytes, kept since reading them takes much longer than tokenizing them."""
+    return list(embedded.documents())
+
+
+def _expand(name: str) -> list[Path]:
+    """The files behind a path, a folder (its readable files) or a glob, sorted by name."""
+    path = Path(name)
+    if path.is_file():
+        paths = [path]
+    elif path.is_dir():
+        paths = sorted(file for file in path.iterdir() if _is_for_folders(file) and file.is_file())
+    else:
+        matches = [Path(match) for match in glob.glob(name, recursive=True)]
+        # where folders are links in a circle, there is a match at every turn, and at last too many
+        many = glob.has_magic(name)
+        paths = sorted(
+            match for match in matches if not match.is_dir() and not (many and _in_circle(match))
+        )
+    if not paths:
+        raise _nothing_found(name, path)
+    for file in paths:
+        if not is_utf8(file):
+            raise DataError(f"the name of {readable_name(file)} is not UTF-8; rename it")
+        if not stat.S_ISREG(_stat(file).st_mode):
+            raise DataError(
+                f"{file} is not a regular file but a pipe or a device; `prepare` reads its sources "
+                "more than once: write what comes from there into a file first"
+            )
+        if not _is_known(file):
+            raise DataError(f"{file} is none of the known kinds: {_KINDS}")
+    return paths
+
+
+def _in_circle(path: Path) -> bool:
+    try:
+        path.stat()
+    except OSError as error:
+        return error.errno == errno.ELOOP
+    return False
+
+
+def _nothing_found(name: str, path: Path) -> DataError:
+    if not path.is_dir():
+        return DataError(f"data source {name!r} does not exist, or matches no {_KINDS} file")
+    named = sorted(file.name for file in path.iterdir() if _is_known(file))
+    remedy = f"; name the files, as {str(path / named[0])!r}, to have them read" if named else ""
+    return DataError(f"data source {name!r} holds no {_KINDS} file{remedy}")
+
+
+def _is_known(file: Path) -> bool:
+    kind = content_suffix(file)
+    if kind in TABLE_SUFFIXES:
+        return not is_packed(file)
+    return kind in _LINE_SUFFIXES + _ONLY_IF_NAMED
+
+
+def _is_for_folders(file: Path) -> bool:
+    return _is_known(file) and content_suffix(file) not in _ONLY_IF_NAMED
+
+
+def _inode(path: Path) -> tuple[int, int] | Path:
+    found = _stat(path)
+    # some file systems have no numbers for their files
+    return (found.st_dev, found.st_ino) if found.st_ino else path.absolute()
+
+
+def _size(path: Path) -> int:
+    return _stat(path).st_size
+
+
+def _stat(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:
+        raise unreadable(path, error) from error

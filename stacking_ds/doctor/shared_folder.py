@@ -1,0 +1,181 @@
+"""The run directory, tried by all nodes: who sees what the others write, and whether locks hold.
+
+    PLACE/.stacking-ds-doctor-TOKEN/    made and removed by rank 0
+        0                               what rank 0 writes, and every node looks for
+        16                              what the first rank of another node writes, and rank 0 reads
+        lock                            held by rank 0; another node must not get it
+
+PLACE is the run directory, or where it is not there yet the nearest folder above it that is.
+"""
+
+import fcntl
+import secrets
+import shutil
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from stacking_ds.distributed.world import World
+from stacking_ds.doctor.facts import Told, nearest_existing
+
+__all__ = ["KEPT", "Answer", "Probing", "probe"]
+
+# network file systems show a new file a little later
+_PATIENCE_SECONDS = 10.0
+_LOCK = "lock"
+_REFUSED, _UNTRIED = "refused", ""
+KEPT = (_REFUSED, _UNTRIED)
+"""What an answer says of a lock that holds, or that there was no need to try."""
+
+
+class Answer(Told):
+    """What the first rank of a node has met there."""
+
+    rank: int
+    problem: str = ""
+    lock: str = _UNTRIED
+
+
+class Probing(Told):
+    """What rank 0 knows in the end."""
+
+    place: str
+    exists: bool
+    """The run directory is there, and `place` is it."""
+    problem: str = ""
+    """Why rank 0 itself cannot write."""
+    lock_problem: str = ""
+    answers: tuple[Answer, ...] = ()
+    left: str = ""
+    """What could not be removed."""
+
+
+class _Call(Told):
+    """What rank 0 asks the nodes to look at."""
+
+    token: str
+    levels_up: int
+    """From the run directory to the place: a node that has it elsewhere looks there."""
+    place: str
+    problem: str = ""
+    lock_problem: str = ""
+
+    def folder(self, run_dir: Path) -> Path:
+        absolute = run_dir.absolute()
+        place = (absolute, *absolute.parents)[: self.levels_up + 1][-1]
+        return place / f".stacking-ds-doctor-{self.token}"
+
+
+def probe(world: World, run_dir: Path | None) -> Probing | None:
+    """Try `run_dir` on all nodes; the outcome on rank 0, None elsewhere or if it knows none.
+
+    A collective. Whatever happens, nothing is left of it.
+    """
+    with ExitStack() as held:
+        begun = _begin(run_dir, held).model_dump() if world.is_first and run_dir else None
+        begun = world.broadcast(begun)
+        if begun is None:
+            return None
+        call = _Call.model_validate(begun)
+        mine = None
+        if world.speaks_for_node and not call.problem:
+            mine = _answer(run_dir, call, world.rank).model_dump()
+        told = [Answer.model_validate(each) for each in world.gather_on_first(mine) if each]
+        if run_dir is None or not world.is_first:
+            return None
+        answers = tuple(_heard(call.folder(run_dir), call, answer) for answer in told)
+    folder = call.folder(run_dir)
+    return Probing(
+        place=call.place,
+        exists=call.levels_up == 0,
+        problem=call.problem,
+        lock_problem=call.lock_problem,
+        answers=answers,
+        left=str(folder) if folder.exists() else "",
+    )
+
+
+def _begin(run_dir: Path, held: ExitStack) -> _Call:
+    """Rank 0's part, undone when `held` is closed."""
+    token, place, levels_up = secrets.token_hex(8), str(run_dir.absolute()), 0
+    problem = lock_problem = ""
+    try:
+        found = nearest_existing(run_dir)
+        place, absolute = str(found.resolve()), run_dir.absolute()
+        levels_up = (absolute, *absolute.parents).index(found)
+        folder = found / f".stacking-ds-doctor-{token}"
+        folder.mkdir()
+        held.callback(_remove, folder)
+        (folder / "0").write_text(token)
+        lock = held.enter_context((folder / _LOCK).open("a"))
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock_problem = error.strerror or str(error)
+    except OSError as error:
+        problem = error.strerror or str(error)
+    return _Call(
+        token=token,
+        levels_up=levels_up,
+        place=place,
+        problem=problem,
+        lock_problem=lock_problem,
+    )
+
+
+def _answer(run_dir: Path | None, call: _Call, rank: int) -> Answer:
+    if run_dir is None:
+        return Answer(rank=rank, problem="knows no run directory, for want of the recipe")
+    folder = call.folder(run_dir)
+    if not _appears(folder / "0", call.token):
+        problem = f"does not see what rank 0 has written into {call.place}"
+        return Answer(rank=rank, problem=problem)
+    if rank == 0:
+        return Answer(rank=rank)  # a second lock of its own process tells nothing over NFS
+    try:
+        (folder / str(rank)).write_text(call.token)
+    except OSError as error:
+        return Answer(rank=rank, problem=f"cannot write into {folder.parent} ({error.strerror})")
+    return Answer(rank=rank, lock=_UNTRIED if call.lock_problem else _try_lock(folder / _LOCK))
+
+
+def _try_lock(path: Path) -> str:
+    try:
+        with path.open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _REFUSED
+    except OSError as error:
+        return f"no lock to be had ({error.strerror})"
+    return "got a lock that rank 0 holds"
+
+
+def _heard(folder: Path, call: _Call, answer: Answer) -> Answer:
+    """The answer, if rank 0 sees what that node has written."""
+    if answer.problem or _appears(folder / str(answer.rank), call.token):
+        return answer
+    problem = f"writes into {call.place} what rank 0 does not see"
+    return answer.model_copy(update={"problem": problem})
+
+
+def _appears(path: Path, token: str) -> bool:
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        try:
+            if path.read_text() == token:
+                return True
+        except OSError:
+            pass
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+
+
+def _remove(folder: Path) -> None:
+    # a network file system keeps what another node has only just closed for a moment
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while folder.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        if time.monotonic() > deadline:
+            return
+        time.sleep(0.05)

@@ -1,1 +1,0 @@
-"""How good an encoder is: held-out masked-LM loss."""

@@ -1,0 +1,174 @@
+"""Carry masters and moments from one engine's fragments to those of a deeper one.
+
+    old engine ──capture──> host copies of this rank's fragments ──install──> new engine
+                                 (named and repeated by the layer map, never copied as a whole)
+
+A copied layer has its source's shape, and every layer has parameter groups of its own, so at the
+same world size and ZeRO stage what a rank needs of a new layer is what it held of the old one:
+nothing is communicated but the checksums. Where the layouts differ only what differs moves.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from stacking_ds.errors import StageError
+from stacking_ds.growth.operators import source_name
+from stacking_ds.sharding.fragments import MASTER, Fragment
+from stacking_ds.sharding.reshard import Ranks, copy_own, exchange
+
+__all__ = ["CapturedState", "Moments", "capture", "install"]
+
+Moments = Literal["carry", "reset"]
+
+_TOLERANCE = 1e-9  # of the fp64 sums, which the ranks may add up in another order
+_PIECE_ELEMENTS = 1 << 18
+_STATISTICS = 3  # count, sum, sum of squares
+
+
+@dataclass(frozen=True)
+class CapturedState:
+    """This rank's fragments in host memory of their own, independent of any engine."""
+
+    fragments: tuple[Fragment, ...]
+
+    @property
+    def has_moments(self) -> bool:
+        return any(key != MASTER for fragment in self.fragments for key in fragment.views)
+
+
+def capture(fragments: Iterable[Fragment]) -> CapturedState:
+    """Copy the fragments' values to host memory, so that their engine can be released."""
+    return CapturedState(
+        tuple(
+            replace(
+                fragment,
+                views={key: _host_copy(view) for key, view in fragment.views.items()},
+            )
+            for fragment in fragments
+        )
+    )
+
+
+def _host_copy(view: torch.Tensor) -> torch.Tensor:
+    return torch.empty(view.shape, dtype=view.dtype, device="cpu").copy_(view.detach())
+
+
+@torch.no_grad()
+def install(
+    targets: Sequence[Fragment],
+    captured: CapturedState,
+    layers: Sequence[int] | None,
+    moments: Moments,
+    world: Ranks,
+) -> None:
+    """Write the captured values into the live fragments `targets` of the new engine.
+
+    Every rank calls it. It sends one small all-reduce of checksums, and the elements, if any,
+    that a rank needs and another one has. With moments "carry" the targets must have moments if
+    the captured state has; with "reset" those they have become zero. The caller refreshes the
+    low-precision copies afterwards.
+
+    Args:
+        layers: for each new layer the old one it copies (`operators.layer_map`); None where the
+            depth stays.
+
+    Raises:
+        StageError: on every rank, if the new model has a parameter that the old one cannot fill,
+            or if what arrived anywhere is not what the layer map predicts (count, sum and sum of
+            squares of every parameter over all ranks).
+    """
+    carried = moments == "carry" and captured.has_moments
+    keys = sorted({key for target in targets for key in target.views})
+    assert not carried or len(keys) > 1, "seed the moments of the new engine first"
+    filled = keys if carried else [MASTER]
+    sources = _sources(targets, captured, layers)
+    for target in targets:
+        copy_own(target, sources[target.name], filled)
+        for key in keys:
+            if key not in filled:
+                target.views[key].zero_()
+    exchange(targets, sources, filled, world)
+    totals = world.sum(
+        [*_statistics(targets, filled, world), *_statistics(captured.fragments, filled, world)]
+    )
+    _compare(targets, captured, layers, filled, totals)
+
+
+def _sources(
+    targets: Sequence[Fragment], captured: CapturedState, layers: Sequence[int] | None
+) -> dict[str, Fragment]:
+    """For each new parameter this rank's fragment of the old one that it copies."""
+    held = {fragment.name: fragment for fragment in captured.fragments}
+    found = {}
+    for target in targets:
+        name = source_name(target.name, layers)
+        if name not in held or held[name].shape != target.shape:
+            there = f"has {name} as {held[name].shape}" if name in held else f"has no {name}"
+            raise StageError(
+                f"{target.name} {target.shape} cannot be grown: the old model {there}; stages may "
+                f"differ in depth alone"
+            )
+        found[target.name] = held[name]
+    return found
+
+
+def _statistics(fragments: Iterable[Fragment], keys: Sequence[str], world: Ranks) -> list[float]:
+    """For each fragment and key, in order: count, sum and sum of squares of the owned elements."""
+    counts, sums = [], []
+    wide = torch.empty(0)
+    for fragment in fragments:
+        owned = fragment.owned_by(world.rank)
+        for key in keys:
+            view = owned.views[key]
+            if wide.device != view.device or not wide.numel():
+                wide = torch.empty(_PIECE_ELEMENTS, dtype=torch.float64, device=view.device)
+            counts.append(float(owned.numel))
+            sums.append(_sums(view, wide))
+    # together: reading them one by one would wait for the device each time
+    pairs = torch.stack(sums).tolist()
+    return [value for count, pair in zip(counts, pairs, strict=True) for value in (count, *pair)]
+
+
+def _sums(view: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
+    """Sum and sum of squares in fp64, through `wide`, a piece at a time that stays in the cache."""
+    parts = []
+    for piece in torch.split(view, len(wide)):
+        widened = wide[: len(piece)].copy_(piece)
+        parts.append(torch.stack([widened.sum(), widened.dot(widened)]))
+    return torch.stack(parts).sum(0)
+
+
+def _compare(
+    targets: Sequence[Fragment],
+    captured: CapturedState,
+    layers: Sequence[int] | None,
+    keys: Sequence[str],
+    totals: Sequence[float],
+) -> None:
+    values = iter(zip(*[iter(totals)] * _STATISTICS, strict=True))
+    arrived = {(target.name, key): next(values) for target in targets for key in keys}
+    left = {(fragment.name, key): next(values) for fragment in captured.fragments for key in keys}
+    for target in targets:
+        source = source_name(target.name, layers)
+        for key in keys:
+            found, expected = arrived[target.name, key], left[source, key]
+            if found[0] != math.prod(target.shape) or not _equal(found, expected):
+                raise StageError(
+                    f"{key} of {target.name} did not arrive whole from {source}: (count, sum, sum "
+                    f"of squares) is {found}, and was {expected}; do not train on from this state, "
+                    f"resume from the last checkpoint"
+                )
+
+
+def _equal(found: Sequence[float], expected: Sequence[float]) -> bool:
+    count, total, squares = expected
+    scale = math.sqrt(count * squares)  # bounds the sum of the absolute values
+    return (
+        found[0] == count
+        and abs(found[1] - total) <= _TOLERANCE * scale
+        and abs(found[2] - squares) <= _TOLERANCE * squares
+    )

@@ -1,0 +1,104 @@
+"""What every form of the LAMB step takes and gives.
+
+You et al. 2020, algorithm 2, for one parameter w with gradient g at step t, in two passes:
+
+    pass 1   m = b1 m + (1 - b1) g          v = b2 v + (1 - b2) g^2          (kept)
+             u = m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + decay w     (not kept)
+             sums of squares of w and of u
+    between  the sums of all ranks are added: what a parameter's ratio is made of
+    pass 2   ratio = |w| / |u|              u is computed again from m, v and w
+             w = w - learning_rate ratio u  low = w, rounded
+
+Nothing of pass 1 but the sums and the moments has to survive until pass 2.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+
+from stacking_ds.sharding.fragments import Shard
+
+__all__ = ["Hyper", "Item", "LambKernel", "trust_ratio"]
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """The numbers of one parameter group at one step.
+
+    `trust_ratio` below says what `layer_adaptation`, `min_coeff` and `max_coeff` do.
+    """
+
+    learning_rate: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    layer_adaptation: bool
+    min_coeff: float
+    max_coeff: float
+    step: int
+    """The step that is being taken, from 1."""
+
+    @property
+    def bias_correction1(self) -> float:
+        return 1.0 - math.pow(self.beta1, self.step)
+
+    @property
+    def bias_correction2(self) -> float:
+        return 1.0 - math.pow(self.beta2, self.step)
+
+
+class Item(NamedTuple):
+    """A shard in one step; the moments have its flat tensor's shape and are fp32 too.
+
+    Items with the same numbers should share one `Hyper`.
+    """
+
+    shard: Shard
+    exp_avg: torch.Tensor
+    exp_avg_sq: torch.Tensor
+    hyper: Hyper
+
+
+class LambKernel(Protocol):
+    """One form of the two passes.
+
+    A step is one call of `accumulate` with all items, then one of `apply` with the very same list;
+    where there are no items, of `apply` alone, which then does nothing.
+
+    `squares_2P` (fp64, on the shards' device) has for each parameter the sums of squares of its
+    weights, in row 0, and of its update u, in row 1. Only what spans cover is read and written.
+    """
+
+    def accumulate(
+        self,
+        items: Sequence[Item],
+        gradients: Sequence[torch.Tensor],
+        squares_2P: torch.Tensor,
+        gradient_scale: torch.Tensor | None,
+    ) -> None:
+        """Pass 1: update the moments, and write this rank's sums to `squares_2P`, which is zero.
+
+        `gradients` (fp32, shaped as the items' flat tensors) are multiplied by `gradient_scale`
+        (fp32, one element) where there is one. They are the kernel's from now on: what is in them
+        afterwards is not said.
+        """
+
+    def apply(self, items: Sequence[Item], squares_2P: torch.Tensor) -> None:
+        """Pass 2: the weights and their low-precision copies, by the sums over all ranks."""
+
+
+def trust_ratio(weight_square: float, update_square: float, hyper: Hyper) -> float:
+    """The factor of the learning rate, from the sums of squares of weights and update.
+
+    |w| / |u| held within [min_coeff, max_coeff], and 1 where either norm is 0, whatever the bounds
+    (You et al. 2020, algorithm 2, as their code has it; the bounds as in DeepSpeed's FusedLamb);
+    1 for a group without `layer_adaptation`.
+    """
+    if not (hyper.layer_adaptation and weight_square > 0.0 and update_square > 0.0):
+        return 1.0
+    ratio = math.sqrt(weight_square) / math.sqrt(update_square)
+    return min(max(ratio, hyper.min_coeff), hyper.max_coeff)

@@ -1,0 +1,279 @@
+"""LAMB whose trust ratios are right where ZeRO gives each rank a part of every tensor.
+
+Without an engine it is a plain torch optimizer. Bound to one, it steps on the flat tensors that
+DeepSpeed gave it in place of the parameters:
+
+    DeepSpeed          step(group 0)   step(group 1)  …  step(last group)
+    this optimizer     waits           waits             pass 1, one all-reduce, pass 2, of all
+
+The only communication is that of 2 sums for each parameter. Until the last call the gradients that
+came earlier stay allocated: 4 bytes for each element of this rank's.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from stacking_ds.config.sections import LambKernelName
+from stacking_ds.errors import ConfigError
+from stacking_ds.optim.lamb.contract import Hyper, Item, LambKernel, trust_ratio
+from stacking_ds.optim.lamb.forms import choose_kernel
+from stacking_ds.sharding.fragments import Shard, Span
+
+__all__ = ["Lamb", "LambStatistics", "require_whole_tensors"]
+
+
+@dataclass(frozen=True)
+class LambStatistics:
+    """The last step, parameter by parameter in the order of `names`; the same on every rank."""
+
+    names: tuple[str, ...]
+    weight_norms: tuple[float, ...]
+    """2-norms of the weights before the step."""
+    update_norms: tuple[float, ...]
+    """2-norms of what was subtracted from them, learning rate included."""
+    trust_ratios: tuple[float, ...]
+    adapted: tuple[bool, ...]
+    """Where False the ratio is 1 by decree."""
+
+
+def require_whole_tensors(kernel: str, *, sharded: bool) -> None:
+    """Raises:
+    ConfigError: the kernel steps on whole tensors only, and ranks have parts of them.
+    """
+    if kernel == "apex" and sharded:
+        raise ConfigError(
+            "optimizer.lamb.kernel=apex: apex's LAMB takes what it is given for a whole tensor, so "
+            "it is right at ZeRO 0 alone; use engine.deepspeed=zero0, or leave the kernel to auto"
+        )
+
+
+class Lamb(torch.optim.Optimizer):
+    """LAMB as in You et al. 2020, algorithm 2: layer-wise trust ratios over Adam's update with
+    decoupled weight decay, moments corrected for their bias before the ratio is taken.
+
+    A group may say `layer_adaptation: False`; its parameters then move as under AdamW.
+
+    Args:
+        params: as for any torch optimizer; fp32.
+        lr, betas, eps, weight_decay: as for AdamW; betas, eps and decay default to those of You et
+            al. 2020, section 4 and code.
+        min_coeff, max_coeff: bounds of the trust ratio, by their names in DeepSpeed's FusedLamb;
+            none by default, as in the paper's experiments.
+        grad_pre_normalization: divide the gradient by its global 2-norm first, as NVLAMB does
+            (NVIDIA, "Pretraining BERT with Layer-wise Adaptive Learning Rates", 2019). Clipping
+            has no meaning then.
+        kernel: which form of the step runs; see `optim/lamb/forms.py`.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.01,
+        *,
+        min_coeff: float = 0.0,
+        max_coeff: float = math.inf,
+        grad_pre_normalization: bool = False,
+        kernel: LambKernelName = "auto",
+    ) -> None:
+        if not (lr >= 0 and eps > 0 and weight_decay >= 0 and all(0 <= b < 1 for b in betas)):
+            raise ConfigError(
+                f"LAMB needs lr >= 0, eps > 0, weight_decay >= 0 and betas in [0, 1); got lr={lr}, "
+                f"eps={eps}, weight_decay={weight_decay}, betas={betas}"
+            )
+        if not 0 <= min_coeff <= max_coeff:
+            raise ConfigError(
+                f"LAMB needs 0 <= min_coeff <= max_coeff; got min_coeff={min_coeff}, "
+                f"max_coeff={max_coeff}"
+            )
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "layer_adaptation": True,
+            "min_coeff": min_coeff,
+            "max_coeff": max_coeff,
+        }
+        super().__init__(params, defaults)
+        self._normalize = grad_pre_normalization
+        self._kernel_name = kernel
+        own = [p for group in self.param_groups for p in group["params"]]
+        self._kernel: LambKernel | None = None
+        whole = [Shard(p, (Span(str(index), index, 0, p.numel()),)) for index, p in enumerate(own)]
+        self._know(whole, None, None)
+
+    def bind(
+        self,
+        shards: Sequence[Shard],
+        add_over_ranks: Callable[[torch.Tensor], None] | None,
+        gradient_norm: Callable[[], torch.Tensor] | None,
+    ) -> None:
+        """Step on `shards` from now on, which every rank lists with the same spans in order.
+
+        Args:
+            shards: what the engine put in place of the parameters, whole. A span is empty where
+                this rank holds nothing of a parameter.
+            add_over_ranks: sums a tensor over the ranks, in place; None where every rank holds
+                whole parameters.
+            gradient_norm: the global 2-norm of the gradients that `step` is about to get; None
+                where one call of `step` gets all of them, which are then enough to know it.
+
+        Raises:
+            ConfigError: the kernel asked for cannot run on these shards.
+        """
+        require_whole_tensors(self._kernel_name, sharded=add_over_ranks is not None)
+        self._know(shards, add_over_ranks, gradient_norm)
+        self._kernel = choose_kernel(self._kernel_name, shards[0].flat.device)
+
+    def _know(
+        self,
+        shards: Sequence[Shard],
+        add_over_ranks: Callable[[torch.Tensor], None] | None,
+        gradient_norm: Callable[[], torch.Tensor] | None,
+    ) -> None:
+        self._shards = {id(shard.flat): shard for shard in shards}
+        spans = sorted((span for shard in shards for span in shard.spans), key=lambda s: s.index)
+        assert [span.index for span in spans] == list(range(len(spans)))
+        self._names = tuple(span.name for span in spans)
+        self._add_over_ranks = add_over_ranks
+        self._gradient_norm = gradient_norm
+        self._kernel = None  # before the first step parameters may yet move
+        self._offered: set[int] = set()
+        self._waiting: list[tuple[Shard, dict[str, Any], torch.Tensor]] = []
+        self._last: tuple[list[Item], torch.Tensor] | None = None
+
+    @property
+    def kernel(self) -> str:
+        """The form of the step that runs; "" before one is chosen."""
+        return type(self._kernel).__name__ if self._kernel is not None else ""
+
+    def unbind(self) -> None:
+        """Let go of every tensor, so that a released engine's memory comes back."""
+        self._shards, self._waiting = {}, []
+        self._last = self._kernel = None
+        self._add_over_ranks = self._gradient_norm = None
+
+    # ------------------------------------------------------------------ the step
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Keep the gradients of the groups at hand; once every shard has been, step. What is in
+        the gradients afterwards is not said: some kernels work in their place.
+
+        Raises:
+            RuntimeError: a tensor that is not the optimizer's own and was never bound, or one that
+                comes twice before the others have come.
+        """
+        assert closure is None, "LAMB takes no closure: an engine has computed the gradients"
+        for group in self.param_groups:
+            for flat in group["params"]:
+                shard = self._offer(flat)
+                if flat.grad is not None:
+                    self._waiting.append((shard, group, flat.grad))
+        if len(self._offered) == len(self._shards):
+            waiting, self._waiting = self._waiting, []
+            self._offered.clear()
+            self._take(self._items(waiting), [gradient for _, _, gradient in waiting])
+
+    def _take(self, items: list[Item], gradients: list[torch.Tensor]) -> None:
+        device = next(iter(self._shards.values())).flat.device
+        if self._kernel is None:
+            self._kernel = choose_kernel(self._kernel_name, device)
+        squares_2P = torch.zeros(2, len(self._names), dtype=torch.float64, device=device)
+        if items:
+            scale = self._gradient_scale(gradients)
+            self._kernel.accumulate(items, gradients, squares_2P, scale)
+        if self._add_over_ranks is not None:
+            self._add_over_ranks(squares_2P)
+        self._kernel.apply(items, squares_2P)
+        self._last = (items, squares_2P)
+
+    def _offer(self, flat: torch.Tensor) -> Shard:
+        shard = self._shards.get(id(flat))
+        if shard is None:
+            raise RuntimeError(
+                f"LAMB was given a flat tensor of {flat.numel()} elements that it knows nothing "
+                f"about: a ratio over it would be no parameter's. Build the engine with "
+                f"stacking_ds.engine.build.build_engine, which binds the optimizer"
+            )
+        if id(flat) in self._offered:
+            raise RuntimeError(
+                f"LAMB was given a flat tensor of {flat.numel()} elements twice, and "
+                f"{len(self._shards) - len(self._offered)} others not yet: a step was broken off "
+                f"before this rank's weights moved, but others' may have; resume from the last "
+                f"checkpoint"
+            )
+        self._offered.add(id(flat))
+        return shard
+
+    def _items(self, waiting: Sequence[tuple[Shard, dict[str, Any], torch.Tensor]]) -> list[Item]:
+        """Those of one group at the same step share their numbers."""
+        states = [self.state[shard.flat] for shard, _, _ in waiting]
+        for (shard, _, _), state in zip(waiting, states, strict=True):
+            if not state:
+                state["step"] = torch.tensor(0.0)  # on the host, where corrections are computed
+                flat = shard.flat
+                state["exp_avg"] = torch.zeros_like(flat, memory_format=torch.contiguous_format)
+                state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
+        one = torch.tensor(1.0)  # of a plain number torch would make a tensor for each count
+        if states:
+            torch._foreach_add_([state["step"] for state in states], [one] * len(states))
+        items, hypers = [], dict[tuple[int, int], Hyper]()
+        for (shard, group, _), state in zip(waiting, states, strict=True):
+            key = id(group), int(state["step"].item())
+            if key not in hypers:
+                hypers[key] = Hyper(
+                    learning_rate=group["lr"],
+                    beta1=group["betas"][0],
+                    beta2=group["betas"][1],
+                    eps=group["eps"],
+                    weight_decay=group["weight_decay"],
+                    layer_adaptation=group["layer_adaptation"],
+                    min_coeff=group["min_coeff"],
+                    max_coeff=group["max_coeff"],
+                    step=key[1],
+                )
+            items.append(Item(shard, state["exp_avg"], state["exp_avg_sq"], hypers[key]))
+        return items
+
+    def _gradient_scale(self, gradients: list[torch.Tensor]) -> torch.Tensor | None:
+        if not self._normalize:
+            return None
+        if self._gradient_norm is None:
+            norms = torch._foreach_norm(gradients, 2, torch.float64)
+            norm = torch.stack(norms).norm()
+        else:
+            norm = self._gradient_norm()
+        norm = norm.to(gradients[0].device, torch.float32)
+        return torch.where(norm > 0, 1 / norm, torch.ones_like(norm))
+
+    # ------------------------------------------------------------------ what is told of it
+
+    def statistics(self) -> LambStatistics | None:
+        """Norms and ratios of the last completed step; None before the first."""
+        if self._last is None:
+            return None
+        items, squares_2P = self._last
+        hypers = {span.index: item.hyper for item in items for span in item.shard.spans}
+        weights, updates, ratios, names = [], [], [], []
+        for index, (weight, update) in enumerate(zip(*squares_2P.tolist(), strict=True)):
+            if index in hypers:
+                ratio = trust_ratio(weight, update, hypers[index])
+                names.append(self._names[index])
+                weights.append(math.sqrt(weight))
+                updates.append(hypers[index].learning_rate * ratio * math.sqrt(update))
+                ratios.append(ratio)
+        adapted = [hypers[index].layer_adaptation for index in sorted(hypers)]
+        return LambStatistics(
+            tuple(names), tuple(weights), tuple(updates), tuple(ratios), tuple(adapted)
+        )

@@ -1,0 +1,246 @@
+"""What became of each attempt at a run.
+
+RUN_DIR/attempts.jsonl    one JSON object a line, only ever added to
+    begun     rank 0 has entered the run
+    ended     how it left the run; an attempt that was killed outright has none
+    judged    whether to start the run again, and why
+
+Batch scripts and launchers ask here, so nothing slow is imported.
+"""
+
+import json
+import os
+import stat
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from stacking_ds.errors import UserError
+from stacking_ds.files import DamagedFileError, PassedOver, is_count, read_json_lines
+from stacking_ds.run.metrics_file import last_step
+
+__all__ = [
+    "ATTEMPTS_FILE",
+    "End",
+    "Outcome",
+    "Record",
+    "add",
+    "begun",
+    "count",
+    "ended",
+    "last_end",
+    "outcome_since",
+    "passed_over",
+    "read_records",
+    "told",
+]
+
+ATTEMPTS_FILE = "attempts.jsonl"
+
+Outcome = Literal["complete", "stopped", "user_error", "not_finite", "lost", "failed"]
+
+_OUTCOMES = frozenset(get_args(Outcome))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count_or_none(value: Any) -> bool:
+    return value is None or is_count(value)
+
+
+def _is_text_or_none(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+_KEYS: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {
+    "begun": {"step": is_count},
+    "ended": {"outcome": _is_text, "step": is_count, "message": _is_text},
+    "judged": {
+        "again": _is_flag,
+        "why": _is_text,
+        "outcome": _is_text,
+        "step": _is_count_or_none,
+        "saved": _is_count_or_none,
+        "job": _is_text_or_none,
+        "restart_count": _is_text_or_none,
+    },
+}
+"""What a record of each event has to hold, and of which kind."""
+
+_LONGEST_MESSAGE = 2000
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class End:
+    """How one attempt ended, as far as the records tell."""
+
+    outcome: str
+    step: int | None
+    message: str
+
+
+# --------------------------------------------------------------------------- writing
+
+
+def begun(run_dir: Path, step: int, world_size: int, hosts: Sequence[str]) -> None:
+    """Record that an attempt has entered the run at `step`. On rank 0, once `metrics.jsonl` ends
+    there: a later line of it is taken for this attempt's.
+
+    Raises:
+        UserError: the record cannot be written.
+    """
+    add(
+        run_dir,
+        {
+            "event": "begun",
+            "step": step,
+            "world_size": world_size,
+            "hosts": list(hosts),
+            "job": os.environ.get("SLURM_JOB_ID"),
+        },
+    )
+
+
+def ended(run_dir: Path, outcome: Outcome, step: int, message: str) -> None:
+    """Record how the attempt left the run, after `step` steps. On rank 0.
+
+    Raises:
+        UserError: the record cannot be written.
+    """
+    assert outcome in _OUTCOMES, outcome
+    message = message[:_LONGEST_MESSAGE]
+    add(run_dir, {"event": "ended", "outcome": outcome, "step": step, "message": message})
+
+
+def add(run_dir: Path, record: Record) -> None:
+    path = run_dir / ATTEMPTS_FILE
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    line = json.dumps({"event": record["event"], "time": now, **record}) + "\n"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOCTTY
+        descriptor = os.open(path, flags, 0o666)
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise OSError(f"{path} is not a regular file")
+            size = os.fstat(descriptor).st_size
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":
+                line = "\n" + line  # a crash has cut the last line off, and this is not its rest
+            data = line.encode()
+            # in one call, so that rank 0 and a launcher cannot write into each other's line
+            if os.write(descriptor, data) != len(data):
+                raise OSError(f"{path} took only a part of a line")
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path} ({error.strerror or error}); make room, mend the permissions of "
+            f"{run_dir}, or move aside what is in its place"
+        ) from None
+
+
+# --------------------------------------------------------------------------- reading
+
+
+def read_records(run_dir: Path, passed_over: PassedOver | None = None) -> list[Record]:
+    """All records, in order. Lines that are none, such as one that a crash has cut off, are left
+    out and added to `passed_over`.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    path = run_dir / ATTEMPTS_FILE
+    try:
+        return list(read_json_lines(path, passed_over, _is_record))
+    except FileNotFoundError:
+        return []
+    except DamagedFileError as damage:
+        raise UserError(
+            f"{damage}; move it aside: what became of earlier attempts is not known then"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"cannot read {path} ({error.strerror}); give a run's directory, or mend its "
+            f"permissions"
+        ) from None
+
+
+def _is_record(found: Mapping[str, Any]) -> bool:
+    event = found.get("event")
+    keys = _KEYS.get(event) if isinstance(event, str) else None
+    return keys is not None and all(
+        key in found and is_right(found[key]) for key, is_right in keys.items()
+    )
+
+
+def passed_over(run_dir: Path) -> str | None:
+    """A sentence on the lines of `attempts.jsonl` that are no records; None if there are none.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    found = PassedOver(run_dir / ATTEMPTS_FILE)
+    read_records(run_dir, found)
+    return found.sentence
+
+
+def count(run_dir: Path) -> int:
+    """How many records there are: what `since` below is given.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    return len(read_records(run_dir))
+
+
+def last_end(run_dir: Path, records: Sequence[Record]) -> End | None:
+    """How the last attempt in `records` ended; None if none of them began or ended."""
+    own = [record for record in records if record["event"] != "judged"]
+    if not own:
+        return None
+    last = own[-1]
+    if last["event"] == "begun":
+        step = max(int(last["step"]), last_step(run_dir))
+        return End("killed", step, "it was killed outright")
+    return End(str(last["outcome"]), int(last["step"]), str(last["message"]))
+
+
+def outcome_since(run_dir: Path, since: int) -> str | None:
+    """How the attempt ended whose records begin at `since`: an `Outcome` or "killed"; None if it
+    did not begin.
+
+    Raises:
+        UserError: the records cannot be read.
+    """
+    end = last_end(run_dir, read_records(run_dir)[since:])
+    return end.outcome if end else None
+
+
+def told(run_dir: Path) -> str | None:
+    """How often the run was begun and how that ended, for people; None after a single attempt.
+
+    Raises:
+        UserError: the records cannot be read.
+    """
+    records = read_records(run_dir)
+    starts = [i for i, record in enumerate(records) if record["event"] == "begun"]
+    if len(starts) < 2:
+        return None
+    spans = zip(starts, [*starts[1:], len(records)], strict=True)
+    ends = [last_end(run_dir, records[start:end]) for start, end in spans]
+    outcomes = Counter(end.outcome for end in ends if end is not None)
+    return f"{len(starts)} attempts: " + ", ".join(
+        f"{times} {outcome.replace('_', ' ')}" for outcome, times in outcomes.items()
+    )

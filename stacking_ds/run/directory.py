@@ -1,0 +1,329 @@
+"""A run's directory: whose it is, and what is in it.
+
+RUN_DIR/config.yaml      the resolved recipe
+        tokenizer/       of the training data, for the export
+        metrics.jsonl    one JSON object a line
+        train.log        the same for people
+        tensorboard/     the same for TensorBoard
+        attempts.jsonl   when it was begun, how it ended, what was judged of it
+        checkpoints/     sharded training state
+        export/          the finished model as a Hugging Face folder
+"""
+
+import errno
+import fcntl
+import logging
+import os
+import socket
+import time
+import uuid
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from stacking_ds.checkpoint.folders import folder_name, latest, saved_steps, sync, use_command
+from stacking_ds.config.recipe import load_run_config
+from stacking_ds.config.run import RunConfig, changed_keys
+from stacking_ds.console import first_of
+from stacking_ds.data.shard_manifest import MANIFEST_NAME
+from stacking_ds.errors import CheckpointError, ConfigError, DataError, UnreadableError, unreadable
+from stacking_ds.files import DamagedFileError, read_bytes, read_text, without_waiting
+from stacking_ds.run.attempts import ATTEMPTS_FILE
+
+if TYPE_CHECKING:  # it brings torch along, for seconds
+    from stacking_ds.distributed.world import World
+
+__all__ = [
+    "check",
+    "forget_if_empty",
+    "holds_run",
+    "lock",
+    "mend_config",
+    "read_config",
+    "require_shards",
+    "require_shared",
+    "write_config",
+]
+
+_PATIENCE_SECONDS = 10.0
+_NO_LOCKS = {errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK}
+
+logger = logging.getLogger("stacking_ds")
+
+_CONFIG, _UNFINISHED, _LOCK = "config.yaml", "config.tmp", ".lock"
+
+
+def check(run_dir: Path, config: RunConfig, *, resume: bool) -> None:
+    """Make sure that `run_dir` may become, or already is, the run of `config`.
+
+    Raises:
+        CheckpointError: it holds a run and `resume` is not set, or another run than `config`.
+    """
+    if saved_steps(run_dir):
+        if not resume:
+            raise CheckpointError(
+                f"{run_dir} already holds a run; continue it with --resume, or choose another "
+                f"--run-dir"
+            )
+        changes = changed_keys(read_config(run_dir), config)
+        if changes:
+            raise CheckpointError(
+                f"{run_dir} holds another run ({first_of(changes, between='; ')}); use the recipe "
+                f"it was started with, or choose another --run-dir"
+            )
+    elif (run_dir / _CONFIG).exists():
+        return  # it ended before its first checkpoint: nothing is lost by starting anew
+    elif run_dir.is_dir():
+        found = {path.name for path in run_dir.iterdir()} - {_UNFINISHED, _LOCK, ATTEMPTS_FILE}
+        if any(not name.startswith(".stacking-ds-doctor-") for name in found):
+            raise CheckpointError(
+                f"{run_dir} is not empty and holds no run (there is no {_CONFIG}); choose another "
+                f"--run-dir"
+            )
+    elif run_dir.exists():
+        raise CheckpointError(f"{run_dir} is a file; choose another --run-dir")
+
+
+def holds_run(run_dir: Path) -> bool:
+    """Has a run made the directory its own?"""
+    return (run_dir / _CONFIG).exists() or bool(saved_steps(run_dir))
+
+
+def lock(
+    run_dir: Path,
+    patience_seconds: float = 0.0,
+    remedy: str = "wait for it or stop it, or choose another --run-dir",
+) -> IO[str]:
+    """Keep other jobs out of the run for as long as the returned file is open.
+
+    Where the file system has no locks there is a warning instead. The file says who holds it, in
+    words that no other attempt uses: `require_shared` looks for them on every node.
+
+    Args:
+        patience_seconds: how long to wait for a job that is at work in it.
+        remedy: what to do where it does not end in time.
+
+    Raises:
+        CheckpointError: another job is at work in it.
+        ConfigError: the directory cannot be created or written.
+    """
+    deadline = time.monotonic() + patience_seconds
+    try:
+        while True:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            file = open(  # noqa: SIM115 - open for as long as the run is locked
+                run_dir / _LOCK, "a", encoding="utf-8", opener=without_waiting
+            )
+            if not _lock_in_time(file, run_dir, deadline):
+                file.close()
+                raise CheckpointError(f"another job is training in {run_dir}; {remedy}")
+            if _is_there(file, run_dir):
+                break
+            file.close()  # who had it was refused, and has taken its own away
+    except OSError as error:
+        raise _not_writable(run_dir, error) from None
+    try:
+        _sign(file)
+    except OSError as error:
+        with suppress(OSError):  # it tries to write once more
+            file.close()
+        raise _not_writable(run_dir, error) from None
+    return file
+
+
+def _sign(file: IO[str]) -> None:
+    file.truncate(0)
+    file.write(f"{socket.gethostname()} {os.getpid()} {uuid.uuid4().hex}\n")
+    file.flush()
+    os.fsync(file.fileno())  # network file systems show others what is on the server
+
+
+def _signature(run_dir: Path) -> bytes | None:
+    try:
+        return read_bytes(run_dir / _LOCK)
+    except (OSError, DamagedFileError):
+        return None
+
+
+def _lock_in_time(file: IO[str], run_dir: Path, deadline: float) -> bool:
+    told = False
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            if not told:
+                told = True
+                logger.warning(
+                    "another job is still at work in %s; waiting %.0f s for it to end",
+                    run_dir,
+                    deadline - time.monotonic(),
+                )
+            time.sleep(0.1)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                file.close()
+                raise
+            logger.warning(
+                "the file system of %s has no locks (%s): see that no other job trains in it, or "
+                "have it mounted with them (Lustre: -o flock)",
+                run_dir,
+                error.strerror,
+            )
+            return True
+        else:
+            return True
+
+
+def _is_there(file: IO[str], run_dir: Path) -> bool:
+    """Is the open file still the one that others find under its name?"""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), (run_dir / _LOCK).stat())
+    return False
+
+
+def forget_if_empty(run_dir: Path, *, made_by_lock: bool) -> None:
+    """Take the lock, and the folder if it was made for it, away where a run was refused before
+    anything was written. For who holds the lock."""
+    with suppress(OSError):
+        if [path.name for path in run_dir.iterdir()] == [_LOCK]:
+            (run_dir / _LOCK).unlink()
+            if made_by_lock:
+                run_dir.rmdir()
+
+
+def write_config(run_dir: Path, config: RunConfig) -> None:
+    """Write the resolved recipe, which makes the directory this run's.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    unfinished = run_dir / _UNFINISHED
+    try:
+        unfinished.write_text(config.to_yaml(), encoding="utf-8")
+        sync(unfinished)
+        os.replace(unfinished, run_dir / _CONFIG)
+        sync(run_dir)
+    except OSError as error:
+        raise _not_writable(run_dir, error) from None
+
+
+def require_shared(run_dir: Path, world: "World") -> None:
+    """Make sure that every rank sees the run that rank 0 has entered: what it has just written,
+    since a node may have a copy of its own of an older attempt. A collective.
+
+    Raises:
+        ConfigError: on every rank, if one does not: it would train for hours and save nothing.
+    """
+    written = world.broadcast(_signature(run_dir) if world.is_first else None)
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while not (sees := _signature(run_dir) == written) and time.monotonic() < deadline:
+        # network file systems show a new file a little later, and sooner to who lists its folder
+        with suppress(OSError):
+            os.listdir(run_dir.parent)
+        time.sleep(0.1)
+    blind = [
+        f"rank {rank} on {host}"
+        for rank, (host, sees) in enumerate(world.gather((socket.gethostname(), sees)))
+        if not sees
+    ]
+    if blind:
+        error = ConfigError(
+            f"{len(blind)} of {world.size} ranks (first: {blind[0]}) do not see the run directory "
+            f"{run_dir} that rank 0 has written to; give a --run-dir on a file system that all "
+            f"nodes share"
+        )
+        error.on_all_ranks = True
+        raise error
+
+
+def _not_writable(run_dir: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"cannot write the run directory {run_dir} ({error.strerror}); choose another --run-dir, "
+        f"or mend its permissions or file system"
+    )
+
+
+def read_config(run_dir: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The resolved recipe of the run in `run_dir`, after `key=value` overrides.
+
+    Raises:
+        CheckpointError: there is no run, or its recipe is damaged; a checkpoint that has it is
+            offered.
+        ConfigError: an override cannot be used.
+    """
+    path = run_dir / _CONFIG
+    try:
+        if not read_text(path).strip():
+            raise DamagedFileError(path, "it is empty")
+        config = load_run_config(str(path))
+    except (FileNotFoundError, NotADirectoryError):
+        problem = f"{path} is missing"
+        if not saved_steps(run_dir):
+            problem = f"{run_dir} holds no run: there is no {path.name} in it"
+    except (DamagedFileError, ConfigError) as error:
+        problem = str(error)
+    except OSError as error:
+        raise unreadable(UnreadableError, path, error) from None
+    else:
+        return load_run_config(str(path), overrides) if overrides else config
+    offered = next((f for f in _newest_first(run_dir) if _config_in(f) is not None), None)
+    if offered is None:
+        raise CheckpointError(f"{problem}; give a run's directory, or bring it back from a copy")
+    raise CheckpointError(
+        f"{problem}; `{use_command(offered)}` writes it anew, as that checkpoint has it"
+    )
+
+
+def require_shards(run_dir: Path, config: RunConfig, option: str) -> None:
+    """Raises:
+    DataError: the token shards are not where the run's recipe says; `option` says where.
+    """
+    # what is there and cannot be read, or is no file, is for who reads it to say
+    if not os.path.lexists(Path(config.data.path) / MANIFEST_NAME):
+        raise DataError(
+            f"the token shards of {run_dir} are not in {config.data.path}; say with {option} where "
+            f"they are"
+        )
+
+
+def mend_config(run_dir: Path, found: Path) -> bool:
+    """Write a recipe that is missing or damaged anew, from the checkpoint `found`; False if there
+    is nothing to mend, or the checkpoint's is of another version.
+
+    Raises:
+        UnreadableError: nobody knows whether the recipe is damaged.
+        ConfigError: it cannot be written.
+    """
+    try:
+        read_config(run_dir)
+    except UnreadableError:
+        raise
+    except CheckpointError:
+        config = _config_in(found)
+        if config is None:
+            return False
+        write_config(run_dir, config)
+        return True
+    return False
+
+
+def _newest_first(run_dir: Path) -> list[Path]:
+    folders = [
+        run_dir / "checkpoints" / folder_name(step) for step in reversed(saved_steps(run_dir))
+    ]
+    with suppress(CheckpointError):
+        newest = latest(run_dir)
+        folders.sort(key=lambda folder: folder != newest)  # `latest` may name another than the last
+    return folders
+
+
+def _config_in(found: Path) -> RunConfig | None:
+    from stacking_ds.checkpoint.listing import config_of
+    from stacking_ds.checkpoint.manifest import read_manifest
+
+    with suppress(CheckpointError):
+        return config_of(read_manifest(found))
+    return None

@@ -1,0 +1,120 @@
+"""What a run's checkpoint is good for without an engine: a model, its held-out loss, an export."""
+
+from pathlib import Path
+
+import torch
+
+from stacking_ds.checkpoint import folders, load
+from stacking_ds.checkpoint import manifest as checkpoint_manifest
+from stacking_ds.checkpoint.chosen import choose
+from stacking_ds.checkpoint.hugging_face import export_to_hugging_face
+from stacking_ds.config.run import RunConfig
+from stacking_ds.distributed.world import World
+from stacking_ds.errors import CheckpointError
+from stacking_ds.model.bert import BertForPreTraining, parameter_shapes
+from stacking_ds.model.bert_config import BertConfig
+from stacking_ds.model.parameter_names import WORD_EMBEDDINGS
+from stacking_ds.run import kept_tokenizer
+from stacking_ds.run.divergence import judge
+from stacking_ds.run.metrics_file import read_metrics
+from stacking_ds.train.heldout import HeldOut, evaluate_heldout
+from stacking_ds.train.plan import Job
+
+__all__ = [
+    "export_if_missing",
+    "export_run",
+    "is_export_due",
+    "load_model",
+    "run_heldout",
+    "warning_of",
+]
+
+
+def load_model(job: Job, found: Path) -> BertForPreTraining:
+    """The fp32 model of a checkpoint, on the CPU."""
+    manifest = checkpoint_manifest.read_manifest(found)
+    job.require_vocabulary(manifest.vocabulary_sha256, found)
+    config = _model_config(found, manifest, job.config, job.shards.manifest.vocab_size)
+    model = BertForPreTraining(config, seed=0)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in load.read_parameters(found):
+            parameters[name].copy_(tensor)
+    return model
+
+
+def _model_config(
+    found: Path, manifest: checkpoint_manifest.Manifest, run: RunConfig, vocab_size: int
+) -> BertConfig:
+    """The model of a checkpoint, of whose parameters it has each and no others.
+
+    Raises:
+        CheckpointError: it is not a model of the run's, or of another vocabulary's size.
+    """
+    depth = manifest.num_hidden_layers
+    if depth > len(manifest.parameters):  # before a model of so many layers is made
+        raise CheckpointError(
+            f"{found} is damaged: it says that it has {depth:,} layers, and has "
+            f"{len(manifest.parameters):,} parameters; {folders.fall_back(found)}"
+        )
+    config = BertConfig(vocab_size=vocab_size, num_hidden_layers=depth, **run.model.model_dump())
+    load.require_shapes(found, manifest, parameter_shapes(config))
+    return config
+
+
+def run_heldout(job: Job, found: Path, world: World) -> HeldOut:
+    """Held-out losses of a checkpoint in fp32, over the same pass as during training."""
+    model = load_model(job, found).to(world.device)
+    last_step = checkpoint_manifest.read_manifest(found).step - 1
+    phase = job.phases.at(max(last_step, 0))
+    return evaluate_heldout(model, job.heldout_steps(world.rank, world.size, phase), world)
+
+
+def export_run(
+    config: RunConfig,
+    run_dir: Path,
+    found: Path,
+    out: Path | None = None,
+    data: Path | None = None,
+) -> Path:
+    """Write the run's checkpoint `found` as a Hugging Face folder (`RUN_DIR/export`); its path.
+
+    One parameter after the other, so that no model is in memory. The tokenizer is the run's own, or
+    that of the prepared folder `data`; token shards are not needed.
+    """
+    manifest = checkpoint_manifest.read_manifest(found)
+    tokenizer = kept_tokenizer.choose(run_dir, config, manifest.vocabulary_sha256, data)
+    table = manifest.parameters.get(WORD_EMBEDDINGS)
+    vocab_size = table.shape[0] if table is not None and table.shape else 1
+    model = _model_config(found, manifest, config, vocab_size)
+    target = out or run_dir / "export"
+    export_to_hugging_face(
+        load.read_parameters(found),
+        model,
+        tokenizer,
+        target,
+        longest_tokens=config.phase_schedule().longest(manifest.step),
+    )
+    return target
+
+
+def warning_of(run_dir: Path, found: Path) -> str | None:
+    """What the run's losses up to the checkpoint `found` warn of, or that nobody knows, for people;
+    None if of nothing."""
+    try:
+        step = checkpoint_manifest.read_manifest(found).step
+        return judge(line for line in read_metrics(run_dir) if line["step"] <= step).warning
+    except CheckpointError as error:
+        return f"whether the model has learned is not known: {error}"
+
+
+def is_export_due(job: Job, run_dir: Path) -> bool:
+    """Whether a run that has come to its end is still to be exported, as its recipe asks for."""
+    return job.config.checkpoint.export_at_end and not (run_dir / "export").exists()
+
+
+def export_if_missing(job: Job, run_dir: Path) -> str | None:
+    """Export the finished run, as its recipe asks for; what was done, for people, if anything."""
+    if not is_export_due(job, run_dir):
+        return None
+    return f"exported for Hugging Face: {export_run(job.config, run_dir, choose(run_dir))}"

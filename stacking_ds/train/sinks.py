@@ -1,0 +1,272 @@
+"""Metrics, once: to progress bars, TensorBoard, `metrics.jsonl` and `train.log`; rank 0 only.
+
+A file that cannot be written, as on a full disk, ends no run: that is for checkpoints to do.
+"""
+
+import json
+import logging
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from stacking_ds.files import without_waiting
+from stacking_ds.run.divergence import Course, finite_or_none
+from stacking_ds.run.log import RunLog
+from stacking_ds.run.metrics_file import METRICS_FILE, read_metrics
+from stacking_ds.run.tensorboard_events import event_record, events_name, first_events
+from stacking_ds.schedule.stages import Stage, StageSchedule
+
+__all__ = [
+    "Monitor",
+    "measure_matmul_peak",
+    "peak_memory_gib",
+]
+
+_MOST_HELD_BYTES = 2**24
+
+logger = logging.getLogger("stacking_ds")
+
+
+class Monitor:
+    """Where a run's numbers go. On ranks other than 0 every method does nothing."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        schedule: StageSchedule,
+        *,
+        completed_steps: int,
+        enabled: bool,
+        log: RunLog | None = None,
+    ) -> None:
+        """Args:
+        run_dir: the run's directory; it exists.
+        completed_steps: steps done before this process, where `metrics.jsonl` ends.
+        enabled: True on rank 0.
+        log: what has been said before; it is closed with this.
+        """
+        self._enabled = enabled
+        if not enabled:
+            return
+        self._schedule = schedule
+        self._course = Course(read_metrics(run_dir))
+        failing: set[Path] = set()
+        self._log = _Appended(run_dir / "train.log", failing)
+        self._run_log = log or RunLog().__enter__()
+        self._run_log.write_to(self._log)
+        self._metrics = _Appended(run_dir / METRICS_FILE, failing)
+        events = run_dir / "tensorboard"
+        self._tensorboard = _Appended(events / events_name(events), failing)
+        self._metrics.add(b"")
+        self._tensorboard.add(first_events(completed_steps + 1))
+        self._bars = _Bars(schedule, completed_steps)
+
+    def stage(self, stage: Stage, completed_steps: int) -> None:
+        """Announce the stage that trains from now on."""
+        if self._enabled:
+            self._bars.stage(stage, completed_steps)
+
+    def step(self, completed_steps: int, mlm_loss: float | None) -> None:
+        """Move the bars; `mlm_loss`, where a step has one, is shown beside them."""
+        if self._enabled:
+            self._bars.step(completed_steps, mlm_loss)
+
+    def record(
+        self, metrics: Mapping[str, Any], histograms: Mapping[str, Sequence[float]] | None = None
+    ) -> None:
+        """One line of `metrics.jsonl`, the same numbers to TensorBoard, a short line to the log.
+
+        A number that is not finite (the gradient norm of a step that fp16 skipped, a held-out loss
+        of weights that overflow) is null. What `histograms` has goes to TensorBoard alone.
+        """
+        if not self._enabled:
+            return
+        metrics = {key: finite_or_none(value) for key, value in metrics.items()}
+        before, found = self._course.judgement, self._course.add(metrics)
+        metrics["diverged"] = found.has_diverged
+        self._metrics.write(json.dumps(metrics) + "\n")
+        self._tensorboard.add(event_record(metrics, histograms or {}))
+        self._bars.remaining(metrics["speed/remaining_seconds"] or 0.0)
+        logger.info(_line(metrics, self._schedule.total_steps))
+        if found.has_diverged and not before.has_diverged:
+            self.say(f"the run has {found.sentence}")
+        elif before.has_diverged and not found.has_diverged:
+            self.say(f"the run has recovered: {found.why}")
+
+    def conclude(self) -> None:
+        """Say what the losses of a run that is complete mean, if it has not learned."""
+        if self._enabled and self._course.judgement.warning:
+            self.say(self._course.judgement.warning)
+
+    def say(self, message: str) -> None:
+        """A sentence for people, to the console and `train.log`."""
+        if self._enabled:
+            with tqdm.external_write_mode(file=sys.stderr):
+                logger.warning(message)
+
+    def close(self) -> None:
+        if self._enabled:
+            self._bars.close()
+            for file in (self._metrics, self._tensorboard, self._log):
+                file.add(b"")  # what it still holds
+            self._run_log.close()
+
+    def __enter__(self) -> "Monitor":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class _Appended:
+    """A file that grows by whole pieces. What cannot be written now is held, told of once, and
+    written before the next piece. It is opened for each, since a file system that comes back may
+    know nothing of files that were open."""
+
+    def __init__(self, path: Path, failing: set[Path]) -> None:
+        """`failing`: those of the run's files that cannot be written; one sentence is for all."""
+        self._path, self._failing = path, failing
+        self._held = b""
+        self._whole: int | None = None
+        """Its size without what a write that failed has left."""
+
+    def write(self, text: str) -> None:
+        self.add(text.encode("utf-8", "backslashreplace"))
+
+    def add(self, piece: bytes) -> None:
+        if len(self._held) < _MOST_HELD_BYTES:
+            self._held += piece
+        try:
+            self._path.parent.mkdir(exist_ok=True)
+            with open(self._path, "ab", opener=without_waiting) as file:
+                size = file.seek(0, os.SEEK_END)
+                if self._whole is not None:
+                    size = file.truncate(min(size, self._whole))
+                self._whole = size
+                file.write(self._held)
+        except OSError as error:
+            self._tell(error)
+        else:
+            self._held, self._whole = b"", None
+            self._failing.discard(self._path)
+
+    def _tell(self, error: OSError) -> None:
+        first = not self._failing
+        self._failing.add(self._path)  # the warning goes to such a file too
+        if first:
+            logger.warning(
+                "metrics are not written to %s (%s): make room; training goes on, and they follow "
+                "when they can be written",
+                self._path,
+                error.strerror or error,
+            )
+
+
+class _Bars:
+    """Whole run above, stage below; lines in the log instead where there is no terminal."""
+
+    def __init__(self, schedule: StageSchedule, completed_steps: int) -> None:
+        self._hidden = not sys.stderr.isatty()
+        # tqdm's own estimate takes the steps to come for as fast as the shallow ones
+        self._run = self._bar(
+            "run",
+            schedule.total_steps,
+            completed_steps,
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
+        )
+        self._stage: Any = None
+        self._stage_start = 0
+
+    def _bar(self, name: str, total: int, initial: int, **options: Any) -> Any:
+        return tqdm(
+            desc=name,
+            total=total,
+            initial=initial,
+            unit="step",
+            dynamic_ncols=True,
+            disable=self._hidden,
+            **options,
+        )
+
+    def stage(self, stage: Stage, completed_steps: int) -> None:
+        if self._stage is not None:
+            self._stage.close()
+        self._stage_start = stage.start_step
+        name = f"stage {stage.index} ({stage.num_hidden_layers} layers)"
+        done = completed_steps - stage.start_step
+        self._stage = self._bar(name, stage.steps, done, position=1, leave=False)
+
+    def step(self, completed_steps: int, mlm_loss: float | None) -> None:
+        if mlm_loss is not None:
+            self._stage.set_postfix_str(f"train MLM loss {mlm_loss:.3f}", refresh=False)
+        self._stage.update(completed_steps - self._stage_start - self._stage.n)
+        self._run.update(completed_steps - self._run.n)
+
+    def remaining(self, seconds: float) -> None:
+        self._run.set_postfix_str(f"ETA {tqdm.format_interval(round(seconds))}", refresh=False)
+
+    def close(self) -> None:
+        if self._stage is not None:
+            self._stage.close()
+        self._run.close()
+
+
+def _line(metrics: Mapping[str, Any], total_steps: int) -> str:
+    parts = [
+        f"step {metrics['step']}/{total_steps}",
+        f"stage {metrics['stage']} ({metrics['num_hidden_layers']} layers)",
+        f"train MLM loss {_shown(metrics, 'train/mlm_loss')}",
+        f"lr {metrics['optim/learning_rate']:.2e}",
+        f"{metrics['speed/tokens_per_second']:,.0f} tokens/s",
+        f"ETA {tqdm.format_interval(int(metrics['speed/remaining_seconds'] or 0))}",
+    ]
+    if "eval/mlm_loss" in metrics:
+        parts.append(f"held-out MLM loss {_shown(metrics, 'eval/mlm_loss')}")
+    return "  ".join(parts)
+
+
+def _shown(metrics: Mapping[str, Any], name: str) -> str:
+    if name not in metrics:  # no step of the line had anything to predict
+        return "-"
+    return "not finite" if metrics[name] is None else f"{metrics[name]:.4f}"
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory this rank has held so far: of the GPU, or resident on the host without one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def measure_matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the fastest of a few square matrix products: the yardstick of model FLOP
+    utilization, measured where and when the run runs."""
+    size, rounds = (8192, 5) if device.type == "cuda" else (1024, 5)
+    left = torch.randn(size, size, device=device).to(dtype)
+    right = torch.randn(size, size, device=device).to(dtype)
+    best = float("inf")
+    for _ in range(rounds + 1):  # the first one warms up and cannot be the fastest
+        with _timed(device) as elapsed:
+            left @ right
+        best = min(best, elapsed[0])
+    return 2 * size**3 / best
+
+
+@contextmanager
+def _timed(device: torch.device) -> Iterator[list[float]]:
+    elapsed = [0.0]
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    yield elapsed
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elapsed[0] = time.perf_counter() - start

@@ -1,0 +1,257 @@
+"""The sharded training state from stage to stage: start it, grow it, save it, restore it.
+
+grow:  capture fragments to host -> release the old engine -> build the deeper one
+       -> install by the operator's layer map -> refresh low-precision copies -> go on
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from stacking_ds.checkpoint import folders, load
+from stacking_ds.checkpoint import manifest as checkpoint_manifest
+from stacking_ds.checkpoint import save as checkpoint_save
+from stacking_ds.distributed.world import World
+from stacking_ds.engine.build import build_engine, release_engine
+from stacking_ds.engine.zero.loss_scale import loss_scale, set_loss_scale
+from stacking_ds.engine.zero.sharded_state import fragments, optimizer_step, refresh, seed_moments
+from stacking_ds.engine.zero.start import ValueOf
+from stacking_ds.errors import CheckpointError
+from stacking_ds.growth.boundary import capture_engine, install_state
+from stacking_ds.growth.operators import layer_map
+from stacking_ds.growth.transfer import CapturedState, Moments, capture
+from stacking_ds.kernels.compute import Compute
+from stacking_ds.kernels.operations import Operations
+from stacking_ds.model.bert import BertForPreTraining
+from stacking_ds.model.initialization import first_value
+from stacking_ds.optim.lamb.optimizer import Lamb
+from stacking_ds.optim.lamb.ratios import TRUST_RATIOS, adapted_ratios, lamb_metrics
+from stacking_ds.optim.optimizers import build_optimizer
+from stacking_ds.process.host_memory import return_freed_memory
+from stacking_ds.schedule.phases import Phase
+from stacking_ds.schedule.stages import Stage
+from stacking_ds.train.plan import Job
+
+__all__ = ["StageManager"]
+
+_MOST_FAILED_SAVES = 2
+_STOP_SECONDS = 30.0  # deepspeed/launcher/launch.py, terminate_process_tree
+
+logger = logging.getLogger("stacking_ds")
+
+
+class StageManager:
+    """Owns the engine of the present stage. All methods but `close` are collectives."""
+
+    def __init__(self, job: Job, world: World, compute: Compute) -> None:
+        self._job = job
+        self._world = world
+        self._compute = compute
+        self._ds_config: dict[str, Any] = {}
+        self.engine: Any = None
+        self._saving: checkpoint_save.BackgroundSave | None = None
+        self._failed_saves = 0  # in a row
+        self._warned = False
+        self._step_seconds = 0.0
+        self._captured: CapturedState | None = None
+        """The host copy that the save at a stage's end made, for the boundary that follows."""
+
+    @property
+    def operations(self) -> Operations:
+        """What the model computes with; its loss is to be computed so too."""
+        return self._compute.operations
+
+    @property
+    def accumulation_steps(self) -> int:
+        """The micro-steps of a step in the present phase."""
+        return int(self._ds_config["gradient_accumulation_steps"])
+
+    def begin(self, found: Path | None, stage: Stage) -> None:
+        """An engine of the stage's depth, with the state of the checkpoint `found` if there is one.
+
+        Raises:
+            ConfigError: recipe and DeepSpeed JSON disagree.
+            CheckpointError: the checkpoint is damaged, or another model's.
+        """
+        if found is None:
+            self.start(stage)
+        else:
+            self.restore(found, stage)
+
+    def start(self, stage: Stage) -> None:
+        """An engine of the stage's depth with freshly initialised weights."""
+        config = self._job.config
+        self._build(
+            stage,
+            self._job.phases.at(stage.start_step),
+            lambda name, shape: first_value(
+                name, shape, config.seed, config.model.initializer_range
+            ),
+        )
+
+    def _build(self, stage: Stage, phase: Phase, value_of: ValueOf | None = None) -> None:
+        """An engine of the stage's depth; without `value_of` its values are yet to come.
+
+        Raises:
+            ConfigError: recipe and DeepSpeed JSON disagree; all disagreements in one message.
+        """
+        config = self._job.config
+        self._ds_config = self._job.ds_config(self._world.size, phase)
+        model_config = self._job.model_config(stage.num_hidden_layers)
+        model = BertForPreTraining(model_config, seed=None, compute=self._compute)
+        optimizer = build_optimizer(config.optimizer, model.named_parameters())
+        self.engine = build_engine(model, optimizer, self._ds_config, value_of)
+
+    def grow(self, old: Stage, new: Stage) -> None:
+        """Replace the engine of stage `old` by one of stage `new`'s depth that starts from it.
+
+        Raises:
+            StageError: the state that arrived is not the one the growth operator predicts.
+        """
+        growth = self._job.config.growth
+        layers = layer_map(growth.operator, old.num_hidden_layers, new.num_hidden_layers)
+        self._rebuild(new, self._job.phases.at(new.start_step), layers, growth.moments)
+
+    def enter_phase(self, stage: Stage, phase: Phase) -> None:
+        """Replace the engine by one for the phase's batch, unless it is that already. Weights and
+        moments stay as they are."""
+        if self._job.ds_config(self._world.size, phase) != self._ds_config:
+            self._rebuild(stage, phase, None, "carry")
+
+    def _rebuild(
+        self, stage: Stage, phase: Phase, layers: Sequence[int] | None, moments: Moments
+    ) -> None:
+        """Another engine that starts from this one's state by the map of `layers`."""
+        return_freed_memory()  # what steps have left is as much as the copy that is made now
+        state = capture_engine(self.engine, self._captured)
+        self._captured = None
+        self._release()
+        self._build(stage, phase)
+        install_state(self.engine, state, layers, moments, self._world)
+        # the step that comes is the likeliest to fail, for want of memory, and what it would fork,
+        # the loader's workers, would keep the captured state for the length of the stage
+        del state
+        self.finish_save()
+
+    def save(self, run_dir: Path, stage: Stage, train_state: dict[str, Any], *, wait: bool) -> None:
+        """Write a checkpoint into the run and delete those the recipe no longer keeps.
+
+        The state is copied to host memory, which the rest needs not wait for: training may go on
+        and change it. A save that is still under way is finished first.
+
+        Raises:
+            CheckpointError: on every rank, if it had to `wait` and one rank could not write. The
+                previous checkpoint is untouched.
+        """
+        self.finish_save()
+        growing = train_state["step"] == stage.end_step < self._job.schedule.total_steps
+        held = fragments(self.engine)
+        # a checkpoint needs what this rank answers for, a boundary all that it holds
+        captured = capture(held if growing else [f.owned_by(self._world.rank) for f in held])
+        self._captured = captured if growing else None
+        contents = checkpoint_manifest.Contents(
+            step=train_state["step"],
+            optimizer_step=optimizer_step(self.engine),
+            loss_scale=loss_scale(self.engine),
+            num_hidden_layers=stage.num_hidden_layers,
+            zero_stage=self._ds_config["zero_optimization"].get("stage", 0),
+            vocabulary_sha256=self._job.shards.manifest.vocabulary_sha256,
+            data_sha256=self._job.data_sha256,
+            train_state=train_state,
+            config=self._job.config.with_absolute_paths().model_dump(mode="json"),
+        )
+        self._saving = checkpoint_save.BackgroundSave(
+            run_dir, captured.fragments, self._world, contents, lambda: self._prune(run_dir)
+        )
+        if wait:
+            self._saving.finish()
+
+    def poll_save(self, step_seconds: float = 0.0) -> None:
+        """Publish the checkpoint under way once all ranks have written it.
+
+        Where one could not, training goes on, with a warning. There is another, once, where a stop
+        would take longer than launchers wait, of which a step takes `step_seconds`.
+
+        Raises:
+            CheckpointError: on every rank, if that has happened twice in a row.
+        """
+        self._step_seconds = step_seconds
+        self._look_after(checkpoint_save.BackgroundSave.poll)
+
+    def finish_save(self) -> None:
+        """Wait for the checkpoint under way; if a rank cannot write it, as `poll_save`."""
+        self._look_after(checkpoint_save.BackgroundSave.finish)
+
+    def _look_after(self, step: Callable[[checkpoint_save.BackgroundSave], object]) -> None:
+        if self._saving is None or self._saving.over:
+            return
+        try:
+            step(self._saving)
+        except CheckpointError as error:
+            self._failed_saves += 1
+            if self._failed_saves == _MOST_FAILED_SAVES:
+                raise  # hours of training that nothing keeps
+            if self._world.is_first:
+                logger.warning("%s; training goes on until the next one is due", error)
+        else:
+            if self._saving.over:
+                self._failed_saves = 0
+                self._warn_if_slow(self._saving.seconds)
+
+    def _warn_if_slow(self, save_seconds: float) -> None:
+        # a signal may come when a step and a save have just begun
+        stop_seconds = self._step_seconds + 2 * save_seconds
+        if stop_seconds < _STOP_SECONDS or self._warned or not self._world.is_first:
+            return
+        self._warned = True
+        logger.warning(
+            "a checkpoint takes %.0f s to write and a step %.0f s; a launcher gives a rank that is "
+            "to stop about %.0f s, in which a step, the checkpoint under way and another one must "
+            "fit: write them to a faster file system, or make checkpoint.every_steps small enough "
+            "that the steps since the last one may be lost",
+            save_seconds,
+            self._step_seconds,
+            _STOP_SECONDS,
+        )
+
+    def _prune(self, run_dir: Path) -> None:
+        keep_last = self._job.config.checkpoint.keep_last
+        try:
+            folders.prune(run_dir, keep_last=keep_last, keep_steps=self._job.schedule.boundaries)
+        except OSError as error:
+            # the new checkpoint is safe, so what is in the way of tidying up must not end the run
+            logger.warning("old checkpoints stay for now: %s", error)
+
+    def restore(self, found: Path, stage: Stage) -> None:
+        """An engine of the stage's depth with the state of the checkpoint `found`."""
+        manifest = self._world.on_first(lambda: checkpoint_manifest.read_manifest(found))
+        self._build(stage, self._job.phases.at(manifest.step))
+        if manifest.optimizer_step:
+            seed_moments(self.engine, manifest.optimizer_step)
+        load.load(found, fragments(self.engine), world=self._world)
+        refresh(self.engine)
+        if manifest.precision == "fp16":
+            set_loss_scale(self.engine, manifest.loss_scale)
+
+    def optimizer_metrics(self) -> tuple[dict[str, float], dict[str, list[float]]]:
+        """Metrics and histograms of the last step that the optimizer itself knows: LAMB's, unless
+        loss scaling skipped that step."""
+        optimizer = self.engine.basic_optimizer
+        stepped = isinstance(optimizer, Lamb) and self.engine.was_step_applied()
+        found = optimizer.statistics() if stepped else None
+        if found is None:
+            return {}, {}
+        return lamb_metrics(found), {TRUST_RATIOS: adapted_ratios(found)}
+
+    def close(self) -> None:
+        """Release the engine and its memory, and leave a checkpoint under way to itself. No
+        collective: another rank may be gone."""
+        if self._saving is not None and not self._saving.over:
+            self._saving.abandon()
+        self._release()
+
+    def _release(self) -> None:
+        if self.engine is not None:
+            engine, self.engine = self.engine, None
+            release_engine(engine)
