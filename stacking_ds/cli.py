@@ -17,16 +17,14 @@ from stacking_ds.commands.launch import add_launch
 from stacking_ds.commands.prepare import add_prepare
 from stacking_ds.commands.slurm import add_slurm
 from stacking_ds.commands.train import add_train
+from stacking_ds.launch.environment import ENCODED, decode_arguments
 from stacking_ds.launch.restart_policy import add_again
-from stacking_ds.launch.words import ENCODED, decode_arguments
 from stacking_ds.process.exit import tell
+from stacking_ds.process.runtime import let_waiting_threads_sleep
 from stacking_ds.process.utf8 import check_names, steady_streams
-from stacking_ds.process.waiting_threads import let_waiting_threads_sleep
 
 if TYPE_CHECKING:
     from stacking_ds.train.plan import Job
-
-__all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,7 +92,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 def _evaluate(options: argparse.Namespace) -> int:
     job = _job_of(options.run_dir, options.data)
-    from stacking_ds.checkpoint.chosen import choose
+    from stacking_ds.checkpoint.folders import choose
     from stacking_ds.distributed import process_group
     from stacking_ds.train.from_checkpoint import run_heldout
 
@@ -126,7 +124,7 @@ def _export(options: argparse.Namespace) -> int:
     from stacking_ds.run.directory import read_config
 
     config = read_config(options.run_dir)
-    from stacking_ds.checkpoint.chosen import choose
+    from stacking_ds.checkpoint.folders import choose
     from stacking_ds.train.from_checkpoint import export_run, warning_of  # seconds of imports
 
     found = choose(options.run_dir, options.checkpoint)

@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-__all__ = ["aligned", "first_of", "readable_size", "shortened"]
-
 
 def first_of(names: Sequence[object], most: int = 5, between: str = ", ") -> str:
     """The first `most` of the names, and how many more there are."""

@@ -7,26 +7,6 @@ from typing import TypeVar
 
 from stacking_ds.console import shortened
 
-__all__ = [
-    "EXIT_FAILURE",
-    "EXIT_LOST_RANK",
-    "EXIT_NOT_FINITE",
-    "EXIT_USER_ERROR",
-    "CheckpointError",
-    "ConfigError",
-    "DataError",
-    "LoaderError",
-    "LostRankError",
-    "NonFiniteError",
-    "StageError",
-    "UnreadableDataError",
-    "UnreadableError",
-    "UserError",
-    "is_mendable",
-    "mended_by",
-    "unreadable",
-]
-
 EXIT_FAILURE, EXIT_USER_ERROR, EXIT_NOT_FINITE, EXIT_LOST_RANK = 1, 2, 3, 4
 """What a program ends with."""
 

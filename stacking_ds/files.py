@@ -14,20 +14,6 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-__all__ = [
-    "DamagedFileError",
-    "PassedOver",
-    "is_count",
-    "is_number",
-    "open_regular",
-    "parse_json",
-    "read_bytes",
-    "read_json",
-    "read_json_lines",
-    "read_text",
-    "without_waiting",
-]
-
 _MOST_BYTES = 2**30
 _LONGEST_LINE_BYTES = 2**24
 # far deeper than what is written here, and far from what json, pydantic or repr cannot follow

@@ -2,7 +2,7 @@
 
 import torch
 
-from stacking_ds.kernels.compute import Compute
+from stacking_ds.kernels.registry import Compute
 from stacking_ds.model.bert import BertForPreTraining
 from stacking_ds.model.bert_config import BertConfig
 

@@ -7,7 +7,7 @@ import signal
 import numpy as np
 import pytest
 
-from stacking_ds.process.waiting_threads import let_waiting_threads_sleep
+from stacking_ds.process.runtime import let_waiting_threads_sleep
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 let_waiting_threads_sleep()

@@ -15,11 +15,11 @@ import torch
 from stacking_ds.checkpoint import folders, load, manifest, save
 from stacking_ds.distributed.world import World
 from stacking_ds.engine.build import release_engine, take_step
-from stacking_ds.engine.zero import loss_scale, sharded_state
-from stacking_ds.growth.boundary import CarriedState, capture_engine, install_state
+from stacking_ds.engine.zero import sharded_state
 from stacking_ds.growth.operators import layer_map
+from stacking_ds.growth.transfer import CarriedState, capture_engine, install_state
 from stacking_ds.model.bert_config import BertConfig
-from stacking_ds.optim.lamb.forms import choose_kernel
+from stacking_ds.optim.lamb.optimizer import choose_kernel
 from stacking_ds.sharding.fragments import MASTER, MOMENTS
 from stacking_ds.train.from_checkpoint import load_model
 from stacking_ds.train.heldout import evaluate_heldout
@@ -55,7 +55,7 @@ def _batch(world: World, step: int) -> dict[str, torch.Tensor]:
 
 def _engine(world: World, zero_stage: int, precision: str, depth: int, seed: int | None = 0) -> Any:
     engine = start_engine(world, zero_stage, precision, depth=depth, seed=seed)
-    loss_scale.set_loss_scale(engine, 256.0)  # the initial one makes fp16 skip its first steps
+    sharded_state.set_loss_scale(engine, 256.0)  # the initial one makes fp16 skip its first steps
     return engine
 
 
@@ -147,7 +147,7 @@ def check_overflow(world: World, zero_stage: int) -> None:
         assert norm is not None
         assert not torch.tensor(norm).isfinite()
         assert (engine.skipped_steps, engine.global_steps) == (skipped, 2 + skipped)
-    assert loss_scale.loss_scale(engine) < 256.0
+    assert sharded_state.loss_scale(engine) < 256.0
     after = whole_state(world, engine)
     for name, views in before.items():
         for key, value in views.items():

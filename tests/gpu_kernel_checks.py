@@ -12,8 +12,7 @@ import torch
 from stacking_ds.distributed.world import World
 from stacking_ds.growth.operators import layer_map, source_name
 from stacking_ds.kernels.attention.choice import choose_attention
-from stacking_ds.kernels.compute import Compute
-from stacking_ds.kernels.registry import choose_operations
+from stacking_ds.kernels.registry import Compute, choose_operations
 from stacking_ds.model.bert import BertForPreTraining
 from stacking_ds.model.loss import pretraining_loss
 from tests.bert_samples import telling_model

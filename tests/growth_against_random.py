@@ -16,7 +16,7 @@ from stacking_ds.config.recipe import load_run_config
 from stacking_ds.config.run import RunConfig
 from stacking_ds.distributed import process_group
 from stacking_ds.distributed.world import World
-from stacking_ds.model.initialization import first_value
+from stacking_ds.model.parameters import first_value
 from stacking_ds.run.metrics_file import read_metrics
 from stacking_ds.schedule.stages import Stage
 from stacking_ds.train import stage_engine

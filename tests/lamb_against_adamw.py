@@ -24,7 +24,7 @@ from stacking_ds.config.run import RunConfig
 from stacking_ds.config.sections import OptimizerSection
 from stacking_ds.distributed import process_group
 from stacking_ds.distributed.world import World
-from stacking_ds.engine.zero import binding
+from stacking_ds.engine.zero import gradients
 from stacking_ds.optim.groups import parameter_groups
 from stacking_ds.optim.lamb.optimizer import Lamb
 from stacking_ds.optim.optimizers import build_optimizer
@@ -83,7 +83,7 @@ def _flat_partition_lamb(
     for group in parameter_groups(named_parameters, config.weight_decay):
         merged.setdefault(group["weight_decay"], {**group, "params": []})
         merged[group["weight_decay"]]["params"] += group["params"]
-    binding.accept_under_zero(FlatPartitionLamb)
+    gradients.accept_under_zero(FlatPartitionLamb)
     return FlatPartitionLamb(
         list(merged.values()), lr=config.learning_rate, betas=config.betas, eps=config.eps
     )

@@ -9,9 +9,10 @@ import torch
 
 from stacking_ds.distributed.world import World
 from stacking_ds.engine.build import build_engine, release_engine
-from stacking_ds.engine.zero import binding, loss_scale, sharded_state
-from stacking_ds.growth.boundary import capture_engine, install_state
+from stacking_ds.engine.zero import gradients as engine_zero_gradients
+from stacking_ds.engine.zero import sharded_state
 from stacking_ds.growth.operators import layer_map, source_name
+from stacking_ds.growth.transfer import capture_engine, install_state
 from stacking_ds.sharding.fragments import MASTER
 from tests.sharded import State, train_engine, whole_state
 from tests.tiny import tiny_model, tiny_optimizer, tiny_settings
@@ -47,7 +48,7 @@ def lamb_engine(
     model = tiny_model(depth, seed)
     settings = tiny_settings(zero_stage, precision, world.size, gas, clipping)
     engine = build_engine(model, tiny_optimizer(model, **{"name": "lamb", **lamb}), settings)
-    loss_scale.set_loss_scale(engine, 256.0)  # the initial one makes fp16 skip its first steps
+    sharded_state.set_loss_scale(engine, 256.0)  # the initial one makes fp16 skip its first steps
     return engine
 
 
@@ -75,7 +76,7 @@ def grown_by_hand(model: Any, optimizer: torch.optim.Optimizer, depth: int, **la
 def _gradients_seen(world: World, engine: Any) -> Iterator[dict[str, torch.Tensor]]:
     """While this lasts: the whole gradients that the optimizer is given, on every rank."""
     optimizer = engine.basic_optimizer
-    shards = {id(shard.flat): shard for shard in binding.shards(engine)}
+    shards = {id(shard.flat): shard for shard in engine_zero_gradients.shards(engine)}
     fragments = {fragment.name: fragment for fragment in sharded_state.fragments(engine)}
     parts: list[tuple[str, int, torch.Tensor]] = []
     whole: dict[str, torch.Tensor] = {}

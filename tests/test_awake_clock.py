@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from stacking_ds.distributed.awake_clock import AwakeClock
+from stacking_ds.distributed.heartbeat import AwakeClock
 from stacking_ds.distributed.lost_ranks import Missing, Seen, sentence, who_is_missing
 
 

@@ -28,7 +28,7 @@ from stacking_ds.checkpoint.save import BackgroundSave
 from stacking_ds.config.run import RunConfig
 from stacking_ds.distributed.world import World
 from stacking_ds.errors import CheckpointError, NonFiniteError, UserError
-from stacking_ds.growth import boundary
+from stacking_ds.growth import transfer
 from stacking_ds.growth.transfer import capture
 from stacking_ds.sharding.fragments import MASTER, Fragment
 from stacking_ds.train import loop
@@ -651,7 +651,7 @@ def _train_with_one_copy(world: World, config: RunConfig, run_dir: Path) -> None
     def refuse(fragments: Any) -> None:
         raise AssertionError("the save has copied this already")
 
-    boundary.capture = refuse  # type: ignore[assignment]
+    transfer.capture = refuse  # type: ignore[assignment]
     train_small(world, config, run_dir)
 
 

@@ -13,7 +13,7 @@ from stacking_ds.bench.workload import Workload
 from stacking_ds.cli import main
 from stacking_ds.distributed.world import World
 from stacking_ds.engine.build import release_engine
-from stacking_ds.growth.boundary import capture_engine, install_state
+from stacking_ds.growth.transfer import capture_engine, install_state
 from stacking_ds.model.bert_config import BertConfig
 from tests.ranks import run_ranks
 

@@ -40,7 +40,7 @@ from stacking_ds.errors import ConfigError
 from stacking_ds.kernels.operations import Operations
 from stacking_ds.model.bert import BertForPreTraining
 from stacking_ds.model.bert_config import BertConfig
-from stacking_ds.model.parameter_names import to_hugging_face
+from stacking_ds.model.parameters import to_hugging_face
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")

@@ -9,10 +9,10 @@ import torch
 from stacking_ds.checkpoint import load, save
 from stacking_ds.distributed.world import World
 from stacking_ds.engine.build import release_engine, take_step
-from stacking_ds.engine.zero import loss_scale, sharded_state
+from stacking_ds.engine.zero import sharded_state
 from stacking_ds.errors import StageError
-from stacking_ds.growth.boundary import capture_engine, install_state
 from stacking_ds.growth.operators import layer_map, source_name
+from stacking_ds.growth.transfer import capture_engine, install_state
 from stacking_ds.sharding.fragments import MASTER, MOMENTS
 from tests.checkpoints import contents
 from tests.ranks import run_ranks
@@ -47,18 +47,18 @@ def _grow_in_fp16(world: World, zero_stage: int) -> Any:
 
     get_accelerator().is_fp16_supported = lambda: True  # a CPU can, slowly
     engine = start_engine(world, zero_stage, "fp16")
-    loss_scale.set_loss_scale(engine, 256.0)
+    sharded_state.set_loss_scale(engine, 256.0)
     train_engine(world, engine, range(1))
     for _ in range(2):  # DeepSpeed forgives the first overflow, and lowers its scale then
         engine.backward(1e30 * tiny_loss(engine, tiny_batch(1), slice(None)))
         take_step(engine)
     assert engine.skipped_steps == 2
-    before, scale = whole_state(world, engine), loss_scale.loss_scale(engine)
+    before, scale = whole_state(world, engine), sharded_state.loss_scale(engine)
     state = capture_engine(engine)
     release_engine(engine)
     engine = start_engine(world, zero_stage, "fp16", depth=4, seed=99)
     install_state(engine, state, LAYERS, "carry", world)
-    assert loss_scale.loss_scale(engine) == scale < 256.0
+    assert sharded_state.loss_scale(engine) == scale < 256.0
     assert sharded_state.optimizer_step(engine) == 1
     after = whole_state(world, engine)
     weights = {name: weight.clone() for name, weight in sharded_state.whole_weights(engine).items()}

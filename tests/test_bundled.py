@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import stacking_ds
-from stacking_ds.config.bundled import ds_config_path, recipe_path
+from stacking_ds.config.recipe import ds_config_path, recipe_path
 from stacking_ds.errors import ConfigError
 
 

@@ -11,7 +11,6 @@ import torch
 
 from stacking_ds.checkpoint import folders, load, save
 from stacking_ds.checkpoint import manifest as checkpoint_manifest
-from stacking_ds.checkpoint import reader as reading
 from stacking_ds.distributed.world import World
 from stacking_ds.errors import CheckpointError
 from stacking_ds.sharding.fragments import MASTER, MOMENTS, Cut, Fragment
@@ -242,8 +241,8 @@ def test_the_chunks_of_an_interval_are_verified_and_no_others(
         hashed.append(bytes(data))
         return save.checksum(data)
 
-    monkeypatch.setattr(reading, "checksum", checksum)
-    reader = reading.FragmentReader(folder, checkpoint_manifest.read_manifest(folder))
+    monkeypatch.setattr(load, "checksum", checksum)
+    reader = load.FragmentReader(folder, checkpoint_manifest.read_manifest(folder))
     view = torch.zeros(100)
     reader.fill(view, MASTER, "w", 200, 300)
     assert torch.equal(view, torch.arange(200.0, 300.0))
@@ -313,7 +312,7 @@ def test_moments_are_verified_too(tmp_path: Path) -> None:
 def test_a_reader_keeps_no_file_open(tmp_path: Path) -> None:
     # a process may open a thousand files, and a run may have more ranks
     folder = save_state(tmp_path, 1, plain_fragments())
-    reader = reading.FragmentReader(folder, checkpoint_manifest.read_manifest(folder))
+    reader = load.FragmentReader(folder, checkpoint_manifest.read_manifest(folder))
     before = len(os.listdir("/proc/self/fd"))
     view = torch.empty(6)
     reader.fill(view, MASTER, "a", 0, 6)

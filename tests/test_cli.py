@@ -205,7 +205,7 @@ def test_a_checkpoint_whose_loss_is_not_finite_is_null_in_json(
 ) -> None:
     found = HeldOut(math.inf, 0.0, math.nan, 0.5, 235)
     monkeypatch.setattr("stacking_ds.cli._job_of", lambda *_: None)
-    monkeypatch.setattr("stacking_ds.checkpoint.chosen.choose", lambda *_: Path("step_00000004"))
+    monkeypatch.setattr("stacking_ds.checkpoint.folders.choose", lambda *_: Path("step_00000004"))
     monkeypatch.setattr("stacking_ds.train.from_checkpoint.run_heldout", lambda *_: found)
     assert main(["evaluate", "run"]) == 3
     said = capsys.readouterr()

@@ -6,7 +6,7 @@ import sys
 import pyarrow as pa
 import pytest
 
-from stacking_ds.data.arrow_numbers import numbers
+from stacking_ds.data.shards import numbers
 
 
 @pytest.mark.parametrize("kind", [pa.uint16(), pa.int32(), pa.uint32(), pa.int64(), pa.uint64()])
@@ -26,7 +26,7 @@ def test_a_missing_number_is_an_error() -> None:
 
 def test_pandas_stays_out() -> None:
     program = (
-        "import sys, pyarrow as pa; from stacking_ds.data.arrow_numbers import numbers; "
+        "import sys, pyarrow as pa; from stacking_ds.data.shards import numbers; "
         "numbers(pa.Array.from_buffers(pa.int64(), 1, [None, pa.py_buffer(bytes(8))])); "
         "sys.exit('pandas' in sys.modules)"
     )

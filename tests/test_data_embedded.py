@@ -4,10 +4,9 @@ import re
 
 import pytest
 
-from stacking_ds.data.sentences import split_sentences
 from stacking_ds.data.sources import embedded
-from stacking_ds.data.sources.docstring_prose import paragraphs
-from stacking_ds.data.sources.near_duplicates import SeenSentences
+from stacking_ds.data.sources.documents import split_sentences
+from stacking_ds.data.sources.embedded import SeenSentences, paragraphs
 from stacking_ds.errors import DataError
 
 FEW = ("packaging", "jinja2", "filelock", "pydantic", "mpmath")

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from stacking_ds.data import row_inspection
+from stacking_ds.data import inspection
+from stacking_ds.data.inspection import shown_examples
 from stacking_ds.data.loader import PretrainingData, RowOptions
 from stacking_ds.data.shards import TokenShards
-from stacking_ds.data.shown_examples import shown_examples
 from tests.inspecting import (
     bins,
     counted_text,
@@ -53,7 +53,7 @@ def test_rows_that_were_counted_by_hand(text, capsys):
 
 
 def test_packed_pairs_are_what_the_loader_gives(text, capsys, monkeypatch):
-    monkeypatch.setattr(row_inspection, "_ROWS_AT_ONCE", 2)
+    monkeypatch.setattr(inspection, "_ROWS_AT_ONCE", 2)
     train, _ = inspected(capsys, text, "--sequence-length", 24, "--packing")["rows"]
     options = RowOptions(sequence_length=24, mlm_probability=0.15, packed=True)
     data = PretrainingData(TokenShards.open(text), "train", options, seed=0)

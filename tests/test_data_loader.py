@@ -12,8 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stacking_ds.data.batch_split import rows_of_rank, split_batch
-from stacking_ds.data.batches import Batch, RankStep
+from stacking_ds.data.batches import Batch, RankStep, rows_of_rank, split_batch
 from stacking_ds.data.loader import (
     EvaluationSteps,
     PretrainingData,

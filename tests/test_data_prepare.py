@@ -14,9 +14,8 @@ from stacking_ds.data.prepare.learned_vocabulary import VocabularySample
 from stacking_ds.data.prepare.preparation import prepare
 from stacking_ds.data.prepare.unit import document_hash, words_of
 from stacking_ds.data.prepare.work_plan import make_plan, open_corpus
-from stacking_ds.data.sentences import split_sentences
 from stacking_ds.data.shards import TokenShards
-from stacking_ds.data.sources.documents import Reading
+from stacking_ds.data.sources.documents import Reading, split_sentences
 from stacking_ds.data.tokenizer import UNCASED, build_tokenizer, train_wordpiece
 from stacking_ds.errors import DataError
 from tests import prose

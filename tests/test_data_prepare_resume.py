@@ -16,9 +16,9 @@ import pytest
 
 from stacking_ds.cli import main
 from stacking_ds.data.prepare.preparation import prepare
-from stacking_ds.data.sentences import split_sentences
 from stacking_ds.data.shard_manifest import read_manifest
 from stacking_ds.data.shards import TokenShards
+from stacking_ds.data.sources.documents import split_sentences
 from stacking_ds.data.tokenizer import build_tokenizer
 from stacking_ds.errors import DataError
 from tests import prose
@@ -72,7 +72,7 @@ def start(program, *arguments):
 KILLED_EVERYWHERE = """
     import hashlib, os, shutil, signal, sys
     from pathlib import Path
-    from stacking_ds.data.sentences import split_sentences
+    from stacking_ds.data.sources.documents import split_sentences
     from stacking_ds.data.prepare.run import prepare
 
     import pandas  # pyarrow does, and it takes long
@@ -253,7 +253,7 @@ def test_sources_that_change_meanwhile_are_noticed(corpus, expected, tmp_path):
 def workers():
     # other tests have left pytest a fork server and its like
     mine = psutil.Process().children()
-    return [child for child in mine if "stacking_ds.data.prepare.worker" in child.cmdline()]
+    return [child for child in mine if "stacking_ds.data.prepare.pool" in child.cmdline()]
 
 
 def test_what_was_begun_with_other_lines_is_not_gone_on_with(tmp_path):
@@ -312,7 +312,7 @@ def test_workers_die_with_their_parent_and_load_no_torch(corpus, tmp_path):
 
 
 def test_an_idle_worker_ends_when_nobody_writes_to_it():
-    worker = "from stacking_ds.data.prepare.worker import main; main()"
+    worker = "from stacking_ds.data.prepare.pool import main; main()"
     with subprocess.Popen([sys.executable, "-c", worker], cwd=ROOT, stdin=subprocess.PIPE) as idle:
         idle.stdin.close()
         try:

@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stacking_ds.data.prepare import tokenizing
-from stacking_ds.data.prepare.tokenizing import SentenceTokenizer
-from stacking_ds.data.prepare.unit import words_of
+from stacking_ds.data.prepare import unit
+from stacking_ds.data.prepare.unit import SentenceTokenizer, words_of
 from stacking_ds.data.tokenizer import (
     Normalization,
     build_tokenizer,
@@ -112,13 +111,13 @@ def test_every_character_alone_and_between_others(stop):
 
 
 def test_forgetting_changes_nothing_and_bounds_memory(monkeypatch):
-    monkeypatch.setattr(tokenizing, "_MAX_PIECES", 50)
+    monkeypatch.setattr(unit, "_MAX_PIECES", 50)
     tokenizer = SentenceTokenizer(TOKENS)
     for seed in range(20):
         sentences = [text.replace("\n", " ") for text in prose.documents(3, seed=seed)]
         assert found(tokenizer, sentences) == expected(sentences)
         assert len(tokenizer._slot) < 600
-    monkeypatch.setattr(tokenizing, "_MAX_PIECE_BYTES", 1000)
+    monkeypatch.setattr(unit, "_MAX_PIECE_BYTES", 1000)
     assert found(tokenizer, ["y" * 5000, "", "end"]) == expected(["y" * 5000, "", "end"])
     assert found(tokenizer, ["the end"]) == expected(["the end"])
     assert len(tokenizer._slot) == 2

@@ -15,8 +15,7 @@ import torch.distributed as dist
 
 from stacking_ds.distributed import process_group
 from stacking_ds.distributed.rendezvous import agree
-from stacking_ds.distributed.stop_flag import StopFlag
-from stacking_ds.distributed.world import World
+from stacking_ds.distributed.world import StopFlag, World
 from stacking_ds.errors import ConfigError, DataError, LostRankError
 from stacking_ds.process.stop_signals import StopRequest
 from tests.ranks import run_ranks

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stacking_ds.distributed import addresses, launchers
+from stacking_ds.distributed import launchers
 from stacking_ds.distributed.launchers import complete_environment, first_host, slurm_environment
 from stacking_ds.errors import ConfigError
 from stacking_ds.process.launcher_env import rank_from_environment, world_size_from_environment
@@ -134,16 +134,16 @@ class _Stats:
 
 def _node(monkeypatch: pytest.MonkeyPatch, name_is: str, interfaces: dict[str, str]) -> None:
     def address(text: str) -> Any:
-        return type("Address", (), {"family": addresses.socket.AF_INET, "address": text})
+        return type("Address", (), {"family": launchers.socket.AF_INET, "address": text})
 
-    monkeypatch.setattr(addresses.socket, "gethostbyname", lambda name: name_is)
+    monkeypatch.setattr(launchers.socket, "gethostbyname", lambda name: name_is)
     monkeypatch.setattr(
-        addresses.psutil,
+        launchers.psutil,
         "net_if_addrs",
         lambda: {name: [address(text)] for name, text in interfaces.items()},
     )
     monkeypatch.setattr(
-        addresses.psutil, "net_if_stats", lambda: {name: _Stats() for name in interfaces}
+        launchers.psutil, "net_if_stats", lambda: {name: _Stats() for name in interfaces}
     )
 
 
@@ -151,20 +151,20 @@ def test_a_name_that_leads_to_loopback_is_mended_where_the_choice_is_clear(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     _node(monkeypatch, "127.0.1.1", {"lo": "127.0.0.1", "eth0": "10.0.0.7"})
-    assert addresses.interface_for_gloo() == "eth0"
-    assert addresses.address_of_this_node(several_nodes=True) == "10.0.0.7"
-    assert addresses.address_of_this_node(several_nodes=False) == "127.0.1.1"
+    assert launchers.interface_for_gloo() == "eth0"
+    assert launchers.address_of_this_node(several_nodes=True) == "10.0.0.7"
+    assert launchers.address_of_this_node(several_nodes=False) == "127.0.1.1"
 
 
 def test_a_good_name_needs_no_interface(monkeypatch: pytest.MonkeyPatch) -> None:
     _node(monkeypatch, "10.0.0.7", {"lo": "127.0.0.1", "eth0": "10.0.0.7", "ib0": "10.1.0.7"})
-    assert addresses.interface_for_gloo() is None
-    assert addresses.address_of_this_node(several_nodes=True) == "10.0.0.7"
+    assert launchers.interface_for_gloo() is None
+    assert launchers.address_of_this_node(several_nodes=True) == "10.0.0.7"
 
 
 def test_where_the_choice_is_not_clear_a_person_makes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     _node(monkeypatch, "127.0.1.1", {"lo": "127.0.0.1", "eth0": "10.0.0.7", "ib0": "10.1.0.7"})
     with pytest.raises(ConfigError, match=r"eth0 10.0.0.7, ib0 10.1.0.7.*GLOO_SOCKET_IFNAME"):
-        addresses.interface_for_gloo()
+        launchers.interface_for_gloo()
     with pytest.raises(ConfigError, match="MASTER_ADDR"):
-        addresses.address_of_this_node(several_nodes=True)
+        launchers.address_of_this_node(several_nodes=True)

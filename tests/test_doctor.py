@@ -22,7 +22,7 @@ from stacking_ds.commands.doctor import add_doctor, report
 from stacking_ds.config.run import RunConfig
 from stacking_ds.distributed.world import World
 from stacking_ds.doctor import facts, shared_folder, speed
-from stacking_ds.doctor.agreement import require_alike
+from stacking_ds.doctor.examination import require_alike
 from stacking_ds.errors import ConfigError
 from stacking_ds.train.plan import Job
 from tests.ranks import run_ranks

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stacking_ds.doctor import facts, node_checks, world_checks
+from stacking_ds.doctor import checks, facts
 from stacking_ds.doctor.comparing import agreement, join_names, odd_ones
 from stacking_ds.doctor.facts import NodeFacts, RankFacts, nearest_existing
 from stacking_ds.doctor.shared_folder import Answer, Probing
@@ -26,7 +26,7 @@ def _node(number: int, **known: object) -> NodeFacts:
 
 
 def _nodes(*nodes: NodeFacts) -> dict[str, NodeFacts]:
-    return node_checks.by_name(nodes)
+    return checks.by_name(nodes)
 
 
 # -------------------------------------------------------------------------- comparing
@@ -99,10 +99,10 @@ def test_thousands_of_nodes_take_few_words(distinct: int) -> None:
             for number in range(4096)
         )
     )
-    for finding in node_checks.alike(nodes):
+    for finding in checks.alike(nodes):
         assert len(finding.text) < 2000
         assert len(set(finding.text.replace(",", " ").replace(":", " ").split()) & set(nodes)) <= 12
-    by_check = {finding.check: finding for finding in node_checks.alike(nodes)}
+    by_check = {finding.check: finding for finding in checks.alike(nodes)}
     assert len(by_check["data"].nodes) == 4096
     assert len(by_check["disk space"].nodes) == 2048
     assert "and 2,045 more" in by_check["disk space"].text
@@ -127,7 +127,7 @@ def test_nodes_of_one_name_are_told_apart() -> None:
 def test_a_record_of_another_version_is_understood() -> None:
     older = NodeFacts.model_validate({"host": "old", "rank": 8, "what_it_was_called_then": 1})
     nodes = _nodes(_node(0, versions={"torch": "2.13.0"}, code_sha256="a"), older)
-    versions, code = node_checks.alike(nodes)[:2]
+    versions, code = checks.alike(nodes)[:2]
     assert versions.text == "old: torch missing, node0 2.13.0"
     assert code.nodes == ("old",)
 
@@ -137,7 +137,7 @@ def test_the_files_that_differ_are_named() -> None:
     there = {"a.py": "1", "b.py": "3", "c.py": "4"}
     nodes = [_node(number, code_sha256="x", code_files=here) for number in range(3)]
     nodes[1] = _node(1, code_sha256="y", code_files=there)
-    code = node_checks.alike(_nodes(*nodes))[1]
+    code = checks.alike(_nodes(*nodes))[1]
     assert code.text == "node1: b.py and c.py, other than on the other 2 nodes"
 
 
@@ -153,7 +153,7 @@ def test_room_for_one_checkpoint_and_for_all(
     nodes = _nodes(
         _node(0, free_bytes=50 * GIB, **sizes), _node(1, free_bytes=free_gib * GIB), _node(2)
     )
-    [space] = [each for each in node_checks.alike(nodes) if each.check == "disk space"]
+    [space] = [each for each in checks.alike(nodes) if each.check == "disk space"]
     assert (space.verdict, space.nodes) == (verdict, blamed)
 
 
@@ -173,7 +173,7 @@ def test_scratch_space_is_told_by_place() -> None:
         _node(1, scratch_bytes={"/tmp": GIB // 2, "/dev/shm": GIB}),
         _node(2, scratch_bytes={"/tmp": 2 * GIB, "/dev/shm": 32 << 20}),
     )
-    [scratch] = [e for e in node_checks.own_way(nodes, RANKS) if e.check == "temporary space"]
+    [scratch] = [e for e in checks.own_way(nodes, RANKS) if e.check == "temporary space"]
     assert scratch.text == ("node1: 512.00 MiB free in /tmp; node2: 32.00 MiB free in /dev/shm")
     assert (scratch.verdict, scratch.nodes) == ("warning", ("node1", "node2"))
 
@@ -182,7 +182,7 @@ RANKS = [RankFacts(host="node0", rank=rank, threads=4, core_mask="ff") for rank 
 
 
 def _devices(*nodes: NodeFacts) -> tuple[str, str]:
-    [found] = [e for e in node_checks.own_way(_nodes(*nodes), RANKS) if e.check == "devices"]
+    [found] = [e for e in checks.own_way(_nodes(*nodes), RANKS) if e.check == "devices"]
     return found.verdict, found.text
 
 
@@ -209,14 +209,14 @@ def test_threads_are_counted_against_the_cores_of_their_node(
         RankFacts(host="node0", rank=rank, threads=threads[rank], core_mask=masks[rank])
         for rank in range(2)
     ]
-    found = node_checks.own_way(_nodes(_node(0), _node(1)), ranks)
+    found = checks.own_way(_nodes(_node(0), _node(1)), ranks)
     assert [each.verdict for each in found if each.check == "cores"] == [verdict]
 
 
 def test_cores_are_no_matter_beside_gpus() -> None:
     ranks = [RankFacts(host="node0", rank=0, threads=99, core_mask="1")]
     nodes = _nodes(_node(0, gpus="1 x H100, 80 GiB", gpu_count=1))
-    assert "cores" not in {each.check for each in node_checks.own_way(nodes, ranks)}
+    assert "cores" not in {each.check for each in checks.own_way(nodes, ranks)}
 
 
 def test_the_code_is_that_of_the_files() -> None:
@@ -241,9 +241,7 @@ def test_the_nearest_folder_that_is_there(tmp_path: Path) -> None:
 def test_bus_bandwidth_is_that_of_nccl_tests() -> None:
     measured = AllReduce(ranks=4, latency_seconds=3e-5, large_bytes=10**9, large_seconds=0.5)
     assert measured.bus_bytes_per_second == pytest.approx(3e9)
-    assert "30 µs for 4 bytes, bus bandwidth 3.0 GB/s" in (
-        world_checks.all_reduce(measured, "nccl").text
-    )
+    assert "30 µs for 4 bytes, bus bandwidth 3.0 GB/s" in (checks.all_reduce(measured, "nccl").text)
 
 
 @given(st.lists(st.floats(0.1, 10), min_size=1, max_size=40))
@@ -254,14 +252,14 @@ def test_ranks_slower_than_most_are_blamed(speeds: list[float]) -> None:
     ]
     median = sorted(speeds)[len(speeds) // 2]
     expected = {f"n{rank}" for rank, speed in enumerate(speeds) if speed < 0.8 * median}
-    found = world_checks.matrix_products(measured, len(speeds))
+    found = checks.matrix_products(measured, len(speeds))
     assert set(found.nodes) == expected
     assert found.verdict == ("warning" if expected else "ok")
 
 
 def test_a_clock_is_off_only_beyond_doubt() -> None:
-    assert world_checks.clocks({"a": (0.0, 0.0), "b": (1.2, 0.3)}).verdict == "ok"
-    found = world_checks.clocks({"a": (0.0, 0.0), "b": (1.2, 0.1), "c": (-7.0, 0.1)})
+    assert checks.clocks({"a": (0.0, 0.0), "b": (1.2, 0.3)}).verdict == "ok"
+    found = checks.clocks({"a": (0.0, 0.0), "b": (1.2, 0.1), "c": (-7.0, 0.1)})
     assert (found.verdict, found.nodes) == ("warning", ("b", "c"))
     assert found.text == "b and c: 7.0 s behind rank 0's on c"
 
@@ -271,12 +269,12 @@ PLACE = {"place": "/runs", "exists": True}
 
 
 def test_a_run_directory_that_rank_0_cannot_write() -> None:
-    found = world_checks.run_directory(Probing(**PLACE, problem="Permission denied"), NAMES)
+    found = checks.run_directory(Probing(**PLACE, problem="Permission denied"), NAMES)
     assert (found.verdict, found.nodes) == ("FAILED", ("node0",))
     assert found.text == "node0 cannot write into /runs (Permission denied)"
 
 
 def test_what_could_not_be_removed_is_told() -> None:
     probing = Probing(**PLACE, answers=(Answer(rank=0), Answer(rank=8)), left="/runs/.x")
-    found = world_checks.run_directory(probing, NAMES)
+    found = checks.run_directory(probing, NAMES)
     assert (found.verdict, found.text) == ("warning", "/runs/.x cannot be removed")

@@ -10,14 +10,15 @@ import pytest
 
 from stacking_ds.distributed.world import World
 from stacking_ds.engine.build import build_engine
-from stacking_ds.engine.ds_resolving import resolve_ds_config
+from stacking_ds.engine.ds_json import resolve_ds_config
 from stacking_ds.engine.ds_settings import (
+    FLOPS_PROFILER,
     KNOWN_KEYS,
+    OFFLOAD_OPTIMIZER,
     REFUSED_KEYS,
     known_in_section,
     section_problems,
 )
-from stacking_ds.engine.ds_values import FLOPS_PROFILER, OFFLOAD_OPTIMIZER
 from stacking_ds.errors import ConfigError
 from tests.ranks import run_ranks
 from tests.sharded import train_engine

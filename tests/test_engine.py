@@ -10,9 +10,8 @@ import torch
 
 from stacking_ds.distributed.world import World
 from stacking_ds.engine.build import build_engine, release_engine, set_learning_rate, take_step
-from stacking_ds.engine.ds_json import load_ds_config
-from stacking_ds.engine.ds_resolving import resolve_ds_config
-from stacking_ds.engine.zero import loss_scale, sharded_state
+from stacking_ds.engine.ds_json import load_ds_config, resolve_ds_config
+from stacking_ds.engine.zero import sharded_state
 from stacking_ds.errors import ConfigError
 from stacking_ds.sharding.fragments import MASTER
 from tests.ranks import run_ranks
@@ -287,8 +286,8 @@ def _fp16(world: World) -> Any:
         engine = start_engine(world, zero_stage, "fp16", clipping=1.0)
         first = whole_state(world, engine)
         norms = train_engine(world, engine, range(3))
-        loss_scale.set_loss_scale(engine, 1024.0)
-        state, scale = whole_state(world, engine), loss_scale.loss_scale(engine)
+        sharded_state.set_loss_scale(engine, 1024.0)
+        state, scale = whole_state(world, engine), sharded_state.loss_scale(engine)
         found.append((first, norms, state, scale, sharded_state.optimizer_step(engine)))
         release_engine(engine)
     return found

@@ -13,8 +13,8 @@ import torch
 from stacking_ds.distributed.world import World
 from stacking_ds.engine.build import build_engine, release_engine
 from stacking_ds.engine.zero import sharded_state
-from stacking_ds.growth.boundary import capture_engine, install_state
 from stacking_ds.growth.operators import layer_map
+from stacking_ds.growth.transfer import capture_engine, install_state
 from stacking_ds.model.bert import BertForPreTraining
 from stacking_ds.model.bert_config import BertConfig
 from tests.ranks import run_ranks

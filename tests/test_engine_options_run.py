@@ -13,9 +13,8 @@ from stacking_ds.bench.launch import run_on_ranks
 from stacking_ds.config.run import RunConfig
 from stacking_ds.config.sections import EngineSection
 from stacking_ds.distributed.world import World
-from stacking_ds.kernels.compute import Compute
 from stacking_ds.kernels.operations import Operations, Weights
-from stacking_ds.kernels.registry import choose_compute
+from stacking_ds.kernels.registry import Compute, choose_compute
 from stacking_ds.train import loop
 from tests.prose import tiny_shards
 from tests.ranks import run_ranks

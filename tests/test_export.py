@@ -17,11 +17,11 @@ import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from stacking_ds.checkpoint import hugging_face, manifest, save
-from stacking_ds.checkpoint.chosen import choose
+from stacking_ds.checkpoint.folders import choose
 from stacking_ds.checkpoint.hugging_face import export_to_hugging_face
 from stacking_ds.data.prepare.preparation import prepare
-from stacking_ds.data.sentences import split_sentences
 from stacking_ds.data.shards import TokenShards
+from stacking_ds.data.sources.documents import split_sentences
 from stacking_ds.distributed.world import World
 from stacking_ds.errors import CheckpointError, ConfigError, DataError
 from stacking_ds.model.bert import BertForPreTraining, parameter_shapes

@@ -10,9 +10,8 @@ import torch
 
 from stacking_ds.distributed.world import World
 from stacking_ds.engine.build import release_engine
-from stacking_ds.growth.boundary import capture_engine, install_state
 from stacking_ds.growth.operators import layer_map
-from stacking_ds.growth.transfer import Moments
+from stacking_ds.growth.transfer import Moments, capture_engine, install_state
 from tests.ranks import run_ranks
 from tests.sharded import start_engine, train_losses
 from tests.tiny import tiny_batch, tiny_loss, tiny_model, tiny_optimizer

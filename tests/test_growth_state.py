@@ -10,9 +10,8 @@ from stacking_ds.distributed.world import World
 from stacking_ds.engine.build import release_engine
 from stacking_ds.engine.zero import sharded_state
 from stacking_ds.errors import StageError
-from stacking_ds.growth.boundary import capture_engine, install_state
 from stacking_ds.growth.operators import layer_map
-from stacking_ds.growth.transfer import Moments, capture, install
+from stacking_ds.growth.transfer import Moments, capture, capture_engine, install, install_state
 from stacking_ds.sharding import reshard
 from stacking_ds.sharding.fragments import MASTER, MOMENTS, Cut, Fragment
 from tests.ranks import run_ranks

@@ -10,11 +10,11 @@ import torch
 
 from stacking_ds.config.sections import EngineSection
 from stacking_ds.errors import ConfigError
-from stacking_ds.kernels import compute, registry
-from stacking_ds.kernels.apex_norm import ApexOperations
+from stacking_ds.kernels import registry
 from stacking_ds.kernels.attention.loops import attend_loops
 from stacking_ds.kernels.attention.sequences import Sequences
 from stacking_ds.kernels.fp8 import linear_fp8
+from stacking_ds.kernels.library_forms import ApexOperations
 from stacking_ds.kernels.operations import Norm
 from stacking_ds.kernels.registry import choose_compute, choose_operations
 from tests.bert_samples import TINY
@@ -63,12 +63,12 @@ def test_attention_is_chosen_for_the_precision_of_the_run(
 
 
 def test_attention_that_nobody_chose_follows_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compute, "attend_padded", lambda *arguments: "padded")
-    monkeypatch.setattr(compute, "attend_loops", lambda *arguments: "loops")
+    monkeypatch.setattr(registry, "attend_padded", lambda *arguments: "padded")
+    monkeypatch.setattr(registry, "attend_loops", lambda *arguments: "loops")
     sequences = Sequences(torch.tensor([0, 1], dtype=torch.int32), 1)
     for device, name in (("cpu", "loops"), ("meta", "padded")):
         qkv_T3ND = torch.empty(1, 3, 1, 2, device=device)
-        assert compute.attend_anywhere(qkv_T3ND, sequences, 0.0) == name
+        assert registry.attend_anywhere(qkv_T3ND, sequences, 0.0) == name
 
 
 def test_an_unknown_name() -> None:

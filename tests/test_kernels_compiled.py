@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from stacking_ds.kernels.compute import Compute
-from stacking_ds.kernels.registry import choose_operations
+from stacking_ds.kernels.registry import Compute, choose_operations
 from stacking_ds.model.bert import BertForPreTraining
 from stacking_ds.model.loss import pretraining_loss
 from tests.bert_samples import TINY, Batch, telling_model

@@ -12,9 +12,8 @@ import torch
 
 from stacking_ds.errors import ConfigError
 from stacking_ds.optim.lamb.apex import ApexLamb, find_amp_C
-from stacking_ds.optim.lamb.contract import Hyper, Item
-from stacking_ds.optim.lamb.forms import choose_kernel
-from stacking_ds.optim.lamb.reference import ReferenceLamb
+from stacking_ds.optim.lamb.contract import Hyper, Item, ReferenceLamb
+from stacking_ds.optim.lamb.optimizer import choose_kernel
 from stacking_ds.sharding.fragments import Shard, Span
 
 CPU = torch.device("cpu")

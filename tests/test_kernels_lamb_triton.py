@@ -16,8 +16,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from stacking_ds.optim.lamb.contract import Hyper, Item, LambKernel, trust_ratio
-from stacking_ds.optim.lamb.reference import ReferenceLamb
+from stacking_ds.optim.lamb.contract import Hyper, Item, LambKernel, ReferenceLamb, trust_ratio
 from stacking_ds.sharding.fragments import Shard, Span
 
 pytest.importorskip("triton", reason="Triton is not installed")

@@ -10,10 +10,15 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stacking_ds.kernels import cross_entropy
-from stacking_ds.kernels.cross_entropy import cross_entropy_sum
-from stacking_ds.kernels.dropout import dropout, dropout_add, keep_mask
-from stacking_ds.kernels.operations import Norm, Operations, Weights
-from stacking_ds.kernels.vocabulary_product import AlignedLogits, vocabulary_logits
+from stacking_ds.kernels.cross_entropy import AlignedLogits, cross_entropy_sum, vocabulary_logits
+from stacking_ds.kernels.operations import (
+    Norm,
+    Operations,
+    Weights,
+    dropout,
+    dropout_add,
+    keep_mask,
+)
 
 # --------------------------------------------------------------------------- dropout
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from stacking_ds.kernels import triton_embedding, triton_gelu, triton_norm
+from stacking_ds.kernels import triton_embedding, triton_norm, triton_operations
 from stacking_ds.kernels.triton_embedding import embed
-from stacking_ds.kernels.triton_gelu import bias_gelu
 from stacking_ds.kernels.triton_norm import bias_dropout_add, bias_dropout_add_norm
+from stacking_ds.kernels.triton_operations import bias_gelu
 from tests.cubins import INTERPRETED, IS_OTHER_HALF, run_other_half
 from tests.kernel_comparison import (
     DEVICE,
@@ -78,13 +78,13 @@ class TestGelu:
         compare(bias_gelu, lambda x, b: gelu(x + b), (far[None], torch.zeros_like(far)))
 
     def test_bytes_are_those_of_its_tensors(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        recorders = [recorded(monkeypatch, triton_gelu, form) for form in (0, 1)]
+        recorders = [recorded(monkeypatch, triton_operations, form) for form in (0, 1)]
         inputs = random(17, 96, seed=1).half(), random(96, seed=2).half()
         bias_gelu(*(tensor.requires_grad_() for tensor in inputs)).sum().backward()
         # the sum's result is written by the kernel after
         result = 96 * 2
         counted = recorders[0].moved(), recorders[1].moved() + result
-        assert counted == triton_gelu.traffic(17, 96, 2)
+        assert counted == triton_operations.traffic(17, 96, 2)
 
 
 # --------------------------------------------------------------------------- bias to norm

@@ -19,8 +19,8 @@ from stacking_ds.kernels import (
 )
 from stacking_ds.kernels.triton_cross_entropy import cross_entropy_sum
 from stacking_ds.kernels.triton_embedding import embed
-from stacking_ds.kernels.triton_gelu import bias_gelu
 from stacking_ds.kernels.triton_norm import bias_dropout_add, bias_dropout_add_norm
+from stacking_ds.kernels.triton_operations import bias_gelu
 from tests.cubins import (
     INTERPRETED,
     IS_OTHER_HALF,

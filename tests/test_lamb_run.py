@@ -8,8 +8,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from stacking_ds.optim.lamb.optimizer import Lamb, LambStatistics
-from stacking_ds.optim.lamb.ratios import lamb_metrics
+from stacking_ds.optim.lamb.optimizer import Lamb, LambStatistics, lamb_metrics
 from stacking_ds.train.stage_engine import StageManager
 from tests.prose import tiny_shards
 from tests.ranks import RankError, run_ranks

@@ -13,11 +13,12 @@ import torch.distributed as dist
 from stacking_ds.checkpoint import load, manifest, save
 from stacking_ds.distributed.world import World
 from stacking_ds.engine.build import build_engine, release_engine
-from stacking_ds.engine.zero import binding, loss_scale, sharded_state
 from stacking_ds.engine.zero import binding as engine_zero_binding
+from stacking_ds.engine.zero import gradients as engine_zero_gradients
+from stacking_ds.engine.zero import sharded_state
 from stacking_ds.engine.zero.compatibility import Masters
-from stacking_ds.growth.boundary import capture_engine, install_state
 from stacking_ds.growth.operators import layer_map
+from stacking_ds.growth.transfer import capture_engine, install_state
 from stacking_ds.sharding.fragments import MASTER, MOMENTS
 from tests.checkpoints import contents
 from tests.lamb_following import (
@@ -103,7 +104,7 @@ def _norms_in_fp16(world: World, zero_stage: int) -> list[float]:
     optimizer._kernel.accumulate = watched
     train_engine(world, engine, range(6))
     assert engine.skipped_steps == 0
-    assert loss_scale.loss_scale(engine) > 2**4
+    assert sharded_state.loss_scale(engine) > 2**4
     release_engine(engine)
     if zero_stage > 0:
         squares = world.sum(squares)
@@ -254,7 +255,7 @@ def test_sums_on_the_host_are_added_by_nccl_on_the_device(monkeypatch: pytest.Mo
         reduced.append(tensor)
         tensor.mul_(2)
 
-    monkeypatch.setattr(binding, "masters_of", lambda engine: Masters.GROUPS)
+    monkeypatch.setattr(engine_zero_gradients, "masters_of", lambda engine: Masters.GROUPS)
     monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
     monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor.clone())
@@ -341,11 +342,11 @@ def _fp16(world: World, zero_stage: int) -> None:
     engine = lamb_engine(world, zero_stage, "fp16")
     train_engine(world, engine, range(2))
     before = whole_state(world, engine)
-    loss_scale.set_loss_scale(engine, 2.0**40)  # too large for fp16: the step is skipped
+    sharded_state.set_loss_scale(engine, 2.0**40)  # too large for fp16: the step is skipped
     assert train_engine(world, engine, range(2, 3)) == [float("inf")]
     assert sharded_state.optimizer_step(engine) == 2
     assert _same(whole_state(world, engine), before)
-    loss_scale.set_loss_scale(engine, 256.0)
+    sharded_state.set_loss_scale(engine, 256.0)
     train_engine(world, engine, range(3, 5))
     assert (engine.skipped_steps, sharded_state.optimizer_step(engine)) == (1, 4)
     after = whole_state(world, engine)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from stacking_ds.errors import ConfigError
-from stacking_ds.launch.hostfile import Host, draw_hostfile, read_hostfile
+from stacking_ds.launch.hosts import Host, draw_hostfile, read_hostfile
 
 
 def hostfile(folder: Path, text: str) -> Path:

@@ -4,8 +4,7 @@ import time
 
 import pytest
 
-from stacking_ds.launch.census import Count
-from stacking_ds.launch.part_ended import PartEnded
+from stacking_ds.launch.attempt import Count, PartEnded
 from stacking_ds.launch.request import Patience
 from stacking_ds.launch.sweep import Found
 

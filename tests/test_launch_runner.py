@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from stacking_ds.errors import ConfigError, UserError
-from stacking_ds.launch.hostfile import Host
+from stacking_ds.launch.environment import decode_arguments
+from stacking_ds.launch.hosts import Host
 from stacking_ds.launch.request import Request, tracked_run, with_resume
 from stacking_ds.launch.runner import prepare_local, prepare_on_hosts
 from stacking_ds.launch.sweep import MARKER_VARIABLE
-from stacking_ds.launch.words import decode_arguments
 from tests.runs import small_recipe
 
 HOSTS = [Host("node1", 2), Host("node2", 4)]

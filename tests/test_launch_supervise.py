@@ -20,8 +20,8 @@ from stacking_ds.commands.launch import add_launch
 from stacking_ds.errors import ConfigError, UserError
 from stacking_ds.launch import restart_policy
 from stacking_ds.launch import supervise as supervise_module
+from stacking_ds.launch.attempt import StopSignals
 from stacking_ds.launch.request import Patience, Request
-from stacking_ds.launch.signals import StopSignals
 from stacking_ds.launch.supervise import supervise
 from stacking_ds.run import attempts
 

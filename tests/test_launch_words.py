@@ -12,18 +12,16 @@ from hypothesis import strategies as st
 from stacking_ds.cli import main
 from stacking_ds.errors import ConfigError, UserError
 from stacking_ds.launch.environment import (
-    draw_environment,
-    hosts_environment,
-    parse_assignments,
-    require_exportable,
-    secret_names,
-)
-from stacking_ds.launch.words import (
     ENCODED,
     decode_arguments,
+    draw_environment,
     encode_arguments,
+    hosts_environment,
+    parse_assignments,
     passable,
+    require_exportable,
     require_plain,
+    secret_names,
 )
 
 PYTHON = "/env/bin/python"

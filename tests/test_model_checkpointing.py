@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from stacking_ds.distributed.world import World
 from stacking_ds.engine.build import build_engine, release_engine, take_step
-from stacking_ds.kernels.compute import Compute
+from stacking_ds.kernels.registry import Compute
 from stacking_ds.model import layer
 from stacking_ds.model.bert import BertForPreTraining
 from stacking_ds.model.loss import pretraining_loss

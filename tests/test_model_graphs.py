@@ -14,8 +14,7 @@ import torch
 from stacking_ds.config.sections import EngineSection
 from stacking_ds.errors import ConfigError
 from stacking_ds.kernels.attention.sequences import Sequences
-from stacking_ds.kernels.compute import Compute
-from stacking_ds.kernels.registry import choose_compute
+from stacking_ds.kernels.registry import Compute, choose_compute
 from stacking_ds.model import graphs
 from stacking_ds.model.bert import BertForPreTraining
 from stacking_ds.model.graphs import GraphedLayers, fill_up

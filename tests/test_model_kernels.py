@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from stacking_ds.kernels.compute import Compute
 from stacking_ds.kernels.fp8 import linear_fp8
 from stacking_ds.kernels.operations import Operations
+from stacking_ds.kernels.registry import Compute
 from stacking_ds.model.bert_config import BertConfig
 from stacking_ds.model.loss import pretraining_loss
 from tests.bert_samples import TINY, Batch, telling_model

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stacking_ds.process.compiler_caches import keep_caches_on_node
+from stacking_ds.process.runtime import keep_caches_on_node
 
 CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
 

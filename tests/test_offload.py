@@ -9,13 +9,12 @@ import torch
 from stacking_ds.checkpoint import load
 from stacking_ds.distributed.world import World
 from stacking_ds.engine.build import build_engine, release_engine
-from stacking_ds.engine.ds_json import load_ds_config
-from stacking_ds.engine.ds_resolving import resolve_ds_config
+from stacking_ds.engine.ds_json import load_ds_config, resolve_ds_config
 from stacking_ds.engine.ds_settings import section_problems
 from stacking_ds.engine.zero import sharded_state
 from stacking_ds.errors import ConfigError
-from stacking_ds.growth.boundary import capture_engine, install_state
 from stacking_ds.growth.operators import layer_map, source_name
+from stacking_ds.growth.transfer import capture_engine, install_state
 from stacking_ds.sharding.fragments import MASTER, MOMENTS
 from tests.ranks import run_ranks
 from tests.sharded import train_engine, whole_state

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from stacking_ds.errors import ConfigError
 from stacking_ds.optim.lamb import blocked
-from stacking_ds.optim.lamb.forms import choose_kernel
-from stacking_ds.optim.lamb.optimizer import Lamb
+from stacking_ds.optim.lamb.optimizer import Lamb, choose_kernel
 from stacking_ds.sharding.fragments import Shard, Span
 from tests.lamb_paper import PaperLamb
 

@@ -34,7 +34,7 @@ def test_a_wheel_has_its_recipes_jsons_and_batch_scripts(tmp_path: Path) -> None
         assert not [name for name in archive.namelist() if name.startswith("tests")]
     program = (
         "from stacking_ds.config.recipe import load_run_config\n"
-        "from stacking_ds.config.bundled import ds_config_path\n"
+        "from stacking_ds.config.recipe import ds_config_path\n"
         "print(load_run_config('demo').name)\n"
         "[print(ds_config_path(f'zero{stage}')) for stage in range(4)]\n"
         "from stacking_ds.cli import main\n"

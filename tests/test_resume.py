@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from stacking_ds.checkpoint.chosen import choose
+from stacking_ds.checkpoint.folders import choose
 from stacking_ds.cli import main
 from stacking_ds.errors import CheckpointError
 from stacking_ds.run import directory

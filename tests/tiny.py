@@ -6,8 +6,7 @@ from typing import Any
 import torch
 
 from stacking_ds.config.sections import LambSection, OptimizerSection
-from stacking_ds.engine.ds_json import load_ds_config
-from stacking_ds.engine.ds_resolving import resolve_ds_config
+from stacking_ds.engine.ds_json import load_ds_config, resolve_ds_config
 from stacking_ds.model.bert import BertForPreTraining
 from stacking_ds.model.bert_config import BertConfig
 from stacking_ds.model.loss import pretraining_loss

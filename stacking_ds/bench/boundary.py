@@ -19,11 +19,8 @@ from stacking_ds.bench.rivals import gather_whole, load_stock, save_stock, set_f
 from stacking_ds.bench.workload import Workload
 from stacking_ds.distributed.world import World
 from stacking_ds.engine.zero import sharded_state
-from stacking_ds.growth.boundary import capture_engine, install_state
+from stacking_ds.growth.transfer import capture_engine, install_state
 from stacking_ds.sharding.fragments import MASTER
-
-__all__ = ["measure_boundary"]
-
 
 # --------------------------------------------------------------------- the three ways
 

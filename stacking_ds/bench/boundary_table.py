@@ -4,8 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-__all__ = ["Target", "boundary_table", "boundary_targets"]
-
 Case = Mapping[str, Any]
 """What `measure_boundary` returns."""
 

@@ -20,8 +20,6 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["BytesSent", "written_bytes"]
-
 Arguments = Mapping[str, Any]
 
 

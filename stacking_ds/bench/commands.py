@@ -23,7 +23,6 @@ from stacking_ds.growth.operators import OPERATORS
 if TYPE_CHECKING:
     from stacking_ds.bench.workload import Workload
 
-__all__ = ["add_bench"]
 
 _SIZES: dict[str, dict[str, Any]] = {
     "default": {

@@ -17,8 +17,6 @@ from stacking_ds.engine.zero import sharded_state
 from stacking_ds.growth.operators import source_name
 from stacking_ds.sharding.fragments import MASTER
 
-__all__ = ["Crossing", "LabelledWorld", "Record"]
-
 _TOLERANCE = 1e-9  # of fp64 sums, which ranks may add up in another order
 
 

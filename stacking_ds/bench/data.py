@@ -31,8 +31,6 @@ from stacking_ds.data.sources.kinds import open_source
 from stacking_ds.errors import DataError
 from stacking_ds.schedule.phases import PhaseSchedule
 
-__all__ = ["Corpus", "measure_loader", "measure_masking", "measure_memory", "measure_prepare"]
-
 _FILES = 8
 _PIECE_BYTES = 2**28
 _SLOTS_PER_STEP = 2**15

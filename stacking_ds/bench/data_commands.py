@@ -12,8 +12,6 @@ from typing import Any
 from stacking_ds.bench.options import add_json
 from stacking_ds.errors import ConfigError
 
-__all__ = ["add_data_bench"]
-
 _PARTS = ("prepare", "memory", "masking", "loader")
 _VOCAB_SIZE = 8192
 

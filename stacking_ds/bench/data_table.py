@@ -5,8 +5,6 @@ from typing import Any
 
 from stacking_ds.bench.targets import Target, grid
 
-__all__ = ["data_table", "data_targets"]
-
 Figures = Mapping[str, Any]
 """By part, what its `measure_…` returns, or {"not_measured": why}."""
 

@@ -24,8 +24,6 @@ from stacking_ds.bench.step_rivals import (
 from stacking_ds.distributed.world import World
 from stacking_ds.errors import ConfigError
 
-__all__ = ["affine_fit", "growth_ratio", "measure_growth"]
-
 Maker = Callable[[], TrainingStep]
 
 

@@ -12,7 +12,6 @@ from stacking_ds.errors import ConfigError
 if TYPE_CHECKING:
     from stacking_ds.bench.step_case import StepCase
 
-__all__ = ["add_growth"]
 
 _ROUNDS = {"cpu": 10, "cuda": 10}
 _LENGTH, _QUICK_LENGTH, _QUICK_STEP_TOKENS = 128, 32, 1 << 12

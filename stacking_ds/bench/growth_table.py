@@ -7,8 +7,6 @@ from stacking_ds.bench.growth import affine_fit, growth_ratio
 from stacking_ds.bench.step_clock import how_timed
 from stacking_ds.bench.targets import Target, grid
 
-__all__ = ["growth_table", "growth_targets"]
-
 Figures = Mapping[str, Any]
 """What `bench growth` has measured: "machine", "device", and what `measure_growth` returns."""
 

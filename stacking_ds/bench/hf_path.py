@@ -10,8 +10,6 @@ import argparse
 from itertools import chain
 from typing import Any
 
-__all__ = ["main"]
-
 _BLOCK_TOKENS = 512
 
 

@@ -17,8 +17,6 @@ from stacking_ds.errors import ConfigError
 from stacking_ds.kernels.attention.choice import choose_attention
 from stacking_ds.kernels.attention.sequences import Attend, Sequences
 
-__all__ = ["attention_flops", "measure_attention", "packed_lengths"]
-
 HEAD_SIZE = 64
 _FORMS: dict[str, tuple[AttentionName, ...]] = {
     "cpu": ("loops", "padded"),

@@ -15,8 +15,6 @@ import torch
 
 from stacking_ds.bench.lamb_rivals import reason_of
 
-__all__ = ["Clock", "CpuClock", "Entrant", "GpuClock", "Race", "race"]
-
 _SUMMARIES: dict[str, Callable[[Sequence[float]], float]] = {
     "minimum": min,
     "median": statistics.median,

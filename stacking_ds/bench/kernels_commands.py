@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
     from stacking_ds.bench.kernels_clock import Clock
 
-__all__ = ["add_kernels"]
 
 _PARTS = ("operations", "attention", "products")
 _SIZES: dict[str, dict[str, Any]] = {

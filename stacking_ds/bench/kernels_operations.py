@@ -27,14 +27,12 @@ from stacking_ds.errors import ConfigError
 from stacking_ds.kernels.operations import EmbeddingTables, Norm, Operations, Weights
 from stacking_ds.kernels.registry import choose_operations
 
-__all__ = ["FORMS", "OPERATIONS", "Sizes", "Subject", "measure_operations", "subjects"]
-
 FORMS = ("plain", "torch", "triton", "compile")
 OPERATIONS = ("gelu", "add_norm", "norm", "embedding", "cross_entropy")
 MASKED_FRACTION = 0.15
 TYPES, POSITIONS = 2, 512
 _DROPOUT, _EPS, _IGNORED = 0.1, 1e-12, -100
-_ALIGNED_LOGITS = 64  # on a GPU, as `stacking_ds.kernels.vocabulary_product` makes them
+_ALIGNED_LOGITS = 64  # on a GPU, as `stacking_ds.kernels.cross_entropy` makes them
 _ERROR = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # relative, of forms to one another
 
 
@@ -143,7 +141,7 @@ def _gelu(sizes: Sizes, draw: _Draw) -> Subject:
         lambda add, dropout_prob: functional.gelu(add(x_TF, bias_F)),
         (x_TF, bias_F),
         draw.normal(sizes.tokens, width, requires_grad=False),
-        _counted("gelu", sizes.tokens, width, sizes.dtype.itemsize),
+        _counted("operations", sizes.tokens, width, sizes.dtype.itemsize),
     )
 
 

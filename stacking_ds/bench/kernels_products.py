@@ -14,8 +14,6 @@ from stacking_ds.bench.kernels_clock import Clock, Entrant, race
 from stacking_ds.kernels.fp8 import linear_fp8, require_fp8
 from stacking_ds.kernels.operations import LinearForm
 
-__all__ = ["measure_products"]
-
 
 def measure_products(
     tokens: int, hidden_size: int, device: torch.device, clock: Clock, rounds: int

@@ -5,8 +5,6 @@ from typing import Any
 
 from stacking_ds.bench.targets import Target, grid
 
-__all__ = ["kernel_targets", "kernels_table"]
-
 Figures = Mapping[str, Any]
 
 # facts/performance.md, goals 2 and 6: otherwise hand-written kernels are not worth keeping

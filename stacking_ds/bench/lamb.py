@@ -39,8 +39,6 @@ from stacking_ds.bench.machine import one_thread
 from stacking_ds.errors import ConfigError
 from stacking_ds.model.bert_config import BertConfig
 
-__all__ = ["BYTES_PER_PARAMETER", "Sizes", "count_launches", "measure_cpu", "measure_gpu"]
-
 BYTES_PER_PARAMETER = 42
 
 _COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}

@@ -16,7 +16,6 @@ from stacking_ds.errors import ConfigError
 if TYPE_CHECKING:
     from stacking_ds.bench.lamb import Sizes
 
-__all__ = ["add_lamb"]
 
 _SIZES: dict[str, dict[str, int]] = {
     # Devlin et al. 2019 §3, BERT-base

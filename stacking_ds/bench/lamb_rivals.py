@@ -20,16 +20,6 @@ from stacking_ds.optim.lamb.contract import Hyper, Item
 from stacking_ds.optim.lamb.optimizer import Lamb
 from stacking_ds.sharding.fragments import Shard, Span
 
-__all__ = [
-    "Step",
-    "Tensors",
-    "apex_step",
-    "deepspeed_step",
-    "our_step",
-    "our_step_by_group",
-    "reason_of",
-]
-
 Step = Callable[[], Any]
 
 _LEARNING_RATE, _BETAS, _EPS, _WEIGHT_DECAY = 1e-4, (0.9, 0.999), 1e-6, 0.01

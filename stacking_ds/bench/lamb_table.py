@@ -7,8 +7,6 @@ from stacking_ds.bench.lamb import BYTES_PER_PARAMETER
 from stacking_ds.bench.lamb_traffic import BYTES_PER_TENSOR
 from stacking_ds.bench.targets import Target, grid
 
-__all__ = ["lamb_table", "lamb_targets"]
-
 Figures = Mapping[str, Any]
 """By part, what its `measure_…` returns, or {"not_measured": why}."""
 

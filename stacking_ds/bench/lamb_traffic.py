@@ -10,14 +10,11 @@ from torch.utils._pytree import tree_leaves
 from stacking_ds.config.sections import OptimizerSection
 from stacking_ds.distributed.world import World
 from stacking_ds.engine.build import build_engine, release_engine, take_step
-from stacking_ds.engine.ds_json import load_ds_config
-from stacking_ds.engine.ds_resolving import resolve_ds_config
+from stacking_ds.engine.ds_json import load_ds_config, resolve_ds_config
 from stacking_ds.model.bert import BertForPreTraining
 from stacking_ds.model.bert_config import BertConfig
-from stacking_ds.model.initialization import first_value
+from stacking_ds.model.parameters import first_value
 from stacking_ds.optim.optimizers import build_optimizer
-
-__all__ = ["BYTES_PER_TENSOR", "ZERO_STAGES", "Collective", "measure_communication"]
 
 ZERO_STAGES = (0, 1, 2, 3)
 BYTES_PER_TENSOR = 16

@@ -12,8 +12,6 @@ from pathlib import Path
 from stacking_ds.errors import UserError
 from stacking_ds.process.launcher_env import HYDRA_SIZE, OPEN_MPI_SIZE, by_srun
 
-__all__ = ["run_on_ranks", "say_if_no_gpu", "under_launcher"]
-
 _POLL_SECONDS = 0.1
 _LINES_OF_A_FAILURE = 15
 

@@ -14,8 +14,6 @@ import torch
 
 from stacking_ds.engine.zero.compatibility import deepspeed
 
-__all__ = ["describe_machine", "host_copy_gib_per_second", "one_thread"]
-
 _COPY_BYTES = 1 << 28
 _COPIES = 3
 

@@ -13,8 +13,6 @@ import numpy as np
 import psutil
 import torch
 
-__all__ = ["HostPeak", "TreePeak", "live_tensor_bytes", "resident_bytes", "settle", "touched_bytes"]
-
 _SELF = Path("/proc/self")
 _SAMPLE_SECONDS = 0.001
 _WATCH_SECONDS = 0.02

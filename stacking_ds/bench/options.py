@@ -3,8 +3,6 @@
 import argparse
 from pathlib import Path
 
-__all__ = ["add_json", "numbers"]
-
 
 def numbers(text: str) -> tuple[int, ...]:
     """Whole numbers with commas between them; 5e6 is one."""

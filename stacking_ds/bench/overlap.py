@@ -19,8 +19,6 @@ from stacking_ds.bench.workload import Workload
 from stacking_ds.distributed.world import World
 from stacking_ds.engine.build import release_engine
 
-__all__ = ["measure_overlap", "overlap_options", "overlap_table"]
-
 _WARM_UP_STEPS = 2
 
 

@@ -11,8 +11,6 @@ from typing import Any
 from stacking_ds.bench.options import add_json, numbers
 from stacking_ds.errors import ConfigError
 
-__all__ = ["add_overlap"]
-
 _GLOBAL_BATCH_SIZE, _MICRO_BATCH_SIZE = 64, 16
 
 

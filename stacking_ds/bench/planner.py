@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from stacking_ds.engine.ds_resolving import Precision
+from stacking_ds.engine.ds_json import Precision
 from stacking_ds.engine.zero.flat_buffers import predicted_layout
 from stacking_ds.errors import ConfigError
 from stacking_ds.growth.operators import layer_map, source_name
@@ -16,8 +16,6 @@ from stacking_ds.model.bert import BertForPreTraining
 from stacking_ds.model.bert_config import BertConfig
 from stacking_ds.optim.groups import parameter_groups
 from stacking_ds.sharding.fragments import MOMENTS, Integers, Layout, traffic
-
-__all__ = ["MODELS", "Growth", "PerRank", "Price", "price", "price_table"]
 
 MODELS: Mapping[str, Mapping[str, Any]] = {
     # Devlin et al. 2019 §3

@@ -11,8 +11,6 @@ from stacking_ds.engine.zero import sharded_state
 from stacking_ds.growth.operators import source_name
 from stacking_ds.sharding.fragments import MASTER, MOMENTS
 
-__all__ = ["WholeState", "gather_whole", "load_stock", "save_stock", "set_from_whole"]
-
 WholeState = Mapping[str, Mapping[str, torch.Tensor]]
 """By parameter and key ("master", "exp_avg", "exp_avg_sq"), whole, in host memory."""
 

@@ -38,8 +38,6 @@ from stacking_ds.config.sections import KernelsName
 from stacking_ds.distributed.world import World
 from stacking_ds.errors import ConfigError
 
-__all__ = ["How", "built", "free", "measure_accumulation", "measure_cases", "rates"]
-
 _WARM_UP_STEPS = {"cpu": 1, "cuda": 3}
 _MICRO_STEPS = 4
 _PEAK = "peak"

@@ -13,8 +13,6 @@ from stacking_ds.bench.step_case import StepCase
 from stacking_ds.data.batches import IGNORE_INDEX, Batch
 from stacking_ds.errors import ConfigError
 
-__all__ = ["StepBatch", "case_batches", "dense_batches", "make_batch", "row_lengths"]
-
 _MASKED_SHARE = 0.15  # Devlin et al. 2019 §3.1
 _MASK_ID = 3
 _SHORTEST = 4

@@ -4,24 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from stacking_ds.bench.lamb import Sizes
-from stacking_ds.engine.ds_resolving import Precision
+from stacking_ds.engine.ds_json import Precision
 from stacking_ds.errors import ConfigError
 from stacking_ds.model.bert_config import BertConfig
-
-__all__ = [
-    "ACCUMULATION",
-    "BASE_LAYERS",
-    "CPU_FILL",
-    "GPU_FILL",
-    "SMALL",
-    "TINY",
-    "Model",
-    "StepCase",
-    "chosen_cases",
-    "chosen_model",
-    "cpu_cases",
-    "gpu_cases",
-]
 
 CPU_FILL, GPU_FILL = 0.68, 0.65
 BASE_LAYERS = (3, 6, 12)

@@ -13,19 +13,6 @@ from stacking_ds.bench.lamb_rivals import reason_of
 from stacking_ds.bench.machine import one_thread
 from stacking_ds.train.sinks import measure_matmul_peak
 
-__all__ = [
-    "Step",
-    "Times",
-    "how_timed",
-    "interleaved",
-    "matmul_peak",
-    "statistic_of",
-    "threads_for",
-    "timed_on",
-    "timing",
-    "timing_of_parts",
-]
-
 Step = Callable[[], Any]
 Times = dict[str, float]
 

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from stacking_ds.bench.step_case import Model, StepCase
     from stacking_ds.distributed.world import World
 
-__all__ = ["add_how", "add_step", "keeps_memory", "require_no_launcher"]
 
 _ROUNDS = {"cpu": 10, "cuda": 10}
 _QUICK_LENGTH, _QUICK_ROWS, _QUICK_STEP_TOKENS = 32, 8, 1 << 12
@@ -76,7 +75,7 @@ def require_no_launcher() -> None:
 
 def keeps_memory(options: argparse.Namespace, device: str) -> bool:
     """Arrange for what --keep-memory says; whether it is so."""
-    from stacking_ds.process.host_memory import keep_freed_memory
+    from stacking_ds.process.runtime import keep_freed_memory
 
     return options.keep_memory and device == "cpu" and keep_freed_memory()
 

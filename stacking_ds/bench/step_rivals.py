@@ -16,30 +16,15 @@ from stacking_ds.bench.step_batch import StepBatch
 from stacking_ds.config.sections import EngineSection, KernelsName, OptimizerSection
 from stacking_ds.distributed.world import World
 from stacking_ds.engine.build import build_engine, release_engine, set_learning_rate, take_step
-from stacking_ds.engine.ds_json import load_ds_config
-from stacking_ds.engine.ds_resolving import Precision, resolve_ds_config
+from stacking_ds.engine.ds_json import Precision, load_ds_config, resolve_ds_config
 from stacking_ds.engine.zero.compatibility import deepspeed
-from stacking_ds.kernels.compute import Compute
 from stacking_ds.kernels.operations import Operations
-from stacking_ds.kernels.registry import choose_compute
+from stacking_ds.kernels.registry import Compute, choose_compute
 from stacking_ds.model.bert import BertForPreTraining
 from stacking_ds.model.bert_config import BertConfig
-from stacking_ds.model.initialization import first_value
 from stacking_ds.model.loss import PretrainingLoss, pretraining_loss
+from stacking_ds.model.parameters import first_value
 from stacking_ds.optim.optimizers import build_optimizer
-
-__all__ = [
-    "DTYPES",
-    "OurStep",
-    "PlainStep",
-    "TheirStep",
-    "TrainingStep",
-    "ds_settings",
-    "our_compute",
-    "our_loss",
-    "their_loss",
-    "their_model",
-]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _SEED = 0

@@ -6,8 +6,6 @@ from typing import Any
 from stacking_ds.bench.step_clock import how_timed
 from stacking_ds.bench.targets import Target, grid
 
-__all__ = ["step_table", "step_targets"]
-
 Figures = Mapping[str, Any]
 """What `bench step` has measured: "machine", "device" ("cpu" or "cuda"), "cases" as
 `measure_cases` has them, and "accumulation" as `measure_accumulation` has it."""

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-__all__ = ["Target", "grid"]
-
 
 class Target(NamedTuple):
     """A figure, and what it should be; `value` is None where it was not measured, and `note` then

@@ -8,21 +8,18 @@ from typing import Any
 import torch
 
 from stacking_ds.config.sections import OptimizerSection
-from stacking_ds.data.batch_split import split_batch
+from stacking_ds.data.batches import split_batch
 from stacking_ds.distributed.world import World
 from stacking_ds.engine.build import build_engine, take_step
-from stacking_ds.engine.ds_json import load_ds_config
-from stacking_ds.engine.ds_resolving import Precision, resolve_ds_config
+from stacking_ds.engine.ds_json import Precision, load_ds_config, resolve_ds_config
 from stacking_ds.engine.zero.compatibility import deepspeed
 from stacking_ds.engine.zero.sharded_state import seed_moments
 from stacking_ds.growth.operators import layer_map
 from stacking_ds.model.bert import BertForPreTraining
 from stacking_ds.model.bert_config import BertConfig
-from stacking_ds.model.initialization import first_value
 from stacking_ds.model.loss import pretraining_loss
+from stacking_ds.model.parameters import first_value
 from stacking_ds.optim.optimizers import build_optimizer
-
-__all__ = ["Workload"]
 
 _SEED = 0
 _MASKED_SHARE = 0.15

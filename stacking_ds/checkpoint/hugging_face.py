@@ -10,14 +10,12 @@ from typing import Any
 import torch
 
 from stacking_ds.checkpoint.folders import sync
-from stacking_ds.checkpoint.tensor_file import little_endian_bytes, safetensors_header
+from stacking_ds.checkpoint.save import little_endian_bytes, safetensors_header
 from stacking_ds.console import first_of
 from stacking_ds.errors import CheckpointError, ConfigError, DataError
 from stacking_ds.files import is_count, read_json
 from stacking_ds.model.bert import parameter_shapes
 from stacking_ds.model.bert_config import BertConfig
-
-__all__ = ["export_to_hugging_face"]
 
 _SPECIAL_TOKENS = {
     "unk_token": "[UNK]",

@@ -10,16 +10,21 @@ from typing import Any, Literal
 import torch
 from pydantic import ValidationError
 
-from stacking_ds.checkpoint.chosen import is_checkpoint, require_run
-from stacking_ds.checkpoint.folders import fall_back, folder_name, latest, saved_steps, use_command
+from stacking_ds.checkpoint.folders import (
+    fall_back,
+    folder_name,
+    is_checkpoint,
+    latest,
+    require_run,
+    saved_steps,
+    use_command,
+)
 from stacking_ds.checkpoint.load import problems as problems_of
 from stacking_ds.checkpoint.load import read_parameters
 from stacking_ds.checkpoint.manifest import Manifest, Parameter, read_manifest
 from stacking_ds.config.run import RunConfig
 from stacking_ds.console import aligned, first_of, readable_size
 from stacking_ds.errors import CheckpointError, UnreadableError, UserError
-
-__all__ = ["config_of", "contents", "listed", "listing", "parameter_lines", "verify"]
 
 Say = Callable[[str], None]
 State = Literal["whole", "damaged", "unreadable"]

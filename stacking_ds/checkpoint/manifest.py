@@ -14,19 +14,6 @@ from stacking_ds.errors import CheckpointError, UnreadableError, unreadable
 from stacking_ds.files import DamagedFileError, read_json
 from stacking_ds.sharding.fragments import MASTER, MOMENTS, Cut
 
-__all__ = [
-    "CHUNK_BYTES",
-    "FORMAT_VERSION",
-    "Contents",
-    "Manifest",
-    "Parameter",
-    "RankFile",
-    "checksum",
-    "package_versions",
-    "rank_file_name",
-    "read_manifest",
-]
-
 FORMAT_VERSION: Literal[2] = 2
 CHUNK_BYTES = 1 << 20
 """Reading an interval verifies whole chunks: small ones cost little to read beyond it, large ones

@@ -9,12 +9,16 @@ Only the main thread talks to other ranks. A checkpoint is published when all ra
 disk; whatever fails or is killed before leaves the previous one as it was.
 """
 
+import json
+import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from threading import Thread
 from typing import Any
+
+import torch
 
 from stacking_ds.checkpoint.folders import (
     begin,
@@ -34,7 +38,6 @@ from stacking_ds.checkpoint.manifest import (
     package_versions,
     rank_file_name,
 )
-from stacking_ds.checkpoint.tensor_file import save_file
 from stacking_ds.console import first_of
 from stacking_ds.distributed.world import World
 from stacking_ds.errors import CheckpointError
@@ -42,7 +45,42 @@ from stacking_ds.files import DamagedFileError
 from stacking_ds.growth.transfer import capture
 from stacking_ds.sharding.fragments import Fragment
 
-__all__ = ["BackgroundSave", "save"]
+# ---- Write safetensors files: https://huggingface.co/docs/safetensors has the format.
+
+
+_ELEMENT_BYTES = 4
+
+
+def save_file(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write fp32 tensors of the CPU as the safetensors file `path`, one after the other."""
+    header, _ = safetensors_header({name: tuple(each.shape) for name, each in tensors.items()})
+    with path.open("wb") as file:
+        file.write(header)
+        for tensor in tensors.values():
+            file.write(little_endian_bytes(tensor))
+
+
+def safetensors_header(
+    shapes: Mapping[str, tuple[int, ...]], **metadata: str
+) -> tuple[bytes, dict[str, int]]:
+    """A file's bytes before its numbers, and the place in the file of each fp32 tensor."""
+    entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    places, end = {}, 0
+    for name, shape in shapes.items():
+        places[name], end = end, end + _ELEMENT_BYTES * math.prod(shape)
+        entries[name] = {"dtype": "F32", "shape": shape, "data_offsets": [places[name], end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the numbers are aligned
+    header = len(text).to_bytes(8, "little") + text
+    return header, {name: len(header) + place for name, place in places.items()}
+
+
+def little_endian_bytes(tensor: torch.Tensor) -> memoryview:
+    """The elements of a fp32 tensor of the CPU as a safetensors file has them."""
+    assert tensor.dtype == torch.float32
+    assert tensor.device.type == "cpu"
+    return tensor.detach().contiguous().numpy().astype("<f4", copy=False).data
+
 
 _PATIENCE_SECONDS = 10.0
 _MEET_SECONDS = 1.0

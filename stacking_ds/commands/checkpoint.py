@@ -6,8 +6,6 @@ import os
 import sys
 from pathlib import Path
 
-__all__ = ["add_checkpoint"]
-
 _DAMAGED = 2
 
 
@@ -60,7 +58,7 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from stacking_ds.checkpoint.chosen import choose, choose_all
+    from stacking_ds.checkpoint.folders import choose, choose_all
     from stacking_ds.checkpoint.listing import verify
 
     if options.all:
@@ -71,7 +69,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from stacking_ds.checkpoint.chosen import choose
+    from stacking_ds.checkpoint.folders import choose
     from stacking_ds.checkpoint.listing import contents, parameter_lines
 
     found = choose(options.run_dir, options.checkpoint)
@@ -84,8 +82,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _use(options: argparse.Namespace) -> int:
-    from stacking_ds.checkpoint.chosen import choose
-    from stacking_ds.checkpoint.folders import point_to
+    from stacking_ds.checkpoint.folders import choose, point_to
     from stacking_ds.checkpoint.listing import verify
     from stacking_ds.run import directory
 

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from stacking_ds.data.inspection import Overlap
     from stacking_ds.data.shards import TokenShards
 
-__all__ = ["add_data"]
 
 _SEQUENCE_LENGTH = 128
 
@@ -107,9 +106,9 @@ def _findings(
     workers: int,
 ) -> Iterator[tuple[str, Any]]:
     """Each part of the report by its name, as soon as it is known."""
-    from stacking_ds.data import inspection, row_inspection
+    from stacking_ds.data import inspection
+    from stacking_ds.data.inspection import shown_examples
     from stacking_ds.data.loader import PretrainingData, RowOptions
-    from stacking_ds.data.shown_examples import shown_examples
 
     train, heldout = shards.split("train"), shards.split("heldout")
     yield "folder", inspection.folder_facts(shards, options.verify)
@@ -120,10 +119,10 @@ def _findings(
     }
     rows = []
     for row in options_by_length.values():
-        rows.append(row_inspection.row_facts(train, row, workers))
+        rows.append(inspection.row_facts(train, row, workers))
         # a run evaluates on the first variant only
         one = replace(row, variants=1)
-        rows.append(row_inspection.row_facts(heldout, one, workers))
+        rows.append(inspection.row_facts(heldout, one, workers))
     yield "rows", rows
     seed = 0 if config is None else config.seed
     data = {
@@ -134,7 +133,7 @@ def _findings(
         yield "readings", None
     else:
         by_length = {facts.sequence_length: facts for facts in rows if facts.split == "train"}
-        yield "readings", row_inspection.readings(config, by_length)
+        yield "readings", inspection.readings(config, by_length)
         for phase in config.phase_schedule().phases:
             data[phase.sequence_length].require_rows(phase.global_batch_size)
     yield "examples", shown_examples(data[section.sequence_length], options.examples_shown)

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from stacking_ds.distributed.world import World
     from stacking_ds.doctor.examination import Examination
 
-__all__ = ["add_doctor", "report"]
 
 _FAILED = 2
 # who asks whether a rank is missing does not want to wait as long as a run would

@@ -3,8 +3,6 @@
 import argparse
 from pathlib import Path
 
-__all__ = ["add_launch"]
-
 
 def add_launch(parser: argparse.ArgumentParser) -> None:
     """Give `parser` the options; it sets `command`, which returns the exit code."""

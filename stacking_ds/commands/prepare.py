@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from stacking_ds.data.prepare.preparation import Progress
     from stacking_ds.data.shard_manifest import DataManifest
 
-__all__ = ["add_prepare"]
 
 _SECONDS_BETWEEN_LINES = 30
 

@@ -6,10 +6,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from stacking_ds.config.bundled import batch_scripts
+from stacking_ds.config.recipe import batch_scripts
 from stacking_ds.errors import ConfigError
-
-__all__ = ["add_slurm"]
 
 
 def add_slurm(parser: argparse.ArgumentParser) -> None:

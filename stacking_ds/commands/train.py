@@ -10,22 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from stacking_ds.errors import ConfigError, LostRankError, UserError
-from stacking_ds.process.compiler_caches import keep_caches_on_node
 from stacking_ds.process.exit import tell
 from stacking_ds.process.launcher_env import (
     local_rank_from_environment,
     rank_from_environment,
     world_size_from_environment,
 )
+from stacking_ds.process.runtime import keep_caches_on_node
 from stacking_ds.process.stop_signals import StopRequest
 from stacking_ds.run import attempts
-from stacking_ds.run.which_run import add_run_options, config_of, run_dir_of
+from stacking_ds.run.directory import add_run_options, config_of, run_dir_of
 
 if TYPE_CHECKING:
     from stacking_ds.distributed.world import World
     from stacking_ds.train.plan import CheckedRecipe, Job
-
-__all__ = ["add_train"]
 
 
 def add_train(parser: argparse.ArgumentParser) -> None:
@@ -86,7 +84,7 @@ def _train_on_ranks(options: argparse.Namespace, request: StopRequest) -> int:
         import stacking_ds.train.loop  # noqa: F401
     request.raise_if_interrupted()
     from stacking_ds.distributed import heartbeat, process_group
-    from stacking_ds.process.host_memory import keep_freed_memory
+    from stacking_ds.process.runtime import keep_freed_memory
 
     places: list[Path] = []
     world = process_group.start(timedelta(seconds=cluster.timeout_seconds))
@@ -127,7 +125,7 @@ def _train_in_world(
 ) -> None:
     job: Job = world.on_all(lambda: _checked_job(options, world.size))
     request.raise_if_interrupted()
-    from stacking_ds.doctor.agreement import require_alike
+    from stacking_ds.doctor.examination import require_alike
     from stacking_ds.train.loop import train
 
     run_dir = run_dir_of(options, job.config)

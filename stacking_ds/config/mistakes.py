@@ -4,12 +4,9 @@ typed, and in which line or which `--set`."""
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from stacking_ds.config.keys import declared, meant
-from stacking_ds.config.overrides import Override
+from stacking_ds.config.overrides import Override, declared, meant
 from stacking_ds.config.yaml_text import Scalar, Tree
 from stacking_ds.console import shortened
-
-__all__ = ["is_of_file", "sentences"]
 
 _Location = tuple[str, ...]
 

@@ -29,8 +29,6 @@ from stacking_ds.schedule.learning_rate import LearningRateSchedule
 from stacking_ds.schedule.phases import PhaseSchedule
 from stacking_ds.schedule.stages import StageSchedule
 
-__all__ = ["RunConfig", "changed_keys"]
-
 
 def _can_be_a_name(name: str) -> str:
     if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", name) is None:

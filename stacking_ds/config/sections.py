@@ -10,29 +10,6 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-__all__ = [
-    "LARGEST_LEARNING_RATE",
-    "ActivationCheckpointing",
-    "AttentionName",
-    "BatchSection",
-    "CheckpointSection",
-    "ClusterSection",
-    "DataSection",
-    "EngineSection",
-    "EvaluationSection",
-    "GrowthSection",
-    "KernelsName",
-    "LambKernelName",
-    "LambSection",
-    "LoggingSection",
-    "ModelSection",
-    "OptimizerSection",
-    "PhaseSection",
-    "ScheduleSection",
-    "Section",
-    "StageSection",
-]
-
 LARGEST_LEARNING_RATE = 100.0
 
 _MOST_STEPS = 10**12

@@ -14,8 +14,6 @@ import yaml
 
 from stacking_ds.console import shortened
 
-__all__ = ["Scalar", "Tree", "YamlTextError", "plain", "read_yaml", "write_yaml"]
-
 _MOST_VALUES = 10_000
 _DEEPEST = 32
 _MOST_DIGITS = 64

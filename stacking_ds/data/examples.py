@@ -29,17 +29,6 @@ from stacking_ds.data.counter_random import Words, derive_key, random_bits
 from stacking_ds.data.shards import TokenSplit
 from stacking_ds.errors import DataError
 
-__all__ = [
-    "MIN_SEQUENCE_LENGTH",
-    "ExampleKind",
-    "Examples",
-    "Passages",
-    "concatenate",
-    "cut_documents",
-    "cut_pairs",
-    "read_passages",
-]
-
 ExampleKind = Literal["pairs", "documents"]
 MIN_SEQUENCE_LENGTH = 8
 

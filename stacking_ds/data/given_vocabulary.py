@@ -25,8 +25,6 @@ from stacking_ds.data.tokenizer import (
 from stacking_ds.errors import DataError
 from stacking_ds.files import DamagedFileError, read_json
 
-__all__ = ["read_vocabulary"]
-
 _REMEDY = "take the vocabulary of a BERT, or train one with --vocab-size"
 # a vocabulary has few tokens that its text never spells; a few are someone's additions
 _STRANGE_SHARE = 0.01

@@ -10,13 +10,12 @@ from stacking_ds.data.inspection import (
     FolderFacts,
     LengthBin,
     Overlap,
+    Readings,
+    RowFacts,
+    ShownExample,
     SplitFacts,
 )
-from stacking_ds.data.row_inspection import Readings, RowFacts
 from stacking_ds.data.shard_manifest import MANY_UNKNOWN
-from stacking_ds.data.shown_examples import ShownExample
-
-__all__ = ["as_text"]
 
 _SOURCES_SHOWN, _PLACES_SHOWN = 8, 3
 _BAR, _LINE = 40, 100

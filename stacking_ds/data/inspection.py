@@ -6,28 +6,23 @@ results are plain records: `inspect_commands` prints them for people or as JSON.
 Shapes: D documents, S sentences, T tokens.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import decoders
 
+from stacking_ds.config.run import RunConfig
+from stacking_ds.data.batches import IGNORE_INDEX, Batch
 from stacking_ds.data.counter_random import derive_key, random_bits
+from stacking_ds.data.loader import PretrainingData, RowOptions
+from stacking_ds.data.row_store import open_layout
+from stacking_ds.data.rows import Layout
 from stacking_ds.data.shard_manifest import MANIFEST_NAME, Rejected, SourceFile, SplitName
 from stacking_ds.data.shards import TokenShards, TokenSplit
-from stacking_ds.data.tokenizer import Normalization
+from stacking_ds.data.tokenizer import Normalization, build_tokenizer
 from stacking_ds.errors import DataError
-
-__all__ = [
-    "REPEATS_FROM_TOKENS",
-    "FolderFacts",
-    "LengthBin",
-    "Overlap",
-    "SplitFacts",
-    "find_overlap",
-    "folder_facts",
-    "split_facts",
-]
 
 REPEATS_FROM_TOKENS = 8
 """Shorter sentences ("he said.") come again in any text, and say nothing about duplicates."""
@@ -235,3 +230,224 @@ def find_overlap(shards: TokenShards) -> Overlap:
         name = shards.manifest.train.shards[shard].name
         places += [f"{name}:{row}" for row in rows[: _PLACES - len(places)]]
     return Overlap(found, tuple(places))
+
+
+# ---- What rows a prepared folder makes, and how often a recipe will read it.
+
+
+_ROWS_AT_ONCE = 2**16
+_LENGTH_BINS = 8
+
+
+@dataclass(frozen=True)
+class RowFacts:
+    """The rows of one split and one sequence length; means over the variants."""
+
+    split: SplitName
+    sequence_length: int
+    variants: int
+    rows_per_epoch: float
+    examples_per_row: float
+    tokens_per_row: float
+    """[CLS] and [SEP] included."""
+    fill: float
+    """The share of the slots that hold a token."""
+    empty_slots_per_epoch: float
+    random_share: float | None
+    """Of the sentence pairs; None if there are none."""
+    example_lengths: tuple[LengthBin, ...]
+    """With [CLS] and [SEP], over all variants."""
+
+
+def row_facts(split: TokenSplit, options: RowOptions, workers: int = 1) -> RowFacts:
+    """Opens the layouts of these rows, and makes those that are not there.
+
+    Raises DataError when they cannot be made, or are none.
+    """
+    layouts = [
+        open_layout(split, options.layout(variant), workers) for variant in range(options.variants)
+    ]
+    variants, length = len(layouts), options.sequence_length
+    rows = sum(layout.num_rows for layout in layouts)
+    used = sum(layout.used_slots for layout in layouts)
+    random_pairs = sum(layout.total("random_pairs") for layout in layouts)
+    pairs = random_pairs + sum(layout.total("true_pairs") for layout in layouts)
+    return RowFacts(
+        split=split.name,
+        sequence_length=length,
+        variants=variants,
+        rows_per_epoch=rows / variants,
+        examples_per_row=sum(layout.total("examples") for layout in layouts) / rows,
+        tokens_per_row=used / rows,
+        fill=used / (rows * length),
+        empty_slots_per_epoch=(rows * length - used) / variants,
+        random_share=random_pairs / pairs if pairs else None,
+        example_lengths=_example_lengths(layouts, length),
+    )
+
+
+def _example_lengths(layouts: Sequence[Layout], sequence_length: int) -> tuple[LengthBin, ...]:
+    counts = np.zeros(sequence_length + 1, dtype=np.int64)
+    for layout in layouts:
+        for first in range(0, layout.num_rows, _ROWS_AT_ONCE):
+            rows_R = np.arange(first, min(first + _ROWS_AT_ONCE, layout.num_rows))
+            _, examples = layout.examples_of(rows_R)
+            counts += np.bincount(examples.slots, minlength=len(counts))
+    width = -(-sequence_length // _LENGTH_BINS)
+    bins: list[LengthBin] = []
+    for low in range(1, sequence_length + 1, width):
+        high = min(low + width - 1, sequence_length)
+        bins.append(LengthBin(low, high, int(counts[low : high + 1].sum())))
+    return tuple(bins)
+
+
+@dataclass(frozen=True)
+class PhaseReading:
+    """What the steps [start_step, end_step) of a run read."""
+
+    phase: int
+    start_step: int
+    end_step: int
+    sequence_length: int
+    global_batch_size: int
+    rows: int
+    first_epoch: float
+    """How many epochs of rows of this length earlier phases have read."""
+    epochs: float
+    tokens: float
+    """Expected: rows times the mean of the tokens in a row, [CLS] and [SEP] included."""
+    slots: int
+    """Padding included."""
+
+
+@dataclass(frozen=True)
+class Readings:
+    """A run's phases, and their sums. An epoch, of rows of whatever length, is once through the
+    text, so `epochs` is how often each document is read."""
+
+    phases: tuple[PhaseReading, ...]
+    steps: int
+    rows: int
+    epochs: float
+    tokens: float
+    slots: int
+
+
+def readings(config: RunConfig, rows_by_length: Mapping[int, RowFacts]) -> Readings:
+    """How often the run reads the training text; `rows_by_length` has each of its lengths.
+
+    Raises StageError for a schedule that cannot be trained.
+    """
+    steps = config.stage_schedule().total_steps
+    phases = []
+    for phase, end_step in config.phase_schedule().between(0, steps):
+        facts = rows_by_length[phase.sequence_length]
+        rows = phase.first_row(end_step) - phase.rows_before
+        phases.append(
+            PhaseReading(
+                phase=phase.index,
+                start_step=phase.start_step,
+                end_step=end_step,
+                sequence_length=phase.sequence_length,
+                global_batch_size=phase.global_batch_size,
+                rows=rows,
+                first_epoch=phase.rows_before / facts.rows_per_epoch,
+                epochs=rows / facts.rows_per_epoch,
+                tokens=rows * facts.tokens_per_row,
+                slots=rows * phase.sequence_length,
+            )
+        )
+    return Readings(
+        phases=tuple(phases),
+        steps=steps,
+        rows=sum(phase.rows for phase in phases),
+        epochs=sum(phase.epochs for phase in phases),
+        tokens=sum(phase.tokens for phase in phases),
+        slots=sum(phase.slots for phase in phases),
+    )
+
+
+# ---- Training examples as text, with what is masked in view.
+
+
+_CONTINUATION = "##"
+
+
+@dataclass(frozen=True)
+class ShownExample:
+    """One example of a batch. `follows` is the next-sentence label: True where B continues A, None
+    where there is no B."""
+
+    row: int
+    """In the order of the run, from 0."""
+    example: int
+    """Within the row, from 1."""
+    examples_in_row: int
+    row_fill: float
+    """The share of the row's slots that hold a token."""
+    first: str
+    second: str | None
+    follows: bool | None
+    masked: int
+    """Masked tokens."""
+
+
+def shown_examples(data: PretrainingData, count: int) -> list[ShownExample]:
+    """The first `count` examples that a run with this data reads, as its loader gives them; fewer
+    where an epoch has fewer rows."""
+    rows = min(count, data.num_rows)
+    if rows < 1:
+        return []
+    (batch,) = data.step(0, rows, micro_batch_size=rows).micro_batches
+    vocabulary = data.shards.vocabulary
+    return _shown(batch, vocabulary, build_tokenizer(vocabulary).decoder)[:count]
+
+
+def _shown(
+    batch: Batch, vocabulary: Sequence[str], decoder: decoders.Decoder
+) -> list[ShownExample]:
+    length = batch.input_ids_BS.shape[1]
+    labels = dict(zip(batch.mlm_positions_M.tolist(), batch.mlm_labels_M.tolist(), strict=True))
+    ids, types = batch.input_ids_BS.flatten().tolist(), batch.token_type_ids_BS.flatten().tolist()
+    shown = []
+    for start, label in zip(
+        batch.first_positions_E.tolist(), batch.next_sentence_label_E.tolist(), strict=True
+    ):
+        row = start // length
+        owner_S = batch.attention_mask_BS[row]
+        number = int(owner_S[start % length])
+        stop = start + int((owner_S == number).sum())
+        has_second = types[stop - 1] == 1
+        middle = types.index(1, start) if has_second else stop
+        # [CLS] A [SEP] is [start, middle), B [SEP] is [middle, stop)
+        first = _pieces(range(start + 1, middle - 1), ids, labels, vocabulary)
+        second = _pieces(range(middle, stop - 1), ids, labels, vocabulary)
+        shown.append(
+            ShownExample(
+                row=row,
+                example=number,
+                examples_in_row=int(owner_S.max()),
+                row_fill=float((owner_S > 0).double().mean()),
+                first=decoder.decode(first),
+                second=decoder.decode(second) if has_second else None,
+                follows=None if label == IGNORE_INDEX else label == 0,
+                masked=sum(position in labels for position in range(start, stop)),
+            )
+        )
+    return shown
+
+
+def _pieces(
+    positions: range, ids: Sequence[int], labels: Mapping[int, int], vocabulary: Sequence[str]
+) -> list[str]:
+    """The tokens at `positions`, a masked one in brackets, behind ## where it continues a word so
+    that the decoder joins it."""
+    pieces = []
+    for position in positions:
+        piece = vocabulary[ids[position]]
+        if position in labels:
+            hidden = vocabulary[labels[position]]
+            joined = _CONTINUATION if hidden.startswith(_CONTINUATION) else ""
+            piece = f"{joined}[{hidden}->{'MASK' if piece == '[MASK]' else piece}]"
+        pieces.append(piece)
+    return pieces

@@ -16,9 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from stacking_ds.config.sections import DataSection
-from stacking_ds.data.assembly import Assembler
-from stacking_ds.data.batch_split import rows_of_rank, split_batch
-from stacking_ds.data.batches import RankStep
+from stacking_ds.data.batches import Assembler, RankStep, rows_of_rank, split_batch
 from stacking_ds.data.counter_random import KeyedPermutation, Words, derive_key
 from stacking_ds.data.examples import ExampleKind, Examples, concatenate
 from stacking_ds.data.masking import MaskingName
@@ -29,14 +27,6 @@ from stacking_ds.data.shard_manifest import SplitName
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.errors import ConfigError, DataError
 from stacking_ds.schedule.phases import Phase
-
-__all__ = [
-    "EvaluationSteps",
-    "PretrainingData",
-    "PretrainingSteps",
-    "RowOptions",
-    "load_steps",
-]
 
 _ORDER, _MASK = range(2)
 # Held-out batches do not follow the run's seed: runs with different seeds share one yardstick.

@@ -30,8 +30,6 @@ from stacking_ds.data.counter_random import derive_key, integers_below, random_b
 from stacking_ds.data.tokenizer import special_ids
 from stacking_ds.errors import DataError
 
-__all__ = ["MaskingName", "MaskingVocabulary", "mask_tokens"]
-
 MaskingName = Literal["tokens", "whole_words", "spans"]
 Integers = NDArray[np.int64]
 Flags = NDArray[np.bool_]

@@ -24,12 +24,10 @@ import psutil
 import torch
 
 from stacking_ds.data.batches import RankStep
-from stacking_ds.data.orphans import end_with_parent
 from stacking_ds.errors import ConfigError, LoaderError, UserError
-from stacking_ds.process.host_memory import keep_freed_memory
+from stacking_ds.process.exit import end_with_parent
+from stacking_ds.process.runtime import keep_freed_memory
 from stacking_ds.process.stop_signals import STOP_SIGNALS
-
-__all__ = ["Patience", "PrefetchedSteps", "Steps"]
 
 _LOOK_SECONDS = 1.0
 # of the 30 that launchers give, for a worker that takes no processor time, and for any other

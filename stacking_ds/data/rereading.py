@@ -11,8 +11,6 @@ from stacking_ds.data.loader import PretrainingData
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.errors import DataError, UnreadableDataError
 
-__all__ = ["Rereading"]
-
 _SECONDS_TO_END = 10.0  # for the file that is being read
 _SECONDS_BETWEEN_TRIES = 300.0  # a file system that was away may be back
 

@@ -21,8 +21,6 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from stacking_ds.data.arrow_checks import only_batch
-from stacking_ds.data.arrow_numbers import numbers
 from stacking_ds.data.examples import ExampleKind, Examples, concatenate
 from stacking_ds.data.shard_manifest import (
     Count,
@@ -33,18 +31,9 @@ from stacking_ds.data.shard_manifest import (
     file_sha256,
     not_opened,
 )
+from stacking_ds.data.shards import numbers, only_batch
 from stacking_ds.errors import DataError
 from stacking_ds.files import DamagedFileError
-
-__all__ = [
-    "LAYOUT_VERSION",
-    "RECORD_NAME",
-    "Layout",
-    "LayoutRecord",
-    "LayoutSpec",
-    "PartRecord",
-    "ranges",
-]
 
 LAYOUT_VERSION = 1
 """Part of what a run's data are known by. Raise it whenever other rows come out of the shards."""

@@ -10,30 +10,6 @@ from stacking_ds.data.tokenizer import UNCASED, Normalization
 from stacking_ds.errors import DataError, UnreadableDataError, unreadable
 from stacking_ds.files import DamagedFileError, open_regular, read_text
 
-__all__ = [
-    "MANIFEST_NAME",
-    "MANY_UNKNOWN",
-    "UNFINISHED_NAME",
-    "Count",
-    "DataManifest",
-    "DocumentRule",
-    "DuplicatesFile",
-    "FileName",
-    "Positive",
-    "PrepareRequest",
-    "Record",
-    "Rejected",
-    "Sha256",
-    "ShardFile",
-    "SourceFile",
-    "SplitManifest",
-    "SplitName",
-    "VocabularyFile",
-    "file_sha256",
-    "not_opened",
-    "read_manifest",
-]
-
 MANIFEST_NAME = "manifest.json"
 # the folder inside a prepared one that is there until all is done
 UNFINISHED_NAME = ".unfinished"

@@ -20,15 +20,6 @@ from numpy.typing import DTypeLike, NDArray
 
 from stacking_ds.data.shard_manifest import ShardFile
 
-__all__ = [
-    "ShardWriter",
-    "remove_unfinished",
-    "sync_folder",
-    "token_dtype",
-    "write_arrow",
-    "write_file",
-]
-
 
 def token_dtype(vocab_size: int) -> DTypeLike:
     """The narrowest unsigned integers that hold every id of the vocabulary."""

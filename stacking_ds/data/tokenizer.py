@@ -24,19 +24,6 @@ from stacking_ds.console import shortened
 from stacking_ds.errors import DataError
 from stacking_ds.files import DamagedFileError, read_text
 
-__all__ = [
-    "SPECIAL_TOKENS",
-    "UNCASED",
-    "Normalization",
-    "SpecialIds",
-    "build_tokenizer",
-    "load_vocabulary",
-    "require_tokens",
-    "special_ids",
-    "train_wordpiece",
-    "vocabulary_sha256",
-]
-
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _CONTINUATION = "##"
 _MAX_ALPHABET = 1000

@@ -9,8 +9,6 @@ from stacking_ds.data.batches import RankStep
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.errors import DataError
 
-__all__ = ["unigram_log_probabilities", "unigram_mlm_loss"]
-
 
 def unigram_log_probabilities(shards: TokenShards) -> NDArray[np.float64]:
     """Natural logarithms of the tokens' shares in the training split, each counted once more than

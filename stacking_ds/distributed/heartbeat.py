@@ -21,16 +21,87 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Any
 
+import psutil
 import torch.distributed as dist
 
-from stacking_ds.distributed.awake_clock import AwakeClock
 from stacking_ds.distributed.lost_ranks import Fate, Missing, Seen, sentence, who_is_missing
 from stacking_ds.distributed.rendezvous import connect
-from stacking_ds.distributed.thread_progress import Progress
 from stacking_ds.distributed.world import World
 from stacking_ds.errors import EXIT_LOST_RANK, LostRankError
 
-__all__ = ["Watch", "is_lost_contact", "is_raised_by_all"]
+# ---- Time without this process's own pauses: SIGSTOP, a suspended job, a VM's stop, a
+# debugger's.
+
+
+class AwakeClock:
+    """Seconds in which this process ran, as far as whoever calls `look` regularly can tell.
+
+    Who was away itself has heard nothing of the others, which are not silent for that.
+    """
+
+    def __init__(self, longest_gap_seconds: float) -> None:
+        """`longest_gap_seconds`: what is more between two looks is a pause, and does not count."""
+        self._longest = longest_gap_seconds
+        # one object, so that another thread never sees half of it
+        self._last = (time.monotonic(), 0.0)
+
+    def look(self) -> float:
+        """Call it every now and then, from one thread; what `now` says."""
+        self._last = (time.monotonic(), self.now())
+        return self._last[1]
+
+    def now(self) -> float:
+        looked, seconds = self._last
+        return seconds + min(time.monotonic() - looked, self._longest)
+
+
+# ---- Does a thread get on? By the processor time that it, and processes started for it,
+# have taken.
+
+
+class Progress:
+    """Counts the looks at which the work under way had got on; 0 while there is none.
+
+    What is stuck, in a file system that hangs say, takes no processor time at all.
+    """
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._seconds = 0.0
+        self._count = 0
+        self._others: set[int] = set()
+
+    def look(self, thread: threading.Thread | None) -> int:
+        if thread is None or not thread.is_alive():
+            self._thread = None
+            return 0
+        try:
+            children = psutil.Process().children(recursive=True)
+            if thread is not self._thread:
+                self._thread, self._count, self._seconds = thread, 1, 0.0
+                # a loader's processes look up now and then, whatever this thread does
+                self._others = {child.pid for child in children}
+            started_for_it = [child for child in children if child.pid not in self._others]
+            seconds = _processor_seconds(thread, started_for_it)
+        except (OSError, psutil.Error):
+            return max(1, self._count)
+        if seconds > self._seconds:
+            self._seconds = seconds
+            self._count += 1
+        return self._count
+
+
+def _processor_seconds(thread: threading.Thread, processes: list[psutil.Process]) -> float:
+    seconds = sum(
+        own.user_time + own.system_time
+        for own in psutil.Process().threads()
+        if own.id == thread.native_id
+    )
+    for process in processes:
+        times = process.cpu_times()
+        seconds += times.user + times.system
+    return float(seconds)
+
 
 _LONGEST_INTERVAL_SECONDS = 2.0
 _INTERVALS_OF_SILENCE = 6  # at least so many beats may be missed

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Fate", "Missing", "Seen", "sentence", "who_is_missing"]
-
 _NAMED = 3
 _SHOWN_CHARACTERS = 300
 

@@ -10,14 +10,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from stacking_ds.distributed.addresses import interface_for_gloo
 from stacking_ds.distributed.heartbeat import is_lost_contact
-from stacking_ds.distributed.launchers import complete_environment
+from stacking_ds.distributed.launchers import complete_environment, interface_for_gloo
 from stacking_ds.distributed.rendezvous import agree, meet
 from stacking_ds.distributed.world import World
 from stacking_ds.errors import ConfigError, LostRankError
-
-__all__ = ["start", "stop"]
 
 _TIMEOUT = timedelta(minutes=10)
 # a watch, which names who is missing, is to speak before a collective gives up

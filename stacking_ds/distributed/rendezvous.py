@@ -17,8 +17,6 @@ import torch.distributed as dist
 from stacking_ds.errors import ConfigError, LostRankError
 from stacking_ds.process.launcher_env import by_srun
 
-__all__ = ["agree", "connect", "meet"]
-
 _NAMED = 3
 _FINE = "fine"
 _SECONDS_TO_READ = 3.0

@@ -11,8 +11,7 @@ import torch
 import torch.distributed as dist
 
 from stacking_ds.errors import UserError, is_mendable, mended_by
-
-__all__ = ["Pulse", "World"]
+from stacking_ds.process.stop_signals import StopRequest
 
 # well below any time-out, so that who waits for a slow rank hears of it in between
 _SECONDS_BETWEEN_WORDS = 5.0
@@ -218,3 +217,22 @@ def _sentence_of(error: OSError) -> Exception:
     if not is_mendable(error):
         return error
     return UserError(mended_by(error))
+
+
+# ---- All ranks stop at the same step, whichever of them was asked to.
+
+
+class StopFlag:
+    """Asked by all ranks at step, evaluation and growth boundaries."""
+
+    def __init__(self, world: World, request: StopRequest) -> None:
+        self._world, self._request = world, request
+
+    def agreed(self) -> bool:
+        """True on every rank once any rank was asked to stop (a collective).
+
+        Raises:
+            KeyboardInterrupt: this rank is to end at once, and what it did has swallowed that.
+        """
+        self._request.raise_if_interrupted()
+        return self._world.any(self._request.made)

@@ -8,19 +8,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = [
-    "Finding",
-    "Verdict",
-    "agreement",
-    "few",
-    "in_order",
-    "join_names",
-    "odd_ones",
-    "plural",
-    "the_others",
-    "told_problems",
-]
-
 Verdict = Literal["ok", "warning", "FAILED"]
 _NAMED = 3
 _SHOWN_CHARACTERS = 400

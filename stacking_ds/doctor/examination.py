@@ -9,20 +9,51 @@ from typing import Any
 import torch.distributed as dist
 
 from stacking_ds.distributed.world import World
-from stacking_ds.doctor import node_checks, world_checks
+from stacking_ds.doctor import checks
+from stacking_ds.doctor.checks import alike, by_name
 from stacking_ds.doctor.comparing import Finding
 from stacking_ds.doctor.facts import (
     NodeFacts,
     RankFacts,
     Subject,
+    alike_facts,
     all_facts,
     open_subject,
     rank_facts,
 )
 from stacking_ds.doctor.shared_folder import probe
 from stacking_ds.doctor.speed import Matmul, clock_offset, measure_all_reduce, measure_matmul
+from stacking_ds.errors import ConfigError
+from stacking_ds.train.plan import Job
 
-__all__ = ["Examination", "Request", "examine"]
+# ---- The part of `stacking-ds doctor` that `train` runs by itself: are the nodes alike?
+
+
+def require_alike(world: World, job: Job, run_dir: Path) -> None:
+    """Make sure that all nodes have the same versions, code, recipe and data, and room at the run
+    directory for a checkpoint. A collective.
+
+    Raises:
+        ConfigError: on every rank, naming the nodes that differ, in what, and what to do.
+    """
+    mine = None
+    if world.speaks_for_node:
+        facts = alike_facts(world, Subject.of(job, run_dir))
+        mine = facts.model_dump(exclude={"code_files"})
+    told = world.gather_on_first(mine)
+    world.on_first(lambda: _require(told))
+
+
+def _require(told: list[dict[str, object] | None]) -> None:
+    nodes = by_name([NodeFacts.model_validate(each) for each in told if each])
+    failed = [finding for finding in alike(nodes) if finding.verdict == "FAILED"]
+    if failed:
+        reasons = "; ".join(f"{each.check}: {each.text} ({each.remedy})" for each in failed)
+        raise ConfigError(
+            f"the nodes are not fit for this run: {reasons}. `stacking-ds doctor`, started in the "
+            f"same way, tells more"
+        )
+
 
 Say = Callable[[Finding], None]
 
@@ -87,7 +118,7 @@ def examine(
         node = all_facts(world, subject).model_dump()
     told = world.gather_on_first((node, rank_facts(world).model_dump()))
     found = Examination(
-        nodes=node_checks.by_name([NodeFacts.model_validate(each) for each, _ in told if each]),
+        nodes=checks.by_name([NodeFacts.model_validate(each) for each, _ in told if each]),
         ranks=[RankFacts.model_validate(each) for _, each in told],
     )
     if world.is_first:
@@ -105,26 +136,26 @@ def _checks(
     """The findings, on rank 0; every rank has to go through all of it."""
     names, first = found.names(), world.is_first
     if first:
-        yield from node_checks.alike(found.nodes)
+        yield from checks.alike(found.nodes)
     probing = probe(world, subject.run_dir)
     if probing is not None:
-        yield world_checks.run_directory(probing, names)
+        yield checks.run_directory(probing, names)
         if not probing.problem:
-            yield world_checks.locks(probing, names)
+            yield checks.locks(probing, names)
     if first:
-        yield from node_checks.own_way(found.nodes, found.ranks)
+        yield from checks.own_way(found.nodes, found.ranks)
     backend = str(dist.get_backend())
     if first:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        yield world_checks.network(found.nodes, backend, place)
+        yield checks.network(found.nodes, backend, place)
     offsets = world.gather_on_first(clock_offset(world))
     if first:
-        yield world_checks.clocks({names[rank]: offsets[rank] for rank in names})
+        yield checks.clocks({names[rank]: offsets[rank] for rank in names})
     products = world.gather_on_first(measure_matmul(world, precision).model_dump())
     if first:
         measured = [Matmul.model_validate(each) for each in products]
         found.measured["matrix_products"] = products
-        yield world_checks.matrix_products(measured, len(names))
+        yield checks.matrix_products(measured, len(names))
     if world.any(first and "FAILED" in {each.verdict for each in found.findings[-1:]}):
         return  # a rank that cannot compute would keep the others waiting
     speed = measure_all_reduce(world)
@@ -132,4 +163,4 @@ def _checks(
         if speed is not None:
             figures = {"bus_bytes_per_second": speed.bus_bytes_per_second}
             found.measured["all_reduce"] = asdict(speed) | figures
-        yield world_checks.all_reduce(speed, backend)
+        yield checks.all_reduce(speed, backend)

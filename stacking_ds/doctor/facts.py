@@ -23,24 +23,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch.cuda import nccl
 
 import stacking_ds
-from stacking_ds.config.bundled import ds_config_path
-from stacking_ds.config.recipe import load_run_config
+from stacking_ds.config.recipe import ds_config_path, load_run_config
 from stacking_ds.config.run import RunConfig
 from stacking_ds.distributed.world import World
 from stacking_ds.engine.ds_json import load_ds_config
 from stacking_ds.errors import DataError
 from stacking_ds.train.plan import Job
-
-__all__ = [
-    "NodeFacts",
-    "RankFacts",
-    "Subject",
-    "alike_facts",
-    "all_facts",
-    "nearest_existing",
-    "open_subject",
-    "rank_facts",
-]
 
 T = TypeVar("T")
 _PACKAGES = ("deepspeed", "numpy", "transformers", "tokenizers", "safetensors")

@@ -18,8 +18,6 @@ from pathlib import Path
 from stacking_ds.distributed.world import World
 from stacking_ds.doctor.facts import Told, nearest_existing
 
-__all__ = ["KEPT", "Answer", "Probing", "probe"]
-
 # network file systems show a new file a little later
 _PATIENCE_SECONDS = 10.0
 _LOCK = "lock"

@@ -17,8 +17,6 @@ from stacking_ds.distributed.world import World
 from stacking_ds.doctor.facts import Told
 from stacking_ds.train.sinks import measure_matmul_peak
 
-__all__ = ["AllReduce", "Matmul", "clock_offset", "measure_all_reduce", "measure_matmul"]
-
 _CLOCK_ROUNDS = 8
 _SMALL_BYTES = 4
 _LARGE_BYTES = {"cuda": 64 << 20, "cpu": 16 << 20}

@@ -14,11 +14,8 @@ import torch.distributed as dist
 
 from stacking_ds.engine.ds_settings import asks_for_log
 from stacking_ds.engine.zero import (
-    binding,
     compatibility,
     gradients,
-    groups_followed,
-    loss_scale,
     release,
     sharded_state,
     start,
@@ -26,13 +23,6 @@ from stacking_ds.engine.zero import (
 from stacking_ds.engine.zero.compatibility import deepspeed
 from stacking_ds.errors import ConfigError
 from stacking_ds.optim.lamb.optimizer import Lamb
-
-__all__ = [
-    "build_engine",
-    "release_engine",
-    "set_learning_rate",
-    "take_step",
-]
 
 
 def build_engine(
@@ -60,8 +50,8 @@ def build_engine(
         value_of = lambda name, shape: held[name]  # noqa: E731 - a method would need a class
     _prepare_process(show_log=asks_for_log(ds_config))
     start.import_muon()
-    groups_followed.follow_process_group()
-    binding.accept_under_zero(Lamb)
+    compatibility.follow_process_group()
+    gradients.accept_under_zero(Lamb)
     checked = _Checksum(value_of) if value_of is not None else None
     dtype = _LOW_PRECISION.get(low_precision or "", torch.float32)
     with sharded_state.without_stepping(optimizer):
@@ -78,12 +68,12 @@ def build_engine(
             raise ConfigError(f"DeepSpeed cannot build this engine: {error}") from error
     release.return_free_pages()  # what the parameters had before DeepSpeed flattened them
     sharded_state.reset_moments(engine)
-    loss_scale.mend_loss_scaling(engine)
+    sharded_state.mend_loss_scaling(engine)
     if isinstance(optimizer, Lamb):
         optimizer.bind(
-            binding.shards(engine),
-            binding.adder_over_ranks(engine),
-            binding.gradient_norm_at_step(engine),
+            gradients.shards(engine),
+            gradients.adder_over_ranks(engine),
+            gradients.gradient_norm_at_step(engine),
         )
         if not _same_on_all_ranks(zlib.crc32(optimizer.kernel.encode())):
             raise ConfigError(

@@ -12,8 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 from stacking_ds.errors import StageError
 
-__all__ = ["OPERATORS", "layer_map", "source_name"]
-
 _LAYER = re.compile(r"^(|.*\.)(encoder\.layer\.)(\d+)(\..*)$")
 
 

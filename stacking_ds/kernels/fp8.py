@@ -16,8 +16,6 @@ from torch.autograd.function import once_differentiable
 
 from stacking_ds.errors import ConfigError
 
-__all__ = ["linear_fp8", "require_fp8", "require_fp8_sizes"]
-
 _MULTIPLE = 16  # of bytes, that is elements, in a row that tensor cores read
 _CAPABILITY = (8, 9)  # NVIDIA's Ada generation; Hopper is 9.0
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # its inverse is finite: zeros stay zeros

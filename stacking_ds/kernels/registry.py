@@ -5,21 +5,47 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Protocol, get_args
 
 import torch
 from torch.nn import functional
 
-from stacking_ds.config.sections import EngineSection, KernelsName
+from stacking_ds.config.sections import ActivationCheckpointing, EngineSection, KernelsName
 from stacking_ds.errors import ConfigError
-from stacking_ds.kernels.apex_norm import ApexOperations, find_fused_layer_norm
 from stacking_ds.kernels.attention.choice import choose_attention
-from stacking_ds.kernels.compiled import CompiledOperations
-from stacking_ds.kernels.compute import Compute
+from stacking_ds.kernels.attention.loops import attend_loops
+from stacking_ds.kernels.attention.padded import attend_padded
+from stacking_ds.kernels.attention.sequences import Attend, Sequences
 from stacking_ds.kernels.fp8 import linear_fp8, require_fp8
+from stacking_ds.kernels.library_forms import (
+    ApexOperations,
+    CompiledOperations,
+    find_fused_layer_norm,
+)
 from stacking_ds.kernels.operations import LinearForm, Norm, Operations
 
-__all__ = ["choose_compute", "choose_operations"]
+# ---- How a model computes: the form of its operations and of its attention, and what it
+# keeps.
+
+
+def attend_anywhere(
+    qkv_T3ND: torch.Tensor, sequences: Sequences, dropout_prob: float
+) -> torch.Tensor:
+    """`Attend` that runs wherever the tokens are, for a model that nobody chose kernels for."""
+    attend = attend_loops if qkv_T3ND.device.type == "cpu" else attend_padded
+    return attend(qkv_T3ND, sequences, dropout_prob)
+
+
+@dataclass(frozen=True)
+class Compute:
+    """What a `BertForPreTraining` computes with; by default, what runs everywhere."""
+
+    operations: Operations = field(default_factory=Operations)
+    attend: Attend = attend_anywhere
+    activation_checkpointing: ActivationCheckpointing = "none"
+    cuda_graphs: bool = False
+
 
 logger = logging.getLogger("stacking_ds")
 

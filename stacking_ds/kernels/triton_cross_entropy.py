@@ -20,8 +20,6 @@ from triton.language import constexpr, tensor
 
 from stacking_ds.kernels.cross_entropy import IGNORED_LABEL, LOGITS_GONE
 
-__all__ = ["FORMS", "TYPES", "cross_entropy_sum", "options", "traffic"]
-
 _IGNORED = constexpr(IGNORED_LABEL)
 
 # 16 elements a thread: what several programs on a processor have on the way at once keeps memory

@@ -17,11 +17,8 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 from triton.language import constexpr, tensor
 
-from stacking_ds.kernels.triton_columns import WALKING, column_sums, walkers
-from stacking_ds.kernels.triton_dropout import draw_seed, dropped
 from stacking_ds.kernels.triton_norm import moments, norm_gradient, options, records, statistics
-
-__all__ = ["FORMS", "TYPES", "embed", "options", "traffic"]
+from stacking_ds.kernels.triton_sums import WALKING, column_sums, draw_seed, dropped, walkers
 
 
 def _jit(function: Callable[..., Any]) -> Any:

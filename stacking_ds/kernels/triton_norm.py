@@ -17,13 +17,7 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 from triton.language import constexpr, tensor
 
-from stacking_ds.kernels.triton_columns import WALKING, column_sums, walkers
-from stacking_ds.kernels.triton_dropout import draw_seed, dropped
-
-__all__ = [
-    "FORMS", "TYPES", "bias_dropout_add", "bias_dropout_add_norm", "moments",
-    "norm_gradient", "options", "records", "statistics", "traffic",
-]  # fmt: skip
+from stacking_ds.kernels.triton_sums import WALKING, column_sums, draw_seed, dropped, walkers
 
 # A program's tile: 16 elements a thread, so that with two tensors to read four loads of 16 bytes
 # are on the way at once.

@@ -1,16 +1,156 @@
 """The operations of a BERT with everything between two matrix products in one Triton kernel."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import triton
+import triton.language as tl
+from torch.autograd.function import once_differentiable
+from triton.language import constexpr, tensor
 
 from stacking_ds.kernels.operations import EmbeddingTables, Norm, Operations, Weights
 from stacking_ds.kernels.triton_cross_entropy import cross_entropy_sum
 from stacking_ds.kernels.triton_embedding import embed
-from stacking_ds.kernels.triton_gelu import bias_gelu
 from stacking_ds.kernels.triton_norm import bias_dropout_add, bias_dropout_add_norm
+from stacking_ds.kernels.triton_sums import column_sums, walkers
 
-__all__ = ["TritonOperations"]
+# ---- GELU of a projection and its bias, in Triton: a read and a write forward, one read
+# more back.
+
+
+# A program's tile: 8 elements a thread, which are a load of 16 bytes. With 16 elements and half
+# the warps ptxas spills for some GPUs.
+_TILE_ELEMENTS = 2048
+_WARPS = 8
+_COLUMNS = 512  # a divisor of usual intermediate sizes: no lane is idle
+
+SQRT_HALF = constexpr(0.7071067811865476)
+INVERSE_SQRT_TWO_PI = constexpr(0.3989422804014327)
+
+
+def _jit(function: Callable[..., Any]) -> Any:
+    # without padding every micro-batch has another number of tokens
+    return triton.jit(function, do_not_specialize=["tokens"])
+
+
+# --------------------------------------------------------------------------- on the device
+
+
+@_jit
+def _normal_distribution(x: tensor) -> tensor:
+    return 0.5 * (1.0 + tl.erf(x * SQRT_HALF))
+
+
+@_jit
+def gelu_kernel(
+    inner_TF: tensor, bias_F: tensor, out_TF: tensor, tokens: tensor,
+    F: constexpr, COLUMNS: constexpr, ROWS: constexpr,
+) -> None:  # fmt: skip
+    """One tile; those beside one another in memory follow one another."""
+    COLUMN_BLOCKS: constexpr = (F + COLUMNS - 1) // COLUMNS
+    columns = tl.program_id(0) % COLUMN_BLOCKS * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    rows = tl.program_id(0) // COLUMN_BLOCKS * ROWS + tl.arange(0, ROWS)[:, None]
+    inside = (rows < tokens) & (columns < F)
+    at = rows.to(tl.int64) * F + columns
+    bias = tl.load(bias_F + columns, mask=columns < F, other=0.0).to(tl.float32)
+    x = tl.load(inner_TF + at, mask=inside, other=0.0).to(tl.float32) + bias
+    tl.store(out_TF + at, x * _normal_distribution(x), mask=inside)
+
+
+@_jit
+def gelu_backward_kernel(
+    d_out_TF: tensor, inner_TF: tensor, bias_F: tensor, d_inner_TF: tensor, partial_1PF: tensor,
+    tokens: tensor, F: constexpr, COLUMNS: constexpr, ROWS: constexpr,
+) -> None:  # fmt: skip
+    """One block of columns of every P-th block of rows."""
+    COLUMN_BLOCKS: constexpr = (F + COLUMNS - 1) // COLUMNS
+    walker, step = tl.program_id(0) // COLUMN_BLOCKS, tl.num_programs(0) // COLUMN_BLOCKS * ROWS
+    columns = tl.program_id(0) % COLUMN_BLOCKS * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    bias = tl.load(bias_F + columns, mask=columns < F, other=0.0).to(tl.float32)
+    d_bias = tl.zeros([1, COLUMNS], tl.float32)
+    for start in range(walker * ROWS, tokens, step):
+        rows = start + tl.arange(0, ROWS)[:, None]
+        inside = (rows < tokens) & (columns < F)
+        at = rows.to(tl.int64) * F + columns
+        d_out = tl.load(d_out_TF + at, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(inner_TF + at, mask=inside, other=0.0).to(tl.float32) + bias
+        density = INVERSE_SQRT_TWO_PI * tl.exp(-0.5 * x * x)
+        d_inner = d_out * (_normal_distribution(x) + x * density)
+        tl.store(d_inner_TF + at, d_inner, mask=inside)
+        d_bias += tl.sum(d_inner, 0, keep_dims=True)
+    tl.store(partial_1PF + walker * F + columns, d_bias, mask=columns < F)
+
+
+# For compiling where there is no GPU: the arguments' types, "x" being the dtype of activations
+# and parameters; the kernels' constants by form; and the rest by `options`.
+TYPES = {"inner_TF": "*x", "bias_F": "*x", "out_TF": "*x", "tokens": "i32"}
+TYPES |= {"d_out_TF": "*x", "d_inner_TF": "*x", "partial_1PF": "*fp32"}
+FORMS: list[tuple[Any, dict[str, Any]]] = [(gelu_kernel, {}), (gelu_backward_kernel, {})]
+
+
+# --------------------------------------------------------------------------- on the host
+
+
+def options(width: int) -> dict[str, Any]:
+    """How the kernels are compiled and cut for rows of `width`."""
+    columns = min(_COLUMNS, max(16, triton.next_power_of_2(width)))
+    tile = {"F": width, "COLUMNS": columns, "ROWS": _TILE_ELEMENTS // columns}
+    return {**tile, "num_warps": _WARPS, "enable_fp_fusion": True}
+
+
+def traffic(tokens: int, width: int, itemsize: int) -> tuple[int, int]:
+    """Bytes that must cross memory, forward and backward.
+
+    Every tensor once: what is read and what is written. The programs' partial sums are workspace,
+    so time spent on them shows as bandwidth lost.
+    """
+    rows, parameter = tokens * width * itemsize, width * itemsize
+    return 2 * rows + parameter, 3 * rows + 2 * parameter
+
+
+def bias_gelu(inner_TF: torch.Tensor, bias_F: torch.Tensor) -> torch.Tensor:
+    """gelu(inner + bias), computed in fp32, in inner's dtype: T,F.
+
+    Args:
+        inner_TF: a projection without its bias.
+        bias_F: added to each row.
+    """
+    assert inner_TF.shape[1:] == bias_F.shape, (inner_TF.shape, bias_F.shape)
+    made = _BiasGelu.apply(inner_TF.contiguous(), bias_F.contiguous())  # type: ignore[no-untyped-call]
+    out_TF: torch.Tensor = made
+    return out_TF
+
+
+class _BiasGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inner_TF: torch.Tensor, bias_F: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(inner_TF, bias_F)
+        (tokens, width), out_TF = inner_TF.shape, torch.empty_like(inner_TF)
+        how = options(width)
+        grid = (triton.cdiv(width, how["COLUMNS"]) * triton.cdiv(tokens, how["ROWS"]),)
+        if tokens:
+            with torch.cuda.device(inner_TF.get_device()):
+                gelu_kernel[grid](inner_TF, bias_F, out_TF, tokens, **how)
+        return out_TF
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out_TF: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        inner_TF, bias_F = ctx.saved_tensors
+        d_out_TF, d_inner_TF = d_out_TF.contiguous(), torch.empty_like(inner_TF)
+        (tokens, width), device = inner_TF.shape, inner_TF.device
+        how = options(width)
+        column_blocks = triton.cdiv(width, how["COLUMNS"])
+        tiles = column_blocks * triton.cdiv(tokens, how["ROWS"])
+        programs = triton.cdiv(walkers(device, tiles), column_blocks)
+        partial_1PF = torch.empty(1, programs, width, dtype=torch.float32, device=device)
+        if tokens:
+            tensors = d_out_TF, inner_TF, bias_F, d_inner_TF, partial_1PF
+            with torch.cuda.device(inner_TF.get_device()):
+                gelu_backward_kernel[(column_blocks * programs,)](*tensors, tokens, **how)
+        return d_inner_TF, *column_sums(partial_1PF, bias_F.dtype)
 
 
 @dataclass(frozen=True)

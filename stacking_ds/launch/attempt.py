@@ -1,27 +1,187 @@
 """One attempt: the hosts that answer, DeepSpeed's runner on them, and nothing left behind."""
 
 import contextlib
+import json
 import os
 import secrets
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 from stacking_ds.console import first_of
 from stacking_ds.errors import ConfigError
-from stacking_ds.launch.census import Census
-from stacking_ds.launch.hostfile import Host, read_hostfile
-from stacking_ds.launch.part_ended import PartEnded
-from stacking_ds.launch.request import Request
+from stacking_ds.launch.hosts import Answer, Host, read_hostfile, run_on_hosts
+from stacking_ds.launch.request import PACKAGE_FOLDER, Patience, Request
 from stacking_ds.launch.runner import prepare_local, prepare_on_hosts
-from stacking_ds.launch.signals import StopSignals
-from stacking_ds.launch.ssh import run_on_hosts
+from stacking_ds.launch.sweep import Action, Found, sweep
+from stacking_ds.process.stop_signals import STOP_SIGNALS
 
-__all__ = ["run_attempt", "say", "usable_hosts"]
+# ---- Remembers that the launcher was asked to stop, and how urgently.
+
+
+_SIGNAL_GLANCE_SECONDS = 0.1
+
+
+class StopSignals:
+    """SIGINT, SIGTERM, SIGUSR1 and, without nohup, SIGHUP ask to stop; a second SIGINT at once.
+
+    For the main thread, which has to look: `asked_by` is None until asked, `at_once` False.
+    """
+
+    def __init__(self) -> None:
+        self.asked_by: signal.Signals | None = None
+        self.at_once = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        assert threading.current_thread() is threading.main_thread()
+        for number in STOP_SIGNALS:
+            # nohup is meant to outlive the terminal
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.asked_by is signal.SIGINT:
+            self.at_once = True
+        if self.asked_by is not signal.SIGINT:
+            self.asked_by = signal.Signals(number)
+
+    def wait(self, seconds: float) -> bool:
+        """Wait that long, or until asked; True if asked."""
+        before, deadline = (self.asked_by, self.at_once), time.monotonic() + seconds
+        while (self.asked_by, self.at_once) == before and time.monotonic() < deadline:
+            time.sleep(min(_SIGNAL_GLANCE_SECONDS, seconds))
+        return self.asked_by is not None
+
+
+# ---- What is left of an attempt on all of its hosts and on this machine.
+
+
+@dataclass(frozen=True)
+class Count:
+    """The marked processes by host (this machine is ""), and the hosts that did not say."""
+
+    found: dict[str, Found]
+    silent: dict[str, str]
+
+    @property
+    def processes(self) -> int:
+        return sum(found.processes for found in self.found.values())
+
+    @property
+    def ranks(self) -> set[int]:
+        return {rank for found in self.found.values() for rank in found.ranks}
+
+    def places(self) -> str:
+        """Where there are processes, for people."""
+        return first_of(
+            [host or "this machine" for host, found in self.found.items() if found.processes]
+        )
+
+
+class Census:
+    """Asks the same hosts about the same marker again and again."""
+
+    def __init__(
+        self, hosts: Sequence[str], marker: str, *, port: int | None, seconds: float
+    ) -> None:
+        self._hosts, self._marker = list(hosts), marker
+        self._port, self._seconds = port, seconds
+
+    def take(self, action: Action = "count") -> Count:
+        """Do `action` (see `sweep`) everywhere, at once; what was found before it."""
+        found, silent = {}, {}
+        if self._hosts:
+            command = (
+                f"env PYTHONPATH={PACKAGE_FOLDER} {sys.executable} -P -m stacking_ds.launch.sweep "
+                f"{self._marker} --action {action}"
+            )
+            for answer in run_on_hosts(
+                self._hosts, command, port=self._port, seconds=self._seconds
+            ):
+                heard = _read(answer)
+                if heard is None:
+                    silent[answer.host] = answer.trouble or f"it said {answer.output[:80]!r}"
+                else:
+                    found[answer.host] = heard
+        # last, since a runner that is killed takes the way to the other hosts with it; and a rank
+        # is asked to stop once, which it was already if this machine is one of the hosts
+        asking = self._hosts and action in ("stop-ranks", "stop")
+        found[""] = sweep(self._marker, "count" if asking else action)
+        return Count(found, silent)
+
+
+def _read(answer: Answer) -> Found | None:
+    if answer.trouble is not None:
+        return None
+    try:
+        # what a shell's start-up files print comes before
+        raw = json.loads(answer.output.strip().splitlines()[-1])
+        return Found(int(raw["processes"]), tuple(raw["ranks"]))
+    except (ValueError, LookupError, TypeError):
+        return None
+
+
+# ---- Notices an attempt of which a part has ended, while the rest would wait for ever.
+
+
+class PartEnded:
+    """To be asked again and again while the runner runs."""
+
+    def __init__(
+        self, census: Census, run_has_ended: Callable[[], bool], patience: Patience
+    ) -> None:
+        """`run_has_ended`: whether the run's own records say so."""
+        self._census, self._run_has_ended, self._patience = census, run_has_ended, patience
+        now = time.monotonic()
+        self._look_at, self._count_at = now + patience.look_seconds, now + patience.count_seconds
+        self._ended_at: float | None = None
+        self._seen: dict[str, set[int]] = {}
+        self._gone_since: dict[int, float] = {}
+
+    def reason(self) -> str | None:
+        """Why the rest is not to be waited for any longer, for people; None while it is."""
+        now = time.monotonic()
+        if now >= self._look_at:
+            self._look_at = now + self._patience.look_seconds
+            if self._ended_at is None and self._run_has_ended():
+                self._ended_at = now
+        if self._ended_at is not None and now - self._ended_at > self._patience.end_seconds:
+            return "the run has ended, and a part of its processes has not"
+        if now < self._count_at:
+            return None
+        self._count_at = now + self._patience.count_seconds
+        gone = sorted(self._gone_for_long(now))
+        if not gone:
+            return None
+        ranks = len(set().union(*self._seen.values()))
+        return f"{len(gone)} of {ranks} ranks have ended, rank {gone[0]} among them"
+
+    def _gone_for_long(self, now: float) -> list[int]:
+        """The ranks that their host, when it was asked twice, said it has no longer."""
+        # by host: one that does not answer says nothing about its ranks
+        gone: set[int] = set()
+        for host, found in self._census.take().found.items():
+            seen = self._seen.setdefault(host, set())
+            gone |= seen - set(found.ranks)
+            seen.update(found.ranks)
+        self._gone_since = {rank: self._gone_since.get(rank, now) for rank in gone}
+        long = self._patience.count_seconds
+        return [rank for rank, since in self._gone_since.items() if now - since >= long]
+
 
 _GLANCE_SECONDS = 0.2
 

@@ -11,11 +11,8 @@ from pathlib import Path
 
 import stacking_ds
 from stacking_ds.errors import ConfigError, UserError
-from stacking_ds.launch.environment import parse_assignments
-from stacking_ds.launch.words import require_plain
-from stacking_ds.run.which_run import add_run_options, run_dir_of
-
-__all__ = ["PACKAGE_FOLDER", "Patience", "Request", "tracked_run", "with_resume"]
+from stacking_ds.launch.environment import parse_assignments, require_plain
+from stacking_ds.run.directory import add_run_options, run_dir_of
 
 PACKAGE_FOLDER = Path(stacking_ds.__file__).parents[1]
 

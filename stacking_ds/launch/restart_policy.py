@@ -21,8 +21,6 @@ from stacking_ds.run.attempts import (
     read_records,
 )
 
-__all__ = ["Verdict", "add_again", "judge", "verdict_of_this_job"]
-
 _EXIT_AGAIN, _EXIT_NOT_AGAIN, _EXIT_COMPLETE = 0, 1, 3  # 2 is a UserError's
 
 _MOST_UNSAVED = 9

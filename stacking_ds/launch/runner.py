@@ -8,13 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from stacking_ds.errors import ConfigError
-from stacking_ds.launch.environment import draw_environment, hosts_environment, parse_assignments
-from stacking_ds.launch.hostfile import Host, draw_hostfile
+from stacking_ds.launch.environment import (
+    draw_environment,
+    hosts_environment,
+    parse_assignments,
+    passable,
+)
+from stacking_ds.launch.hosts import Host, draw_hostfile
 from stacking_ds.launch.request import Request
 from stacking_ds.launch.sweep import MARKER_VARIABLE
-from stacking_ds.launch.words import passable
-
-__all__ = ["prepare_local", "prepare_on_hosts"]
 
 # without them pdsh, and mpirun, wait for ever for a host whose cable was pulled
 _SSH = "-o ServerAliveInterval=5 -o ServerAliveCountMax=3 -o BatchMode=yes"

@@ -6,13 +6,10 @@ from pathlib import Path
 
 from stacking_ds.errors import UserError
 from stacking_ds.launch import restart_policy
-from stacking_ds.launch.attempt import run_attempt, say, usable_hosts
+from stacking_ds.launch.attempt import StopSignals, run_attempt, say, usable_hosts
 from stacking_ds.launch.environment import parse_assignments, secret_names
 from stacking_ds.launch.request import Request, tracked_run, with_resume
-from stacking_ds.launch.signals import StopSignals
 from stacking_ds.run import attempts
-
-__all__ = ["supervise"]
 
 _FAILURE = 1
 

@@ -17,8 +17,6 @@ from typing import Literal
 
 import psutil
 
-__all__ = ["ACTIONS", "MARKER_VARIABLE", "Action", "Found", "sweep"]
-
 MARKER_VARIABLE = "STACKING_DS_LAUNCH"
 
 Action = Literal["count", "stop-ranks", "stop", "kill"]

@@ -1,6 +1,6 @@
 """BERT with its two pre-training heads, written for speed and knowing no ranks.
 
-Devlin et al. 2019, under Hugging Face's parameter names (`model/parameter_names.py` has the one
+Devlin et al. 2019, under Hugging Face's parameter names (`model/parameters.py` has the one
 table of what differs). Rows come in and their padding is left behind: everything is computed on
 the tokens of all rows, one example behind the other.
 
@@ -15,15 +15,13 @@ from torch import nn
 from torch.nn import functional
 
 from stacking_ds.errors import ConfigError
-from stacking_ds.kernels.compute import Compute
+from stacking_ds.kernels.cross_entropy import vocabulary_logits
 from stacking_ds.kernels.operations import EmbeddingTables
-from stacking_ds.kernels.vocabulary_product import vocabulary_logits
+from stacking_ds.kernels.registry import Compute
 from stacking_ds.model.bert_config import BertConfig
-from stacking_ds.model.initialization import initialize_parameters
 from stacking_ds.model.layer import Encoder, GatheredWhole, layer_norm, norm_of, weights_of
+from stacking_ds.model.parameters import initialize_parameters
 from stacking_ds.model.unpadding import Tokens, unpad
-
-__all__ = ["BertForPreTraining", "parameter_shapes"]
 
 
 class _Embeddings(GatheredWhole):

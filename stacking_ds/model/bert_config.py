@@ -5,8 +5,6 @@ from typing import Literal, get_args
 
 from stacking_ds.errors import ConfigError
 
-__all__ = ["BertConfig", "LayerNormPosition"]
-
 LayerNormPosition = Literal["post", "pre"]
 
 

@@ -18,8 +18,6 @@ from torch.func import functional_call
 
 from stacking_ds.kernels.attention.sequences import Sequences
 
-__all__ = ["GraphedLayers", "fill_up"]
-
 Graphed = Callable[..., torch.Tensor]
 Capture = Callable[[tuple[Callable[..., torch.Tensor], ...], tuple[Any, ...]], tuple[Graphed, ...]]
 

@@ -19,12 +19,10 @@ from torch.utils.checkpoint import (
 )
 
 from stacking_ds.kernels.attention.sequences import Sequences
-from stacking_ds.kernels.compute import Compute
 from stacking_ds.kernels.operations import Norm, Operations, Weights
+from stacking_ds.kernels.registry import Compute
 from stacking_ds.model.bert_config import BertConfig
 from stacking_ds.model.graphs import GraphedLayers
-
-__all__ = ["Encoder", "GatheredWhole", "layer_norm", "norm_of", "weights_of"]
 
 
 class GatheredWhole(nn.Module):

@@ -12,8 +12,6 @@ from torch.nn import functional
 from stacking_ds.kernels.cross_entropy import IGNORED_LABEL
 from stacking_ds.kernels.operations import Operations
 
-__all__ = ["IGNORED_LABEL", "PretrainingLoss", "pretraining_loss"]
-
 
 class PretrainingLoss(NamedTuple):
     """Summed cross-entropies in nats: fp32 scalars, exactly 0 where there is no target."""

@@ -9,8 +9,6 @@ import torch
 
 from stacking_ds.kernels.attention.sequences import Sequences
 
-__all__ = ["Tokens", "unpad"]
-
 
 @dataclass(frozen=True)
 class Tokens:

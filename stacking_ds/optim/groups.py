@@ -11,8 +11,6 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["OUTSIDE", "parameter_groups", "place_of"]
-
 OUTSIDE = "outside"
 _LAYER_PLACE = "layer."
 

@@ -10,8 +10,6 @@ from stacking_ds.config.sections import OptimizerSection
 from stacking_ds.optim.groups import parameter_groups
 from stacking_ds.optim.lamb.optimizer import Lamb
 
-__all__ = ["build_optimizer"]
-
 
 def build_optimizer(
     config: OptimizerSection, named_parameters: Iterable[tuple[str, nn.Parameter]]

@@ -1,6 +1,9 @@
 """How a program ends: each error as a sentence, said once, and an exit code."""
 
+import multiprocessing
+import os
 import sys
+import threading
 
 from stacking_ds.errors import (
     EXIT_FAILURE,
@@ -17,7 +20,20 @@ from stacking_ds.errors import (
 from stacking_ds.process.launcher_env import local_rank_from_environment, rank_from_environment
 from stacking_ds.process.stop_signals import INTERRUPTED
 
-__all__ = ["tell"]
+# ---- Worker processes that end when the process that started them does.
+
+
+def end_with_parent() -> None:
+    """Call it in a process of `multiprocessing`'s. Nobody else ends a worker that hears no signals;
+    it would wait for work, or for who takes it, for ever."""
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, name="parent", daemon=True).start()
 
 
 def tell(error: BaseException) -> int | None:

@@ -5,15 +5,6 @@ Without torch, since it is asked for errors too.
 
 import os
 
-__all__ = [
-    "HYDRA_SIZE",
-    "OPEN_MPI_SIZE",
-    "by_srun",
-    "local_rank_from_environment",
-    "rank_from_environment",
-    "world_size_from_environment",
-]
-
 # what Open MPI, and MPICH and its relatives, tell a process they started
 OPEN_MPI_SIZE, HYDRA_SIZE = "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"
 

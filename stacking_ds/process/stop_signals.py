@@ -20,8 +20,6 @@ from typing import Any, Literal
 
 from stacking_ds.process.launcher_env import local_rank_from_environment, rank_from_environment
 
-__all__ = ["INTERRUPTED", "STOP_SIGNALS", "StopRequest"]
-
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 """What launchers, schedulers and terminals send to every process of a run."""
 INTERRUPTED = 130

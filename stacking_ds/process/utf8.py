@@ -12,8 +12,6 @@ from pathlib import Path
 
 from stacking_ds.errors import ConfigError
 
-__all__ = ["check_names", "is_utf8", "readable_name", "steady_streams"]
-
 
 def is_utf8(name: str | Path) -> bool:
     """Whether the name can be written as text."""

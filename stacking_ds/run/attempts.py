@@ -22,22 +22,6 @@ from stacking_ds.errors import UserError
 from stacking_ds.files import DamagedFileError, PassedOver, is_count, read_json_lines
 from stacking_ds.run.metrics_file import last_step
 
-__all__ = [
-    "ATTEMPTS_FILE",
-    "End",
-    "Outcome",
-    "Record",
-    "add",
-    "begun",
-    "count",
-    "ended",
-    "last_end",
-    "outcome_since",
-    "passed_over",
-    "read_records",
-    "told",
-]
-
 ATTEMPTS_FILE = "attempts.jsonl"
 
 Outcome = Literal["complete", "stopped", "user_error", "not_finite", "lost", "failed"]

@@ -19,8 +19,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-__all__ = ["Course", "Judgement", "finite_or_none", "judge"]
-
 _ABOVE_BLIND_NATS = 1.0  # fresh weights are up to half of it above ln V
 _LOST_SHARE, _LOST_NATS = 0.5, 0.2  # a boundary that works costs a tenth
 _TRAIN_RISE_NATS = 2.0  # a line may be of one small batch

@@ -16,8 +16,6 @@ from stacking_ds.data.shards import TokenShards
 from stacking_ds.errors import CheckpointError, DataError
 from stacking_ds.files import DamagedFileError, read_text
 
-__all__ = ["choose", "keep"]
-
 _FOLDER, _SUMS, _VOCABULARY = "tokenizer", "SHA256SUMS", "vocab.txt"
 
 

@@ -5,8 +5,6 @@ import logging
 import sys
 from typing import Any, TextIO
 
-__all__ = ["RunLog"]
-
 logger = logging.getLogger("stacking_ds")
 
 

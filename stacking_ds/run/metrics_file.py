@@ -18,8 +18,6 @@ from stacking_ds.files import (
     read_json_lines,
 )
 
-__all__ = ["METRICS_FILE", "drop_after", "last_step", "read_metrics"]
-
 METRICS_FILE = "metrics.jsonl"
 _TAIL_BYTES = 2**20
 

@@ -12,8 +12,6 @@ from stacking_ds.run.divergence import judge
 from stacking_ds.run.metrics_file import METRICS_FILE, read_metrics
 from stacking_ds.schedule.stages import Stage
 
-__all__ = ["run_table"]
-
 _COLUMNS = (
     "stage",
     "layers",

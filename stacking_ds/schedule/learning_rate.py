@@ -11,8 +11,6 @@ from typing import Literal, get_args
 
 from stacking_ds.errors import ConfigError, StageError
 
-__all__ = ["AtBoundary", "LearningRateSchedule", "Shape", "learning_rate_at"]
-
 Shape = Literal["linear", "cosine", "constant", "wsd"]
 AtBoundary = Literal["continue", "rewarm"]
 

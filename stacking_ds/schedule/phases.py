@@ -13,8 +13,6 @@ from dataclasses import dataclass
 
 from stacking_ds.errors import ConfigError, StageError
 
-__all__ = ["Phase", "PhaseSchedule"]
-
 
 @dataclass(frozen=True)
 class Phase:

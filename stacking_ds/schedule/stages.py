@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 from stacking_ds.errors import StageError
 
-__all__ = ["Stage", "StageSchedule"]
-
 _PICTURE_COLUMNS = 60
 
 

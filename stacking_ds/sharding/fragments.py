@@ -15,23 +15,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-__all__ = [
-    "MASTER",
-    "MOMENTS",
-    "Cut",
-    "Fragment",
-    "Integers",
-    "Layout",
-    "Moves",
-    "Shard",
-    "Span",
-    "Traffic",
-    "Window",
-    "plan_moves",
-    "traffic",
-    "windows",
-]
-
 MASTER = "master"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -22,8 +22,6 @@ from stacking_ds.sharding.fragments import (
     windows,
 )
 
-__all__ = ["Ranks", "copy_own", "exchange"]
-
 # of all keys together, moved in one round: 64 MiB of fp32
 _BUCKET_ELEMENTS = 1 << 24
 

@@ -6,28 +6,19 @@ import torch
 
 from stacking_ds.checkpoint import folders, load
 from stacking_ds.checkpoint import manifest as checkpoint_manifest
-from stacking_ds.checkpoint.chosen import choose
+from stacking_ds.checkpoint.folders import choose
 from stacking_ds.checkpoint.hugging_face import export_to_hugging_face
 from stacking_ds.config.run import RunConfig
 from stacking_ds.distributed.world import World
 from stacking_ds.errors import CheckpointError
 from stacking_ds.model.bert import BertForPreTraining, parameter_shapes
 from stacking_ds.model.bert_config import BertConfig
-from stacking_ds.model.parameter_names import WORD_EMBEDDINGS
+from stacking_ds.model.parameters import WORD_EMBEDDINGS
 from stacking_ds.run import kept_tokenizer
 from stacking_ds.run.divergence import judge
 from stacking_ds.run.metrics_file import read_metrics
 from stacking_ds.train.heldout import HeldOut, evaluate_heldout
 from stacking_ds.train.plan import Job
-
-__all__ = [
-    "export_if_missing",
-    "export_run",
-    "is_export_due",
-    "load_model",
-    "run_heldout",
-    "warning_of",
-]
 
 
 def load_model(job: Job, found: Path) -> BertForPreTraining:

@@ -15,8 +15,6 @@ from stacking_ds.run.divergence import finite_or_none
 from stacking_ds.schedule.phases import Phase
 from stacking_ds.train.plan import Job
 
-__all__ = ["HeldOut", "HeldOutPasses", "evaluate_heldout"]
-
 
 @dataclass(frozen=True)
 class HeldOut:

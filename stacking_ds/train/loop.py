@@ -23,8 +23,7 @@ from stacking_ds.data.counter_random import derive_key
 from stacking_ds.data.loader import load_steps
 from stacking_ds.data.prefetch import Patience
 from stacking_ds.data.rereading import Rereading
-from stacking_ds.distributed.stop_flag import StopFlag
-from stacking_ds.distributed.world import World
+from stacking_ds.distributed.world import StopFlag, World
 from stacking_ds.engine.build import set_learning_rate, take_step
 from stacking_ds.errors import CheckpointError, NonFiniteError, StageError
 from stacking_ds.kernels.registry import choose_compute
@@ -40,8 +39,6 @@ from stacking_ds.train.plan import Job
 from stacking_ds.train.resume import claim, enter
 from stacking_ds.train.sinks import Monitor, measure_matmul_peak, peak_memory_gib
 from stacking_ds.train.stage_engine import StageManager
-
-__all__ = ["train"]
 
 _LOOK_SECONDS = 1.0
 

@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Interval", "StepResult", "TrainState", "metrics_line"]
-
 
 @dataclass
 class TrainState:

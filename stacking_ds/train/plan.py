@@ -15,15 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stacking_ds.config.run import RunConfig
-from stacking_ds.data.batch_split import split_batch
-from stacking_ds.data.batches import RankStep
+from stacking_ds.data.batches import RankStep, split_batch
 from stacking_ds.data.loader import EvaluationSteps, PretrainingData, PretrainingSteps, RowOptions
 from stacking_ds.data.row_store import require_documents
 from stacking_ds.data.rows import LAYOUT_VERSION
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.data.unigram import unigram_log_probabilities, unigram_mlm_loss
-from stacking_ds.engine.ds_json import load_ds_config
-from stacking_ds.engine.ds_resolving import resolve_ds_config
+from stacking_ds.engine.ds_json import load_ds_config, resolve_ds_config
 from stacking_ds.errors import CheckpointError, ConfigError
 from stacking_ds.growth.operators import layer_map
 from stacking_ds.kernels.fp8 import require_fp8_sizes
@@ -32,8 +30,6 @@ from stacking_ds.optim.lamb.optimizer import require_whole_tensors
 from stacking_ds.schedule.learning_rate import LearningRateSchedule
 from stacking_ds.schedule.phases import Phase, PhaseSchedule
 from stacking_ds.schedule.stages import StageSchedule
-
-__all__ = ["CheckedRecipe", "Job"]
 
 
 @dataclass(frozen=True)

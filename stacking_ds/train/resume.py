@@ -23,8 +23,6 @@ from stacking_ds.schedule.stages import StageSchedule
 from stacking_ds.train.metrics import TrainState
 from stacking_ds.train.plan import Job
 
-__all__ = ["Attempt", "claim", "enter"]
-
 _TO_END_SECONDS = 15.0
 
 

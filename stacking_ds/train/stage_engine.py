@@ -14,26 +14,34 @@ from stacking_ds.checkpoint import manifest as checkpoint_manifest
 from stacking_ds.checkpoint import save as checkpoint_save
 from stacking_ds.distributed.world import World
 from stacking_ds.engine.build import build_engine, release_engine
-from stacking_ds.engine.zero.loss_scale import loss_scale, set_loss_scale
-from stacking_ds.engine.zero.sharded_state import fragments, optimizer_step, refresh, seed_moments
+from stacking_ds.engine.zero.sharded_state import (
+    fragments,
+    loss_scale,
+    optimizer_step,
+    refresh,
+    seed_moments,
+    set_loss_scale,
+)
 from stacking_ds.engine.zero.start import ValueOf
 from stacking_ds.errors import CheckpointError
-from stacking_ds.growth.boundary import capture_engine, install_state
 from stacking_ds.growth.operators import layer_map
-from stacking_ds.growth.transfer import CapturedState, Moments, capture
-from stacking_ds.kernels.compute import Compute
+from stacking_ds.growth.transfer import (
+    CapturedState,
+    Moments,
+    capture,
+    capture_engine,
+    install_state,
+)
 from stacking_ds.kernels.operations import Operations
+from stacking_ds.kernels.registry import Compute
 from stacking_ds.model.bert import BertForPreTraining
-from stacking_ds.model.initialization import first_value
-from stacking_ds.optim.lamb.optimizer import Lamb
-from stacking_ds.optim.lamb.ratios import TRUST_RATIOS, adapted_ratios, lamb_metrics
+from stacking_ds.model.parameters import first_value
+from stacking_ds.optim.lamb.optimizer import TRUST_RATIOS, Lamb, adapted_ratios, lamb_metrics
 from stacking_ds.optim.optimizers import build_optimizer
-from stacking_ds.process.host_memory import return_freed_memory
+from stacking_ds.process.runtime import return_freed_memory
 from stacking_ds.schedule.phases import Phase
 from stacking_ds.schedule.stages import Stage
 from stacking_ds.train.plan import Job
-
-__all__ = ["StageManager"]
 
 _MOST_FAILED_SAVES = 2
 _STOP_SECONDS = 30.0  # deepspeed/launcher/launch.py, terminate_process_tree

@@ -9,8 +9,6 @@ from stacking_ds.data.shard_manifest import DocumentRule
 from stacking_ds.errors import DataError
 from stacking_ds.process.utf8 import is_utf8, readable_name
 
-__all__ = ["check_corpus", "check_folder_name", "check_numbers"]
-
 # several times the largest that anybody trains; the library aborts when it makes room for more
 _LARGEST_VOCABULARY = 2**20
 

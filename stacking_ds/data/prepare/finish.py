@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from stacking_ds.data.arrow_numbers import numbers
 from stacking_ds.data.prepare.unit import SPLITS
 from stacking_ds.data.shard_manifest import (
     DuplicatesFile,
@@ -20,9 +19,8 @@ from stacking_ds.data.shard_manifest import (
     SplitName,
 )
 from stacking_ds.data.shard_writer import write_arrow
+from stacking_ds.data.shards import numbers
 from stacking_ds.errors import DataError
-
-__all__ = ["empty_split", "finish_splits", "no_training_text"]
 
 Documents = NDArray[np.int64]
 Hashes = NDArray[np.uint64]

@@ -21,8 +21,6 @@ from stacking_ds.data.sources.lines import content_suffix, is_packed, start_of
 from stacking_ds.errors import DataError
 from stacking_ds.files import DamagedFileError
 
-__all__ = ["FirstLook", "look_at", "odd_documents", "say_what_documents_are", "text_paths"]
-
 _MOST_FILES = 500
 _ALL_BYTES, _LEAST_BYTES, _MOST_BYTES = 8 * 2**20, 2**14, 2**22
 _MEANING: dict[DocumentRule, str] = {

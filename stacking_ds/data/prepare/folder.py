@@ -34,8 +34,6 @@ from stacking_ds.data.tokenizer import load_vocabulary
 from stacking_ds.errors import DataError
 from stacking_ds.files import DamagedFileError, read_bytes
 
-__all__ = ["FileHash", "Settings", "Started", "UnfinishedFolder", "UnitRecord"]
-
 _R = TypeVar("_R", bound=Record)
 _STARTED = "started.json"
 _VOCABULARY = "vocab.txt"

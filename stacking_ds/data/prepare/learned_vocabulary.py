@@ -13,8 +13,6 @@ from stacking_ds.data.shard_writer import write_file
 from stacking_ds.data.sources.documents import Document, Reading
 from stacking_ds.data.tokenizer import Normalization, build_tokenizer, train_wordpiece
 
-__all__ = ["SAMPLE_CHARACTERS", "VocabularySample", "train_vocabulary", "write_vocabulary"]
-
 SAMPLE_CHARACTERS = 128 * 2**20
 
 

@@ -17,11 +17,11 @@ from stacking_ds.data.prepare.finish import empty_split, finish_splits
 from stacking_ds.data.prepare.first_look import say_what_documents_are, text_paths
 from stacking_ds.data.prepare.folder import Settings, Started, UnfinishedFolder, UnitRecord
 from stacking_ds.data.prepare.learned_vocabulary import train_vocabulary, write_vocabulary
+from stacking_ds.data.prepare.pool import do_in_workers
 from stacking_ds.data.prepare.reuse import adopt, check_request, reusable
 from stacking_ds.data.prepare.session import Job, Session, reading_of, unwritable
 from stacking_ds.data.prepare.unit import SPLITS, BadDocuments, Rejections
 from stacking_ds.data.prepare.work_plan import Corpus, make_plan, open_corpus
-from stacking_ds.data.prepare.workers import do_in_workers
 from stacking_ds.data.shard_manifest import (
     MANIFEST_NAME,
     DataManifest,
@@ -32,8 +32,6 @@ from stacking_ds.data.shard_writer import sync_folder, write_file
 from stacking_ds.data.sources.documents import MAX_DOCUMENT_BYTES, Reading
 from stacking_ds.data.tokenizer import vocabulary_sha256
 from stacking_ds.errors import DataError
-
-__all__ = ["SHARD_CHARACTERS", "Prepared", "Progress", "prepare"]
 
 logger = logging.getLogger("stacking_ds")
 

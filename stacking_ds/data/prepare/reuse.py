@@ -19,8 +19,6 @@ from stacking_ds.data.shards import TokenShards
 from stacking_ds.data.tokenizer import Normalization
 from stacking_ds.errors import DataError
 
-__all__ = ["adopt", "check_request", "reusable"]
-
 
 def reusable(
     folder: UnfinishedFolder, corpus: Corpus, request: PrepareRequest, bad_documents: BadDocuments

@@ -6,15 +6,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from stacking_ds.data.prepare.folder import FileHash, Settings, UnfinishedFolder, UnitRecord
-from stacking_ds.data.prepare.tokenizing import SentenceTokenizer
-from stacking_ds.data.prepare.unit import EMPTY, SPLITS, BadDocuments, Chunk, UnitWriter
+from stacking_ds.data.prepare.unit import (
+    EMPTY,
+    SPLITS,
+    BadDocuments,
+    Chunk,
+    SentenceTokenizer,
+    UnitWriter,
+)
 from stacking_ds.data.prepare.work_plan import Corpus, InputFile, open_corpus
 from stacking_ds.data.shard_manifest import PrepareRequest, Record, file_sha256
 from stacking_ds.data.sources.documents import Reading, unreadable
 from stacking_ds.data.tokenizer import special_ids, vocabulary_sha256
 from stacking_ds.errors import DataError
-
-__all__ = ["Job", "Session", "hash_limit", "reading_of", "unwritable"]
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

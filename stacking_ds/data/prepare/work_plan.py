@@ -14,17 +14,6 @@ from stacking_ds.data.shard_manifest import Record, SourceFile
 from stacking_ds.data.sources.documents import Item, Piece, Reader, Reading, Source, unreadable
 from stacking_ds.data.sources.kinds import SeenFiles, open_source
 
-__all__ = [
-    "Corpus",
-    "InputFile",
-    "Plan",
-    "Segment",
-    "Unit",
-    "make_plan",
-    "open_corpus",
-    "say_what_is_left_out",
-]
-
 _UNITS = 64
 _NAMED = 10
 _MIN_UNIT_BYTES, _MAX_UNIT_BYTES = 4 * 2**20, 256 * 2**20

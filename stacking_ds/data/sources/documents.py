@@ -5,25 +5,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import sentencex
+
 from stacking_ds.console import shortened
 from stacking_ds.data.shard_manifest import DocumentRule, Record, SplitName
 from stacking_ds.errors import DataError
 
-__all__ = [
-    "MAX_DOCUMENT_BYTES",
-    "NO_TEXT",
-    "Document",
-    "Fault",
-    "Item",
-    "Piece",
-    "Reader",
-    "Reading",
-    "Source",
-    "check_text",
-    "text_of_row",
-    "too_long",
-    "unreadable",
-]
+# ---- Cuts English text into sentences, without losing a character between them.
+
+
+def split_sentences(text: str) -> list[str]:
+    """The sentences of a text whose paragraphs are separated by newlines, none of them empty.
+
+    The library also cuts inside words such as `pathlib.Path`; a cut without a space is undone.
+    """
+    sentences: list[str] = []
+    for paragraph in text.split("\n"):
+        pending = ""
+        for piece in sentencex.segment("en", paragraph):
+            pending += piece
+            if piece[-1:].isspace():
+                sentences.append(pending.strip())
+                pending = ""
+        sentences.append(pending.strip())
+    return [sentence for sentence in sentences if sentence]
+
 
 # A line, or a document of a .txt file, beyond this is a mistake (a base64 dump, a file without
 # newlines), and would make memory grow with it.

@@ -20,8 +20,6 @@ from stacking_ds.data.sources.documents import (
 from stacking_ds.data.sources.tables import check_column, items_of_column
 from stacking_ds.errors import DataError
 
-__all__ = ["HuggingFace"]
-
 _ROWS_PER_READ = 256
 
 

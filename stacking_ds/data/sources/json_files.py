@@ -20,8 +20,6 @@ from stacking_ds.data.sources.documents import (
 from stacking_ds.data.sources.lines import JSON_ENDS, start_of, text_blocks
 from stacking_ds.data.sources.text_files import TextFile, check_keys, cut_text_file, whole
 
-__all__ = ["JsonFile", "cut_json_file"]
-
 _LOOK_BYTES = 2**20
 _BLANKS = re.compile(r"[ \t\n\r]*")
 

@@ -22,7 +22,6 @@ import pyarrow as pa
 
 from stacking_ds.data.shard_manifest import SplitName
 from stacking_ds.data.sources import embedded
-from stacking_ds.data.sources.delimited import DelimitedFile, cut_delimited_file
 from stacking_ds.data.sources.documents import (
     Document,
     Item,
@@ -35,13 +34,17 @@ from stacking_ds.data.sources.documents import (
 from stacking_ds.data.sources.hub_datasets import HuggingFace
 from stacking_ds.data.sources.json_files import JsonFile, cut_json_file
 from stacking_ds.data.sources.lines import PACKED_SUFFIXES, content_suffix, is_packed
-from stacking_ds.data.sources.tables import TABLE_SUFFIXES, TableFile, cut_table_file
+from stacking_ds.data.sources.tables import (
+    TABLE_SUFFIXES,
+    DelimitedFile,
+    TableFile,
+    cut_delimited_file,
+    cut_table_file,
+)
 from stacking_ds.data.sources.text_files import TextFile, cut_text_file
 from stacking_ds.errors import DataError
 from stacking_ds.files import DamagedFileError
 from stacking_ds.process.utf8 import is_utf8, readable_name
-
-__all__ = ["SeenFiles", "open_source"]
 
 _LINE_SUFFIXES = (".txt", ".jsonl", ".ndjson")
 # in a folder these may as well be notes about the data

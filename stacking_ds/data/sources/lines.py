@@ -24,21 +24,6 @@ import pyarrow as pa
 from stacking_ds.data.sources.documents import Fault, Piece, too_long
 from stacking_ds.files import open_regular
 
-__all__ = [
-    "JSON_ENDS",
-    "PACKED_SUFFIXES",
-    "TEXT_ENDS",
-    "Line",
-    "Start",
-    "content_suffix",
-    "has_newlines",
-    "is_packed",
-    "lines_of",
-    "skip_line",
-    "start_of",
-    "text_blocks",
-]
-
 _NAMES = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
 PACKED_SUFFIXES = tuple(_NAMES)
 _BLOCK_BYTES, _ARROW_BLOCK_BYTES = 2**17, 2**13

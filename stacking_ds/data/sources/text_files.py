@@ -35,8 +35,6 @@ from stacking_ds.data.sources.lines import (
 )
 from stacking_ds.errors import DataError
 
-__all__ = ["TextFile", "check_keys", "cut_text_file", "whole"]
-
 _SKIP_BYTES = 2**20
 _ROWS_LOOKED_AT = _KEYS_NAMED = 20
 # what a line may begin and end with that nobody sees

@@ -12,15 +12,16 @@ from enum import Enum
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from deepspeed.utils import groups
 
 from stacking_ds.errors import ConfigError
 
 if not torch.cuda.is_available():  # DeepSpeed would warn, in every process, that it found none
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 with redirect_stdout(sys.stderr):  # for results alone; its logger keeps what it finds there
-    import deepspeed
+    import deepspeed as deepspeed  # the others' too, after it has been looked at
 
-__all__ = ["Masters", "deepspeed", "masters_of", "require_pinned_deepspeed"]
 
 PINNED_VERSION = "0.19.8"
 
@@ -128,3 +129,20 @@ def masters_of(engine: Any) -> Masters:
 
 
 require_pinned_deepspeed()
+
+
+# ---- Keep DeepSpeed on the process group of now.
+
+
+_followed: Any = None
+
+
+def follow_process_group() -> None:
+    """Before an engine is built: make the present group DeepSpeed's, and no earlier one."""
+    global _followed  # noqa: PLW0603 - what DeepSpeed keeps is global too
+    if _followed is not None and _followed is not dist.group.WORLD:
+        groups._release_process_group_references()
+        deepspeed.comm.comm.cdb = None
+    _followed = dist.group.WORLD
+    # it wraps the group that is there; ZeRO 3 counts ranks before `initialize` would have done so
+    deepspeed.init_distributed(dist_backend=dist.get_backend())

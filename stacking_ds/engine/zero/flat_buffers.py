@@ -20,8 +20,6 @@ import torch.distributed as dist
 from stacking_ds.engine.zero.compatibility import Masters, masters_of
 from stacking_ds.sharding.fragments import Cut, Layout
 
-__all__ = ["Piece", "flat_tensors", "pieces", "predicted_layout"]
-
 # ZeRO 1 and 2 pad a flat group so that every part starts at a multiple of so many elements
 _PART_ALIGNMENT = 2
 

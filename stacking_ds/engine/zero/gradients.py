@@ -1,12 +1,93 @@
 """The global norm of the gradient, whatever the ZeRO stage and precision."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
 from stacking_ds.engine.zero.compatibility import Masters, masters_of
+from stacking_ds.engine.zero.flat_buffers import flat_tensors, pieces
+from stacking_ds.sharding.fragments import Shard, Span
 
-__all__ = ["gradient_norm", "norm_before_step"]
+# ---- What an optimizer has to know of the flat tensors DeepSpeed gives it in place of
+# parameters.
+
+
+def accept_under_zero(kind: type[torch.optim.Optimizer]) -> None:
+    """Tell DeepSpeed, for the life of the process, that optimizers of exactly this type are right
+    on flat partitions; others it refuses, or warns of."""
+    if kind not in ZERO_SUPPORTED_OPTIMIZERS:
+        ZERO_SUPPORTED_OPTIMIZERS.append(kind)
+
+
+def shards(engine: Any) -> tuple[Shard, ...]:
+    """The fp32 tensors the base optimizer steps on, and which parameters' elements lie in them.
+
+    Every rank lists every parameter, with an empty span where it holds nothing of it. Low-precision
+    copies are given where DeepSpeed calls `step` for one flat tensor after the other, and takes
+    the copy of each before the next one's call.
+    """
+    spans: dict[int, list[Span]] = {id(flat): [] for flat in flat_tensors(engine)}
+    for index, piece in enumerate(pieces(engine)):
+        span = Span(piece.name, index, piece.offset, piece.stop - piece.start)
+        spans[id(piece.flat)].append(span)
+    low = _low_precision(engine)
+    return tuple(
+        Shard(flat, tuple(spans[id(flat)]), low.get(id(flat))) for flat in flat_tensors(engine)
+    )
+
+
+def _low_precision(engine: Any) -> dict[int, torch.Tensor]:
+    wrapper = engine.optimizer
+    masters = masters_of(engine)
+    if masters is Masters.GROUPS:
+        ranks = [dist.get_rank(group=group) for group in wrapper.real_dp_process_group]
+        parts = wrapper.parallel_partitioned_bit16_groups
+        copies = [of_group[rank] for of_group, rank in zip(parts, ranks, strict=True)]
+    elif masters is Masters.PARAMETERS:
+        copies = wrapper.fp16_partitioned_groups_flat
+    else:
+        return {}
+    pairs = zip(flat_tensors(engine), copies, strict=True)
+    return {id(flat): copy.detach() for flat, copy in pairs}
+
+
+def adder_over_ranks(engine: Any) -> Callable[[torch.Tensor], None] | None:
+    """Sums a tensor over the ranks in place; None at ZeRO 0, where all have everything."""
+    if masters_of(engine) not in (Masters.GROUPS, Masters.PARAMETERS):
+        return None
+
+    def add(values: torch.Tensor) -> None:
+        # offloaded state is summed on the host, which nccl cannot reach
+        on_device = values.cuda() if dist.get_backend() == "nccl" else values
+        dist.all_reduce(on_device)
+        if on_device is not values:
+            values.copy_(on_device)
+
+    return add
+
+
+def gradient_norm_at_step(engine: Any) -> Callable[[], torch.Tensor] | None:
+    """The global 2-norm of the gradients in the engine's present step, where they are not clipped,
+    to be asked from within the base optimizer's `step`; None where that gets them all at once."""
+    wrapper, masters = engine.optimizer, masters_of(engine)
+    if masters is Masters.PARAMETERS:
+        return lambda: torch.as_tensor(wrapper._global_grad_norm)
+    if masters is not Masters.GROUPS:
+        return None
+    # In the step in which the dynamic loss scale grows, `_global_grad_norm` is by the old one, and
+    # the gradients are by the new one.
+    measure = wrapper.scaled_global_norm
+    measured: list[Any] = []
+
+    def keep(*arguments: Any, **options: Any) -> Any:
+        measured[:] = [measure(*arguments, **options)]
+        return measured[0]
+
+    wrapper.scaled_global_norm = keep
+    return lambda: torch.as_tensor(measured[0] / wrapper.loss_scale)
 
 
 def norm_before_step(engine: Any) -> float | None:

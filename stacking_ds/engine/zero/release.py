@@ -16,9 +16,7 @@ from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
 from stacking_ds.engine.zero.flat_buffers import flat_tensors
-from stacking_ds.process.host_memory import return_freed_memory
-
-__all__ = ["release", "return_free_pages"]
+from stacking_ds.process.runtime import return_freed_memory
 
 
 def release(engine: Any) -> int:

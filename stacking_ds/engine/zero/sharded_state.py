@@ -11,17 +11,37 @@ from stacking_ds.engine.zero.flat_buffers import flat_tensors, pieces
 from stacking_ds.engine.zero.start import ValueOf
 from stacking_ds.sharding.fragments import MASTER, MOMENTS, Fragment
 
-__all__ = [
-    "fragments",
-    "optimizer_step",
-    "refresh",
-    "reset_moments",
-    "seed_moments",
-    "whole_weights",
-    "without_stepping",
-    "write_masters",
-    "write_whole_weights",
-]
+# ---- The factor fp16 multiplies the loss by, so that small gradients do not vanish.
+
+
+def loss_scale(engine: Any) -> float:
+    """The present factor; 1.0 in bf16 and fp32."""
+    return float(getattr(engine.optimizer, "loss_scale", 1.0))
+
+
+def set_loss_scale(engine: Any, scale: float) -> None:
+    """Go on from a factor found earlier; without effect in bf16 and fp32."""
+    if engine.fp16_enabled():
+        engine.optimizer.loss_scale = scale
+
+
+def mend_loss_scaling(engine: Any) -> None:
+    """Make `engine.backward` multiply by the loss scale at ZeRO 0 with fp16 as well.
+
+    There DeepSpeed 0.19.8 divides the gradients by the scale, but multiplies the loss by it at
+    ZeRO 1, 2 and 3 only: the optimizer would see gradients 65,536 times too small.
+    """
+    if masters_of(engine) not in (Masters.UNFUSED, Masters.FUSED) or not engine.fp16_enabled():
+        return
+    unscaled_backward = engine.backward
+
+    def backward(loss: torch.Tensor, **options: Any) -> torch.Tensor:
+        scale = loss_scale(engine)
+        scaled: torch.Tensor = unscaled_backward(loss * scale, **options)
+        return scaled / scale
+
+    engine.backward = backward
+
 
 _REPLICATED = (Masters.MODULE, Masters.UNFUSED, Masters.FUSED)
 

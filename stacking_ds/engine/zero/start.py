@@ -17,8 +17,6 @@ from deepspeed.runtime.zero.partition_parameters import Init, register_external_
 
 from stacking_ds.model.layer import GatheredWhole
 
-__all__ = ["ValueOf", "give_storage", "import_muon", "without_traffic"]
-
 ValueOf = Callable[[str, torch.Size], torch.Tensor]
 """From a parameter's name and shape to its fp32 value."""
 

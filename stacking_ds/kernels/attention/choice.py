@@ -26,8 +26,6 @@ from stacking_ds.kernels.attention.loops import attend_loops
 from stacking_ds.kernels.attention.padded import attend_cudnn, attend_padded, require_cudnn
 from stacking_ds.kernels.attention.sequences import Attend, Sequences
 
-__all__ = ["Clock", "FastestAttention", "choose_attention"]
-
 logger = logging.getLogger("stacking_ds")
 
 Clock = Callable[[Callable[[], object]], float]

@@ -12,8 +12,6 @@ from torch.autograd.function import once_differentiable
 from stacking_ds.errors import ConfigError
 from stacking_ds.kernels.attention.sequences import Sequences
 
-__all__ = ["attend_flash", "attend_varlen", "require_flash", "require_varlen"]
-
 _LARGEST_HEAD = 256
 _DTYPES = (torch.bfloat16, torch.float16)
 _OPERATIONS = ("_flash_attention_forward", "_flash_attention_backward")

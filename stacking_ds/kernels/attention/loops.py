@@ -9,9 +9,7 @@ Shapes: T tokens, E sequences, N heads, D head size; of one group, G sequences a
 import torch
 
 from stacking_ds.kernels.attention.sequences import Group, Sequences
-from stacking_ds.kernels.dropout import keep_mask
-
-__all__ = ["attend_loops"]
+from stacking_ds.kernels.operations import keep_mask
 
 
 def attend_loops(qkv_T3ND: torch.Tensor, sequences: Sequences, dropout_prob: float) -> torch.Tensor:

@@ -15,8 +15,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from stacking_ds.errors import ConfigError
 from stacking_ds.kernels.attention.sequences import Sequences
 
-__all__ = ["attend_cudnn", "attend_padded", "require_cudnn"]
-
 _WITHOUT_CUDNN = (
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,

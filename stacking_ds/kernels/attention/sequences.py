@@ -6,8 +6,6 @@ from functools import cached_property
 
 import torch
 
-__all__ = ["Attend", "Group", "Sequences"]
-
 _GROUPS = 8  # at most so many, so that at most an eighth of a sequence's slots is padding
 
 

@@ -17,8 +17,6 @@ import torch
 from stacking_ds.errors import ConfigError
 from stacking_ds.optim.lamb.contract import Item
 
-__all__ = ["ApexLamb", "find_amp_C"]
-
 _CHUNK_ELEMENTS = 2048 * 32  # apex's own choice for all its multi-tensor functions
 _NEEDED = ("multi_tensor_lamb", "multi_tensor_l2norm")
 _REMEDY = (

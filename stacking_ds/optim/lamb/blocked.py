@@ -11,8 +11,6 @@ import torch
 from stacking_ds.optim.lamb.contract import Hyper, Item, trust_ratio
 from stacking_ds.sharding.fragments import Span
 
-__all__ = ["BlockedLamb"]
-
 # small enough that what one block needs stays in cache, large enough that Python's part is small
 _BLOCK_ELEMENTS = 1 << 17
 

@@ -10,20 +10,105 @@ The only communication is that of 2 sums for each parameter. Until the last call
 came earlier stay allocated: 4 bytes for each element of this rank's.
 """
 
+import importlib.util
+import logging
 import math
+import os
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from stacking_ds.config.sections import LambKernelName
 from stacking_ds.errors import ConfigError
-from stacking_ds.optim.lamb.contract import Hyper, Item, LambKernel, trust_ratio
-from stacking_ds.optim.lamb.forms import choose_kernel
+from stacking_ds.optim.groups import place_of
+from stacking_ds.optim.lamb.apex import ApexLamb
+from stacking_ds.optim.lamb.blocked import BlockedLamb
+from stacking_ds.optim.lamb.contract import Hyper, Item, LambKernel, ReferenceLamb, trust_ratio
 from stacking_ds.sharding.fragments import Shard, Span
 
-__all__ = ["Lamb", "LambStatistics", "require_whole_tensors"]
+# ---- Which form of the LAMB step runs: the one asked for, or the fastest that can.
+
+
+logger = logging.getLogger("stacking_ds")
+
+
+def choose_kernel(name: LambKernelName, device: torch.device) -> LambKernel:
+    """The form called `name` for tensors on `device`; "auto" says in the log what it chose.
+
+    Raises:
+        ConfigError: no such form, or it cannot run here.
+    """
+    if name not in get_args(LambKernelName):
+        raise ConfigError(f"LAMB kernel {name!r} must be one of {get_args(LambKernelName)}")
+    chosen, why = (name, "") if name != "auto" else _fastest(device)
+    made = _MAKERS[chosen](device)
+    if why:
+        logger.info("LAMB kernel: %s (%s)", chosen, why)
+    return made
+
+
+def _fastest(device: torch.device) -> tuple[str, str]:
+    if device.type != "cuda":
+        return "blocked", f"the masters are on {device.type}"
+    if importlib.util.find_spec("triton") is None:
+        return "blocked", "Triton is not installed: expect a slow step on this GPU"
+    return "triton", "the masters are on a GPU"
+
+
+def _triton(device: torch.device) -> LambKernel:
+    if importlib.util.find_spec("triton") is None:
+        raise ConfigError(
+            "optimizer.lamb.kernel=triton, but Triton is not installed; it comes with torch for "
+            "CUDA. Install that, or leave the kernel to auto"
+        )
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ConfigError(
+            f"optimizer.lamb.kernel=triton, but the masters are on {device.type}: Triton needs an "
+            f"NVIDIA GPU (with offload to the host the step runs there); leave the kernel to auto"
+        )
+    try:
+        from stacking_ds.optim.lamb.triton_lamb import TritonLamb
+
+        _try_out(TritonLamb(), device)
+    except Exception as error:
+        raise ConfigError(
+            f"Triton cannot run LAMB here ({type(error).__name__}: {error}); mend that (it needs a "
+            f"C compiler and Triton 3.6 or later), or set optimizer.lamb.kernel=blocked, which is "
+            f"slow on a GPU"
+        ) from error
+    return TritonLamb()
+
+
+def _try_out(kernel: LambKernel, device: torch.device) -> None:
+    """One step on one number: what cannot run says so before training has begun."""
+    hyper = Hyper(1e-3, 0.9, 0.999, 1e-6, 0.01, True, 0.0, math.inf, step=1)
+    weight, gradient, exp_avg, exp_avg_sq = (torch.ones(1, device=device) for _ in range(4))
+    items = [Item(Shard(weight, (Span("", 0, 0, 1),)), exp_avg, exp_avg_sq, hyper)]
+    squares_2P = torch.zeros(2, 1, dtype=torch.float64, device=device)
+    kernel.accumulate(items, [gradient], squares_2P, None)
+    kernel.apply(items, squares_2P)
+    if not 0.9 < float(weight) < 1.0:
+        raise ArithmeticError(f"a weight of 1 became {float(weight)}")
+
+
+def _apex(device: torch.device) -> LambKernel:
+    if device.type != "cuda":
+        raise ConfigError(
+            f"optimizer.lamb.kernel=apex, but the masters are on {device.type}: apex steps on an "
+            f"NVIDIA GPU alone; leave the kernel to auto"
+        )
+    return ApexLamb(device)
+
+
+_MAKERS: dict[str, Callable[[torch.device], LambKernel]] = {
+    "reference": lambda device: ReferenceLamb(),
+    "blocked": lambda device: BlockedLamb(),
+    "triton": _triton,
+    "apex": _apex,
+}
 
 
 @dataclass(frozen=True)
@@ -66,7 +151,7 @@ class Lamb(torch.optim.Optimizer):
         grad_pre_normalization: divide the gradient by its global 2-norm first, as NVLAMB does
             (NVIDIA, "Pretraining BERT with Layer-wise Adaptive Learning Rates", 2019). Clipping
             has no meaning then.
-        kernel: which form of the step runs; see `optim/lamb/forms.py`.
+        kernel: which form of the step runs; see `optim/lamb/optimizer.py`.
 
     Raises:
         ConfigError: a value out of range.
@@ -277,3 +362,43 @@ class Lamb(torch.optim.Optimizer):
         return LambStatistics(
             tuple(names), tuple(weights), tuple(updates), tuple(ratios), tuple(adapted)
         )
+
+
+# ---- LAMB's last step as metrics: norms, and trust ratios by layer.
+
+
+TRUST_RATIOS = "optim/trust_ratio"
+
+
+def lamb_metrics(found: LambStatistics) -> dict[str, float]:
+    """`optim/weight_norm` and `optim/update_norm` over the whole model (the latter is that of what
+    the step subtracted, learning rate included), and smallest, mean and largest trust ratio: over
+    all parameters that are adapted, and over those of each layer, as in
+    "optim/trust_ratio/layer.3/mean"."""
+    metrics = {
+        "optim/weight_norm": math.hypot(*found.weight_norms),
+        "optim/update_norm": math.hypot(*found.update_norms),
+    }
+    by_place: dict[str, list[float]] = {}
+    for name, ratio, adapted in zip(found.names, found.trust_ratios, found.adapted, strict=True):
+        if adapted:
+            by_place.setdefault(place_of(name), []).append(ratio)
+    for place, ratios in [("all", adapted_ratios(found)), *by_place.items()]:
+        metrics |= _spread(f"{TRUST_RATIOS}/{place}", ratios)
+    return metrics
+
+
+def adapted_ratios(found: LambStatistics) -> list[float]:
+    """The ratios that were taken, those that are 1 by decree left out."""
+    pairs = zip(found.trust_ratios, found.adapted, strict=True)
+    return [ratio for ratio, adapted in pairs if adapted]
+
+
+def _spread(name: str, ratios: Sequence[float]) -> dict[str, float]:
+    if not ratios:
+        return {}
+    return {
+        f"{name}/min": min(ratios),
+        f"{name}/mean": statistics.fmean(ratios),
+        f"{name}/max": max(ratios),
+    }

@@ -25,8 +25,6 @@ from triton.language import constexpr, tensor
 
 from stacking_ds.optim.lamb.contract import Hyper, Item
 
-__all__ = ["CHUNK_ELEMENTS", "FORMS", "OPTIONS", "TYPES", "TritonLamb"]
-
 # A program's share: so much that reading the tables is nothing beside it, and so little that the
 # last ones to end leave the device idle for a small part of the time only.
 CHUNK_ELEMENTS = 1 << 14

@@ -1,13 +1,39 @@
-"""Compiled kernels stay on the node: a thousand ranks must not meet in one home directory."""
+"""What becomes of host memory that is freed: glibc's allocator, told when to keep it and when not.
 
+Where the C library is another one, nothing happens.
+"""
+
+import ctypes
 import os
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-__all__ = ["keep_caches_on_node"]
+# ---- Threads of OpenMP sleep while they wait for one another, instead of keeping a core
+# busy.
+
+
+# any of them says how threads wait: OpenMP's own, GNU's, and that of LLVM and Intel
+_CHOSEN_BY = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+
+
+def let_waiting_threads_sleep() -> None:
+    """Set OMP_WAIT_POLICY, where nobody has chosen how threads wait; for this process and those it
+    starts. Before torch is imported, with which the library reads it.
+
+    By default a thread spins for a moment before it sleeps. Where a core is wanted by another
+    program too, that is time taken from the very thread that is waited for.
+    """
+    if not any(name in os.environ for name in _CHOSEN_BY):
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
+# ---- Compiled kernels stay on the node: a thousand ranks must not meet in one home
+# directory.
+
 
 _CACHES = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
 
@@ -67,3 +93,34 @@ def _is_private(folder: Path) -> bool:
         and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
         and found.st_uid == os.getuid()
     )
+
+
+# ---- What becomes of host memory that is freed: glibc's allocator, told when to keep it
+# and when not.
+
+
+# of glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+
+def keep_freed_memory() -> bool:
+    """From now on what is freed stays this process's; whether it does.
+
+    glibc by itself gives large blocks back at once, and the operating system clears their pages
+    for the next step, which takes CPU time.
+    """
+    mallopt = _of_glibc("mallopt")
+    if mallopt is None:
+        return False
+    return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1))
+
+
+def return_freed_memory() -> None:
+    """Give what is free at present back to the machine."""
+    trim = _of_glibc("malloc_trim")
+    if trim is not None:
+        trim(0)
+
+
+def _of_glibc(name: str) -> Any:
+    return getattr(ctypes.CDLL(None), name, None)
