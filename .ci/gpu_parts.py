@@ -58,7 +58,7 @@ def begin(ground: Ground) -> Figures:
 
 def gpu_test_files(folder: Path) -> list[Path]:
     """The other files may import what this machine does not have."""
-    return [path for path in sorted(folder.glob("test_*.py")) if "mark.gpu" in path.read_text()]
+    return [path for path in sorted(folder.rglob("test_*.py")) if "mark.gpu" in path.read_text()]
 
 
 def gpu_tests(ground: Ground) -> Figures:
