@@ -15,16 +15,9 @@ from collections.abc import Mapping
 import psutil
 
 from stacking_ds.errors import ConfigError
-from stacking_ds.process.launcher_env import HYDRA_SIZE, OPEN_MPI_SIZE, by_srun
+from stacking_ds.process.launcher_env import HYDRA_SIZE, OPEN_MPI_SIZE, by_srun, free_port
 
-# ---- The network as this node sees it: its own address, an interface that reaches others,
-# a port.
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
+# ---- The network as this node sees it: its own address, an interface that reaches others.
 
 
 def address_of_this_node(several_nodes: bool) -> str:

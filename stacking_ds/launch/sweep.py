@@ -1,4 +1,4 @@
-"""Find, ask to stop or kill, on one host, all processes that a launch has started.
+"""Sweeps one host: finds, asks to stop or kills all processes that a launch has started.
 
 Every process of a launch carries its marker in the environment. `python -m
 stacking_ds.launch.sweep MARKER` prints how many there are, and which ranks, as JSON.
@@ -17,13 +17,13 @@ from typing import Literal
 
 import psutil
 
+from stacking_ds.process.launcher_env import RANK_VARIABLES
+
 MARKER_VARIABLE = "STACKING_DS_LAUNCH"
 
 Action = Literal["count", "stop-ranks", "stop", "kill"]
 ACTIONS: tuple[Action, ...] = ("count", "stop-ranks", "stop", "kill")
 
-# DeepSpeed's launcher, and Open MPI's, tell a process its rank; MPICH's too
-_RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 _PATIENCE_SECONDS = 5.0
 
 
@@ -62,7 +62,7 @@ def _marked(marker: str) -> Iterator[tuple[psutil.Process, int | None]]:
         except (psutil.Error, OSError):
             continue  # it has just ended, or is somebody else's
         if environment.get(MARKER_VARIABLE) == marker and process.pid not in spared:
-            ranks = [environment[name] for name in _RANKS if name in environment]
+            ranks = [environment[name] for name in RANK_VARIABLES if name in environment]
             yield process, int(ranks[0]) if ranks and ranks[0].isdigit() else None
 
 

@@ -4,9 +4,11 @@ Without torch, since it is asked for errors too.
 """
 
 import os
+import socket
 
 # what Open MPI, and MPICH and its relatives, tell a process they started
 OPEN_MPI_SIZE, HYDRA_SIZE = "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"
+RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
 
 def by_srun() -> bool:
@@ -23,7 +25,7 @@ def world_size_from_environment() -> int:
 
 def rank_from_environment() -> int:
     """This process's rank as the launcher says it; 0 where there is no launcher."""
-    names = ["RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"]
+    names = [*RANK_VARIABLES]
     if by_srun():
         names.insert(2, "SLURM_PROCID")
     return next((int(os.environ[name]) for name in names if name in os.environ), 0)
@@ -35,3 +37,10 @@ def local_rank_from_environment() -> int:
     if by_srun():
         names.insert(2, "SLURM_LOCALID")
     return next((int(os.environ[name]) for name in names if name in os.environ), 0)
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on at present, for ranks to meet at."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
