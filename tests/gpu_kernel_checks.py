@@ -12,11 +12,11 @@ import torch
 from stacking_ds.distributed.world import World
 from stacking_ds.growth.operators import layer_map, source_name
 from stacking_ds.kernels.attention.choice import choose_attention
-from stacking_ds.kernels.registry import Compute, choose_operations
+from stacking_ds.kernels.registry import DTYPES, Compute, choose_operations
 from stacking_ds.model.bert import BertForPreTraining
 from stacking_ds.model.loss import pretraining_loss
 from tests.bert_samples import telling_model
-from tests.gpu_checks import DTYPES, RELATIVE_ERROR, WIDE, relative_error
+from tests.gpu_checks import RELATIVE_ERROR, WIDE, relative_error
 
 __all__ = ["check_activation_checkpointing", "check_kernels"]
 

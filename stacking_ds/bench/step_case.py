@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from stacking_ds.bench.lamb import Sizes
-from stacking_ds.engine.ds_json import Precision
+from stacking_ds.config.sections import Precision
 from stacking_ds.errors import ConfigError
 from stacking_ds.model.bert_config import BertConfig
 

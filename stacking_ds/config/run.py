@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from stacking_ds.config.sections import (
     LARGEST_LEARNING_RATE,
+    LISTS_TOO,
     BatchSection,
     CheckpointSection,
     ClusterSection,
@@ -20,11 +21,11 @@ from stacking_ds.config.sections import (
     OptimizerSection,
     PhaseSection,
     ScheduleSection,
-    Section,
     StageSection,
 )
 from stacking_ds.config.yaml_text import write_yaml
 from stacking_ds.errors import StageError
+from stacking_ds.records import Record
 from stacking_ds.schedule.learning_rate import LearningRateSchedule
 from stacking_ds.schedule.phases import PhaseSchedule
 from stacking_ds.schedule.stages import StageSchedule
@@ -39,7 +40,7 @@ def _can_be_a_name(name: str) -> str:
     return name
 
 
-class RunConfig(Section):
+class RunConfig(Record):
     """One run, completely."""
 
     name: Annotated[str, AfterValidator(_can_be_a_name)]
@@ -47,12 +48,12 @@ class RunConfig(Section):
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
     data: DataSection
     model: ModelSection
-    stages: Annotated[tuple[StageSection, ...], Field(min_length=1, max_length=1000)]
+    stages: Annotated[tuple[StageSection, ...], LISTS_TOO, Field(min_length=1, max_length=1000)]
     growth: GrowthSection = GrowthSection()
     optimizer: OptimizerSection
     schedule: ScheduleSection = ScheduleSection()
     batch: BatchSection
-    phases: Annotated[tuple[PhaseSection, ...], Field(max_length=1000)] = ()
+    phases: Annotated[tuple[PhaseSection, ...], LISTS_TOO, Field(max_length=1000)] = ()
     """Later sequence lengths and batches; data and batch say what a run begins with."""
     engine: EngineSection = EngineSection()
     checkpoint: CheckpointSection = CheckpointSection()

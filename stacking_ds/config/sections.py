@@ -8,7 +8,9 @@ import math
 import os
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from stacking_ds.records import Record
 
 LARGEST_LEARNING_RATE = 100.0
 
@@ -41,12 +43,11 @@ def _can_be_a_path(path: str) -> str:
 
 PathText = Annotated[str, AfterValidator(_can_be_a_path)]
 
+LISTS_TOO = BeforeValidator(lambda given: tuple(given) if isinstance(given, list) else given)
+"""A tuple may be given as the list that YAML, and most of Python, writes."""
 
-class Section(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
-
-class DataSection(Section):
+class DataSection(Record):
     """Which prepared token shards, and how examples are cut from them."""
 
     path: PathText
@@ -68,7 +69,7 @@ class DataSection(Section):
     """Processes per rank that build batches ahead of the step; 0 builds them in the step."""
 
 
-class ModelSection(Section):
+class ModelSection(Record):
     """The encoder without its depth (the stages say that) and vocabulary (the data says that)."""
 
     hidden_size: Size
@@ -84,7 +85,7 @@ class ModelSection(Section):
     """`post` as in BERT; `pre` as in the code of Gong et al. 2019."""
 
 
-class StageSection(Section):
+class StageSection(Record):
     """One growth stage: a depth, and how long to train at it, in steps or in token slots."""
 
     num_hidden_layers: Annotated[int, Field(ge=1, le=10_000)]
@@ -99,19 +100,22 @@ class StageSection(Section):
         return self
 
 
-class GrowthSection(Section):
+Moments = Literal["reset", "carry"]
+
+
+class GrowthSection(Record):
     """What happens to layers and optimizer moments at a boundary."""
 
     operator: Literal["stack", "interleave"] = "stack"
     """`stack`: new layer j copies old layer j mod L (Gong et al. 2019 §3.1)."""
-    moments: Literal["reset", "carry"] = "reset"
+    moments: Moments = "reset"
     """`reset` starts Adam anew, as in the paper; `carry` copies the moments with the layers."""
 
 
 LambKernelName = Literal["auto", "reference", "blocked", "triton", "apex"]
 
 
-class LambSection(Section):
+class LambSection(Record):
     """What LAMB has and AdamW has not."""
 
     always_adapt: bool = False
@@ -137,14 +141,14 @@ class LambSection(Section):
         return self
 
 
-class OptimizerSection(Section):
+class OptimizerSection(Record):
     name: Literal["adamw", "lamb"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0.0, le=LARGEST_LEARNING_RATE)]
     """Peak of the learning-rate schedule."""
     learning_rate_batch_size: Rows | None = None
     """The batch that learning_rate is for. At another batch.global_batch_size the peak is scaled
     by the square root of their ratio (You et al. 2020, section 4)."""
-    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    betas: Annotated[tuple[Probability, Probability], LISTS_TOO] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-6
     weight_decay: Annotated[float, Field(ge=0.0, le=100.0)] = 0.01
     max_grad_norm: Factor = 1.0
@@ -175,7 +179,7 @@ class OptimizerSection(Section):
         return self.learning_rate * math.sqrt(global_batch_size / base)
 
 
-class ScheduleSection(Section):
+class ScheduleSection(Record):
     """The learning rate over the whole run, and what a boundary does to it."""
 
     shape: Literal["linear", "cosine", "constant", "wsd"] = "linear"
@@ -188,14 +192,14 @@ class ScheduleSection(Section):
     rewarm_steps: StepsOrNone = 0
 
 
-class BatchSection(Section):
+class BatchSection(Record):
     global_batch_size: Rows
     """Rows per step over all ranks; the same at any number of ranks."""
     micro_batch_size: Rows
     """Most rows that one rank puts through the model at once."""
 
 
-class PhaseSection(Section):
+class PhaseSection(Record):
     """From which step on rows or batches have another size; what is left out stays."""
 
     from_step: Steps
@@ -212,15 +216,16 @@ class PhaseSection(Section):
         return self
 
 
+Precision = Literal["fp32", "bf16", "fp16"]
 KernelsName = Literal["auto", "torch", "triton", "compile", "apex"]
 AttentionName = Literal["auto", "loops", "padded", "cudnn", "flash", "varlen"]
 ActivationCheckpointing = Literal["none", "selective", "full"]
 
 
-class EngineSection(Section):
+class EngineSection(Record):
     deepspeed: PathText = "zero1"
     """A bundled DeepSpeed JSON (zero0 … zero3) or the path of one."""
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    precision: Precision = "bf16"
     kernels: KernelsName = "auto"
     """How a layer's operations run: `torch` plainly, `triton` fused on an NVIDIA GPU, `compile` by
     torch.compile, `apex` as `torch` with the LayerNorm of NVIDIA's apex. `auto`: on a GPU triton,
@@ -259,7 +264,7 @@ class EngineSection(Section):
         return self
 
 
-class CheckpointSection(Section):
+class CheckpointSection(Record):
     every_steps: Steps = 1000
     """A checkpoint is also written at each boundary, at the end and when asked to stop. Training
     goes on meanwhile, except at the end and at a stop."""
@@ -269,13 +274,13 @@ class CheckpointSection(Section):
     """Write the finished model as a Hugging Face folder into the run."""
 
 
-class EvaluationSection(Section):
+class EvaluationSection(Record):
     every_steps: StepsOrNone = 0
     """0 evaluates at the end of each stage only; those evaluations are always made."""
     max_samples: Annotated[int, Field(ge=1, le=10**9)] = 1024
 
 
-class ClusterSection(Section):
+class ClusterSection(Record):
     """When ranks are taken for lost. What is lost ends the job, which can go on from its
     checkpoint."""
 
@@ -285,7 +290,7 @@ class ClusterSection(Section):
     """How long a rank may be silent: its process is gone, stopped, or cut off the network."""
 
 
-class LoggingSection(Section):
+class LoggingSection(Record):
     every_steps: Steps = 10
     """A line of metrics is the mean over the steps since the line before. There is one after
     every so many steps, and at each evaluation and checkpoint."""
