@@ -35,7 +35,7 @@ class Model:
         """
         config = Sizes(self.hidden_size, self.layers, self.vocab_size).config
         longest = max(config.max_position_embeddings, sequence_length)
-        return replace(config, max_position_embeddings=longest)
+        return config.changed(max_position_embeddings=longest)
 
 
 SMALL = Model("small", hidden_size=256, layers=4)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from stacking_ds.config.mistakes import checked
 from stacking_ds.config.sections import OptimizerSection, Precision
 from stacking_ds.data.batches import split_batch
 from stacking_ds.distributed.world import World
@@ -47,7 +48,8 @@ class Workload:
         ConfigError: sizes of which no BERT can be made.
         """
         heads, rest = divmod(self.hidden_size, _HEAD_SIZE)
-        return BertConfig(
+        return checked(
+            BertConfig,
             vocab_size=self.vocab_size,
             hidden_size=self.hidden_size,
             num_hidden_layers=depth,

@@ -2,7 +2,7 @@
 
 import os
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -62,7 +62,7 @@ class RunConfig(Record):
     cluster: ClusterSection = ClusterSection()
 
     @model_validator(mode="after")
-    def _phases_fit(self) -> "RunConfig":
+    def _phases_fit(self) -> Self:
         longest = self.model.max_position_embeddings
         for phase in self.phase_schedule().phases:
             if phase.sequence_length > longest:
@@ -82,7 +82,7 @@ class RunConfig(Record):
         return self
 
     @model_validator(mode="after")
-    def _can_export(self) -> "RunConfig":
+    def _can_export(self) -> Self:
         if self.checkpoint.export_at_end and self.model.layer_norm_position == "pre":
             raise ValueError(
                 "Hugging Face's BERT has no pre-LN form, so a pre-LN model cannot be exported: "
@@ -151,7 +151,7 @@ class RunConfig(Record):
             **self.schedule.model_dump(),
         )
 
-    def with_absolute_paths(self) -> "RunConfig":
+    def with_absolute_paths(self) -> Self:
         """The same run, whatever the working directory it is looked at from."""
         # realpath and isfile, unlike a Path's, raise nothing on links in a circle or long names
         deepspeed = self.engine.deepspeed

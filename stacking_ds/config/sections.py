@@ -6,7 +6,7 @@ computed from it is computed at once and fits its type.
 
 import math
 import os
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -22,6 +22,8 @@ _LONGEST_PATH_BYTES = 4095  # Linux's PATH_MAX, without the zero at its end
 Steps = Annotated[int, Field(ge=1, le=_MOST_STEPS)]
 StepsOrNone = Annotated[int, Field(ge=0, le=_MOST_STEPS)]
 Rows = Annotated[int, Field(ge=1, le=_MOST_ROWS)]
+Depth = Annotated[int, Field(ge=1, le=10_000)]
+VocabularySize = Annotated[int, Field(ge=1, le=2**31)]
 Size = Annotated[int, Field(ge=1, le=2**20)]
 SequenceLength = Annotated[int, Field(ge=8, le=2**20)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -81,20 +83,31 @@ class ModelSection(Record):
     attention_probs_dropout_prob: Probability = 0.1
     layer_norm_eps: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-12
     initializer_range: Annotated[float, Field(gt=0.0, le=100.0)] = 0.02
+    """Standard deviation of the initial weights."""
     layer_norm_position: Literal["post", "pre"] = "post"
-    """`post` as in BERT; `pre` as in the code of Gong et al. 2019."""
+    """`post` normalises after each residual sum, as BERT does; `pre` what enters a sub-layer, and
+    once more after the last layer (Xiong et al. 2020, and the code of Gong et al. 2019)."""
+
+    @model_validator(mode="after")
+    def _heads_share_the_width(self) -> Self:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not divisible by "
+                f"num_attention_heads={self.num_attention_heads}; change one of them"
+            )
+        return self
 
 
 class StageSection(Record):
     """One growth stage: a depth, and how long to train at it, in steps or in token slots."""
 
-    num_hidden_layers: Annotated[int, Field(ge=1, le=10_000)]
+    num_hidden_layers: Depth
     steps: Steps | None = None
     tokens: Annotated[int, Field(ge=1, le=10**18)] | None = None
     """Token slots (rows x sequence_length of the phase); rounded up to whole steps."""
 
     @model_validator(mode="after")
-    def _one_length(self) -> "StageSection":
+    def _one_length(self) -> Self:
         if (self.steps is None) == (self.tokens is None):
             raise ValueError("give exactly one of steps and tokens")
         return self
@@ -130,7 +143,7 @@ class LambSection(Record):
     """Which form of the step runs: on a GPU triton, on the CPU blocked, unless another is named."""
 
     @model_validator(mode="after")
-    def _bounds_and_kernel(self) -> "LambSection":
+    def _bounds_and_kernel(self) -> Self:
         if self.max_coeff is not None and self.max_coeff < self.min_coeff:
             raise ValueError(f"min_coeff={self.min_coeff} is above max_coeff={self.max_coeff}")
         if self.kernel == "apex" and (self.min_coeff > 0 or self.max_coeff is not None):
@@ -159,7 +172,7 @@ class OptimizerSection(Record):
     """The options of name=lamb, each with a default; null for another optimizer."""
 
     @model_validator(mode="after")
-    def _options_fit(self) -> "OptimizerSection":
+    def _options_fit(self) -> Self:
         if (self.lamb is not None) != (self.name == "lamb"):
             remedy = "set lamb to {} for its defaults" if self.lamb is None else "delete lamb"
             raise ValueError(
@@ -208,7 +221,7 @@ class PhaseSection(Record):
     micro_batch_size: Rows | None = None
 
     @model_validator(mode="after")
-    def _changes_something(self) -> "PhaseSection":
+    def _changes_something(self) -> Self:
         if (self.sequence_length, self.global_batch_size, self.micro_batch_size) == (None,) * 3:
             raise ValueError(
                 "say what changes: sequence_length, global_batch_size or micro_batch_size"
@@ -242,7 +255,7 @@ class EngineSection(Record):
     Micro-batches are filled up to their rows' slots, so pack the rows."""
 
     @model_validator(mode="after")
-    def _kernels_have_the_precision(self) -> "EngineSection":
+    def _kernels_have_the_precision(self) -> Self:
         if self.fp8 and self.precision == "fp16":
             raise ValueError("fp8 goes with precision bf16 or fp32, not fp16: change one of them")
         if self.precision == "fp32" and self.attention in ("cudnn", "flash", "varlen"):
@@ -253,7 +266,7 @@ class EngineSection(Record):
         return self
 
     @model_validator(mode="after")
-    def _graphs_hold_all(self) -> "EngineSection":
+    def _graphs_hold_all(self) -> Self:
         if self.cuda_graphs and self.activation_checkpointing != "none":
             raise ValueError(
                 f"cuda_graphs keeps what a layer computes, so activation_checkpointing="

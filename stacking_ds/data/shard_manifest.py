@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from stacking_ds.config.sections import VocabularySize
 from stacking_ds.data.tokenizer import UNCASED, Normalization
 from stacking_ds.errors import DataError, UnreadableDataError, unreadable
 from stacking_ds.files import DamagedFileError, open_regular, read_text
@@ -126,7 +127,7 @@ class DataManifest(Record):
     request: PrepareRequest
     licence: str | None
     sources: tuple[SourceFile, ...]
-    vocab_size: Annotated[int, Field(ge=1, le=2**31)]
+    vocab_size: VocabularySize
     vocabulary_sha256: Sha256
     vocabulary_files: tuple[VocabularyFile, ...]
     rejected: tuple[Rejected, ...]

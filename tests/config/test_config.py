@@ -114,6 +114,7 @@ def test_the_resolved_recipe_reads_back_equal(recipe: str, tmp_path: Path) -> No
         ("stages=[]", "stages needs at least 1 of its parts"),
         ("optimizer.lamb={}", "optimizer: lamb=... does not go with name=adamw"),
         ("model.max_position_embeddings=16", "data.sequence_length=32 does not fit"),
+        ("model.num_attention_heads=3", "model: hidden_size=32 is not divisible by num_att"),
         ("stages=3", "stages must be a list, in brackets, not 3"),
         ("optimizer.betas=[0.9, 0.99, 0.999]", "optimizer.betas can have at most 2 parts"),
         ("optimizer.betas=[0.9]", "optimizer.betas.1 is missing"),
