@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from stacking_ds.distributed.world import World
 from stacking_ds.doctor.facts import Told
+from stacking_ds.kernels.registry import DTYPES
 from stacking_ds.train.sinks import measure_matmul_peak
 
 _CLOCK_ROUNDS = 8
@@ -78,7 +79,7 @@ def _clock() -> float:
 def measure_matmul(world: World, precision: str) -> Matmul:
     """In the recipe's precision on a GPU, in fp32 on the CPU, whose bf16 may be emulated."""
     name = precision if world.device.type == "cuda" else "fp32"
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    dtype = DTYPES[name]
     host, rank = socket.gethostname(), world.rank
     try:
         flops = measure_matmul_peak(world.device, dtype)

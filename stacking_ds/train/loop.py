@@ -26,7 +26,7 @@ from stacking_ds.data.rereading import Rereading
 from stacking_ds.distributed.world import StopFlag, World
 from stacking_ds.engine.build import set_learning_rate, take_step
 from stacking_ds.errors import CheckpointError, NonFiniteError, StageError
-from stacking_ds.kernels.registry import choose_compute
+from stacking_ds.kernels.registry import DTYPES, choose_compute
 from stacking_ds.model.loss import pretraining_loss
 from stacking_ds.process.stop_signals import StopRequest
 from stacking_ds.run.log import RunLog
@@ -358,8 +358,7 @@ class _Run:
 
     @cached_property
     def peak_flops_per_second(self) -> float:
-        dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-        dtype = dtypes[self.job.config.engine.precision]
+        dtype = DTYPES[self.job.config.engine.precision]
         return self.world.sum([measure_matmul_peak(self.world.device, dtype)])[0]
 
     def evaluate(self, phase: Phase) -> dict[str, float]:
