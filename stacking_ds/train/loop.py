@@ -28,6 +28,7 @@ from stacking_ds.engine.build import set_learning_rate, take_step
 from stacking_ds.errors import CheckpointError, NonFiniteError, StageError
 from stacking_ds.kernels.registry import DTYPES, choose_compute
 from stacking_ds.model.loss import pretraining_loss
+from stacking_ds.process.device import measure_matmul_peak, peak_memory_gib
 from stacking_ds.process.stop_signals import StopRequest
 from stacking_ds.run.log import RunLog
 from stacking_ds.schedule.phases import Phase
@@ -37,7 +38,7 @@ from stacking_ds.train.heldout import HeldOutPasses
 from stacking_ds.train.metrics import Interval, StepResult, TrainState, metrics_line
 from stacking_ds.train.plan import Job
 from stacking_ds.train.resume import claim, enter
-from stacking_ds.train.sinks import Monitor, measure_matmul_peak, peak_memory_gib
+from stacking_ds.train.sinks import Monitor
 from stacking_ds.train.stage_engine import StageManager
 
 _LOOK_SECONDS = 1.0
