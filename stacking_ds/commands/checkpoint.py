@@ -2,9 +2,9 @@
 
 import argparse
 import json
-import os
-import sys
 from pathlib import Path
+
+from stacking_ds.console import say
 
 _DAMAGED = 2
 
@@ -53,7 +53,7 @@ def _list(options: argparse.Namespace) -> int:
     from stacking_ds.checkpoint.listing import listed, listing
 
     as_json = options.json
-    _say(json.dumps(listed(options.run_dir), indent=1) if as_json else listing(options.run_dir))
+    say(json.dumps(listed(options.run_dir), indent=1) if as_json else listing(options.run_dir))
     return 0
 
 
@@ -65,7 +65,7 @@ def _verify(options: argparse.Namespace) -> int:
         folders = choose_all(options.run_dir)
     else:
         folders = [choose(options.run_dir, options.checkpoint)]
-    return 0 if verify(folders, _say) else _DAMAGED
+    return 0 if verify(folders, say) else _DAMAGED
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -73,11 +73,11 @@ def _inspect(options: argparse.Namespace) -> int:
     from stacking_ds.checkpoint.listing import contents, parameter_lines
 
     found = choose(options.run_dir, options.checkpoint)
-    _say(contents(found))
+    say(contents(found))
     if options.parameters:
-        _say("")
+        say("")
         for line in parameter_lines(found):
-            _say(line)
+            say(line)
     return 0
 
 
@@ -89,17 +89,10 @@ def _use(options: argparse.Namespace) -> int:
     run_dir = options.run_dir
     found = choose(run_dir, options.checkpoint)
     with directory.lock(run_dir, remedy="wait for it or stop it first"):
-        if not verify([found], _say):
+        if not verify([found], say):
             return _DAMAGED
         point_to(found)
         if directory.mend_config(run_dir, found):
-            _say(f"{run_dir / 'config.yaml'} is written anew, from the manifest of {found.name}")
-    _say(f"`latest` names {found.name}: --resume goes on from it")
+            say(f"{run_dir / 'config.yaml'} is written anew, from the manifest of {found.name}")
+    say(f"`latest` names {found.name}: --resume goes on from it")
     return 0
-
-
-def _say(line: str) -> None:
-    try:
-        print(line, flush=True)
-    except BrokenPipeError:  # `| head` has read enough; the exit code is still to come
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, is_dataclass, replace
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
 
+from stacking_ds.console import say
 from stacking_ds.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -91,9 +91,9 @@ def _inspect(options: argparse.Namespace) -> int:
     for name, facts in _findings(options, shards, config, section, workers):
         found[name] = facts
         if not options.json:
-            _say(as_text(name, facts))
+            say(as_text(name, facts))
     if options.json:
-        _say(json.dumps(found, indent=1, default=_plain))
+        say(json.dumps(found, indent=1, default=_plain))
     _require_no_overlap(shards, found["overlap"])
     return 0
 
@@ -158,7 +158,7 @@ def _layout(options: argparse.Namespace) -> int:
                 started = time.monotonic()
                 spec = RowOptions.of(section, length).layout(variant)
                 found = open_layout(split, spec, workers)
-                _say(
+                say(
                     f"{found.folder}: {found.num_rows:,} rows, {found.fill:.1%} full, "
                     f"{time.monotonic() - started:.1f} s"
                 )
@@ -227,10 +227,3 @@ def _plain(value: Any) -> Any:
     assert is_dataclass(value)
     assert not isinstance(value, type)
     return asdict(value)
-
-
-def _say(text: str) -> None:
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:  # `| head` has read enough; the exit code is still to come
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -2,17 +2,16 @@
 
 import argparse
 import os
-import sys
-import traceback
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from stacking_ds.errors import ConfigError, LostRankError, UserError
-from stacking_ds.process.exit import tell
-from stacking_ds.process.launcher_env import (
-    local_rank_from_environment,
+from stacking_ds.console import say, say_on_stderr
+from stacking_ds.errors import AgreedError, ConfigError, LostRankError, UserError
+from stacking_ds.process.exit import exit_process
+from stacking_ds.process.launchers import (
+    is_first_of_node,
     rank_from_environment,
     world_size_from_environment,
 )
@@ -91,7 +90,7 @@ def _train_on_ranks(options: argparse.Namespace, request: StopRequest) -> int:
     if world.device.type == "cpu":
         keep_freed_memory()
     try:
-        with heartbeat.Watch(
+        with heartbeat.FailureDetector(
             world,
             timeout_seconds=cluster.timeout_seconds,
             silence_seconds=min(cluster.silence_seconds, cluster.timeout_seconds),
@@ -101,23 +100,12 @@ def _train_on_ranks(options: argparse.Namespace, request: StopRequest) -> int:
     except Exception as error:
         if isinstance(error, LostRankError):
             _note_lost(places, world, str(error))
-        if world.size > 1 and not heartbeat.is_raised_by_all(error):
-            _end_alone(error)
+        if world.size > 1 and not isinstance(error, AgreedError):
+            exit_process(error)
         raise
     finally:
         process_group.stop()
     return 0
-
-
-def _end_alone(error: Exception) -> NoReturn:
-    """Not by way of the interpreter's end, which may wait for collectives that nobody answers."""
-    code = tell(error)
-    with suppress(OSError):  # nobody may read any more
-        if code is None:
-            traceback.print_exception(error)
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(1 if code is None else code)
 
 
 def _train_in_world(
@@ -133,8 +121,7 @@ def _train_in_world(
     places.append(run_dir)
     train(job, world, run_dir, resume=bool(options.resume), request=request)
     if world.is_first:
-        with suppress(OSError):  # a launcher that was told to stop reads no more
-            print(f"see `stacking-ds report {run_dir}`", flush=True)
+        say(f"see `stacking-ds report {run_dir}`")
 
 
 def _checked_recipe(options: argparse.Namespace, world_size: int) -> "CheckedRecipe":
@@ -169,5 +156,5 @@ def _note_lost(places: list[Path], world: "World", verdict: str) -> None:
 
 
 def _say_on_first_of_node(message: str) -> None:
-    if local_rank_from_environment() == 0:
-        print(message, file=sys.stderr, flush=True)
+    if is_first_of_node():
+        say_on_stderr(message)

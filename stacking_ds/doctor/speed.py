@@ -1,9 +1,7 @@
 """How fast this is, in a few seconds: clocks compared, small and large all-reduces, products."""
 
-import os
 import socket
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,8 +11,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from stacking_ds.console import say_on_stderr
 from stacking_ds.distributed.world import World
 from stacking_ds.doctor.facts import Told
+from stacking_ds.process.exit import end_now
 from stacking_ds.train.sinks import measure_matmul_peak
 
 _CLOCK_ROUNDS = 8
@@ -148,5 +148,5 @@ def _give_up() -> None:
         f"nodes, set NCCL_SOCKET_IFNAME to the interface that joins them, and read what "
         f"NCCL_DEBUG=INFO says"
     )
-    print(message, file=sys.stderr, flush=True)
-    os._exit(_FAILED)
+    say_on_stderr(message)
+    end_now(_FAILED)

@@ -23,13 +23,27 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from stacking_ds.checkpoint.folders import folder_name, latest, saved_steps, sync, use_command
+from stacking_ds.checkpoint.folders import folder_name, latest, saved_steps, use_command
 from stacking_ds.config.recipe import load_run_config
 from stacking_ds.config.run import RunConfig, changed_keys
 from stacking_ds.console import first_of
 from stacking_ds.data.shard_manifest import MANIFEST_NAME
-from stacking_ds.errors import CheckpointError, ConfigError, DataError, UnreadableError, unreadable
-from stacking_ds.files import DamagedFileError, read_bytes, read_text, without_waiting
+from stacking_ds.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    UnreadableError,
+    agreed,
+    unreadable,
+)
+from stacking_ds.files import (
+    DamagedFileError,
+    read_bytes,
+    read_text,
+    sync,
+    without_waiting,
+    write_whole,
+)
 from stacking_ds.run.attempts import ATTEMPTS_FILE
 
 if TYPE_CHECKING:  # it brings torch along, for seconds
@@ -190,11 +204,8 @@ def write_config(run_dir: Path, config: RunConfig) -> None:
     Raises:
         ConfigError: it cannot be written.
     """
-    unfinished = run_dir / _UNFINISHED
     try:
-        unfinished.write_text(config.to_yaml(), encoding="utf-8")
-        sync(unfinished)
-        os.replace(unfinished, run_dir / _CONFIG)
+        write_whole(run_dir / _CONFIG, config.to_yaml(), run_dir / _UNFINISHED)
         sync(run_dir)
     except OSError as error:
         raise _not_writable(run_dir, error) from None
@@ -214,19 +225,16 @@ def require_shared(run_dir: Path, world: "World") -> None:
         with suppress(OSError):
             os.listdir(run_dir.parent)
         time.sleep(0.1)
-    blind = [
-        f"rank {rank} on {host}"
-        for rank, (host, sees) in enumerate(world.gather((socket.gethostname(), sees)))
-        if not sees
-    ]
+    told = world.gather((socket.gethostname(), sees))
+    blind = [f"rank {rank} on {host}" for rank, (host, sees) in enumerate(told) if not sees]
     if blind:
-        error = ConfigError(
-            f"{len(blind)} of {world.size} ranks (first: {blind[0]}) do not see the run directory "
-            f"{run_dir} that rank 0 has written to; give a --run-dir on a file system that all "
-            f"nodes share"
+        raise agreed(
+            ConfigError(
+                f"{len(blind)} of {world.size} ranks (first: {blind[0]}) do not see the run "
+                f"directory {run_dir} that rank 0 has written to; give a --run-dir on a file "
+                f"system that all nodes share"
+            )
         )
-        error.on_all_ranks = True
-        raise error
 
 
 def _not_writable(run_dir: Path, error: OSError) -> ConfigError:

@@ -9,12 +9,11 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from stacking_ds.checkpoint.folders import sync
 from stacking_ds.config.run import RunConfig
 from stacking_ds.data.shard_manifest import MANIFEST_NAME, file_sha256, not_opened, read_manifest
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.errors import CheckpointError, DataError
-from stacking_ds.files import DamagedFileError, read_text
+from stacking_ds.files import DamagedFileError, published, read_text
 
 _FOLDER, _SUMS, _VOCABULARY = "tokenizer", "SHA256SUMS", "vocab.txt"
 
@@ -32,22 +31,11 @@ def keep(run_dir: Path, shards: TokenShards) -> None:
     sums = {file.name: file.sha256 for file in shards.manifest.vocabulary_files}
     if dict(_kept_sums(folder)) == sums:
         return
-    partial = folder.with_name(f".{_FOLDER}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a start that was killed
-    try:
-        partial.mkdir()
+    with published(folder) as partial:
         for name in sums:
             shutil.copyfile(shards.folder / name, partial / name)
         lines = "".join(f"{sha256}  {name}\n" for name, sha256 in sums.items())
         (partial / _SUMS).write_text(lines, encoding="utf-8")
-        for path in (*partial.iterdir(), partial):
-            sync(path)
-        if os.path.lexists(folder):
-            shutil.rmtree(folder)
-        os.replace(partial, folder)
-        sync(run_dir)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
 
 
 def choose(run_dir: Path, config: RunConfig, vocabulary_sha256: str, data: Path | None) -> Path:

@@ -16,6 +16,7 @@ from stacking_ds.files import (
     open_regular,
     parse_json,
     read_json_lines,
+    write_whole,
 )
 
 METRICS_FILE = "metrics.jsonl"
@@ -92,10 +93,8 @@ def drop_after(run_dir: Path, completed_steps: int) -> str | None:
     passed_over = PassedOver(path)
     lines = read_metrics(run_dir, passed_over)
     kept = [line for line in lines if line["step"] <= completed_steps]
-    temporary = path.with_suffix(".tmp")
     try:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, path)
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
     except OSError as error:  # a full disk is told of without a path
         raise OSError(error.errno, error.strerror, str(path)) from None
     return passed_over.sentence

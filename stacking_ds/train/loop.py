@@ -25,7 +25,7 @@ from stacking_ds.data.prefetch import Patience
 from stacking_ds.data.rereading import Rereading
 from stacking_ds.distributed.world import StopFlag, World
 from stacking_ds.engine.build import set_learning_rate, take_step
-from stacking_ds.errors import CheckpointError, NonFiniteError, StageError
+from stacking_ds.errors import CheckpointError, NonFiniteError, StageError, agreed
 from stacking_ds.kernels.registry import choose_compute
 from stacking_ds.model.loss import pretraining_loss
 from stacking_ds.process.stop_signals import StopRequest
@@ -97,10 +97,9 @@ def train(
             try:
                 run.train()
             except (NonFiniteError, StageError) as error:
-                error.on_all_ranks = True
                 with suppress(CheckpointError):
                     run.stages.finish_save()  # it is good
-                raise
+                raise agreed(error) from None
         else:
             monitor.say(f"{run_dir} is complete at step {state.step}; re-using it")
         if state.step == job.schedule.total_steps:

@@ -14,9 +14,10 @@ from typing import Any
 
 from stacking_ds.checkpoint import folders
 from stacking_ds.checkpoint import manifest as checkpoint_manifest
-from stacking_ds.distributed.heartbeat import is_lost_contact
+from stacking_ds.distributed.process_group import is_lost_contact
 from stacking_ds.distributed.world import World
-from stacking_ds.errors import CheckpointError, NonFiniteError, UserError, is_mendable
+from stacking_ds.errors import CheckpointError, NonFiniteError, UserError
+from stacking_ds.process.exit import is_mendable
 from stacking_ds.run import attempts, directory, kept_tokenizer
 from stacking_ds.run.metrics_file import drop_after
 from stacking_ds.schedule.stages import StageSchedule

@@ -7,10 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stacking_ds.distributed import launchers
-from stacking_ds.distributed.launchers import complete_environment, first_host, slurm_environment
 from stacking_ds.errors import ConfigError
-from stacking_ds.process.launcher_env import rank_from_environment, world_size_from_environment
+from stacking_ds.process import launchers
+from stacking_ds.process.launchers import (
+    complete_environment,
+    first_host,
+    rank_from_environment,
+    slurm_environment,
+    world_size_from_environment,
+)
 
 # of `srun` in a batch job of three nodes, the first two with two tasks
 STEP = {

@@ -1,9 +1,11 @@
-"""Which launcher has started this process, and what it says about ranks and where they meet.
+"""Launchers' variables: this process's rank, how many there are, and where they meet.
 
 deepspeed, torchrun    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT
 mpirun (Open MPI), hydra    a size; mpi4py tells the rest
 srun                   SLURM_PROCID and relatives; the first node of the step is the meeting place
 none of them           one process
+
+Without torch, since who says a sentence is asked for errors too.
 """
 
 import ipaddress
@@ -15,75 +17,50 @@ from collections.abc import Mapping
 import psutil
 
 from stacking_ds.errors import ConfigError
-from stacking_ds.process.launcher_env import HYDRA_SIZE, OPEN_MPI_SIZE, by_srun
 
-# ---- The network as this node sees it: its own address, an interface that reaches others,
-# a port.
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
-
-
-def address_of_this_node(several_nodes: bool) -> str:
-    """The IPv4 address under which others reach this node.
-
-    Raises:
-        ConfigError: it has none, or several and its name does not tell which.
-    """
-    named = _resolved_name()
-    if named is not None and not (several_nodes and ipaddress.ip_address(named).is_loopback):
-        return named
-    if not several_nodes:
-        return "127.0.0.1"
-    return _only_address("MASTER_ADDR to the address that the other nodes reach rank 0 under")[1]
-
-
-def interface_for_gloo() -> str | None:
-    """What GLOO_SOCKET_IFNAME has to be on a node of several; None where gloo finds it by itself.
-
-    It binds to what the node's name resolves to. Where /etc/hosts says 127.0.1.1 for that, as
-    Debian's installer writes it, no other node could connect.
-
-    Raises:
-        ConfigError: the name resolves to nothing useful, and there are several interfaces.
-    """
-    named = _resolved_name()
-    if named is not None and not ipaddress.ip_address(named).is_loopback:
-        return None
-    return _only_address("GLOO_SOCKET_IFNAME to the interface that joins the nodes")[0]
-
-
-def _resolved_name() -> str | None:
-    try:
-        return socket.gethostbyname(socket.gethostname())
-    except OSError:
-        return None
-
-
-def _only_address(what_to_set: str) -> tuple[str, str]:
-    up = {name for name, stats in psutil.net_if_stats().items() if stats.isup}
-    found = [
-        (name, one.address)
-        for name, addresses in psutil.net_if_addrs().items()
-        if name in up
-        for one in addresses
-        if one.family == socket.AF_INET and not ipaddress.ip_address(one.address).is_loopback
-    ]
-    if len(found) == 1:
-        return found[0]
-    choices = ", ".join(f"{name} {address}" for name, address in found) or "none but loopback"
-    raise ConfigError(
-        f"the name of this node, {socket.gethostname()}, resolves to {_resolved_name()}, which "
-        f"other nodes cannot reach, and its interfaces ({choices}) leave no single choice: set "
-        f"{what_to_set}, or mend /etc/hosts"
-    )
-
-
+# what Open MPI, and MPICH and its relatives, tell a process they started
+OPEN_MPI_SIZE, HYDRA_SIZE = "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"
 # below the range from which systems take ports for outgoing connections
 _FIRST_PORT, _PORTS = 15_000, 15_000
+
+
+def by_srun() -> bool:
+    """Is this a task of a step of several? A batch script's own shell has SLURM_PROCID and
+    SLURM_NTASKS too, but is no such step."""
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+
+
+def world_size_from_environment() -> int:
+    """The number of ranks as the launcher says it; 1 where there is no launcher."""
+    names = ("WORLD_SIZE", OPEN_MPI_SIZE, "SLURM_STEP_NUM_TASKS", HYDRA_SIZE)
+    return next((int(os.environ[name]) for name in names if name in os.environ), 1)
+
+
+def rank_from_environment() -> int:
+    """This process's rank as the launcher says it; 0 where there is no launcher."""
+    names = ["RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"]
+    if by_srun():
+        names.insert(2, "SLURM_PROCID")
+    return next((int(os.environ[name]) for name in names if name in os.environ), 0)
+
+
+def local_rank_from_environment() -> int:
+    """This process's rank on its node as the launcher says it; 0 where there is no launcher."""
+    names = ["LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID"]
+    if by_srun():
+        names.insert(2, "SLURM_LOCALID")
+    return next((int(os.environ[name]) for name in names if name in os.environ), 0)
+
+
+def is_first_of_node() -> bool:
+    """Is this the rank that speaks for its node, whose own terminal or log it may be?"""
+    return local_rank_from_environment() == 0
+
+
+def marked(message: str) -> str:
+    """The message with the rank that says it; rank 0's own as it is."""
+    rank = rank_from_environment()
+    return message if rank == 0 else f"[rank {rank}] {message}"
 
 
 def complete_environment() -> dict[str, str]:
@@ -203,3 +180,67 @@ def _mpi_environment() -> dict[str, str]:
         "MASTER_ADDR": address,
         "MASTER_PORT": port,
     }
+
+
+# ------------------------------------------------------------------------- network
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def address_of_this_node(several_nodes: bool) -> str:
+    """The IPv4 address under which others reach this node.
+
+    Raises:
+        ConfigError: it has none, or several and its name does not tell which.
+    """
+    named = _resolved_name()
+    if named is not None and not (several_nodes and ipaddress.ip_address(named).is_loopback):
+        return named
+    if not several_nodes:
+        return "127.0.0.1"
+    return _only_address("MASTER_ADDR to the address that the other nodes reach rank 0 under")[1]
+
+
+def interface_for_gloo() -> str | None:
+    """What GLOO_SOCKET_IFNAME has to be on a node of several; None where gloo finds it by itself.
+
+    It binds to what the node's name resolves to. Where /etc/hosts says 127.0.1.1 for that, as
+    Debian's installer writes it, no other node could connect.
+
+    Raises:
+        ConfigError: the name resolves to nothing useful, and there are several interfaces.
+    """
+    named = _resolved_name()
+    if named is not None and not ipaddress.ip_address(named).is_loopback:
+        return None
+    return _only_address("GLOO_SOCKET_IFNAME to the interface that joins the nodes")[0]
+
+
+def _resolved_name() -> str | None:
+    try:
+        return socket.gethostbyname(socket.gethostname())
+    except OSError:
+        return None
+
+
+def _only_address(what_to_set: str) -> tuple[str, str]:
+    up = {name for name, stats in psutil.net_if_stats().items() if stats.isup}
+    found = [
+        (name, one.address)
+        for name, addresses in psutil.net_if_addrs().items()
+        if name in up
+        for one in addresses
+        if one.family == socket.AF_INET and not ipaddress.ip_address(one.address).is_loopback
+    ]
+    if len(found) == 1:
+        return found[0]
+    choices = ", ".join(f"{name} {address}" for name, address in found) or "none but loopback"
+    raise ConfigError(
+        f"the name of this node, {socket.gethostname()}, resolves to {_resolved_name()}, which "
+        f"other nodes cannot reach, and its interfaces ({choices}) leave no single choice: set "
+        f"{what_to_set}, or mend /etc/hosts"
+    )
