@@ -604,11 +604,11 @@ def test_a_rank_that_dies_while_saving_costs_only_that_checkpoint(
 _INTERRUPTED = """
 import os, signal, sys, time
 from pathlib import Path
-from stacking_ds import trainer
-from stacking_ds.checkpoint import background
+from stacking_ds.checkpoint import save
 from stacking_ds.cli import main
+from stacking_ds.train import loop
 
-take_step = trainer._Run.train_step
+take_step = loop._Run.train_step
 
 def step(run, rank_step):
     if run.state.step == 5:
@@ -622,9 +622,9 @@ def write(tensors, path):
         time.sleep(100)
     save_file(tensors, path)
 
-save_file, background.save_file = background.save_file, write
-trainer._Run.train_step = step
-background._PATIENCE_SECONDS = 0.5
+save_file, save.save_file = save.save_file, write
+loop._Run.train_step = step
+save._PATIENCE_SECONDS = 0.5
 sys.exit(main(sys.argv[1:]))
 """
 
