@@ -4,9 +4,10 @@ import argparse
 import json
 from pathlib import Path
 
+from stacking_ds.checkpoint.folders import choose, choose_all, point_to
 from stacking_ds.console import say
-
-_DAMAGED = 2
+from stacking_ds.errors import EXIT_USER_ERROR
+from stacking_ds.run import directory
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
@@ -58,18 +59,14 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from stacking_ds.checkpoint.folders import choose, choose_all
     from stacking_ds.checkpoint.listing import verify
 
-    if options.all:
-        folders = choose_all(options.run_dir)
-    else:
-        folders = [choose(options.run_dir, options.checkpoint)]
-    return 0 if verify(folders, say) else _DAMAGED
+    run_dir = options.run_dir
+    folders = choose_all(run_dir) if options.all else [choose(run_dir, options.checkpoint)]
+    return 0 if verify(folders, say) else EXIT_USER_ERROR
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from stacking_ds.checkpoint.folders import choose
     from stacking_ds.checkpoint.listing import contents, parameter_lines
 
     found = choose(options.run_dir, options.checkpoint)
@@ -82,15 +79,13 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _use(options: argparse.Namespace) -> int:
-    from stacking_ds.checkpoint.folders import choose, point_to
     from stacking_ds.checkpoint.listing import verify
-    from stacking_ds.run import directory
 
     run_dir = options.run_dir
     found = choose(run_dir, options.checkpoint)
     with directory.lock(run_dir, remedy="wait for it or stop it first"):
         if not verify([found], say):
-            return _DAMAGED
+            return EXIT_USER_ERROR
         point_to(found)
         if directory.mend_config(run_dir, found):
             say(f"{run_dir / 'config.yaml'} is written anew, from the manifest of {found.name}")

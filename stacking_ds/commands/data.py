@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
 
+from stacking_ds.config.mistakes import sentences
+from stacking_ds.config.recipe import load_run_config
+from stacking_ds.config.run import RunConfig
+from stacking_ds.config.sections import DataSection
 from stacking_ds.console import say
 from stacking_ds.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from stacking_ds.config.run import RunConfig
-    from stacking_ds.config.sections import DataSection
     from stacking_ds.data.inspection import Overlap
     from stacking_ds.data.shards import TokenShards
 
@@ -101,8 +103,8 @@ def _inspect(options: argparse.Namespace) -> int:
 def _findings(
     options: argparse.Namespace,
     shards: "TokenShards",
-    config: "RunConfig | None",
-    section: "DataSection",
+    config: RunConfig | None,
+    section: DataSection,
     workers: int,
 ) -> Iterator[tuple[str, Any]]:
     """Each part of the report by its name, as soon as it is known."""
@@ -165,12 +167,8 @@ def _layout(options: argparse.Namespace) -> int:
     return 0
 
 
-def _recipe(options: argparse.Namespace) -> "tuple[RunConfig | None, DataSection]":
+def _recipe(options: argparse.Namespace) -> tuple[RunConfig | None, DataSection]:
     """The recipe, None if none is given, and how rows are to be made."""
-    from stacking_ds.config.mistakes import sentences
-    from stacking_ds.config.recipe import load_run_config
-    from stacking_ds.config.sections import DataSection
-
     names = ("sequence_length", "examples", "masking", "packing")
     plain = {name: getattr(options, name, None) for name in names}
     plain = {name: value for name, value in plain.items() if value is not None}
@@ -197,7 +195,7 @@ def _recipe(options: argparse.Namespace) -> "tuple[RunConfig | None, DataSection
     return config, config.data
 
 
-def _lengths(section: "DataSection", config: "RunConfig | None") -> list[int]:
+def _lengths(section: DataSection, config: RunConfig | None) -> list[int]:
     """The sequence lengths of all phases."""
     if config is None:
         return [section.sequence_length]

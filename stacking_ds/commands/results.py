@@ -5,8 +5,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stacking_ds.checkpoint.folders import choose
 from stacking_ds.console import say, say_on_stderr
 from stacking_ds.run.directory import read_config, require_shards
+from stacking_ds.run.report import run_table
 
 if TYPE_CHECKING:
     from stacking_ds.train.plan import Job
@@ -22,7 +24,6 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 def _evaluate(options: argparse.Namespace) -> int:
     job = _job_of(options.run_dir, options.data)
-    from stacking_ds.checkpoint.folders import choose
     from stacking_ds.distributed import process_group
     from stacking_ds.train.from_checkpoint import run_heldout
 
@@ -52,9 +53,7 @@ def add_export(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
-
     config = read_config(options.run_dir)
-    from stacking_ds.checkpoint.folders import choose
     from stacking_ds.train.from_checkpoint import export_run, warning_of  # seconds of imports
 
     found = choose(options.run_dir, options.checkpoint)
@@ -67,7 +66,6 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _job_of(run_dir: Path, data: str | None) -> "Job":
-
     config = read_config(run_dir)
     if data is None:
         require_shards(run_dir, config, "--data FOLDER")
@@ -86,7 +84,5 @@ def add_report(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from stacking_ds.run.report import run_table
-
     say(run_table(options.run_dir))
     return 0

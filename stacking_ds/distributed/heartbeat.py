@@ -32,7 +32,13 @@ from stacking_ds.distributed.lost_ranks import (
 )
 from stacking_ds.distributed.process_group import connect, is_lost_contact
 from stacking_ds.distributed.world import World
-from stacking_ds.errors import EXIT_LOST_RANK, AgreedError, LostRankError, LostRankToldError
+from stacking_ds.errors import (
+    EXIT_LOST_RANK,
+    AgreedError,
+    LostRankError,
+    LostRankToldError,
+    UserError,
+)
 from stacking_ds.process.exit import end_now
 
 _LONGEST_INTERVAL_SECONDS = 2.0
@@ -43,7 +49,7 @@ _INTERVALS_TO_DECIDE = _INTERVALS_TO_GATHER + 3
 _SECONDS_TO_END = 15.0  # for a main thread that can still end by itself
 _SECONDS_TO_TELL = 10.0  # the file system or the pipe may be what hangs
 
-_VERDICT, _FAILURES = "watch/verdict", "watch/failures"
+_VERDICT, _FAILURES = "heartbeat/verdict", "heartbeat/failures"
 
 
 class FailureDetector:
@@ -59,18 +65,16 @@ class FailureDetector:
         *,
         timeout_seconds: float,
         silence_seconds: float,
-        on_lost: Callable[[str], None] = lambda verdict: None,
     ) -> None:
         """Args:
         timeout_seconds: how long it may be that no rank moves.
         silence_seconds: how long a rank may be silent.
-        on_lost: told the verdict before the process is ended from here, its main thread being
-            stuck.
         """
+        self.record: Callable[[str], None] = lambda verdict: None
+        """Told the verdict on this rank, before it ends, once; it may fail by a UserError."""
         self._world = world
         self._timeout, self._silence = timeout_seconds, silence_seconds
         self._interval = min(_LONGEST_INTERVAL_SECONDS, silence_seconds / _INTERVALS_OF_SILENCE)
-        self._on_lost = on_lost
         self._clock = AwakeClock(_INTERVALS_OF_PAUSE * self._interval)
         self._progress = Progress()
         self._hosts: list[str] = []
@@ -103,7 +107,7 @@ class FailureDetector:
         self._heard_of_first = now = self._clock.now()
         self._seen = [RankView(heard=now, moved=now) for _ in self._hosts]
         for action, arguments in ((self._beat, (store,)), (self._judge, ())):
-            thread = threading.Thread(target=action, args=arguments, name="watch", daemon=True)
+            thread = threading.Thread(target=action, args=arguments, name="heartbeat", daemon=True)
             thread.start()
             self._threads.append(thread)
         return self
@@ -146,10 +150,16 @@ class FailureDetector:
             self._let_others_read()
         else:
             self._decided.wait(_INTERVALS_TO_DECIDE * self._interval)
-        self._leaving.set()
         is_told = self._verdict and not self._speaks
         kind = LostRankToldError if is_told else LostRankError
-        return kind(self._verdict or _lost_contact(self._world, error))
+        lost = kind(self._verdict or _lost_contact(self._world, error))
+        self._record(str(lost))
+        self._leaving.set()
+        return lost
+
+    def _record(self, verdict: str) -> None:
+        with suppress(OSError, UserError):
+            self.record(verdict)
 
     def _let_others_read(self) -> None:
         """The store with the verdict goes when rank 0 does."""
@@ -283,12 +293,12 @@ class FailureDetector:
         named = f"rank {self._world.rank} on " in self._verdict
         if named or (self._world.is_first and "none is behind" in self._verdict):
             say_on_stderr(_main_thread_stack(self._world.rank))
-        self._on_lost(self._verdict)
+        self._record(self._verdict)
         end_now(EXIT_LOST_RANK)
 
 
 def _key(rank: int) -> str:
-    return f"watch/beat/{rank}"
+    return f"heartbeat/{rank}"
 
 
 def _main_thread_stack(rank: int) -> str:

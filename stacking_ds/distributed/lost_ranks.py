@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import psutil
 
+from stacking_ds.console import first_of
+
 _NAMED = 3
 _SHOWN_CHARACTERS = 300
 
@@ -90,9 +92,7 @@ def sentence(
     """Ranks, nodes and the last step, for people. `step` is what rank 0 has completed: all ranks
     have, and what was last heard of a rank may be some steps old."""
     first = ranks[missing.ranks[0]]
-    names = [f"rank {rank} on {hosts[rank]}" for rank in missing.ranks[:_NAMED]]
-    more = len(missing.ranks) - len(names)
-    who = ", ".join(names) + (f" and {more} more" if more else "")
+    who = first_of([f"rank {rank} on {hosts[rank]}" for rank in missing.ranks], _NAMED)
     verb = "is" if len(missing.ranks) == 1 else "are"
     if missing.how == "failed":
         assert first.failure is not None

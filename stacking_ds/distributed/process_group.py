@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from stacking_ds.console import first_of
 from stacking_ds.distributed.world import World
 from stacking_ds.errors import ConfigError, LostRankError, LostRankToldError, agreed
 from stacking_ds.process.launchers import by_srun, complete_environment, interface_for_gloo
@@ -276,9 +277,8 @@ def _verdict(store: Any, size: int) -> str:
 def _who_came(store: Any, came: Sequence[int], size: int) -> str:
     hosts = dict.fromkeys(store.get(f"rank/{rank}").decode().split(" ")[1] for rank in came)
     absent = sorted(set(range(size)) - set(came))
-    names = ", ".join(map(str, absent[:_NAMED])) + (" and more" if len(absent) > _NAMED else "")
     return (
-        f"{len(absent)} of {size} ranks have not come in time: {names}; those that have are on "
-        f"{', '.join(list(hosts)[:_NAMED])}{' and more' if len(hosts) > _NAMED else ''}. See what "
-        f"the absent ones have said, or raise cluster.timeout_seconds"
+        f"{len(absent)} of {size} ranks have not come in time: {first_of(absent, _NAMED)}; those "
+        f"that have are on {first_of(list(hosts), _NAMED)}. See what the absent ones have said, or "
+        f"raise cluster.timeout_seconds"
     )

@@ -32,24 +32,25 @@ def by_srun() -> bool:
 
 def world_size_from_environment() -> int:
     """The number of ranks as the launcher says it; 1 where there is no launcher."""
-    names = ("WORLD_SIZE", OPEN_MPI_SIZE, "SLURM_STEP_NUM_TASKS", HYDRA_SIZE)
-    return next((int(os.environ[name]) for name in names if name in os.environ), 1)
+    return _first_set("WORLD_SIZE", OPEN_MPI_SIZE, "SLURM_STEP_NUM_TASKS", HYDRA_SIZE, otherwise=1)
 
 
 def rank_from_environment() -> int:
     """This process's rank as the launcher says it; 0 where there is no launcher."""
-    names = ["RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"]
-    if by_srun():
-        names.insert(2, "SLURM_PROCID")
-    return next((int(os.environ[name]) for name in names if name in os.environ), 0)
+    slurm = ["SLURM_PROCID"] if by_srun() else []
+    return _first_set("RANK", "OMPI_COMM_WORLD_RANK", *slurm, "PMI_RANK", otherwise=0)
 
 
 def local_rank_from_environment() -> int:
     """This process's rank on its node as the launcher says it; 0 where there is no launcher."""
-    names = ["LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID"]
-    if by_srun():
-        names.insert(2, "SLURM_LOCALID")
-    return next((int(os.environ[name]) for name in names if name in os.environ), 0)
+    slurm = ["SLURM_LOCALID"] if by_srun() else []
+    return _first_set(
+        "LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", *slurm, "MPI_LOCALRANKID", otherwise=0
+    )
+
+
+def _first_set(*names: str, otherwise: int) -> int:
+    return next((int(os.environ[name]) for name in names if name in os.environ), otherwise)
 
 
 def is_first_of_node() -> bool:
@@ -61,6 +62,9 @@ def marked(message: str) -> str:
     """The message with the rank that says it; rank 0's own as it is."""
     rank = rank_from_environment()
     return message if rank == 0 else f"[rank {rank}] {message}"
+
+
+_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def complete_environment() -> dict[str, str]:
@@ -78,18 +82,11 @@ def complete_environment() -> dict[str, str]:
         return slurm_environment(environment)
     if int(environment.get(HYDRA_SIZE, "1")) > 1:
         return _mpi_environment()
-    return {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "LOCAL_WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
+    return dict(zip(_NAMES, ("0", "1", "0", "1", "127.0.0.1", str(free_port())), strict=True))
 
 
 def _launcher_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    required = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    required = [name for name in _NAMES if name != "LOCAL_WORLD_SIZE"]
     missing = [name for name in required if name not in environment]
     if missing:
         raise ConfigError(
@@ -172,14 +169,8 @@ def _mpi_environment() -> dict[str, str]:
     address = os.environ.get("MASTER_ADDR") or address_of_this_node(several_nodes)
     port = os.environ.get("MASTER_PORT") or str(free_port())
     address, port = everyone.bcast((address, port))
-    return {
-        "RANK": str(everyone.rank),
-        "WORLD_SIZE": str(everyone.size),
-        "LOCAL_RANK": str(node.rank),
-        "LOCAL_WORLD_SIZE": str(node.size),
-        "MASTER_ADDR": address,
-        "MASTER_PORT": port,
-    }
+    places = map(str, (everyone.rank, everyone.size, node.rank, node.size))
+    return dict(zip(_NAMES, (*places, address, port), strict=True))
 
 
 # ------------------------------------------------------------------------- network

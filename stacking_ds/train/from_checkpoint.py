@@ -15,8 +15,7 @@ from stacking_ds.model.bert import BertForPreTraining, parameter_shapes
 from stacking_ds.model.bert_config import BertConfig
 from stacking_ds.model.parameters import WORD_EMBEDDINGS
 from stacking_ds.run import kept_tokenizer
-from stacking_ds.run.divergence import judge
-from stacking_ds.run.metrics_file import read_metrics
+from stacking_ds.run.metrics_file import judge, read_metrics
 from stacking_ds.train.heldout import HeldOut, evaluate_heldout
 from stacking_ds.train.plan import Job
 

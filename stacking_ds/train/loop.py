@@ -29,7 +29,6 @@ from stacking_ds.errors import CheckpointError, NonFiniteError, StageError, agre
 from stacking_ds.kernels.registry import choose_compute
 from stacking_ds.model.loss import pretraining_loss
 from stacking_ds.process.stop_signals import StopRequest
-from stacking_ds.run.log import RunLog
 from stacking_ds.schedule.phases import Phase
 from stacking_ds.schedule.stages import Stage
 from stacking_ds.train.from_checkpoint import export_if_missing, is_export_due
@@ -37,7 +36,7 @@ from stacking_ds.train.heldout import HeldOutPasses
 from stacking_ds.train.metrics import Interval, StepResult, TrainState, metrics_line
 from stacking_ds.train.plan import Job
 from stacking_ds.train.resume import claim, enter
-from stacking_ds.train.sinks import Monitor, measure_matmul_peak, peak_memory_gib
+from stacking_ds.train.sinks import Monitor, RunLog, measure_matmul_peak, peak_memory_gib
 from stacking_ds.train.stage_engine import StageManager
 
 _LOOK_SECONDS = 1.0
