@@ -20,12 +20,9 @@ HOST = socket.gethostname()
 
 
 def _watch(world: World, timeout: float = 600.0, silence: float = 3.0) -> FailureDetector:
-    return FailureDetector(
-        world,
-        timeout_seconds=timeout,
-        silence_seconds=silence,
-        on_lost=lambda verdict: print(f"told: {verdict}", flush=True),
-    )
+    detector = FailureDetector(world, timeout_seconds=timeout, silence_seconds=silence)
+    detector.record = lambda verdict: print(f"told: {verdict}", flush=True)
+    return detector
 
 
 def _steps(world: World, harm: Callable[[], None]) -> None:
@@ -195,9 +192,8 @@ def test_work_that_gets_on_may_take_longer_than_the_time_out() -> None:
 
 
 def _deaf(world: World) -> None:
-    with FailureDetector(
-        world, timeout_seconds=5.0, silence_seconds=3.0, on_lost=lambda verdict: time.sleep(1000)
-    ):
+    with _watch(world, timeout=5.0) as detector:
+        detector.record = lambda verdict: time.sleep(1000)
         _steps(world, lambda: time.sleep(1000))
 
 
