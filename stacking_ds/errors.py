@@ -77,7 +77,8 @@ def agreed(error: Exception) -> Exception:
 
 
 def _agreed_kind(kind: type[Exception]) -> type[Exception]:
-    return type(f"Agreed{kind.__name__}", (AgreedError, kind), {})
+    # by the same name, which tracebacks and records give
+    return type(kind.__name__, (AgreedError, kind), {"__module__": kind.__module__})
 
 
 _Kind = TypeVar("_Kind", bound=UserError)
