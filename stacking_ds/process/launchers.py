@@ -14,8 +14,6 @@ import re
 import socket
 from collections.abc import Mapping
 
-import psutil
-
 from stacking_ds.errors import ConfigError
 
 # what Open MPI, and MPICH and its relatives, tell a process they started
@@ -219,6 +217,8 @@ def _resolved_name() -> str | None:
 
 
 def _only_address(what_to_set: str) -> tuple[str, str]:
+    import psutil  # every command would wait for it
+
     up = {name for name, stats in psutil.net_if_stats().items() if stats.isup}
     found = [
         (name, one.address)

@@ -143,12 +143,12 @@ def _node(monkeypatch: pytest.MonkeyPatch, name_is: str, interfaces: dict[str, s
 
     monkeypatch.setattr(launchers.socket, "gethostbyname", lambda name: name_is)
     monkeypatch.setattr(
-        launchers.psutil,
+        psutil,
         "net_if_addrs",
         lambda: {name: [address(text)] for name, text in interfaces.items()},
     )
     monkeypatch.setattr(
-        launchers.psutil, "net_if_stats", lambda: {name: _Stats() for name in interfaces}
+        psutil, "net_if_stats", lambda: {name: _Stats() for name in interfaces}
     )
 
 
