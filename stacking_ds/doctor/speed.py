@@ -1,9 +1,7 @@
 """Measures clocks, small and large all-reduces and matrix products, in a few seconds."""
 
-import os
 import socket
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,10 +11,12 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from stacking_ds.console import say_on_stderr
 from stacking_ds.distributed.world import World
 from stacking_ds.doctor.facts import WireRecord
 from stacking_ds.kernels.registry import DTYPES
 from stacking_ds.process.device import measure_matmul_peak, seconds_now
+from stacking_ds.process.exit import end_now
 
 _CLOCK_ROUNDS = 8
 _SMALL_BYTES = 4
@@ -142,5 +142,5 @@ def _give_up() -> None:
         f"nodes, set NCCL_SOCKET_IFNAME to the interface that joins them, and read what "
         f"NCCL_DEBUG=INFO says"
     )
-    print(message, file=sys.stderr, flush=True)
-    os._exit(_FAILED)
+    say_on_stderr(message)
+    end_now(_FAILED)

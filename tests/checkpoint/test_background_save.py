@@ -27,7 +27,7 @@ from stacking_ds.checkpoint import manifest as checkpoint_manifest
 from stacking_ds.checkpoint.save import BackgroundSave
 from stacking_ds.config.run import RunConfig
 from stacking_ds.distributed.world import World
-from stacking_ds.errors import CheckpointError, NonFiniteError, UserError
+from stacking_ds.errors import AgreedError, CheckpointError, NonFiniteError, UserError
 from stacking_ds.growth import transfer
 from stacking_ds.growth.transfer import capture
 from stacking_ds.sharding.fragments import MASTER, Fragment
@@ -416,7 +416,9 @@ def _train_with_a_full_disk(
     try:
         train_small(world, config, run_dir)
     except UserError as error:
-        return type(error).__name__, str(error) if error.on_all_ranks else "one rank's error"
+        return type(error).__name__, str(error) if isinstance(
+            error, AgreedError
+        ) else "one rank's error"
     return "done", ""
 
 
