@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch.cuda import nccl
 
 import stacking_ds
@@ -29,6 +29,7 @@ from stacking_ds.config.run import RunConfig
 from stacking_ds.distributed.world import World
 from stacking_ds.engine.ds_json import load_ds_config
 from stacking_ds.errors import DataError
+from stacking_ds.records import Record
 from stacking_ds.train.plan import Job
 
 T = TypeVar("T")
@@ -38,11 +39,9 @@ _SHARED_MEMORY = Path("/dev/shm")
 _BYTES_PER_PARAMETER = 12
 
 
-class WireRecord(BaseModel):
+class WireRecord(Record, strict=False, extra="ignore"):
     """A message between nodes, sent as plain JSON: a node with another version of this package,
     which may tell more or less, is one of the things to be found."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
 
     @classmethod
     def read(cls, sent: Iterable[Mapping[str, Any] | None]) -> list[Self]:
@@ -56,13 +55,13 @@ class NodeFacts(WireRecord):
     host: str
     rank: int
     local_size: int = 1
-    versions: dict[str, str] = {}
+    versions: dict[str, str] = Field(default={})
     code_sha256: str = ""
     code_files: dict[str, str] = Field(default={}, repr=False)
     """The beginning of each file's sha256, for telling which differ."""
-    recipe: dict[str, str] = {}
+    recipe: dict[str, str] = Field(default={})
     """sha256 of the resolved recipe and of the DeepSpeed JSON."""
-    data: dict[str, str] = {}
+    data: dict[str, str] = Field(default={})
     """sha256 of the training data and of the vocabulary."""
     checkpoint_bytes: int = 0
     """One checkpoint of the last stage."""
@@ -72,7 +71,7 @@ class NodeFacts(WireRecord):
     """What those take that are there already; rank 0's node looks."""
     free_bytes: int | None = None
     """At the run directory."""
-    scratch_bytes: dict[str, int] = {}
+    scratch_bytes: dict[str, int] = Field(default={})
     """Free in the temporary folder and in shared memory, by path."""
     gpus: str = ""
     gpu_count: int = 0
@@ -82,7 +81,7 @@ class NodeFacts(WireRecord):
     """What GLOO_SOCKET_IFNAME says."""
     open_files: int | None = None
     """How many a process may have open; None is without limit."""
-    problems: dict[str, str] = {}
+    problems: dict[str, str] = Field(default={})
     """Why something is not known, by the name of the check."""
 
 

@@ -1,9 +1,7 @@
 """Measures clocks, small and large all-reduces and matrix products, in a few seconds."""
 
-import os
 import socket
 import statistics
-import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -11,9 +9,12 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from stacking_ds.console import say_on_stderr
 from stacking_ds.distributed.world import World
 from stacking_ds.doctor.facts import WireRecord
+from stacking_ds.kernels.registry import DTYPES
 from stacking_ds.process.device import measure_matmul_peak, seconds_now
+from stacking_ds.process.exit import end_now
 
 _CLOCK_ROUNDS = 8
 _SMALL_BYTES = 4
@@ -76,7 +77,7 @@ def _clock() -> float:
 def measure_matmul(world: World, precision: str) -> Matmul:
     """In the recipe's precision on a GPU, in fp32 on the CPU, whose bf16 may be emulated."""
     name = precision if world.device.type == "cuda" else "fp32"
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    dtype = DTYPES[name]
     found = Matmul(host=socket.gethostname(), rank=world.rank, dtype=name)
     try:
         flops = measure_matmul_peak(world.device, dtype)
@@ -132,5 +133,5 @@ def _give_up() -> None:
         f"nodes, set NCCL_SOCKET_IFNAME to the interface that joins them, and read what "
         f"NCCL_DEBUG=INFO says"
     )
-    print(message, file=sys.stderr, flush=True)
-    os._exit(_FAILED)
+    say_on_stderr(message)
+    end_now(_FAILED)

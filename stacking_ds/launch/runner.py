@@ -20,7 +20,7 @@ from stacking_ds.launch.environment import (
 )
 from stacking_ds.launch.hosts import PACKAGE_FOLDER, SSH_OPTIONS, Host, draw_hostfile
 from stacking_ds.launch.sweep import MARKER_VARIABLE
-from stacking_ds.process.launcher_env import free_port
+from stacking_ds.process.launchers import free_port
 
 # else mpirun waits for ever for a host whose cable was pulled
 _MPI_KEEPALIVE = (

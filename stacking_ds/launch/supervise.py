@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from stacking_ds.console import first_of, plural
+from stacking_ds.console import first_of, plural, say_on_stderr
 from stacking_ds.errors import ConfigError, UserError
 from stacking_ds.launch import restart_policy
 from stacking_ds.launch.environment import parse_assignments, secret_names
@@ -30,10 +30,8 @@ _SIGNAL_GLANCE_SECONDS = 0.1
 
 
 def _say(message: str) -> None:
-    """A sentence for people, on stderr."""
-    # the Ctrl-C that asks to stop may have ended the `tee` that reads it
-    with contextlib.suppress(OSError):
-        print(f"stacking-ds launch: {message}", file=sys.stderr, flush=True)
+    """A sentence for people, on stderr, even if a Ctrl-C has ended the `tee` that reads it."""
+    say_on_stderr(f"stacking-ds launch: {message}")
 
 
 class StopSignals:

@@ -17,13 +17,14 @@ from typing import Literal
 
 import psutil
 
-from stacking_ds.process.launcher_env import RANK_VARIABLES
+from stacking_ds.process.launchers import HYDRA_RANK, OPEN_MPI_RANK
 
 MARKER_VARIABLE = "STACKING_DS_LAUNCH"
 
 Action = Literal["count", "stop-ranks", "stop", "kill"]
 ACTIONS: tuple[Action, ...] = ("count", "stop-ranks", "stop", "kill")
 
+_RANKS = ("RANK", OPEN_MPI_RANK, HYDRA_RANK)
 _PATIENCE_SECONDS = 5.0
 
 
@@ -62,7 +63,7 @@ def _marked(marker: str) -> Iterator[tuple[psutil.Process, int | None]]:
         except (psutil.Error, OSError):
             continue  # it has just ended, or is somebody else's
         if environment.get(MARKER_VARIABLE) == marker and process.pid not in spared:
-            ranks = [environment[name] for name in RANK_VARIABLES if name in environment]
+            ranks = [environment[name] for name in _RANKS if name in environment]
             yield process, int(ranks[0]) if ranks and ranks[0].isdigit() else None
 
 
