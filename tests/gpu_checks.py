@@ -14,7 +14,7 @@ import torch
 
 from stacking_ds.checkpoint import folders, load, manifest, save
 from stacking_ds.distributed.world import World
-from stacking_ds.engine.build import release_engine, take_step
+from stacking_ds.engine.build import advance, release_engine
 from stacking_ds.engine.zero import sharded_state
 from stacking_ds.growth.operators import layer_map
 from stacking_ds.growth.transfer import CarriedState, capture_engine, install_state
@@ -23,7 +23,7 @@ from stacking_ds.optim.lamb.optimizer import choose_kernel
 from stacking_ds.sharding.fragments import MASTER, MOMENTS
 from stacking_ds.train.from_checkpoint import load_model
 from stacking_ds.train.heldout import evaluate_heldout
-from stacking_ds.train.plan import Job
+from stacking_ds.train.plan import TrainingPlan
 from tests.bert_samples import Batch, telling_model
 from tests.lamb_following import follow_unsharded
 from tests.runs import losses, metrics, small_recipe, train_small
@@ -65,7 +65,7 @@ def _train(world: World, engine: Any, steps: range) -> list[float]:
     for step in steps:
         loss = tiny_loss(engine, _batch(world, step), slice(None))
         engine.backward(loss)
-        take_step(engine)
+        advance(engine)
         found.append(float(loss.detach()))
     return found
 
@@ -143,7 +143,7 @@ def check_overflow(world: World, zero_stage: int) -> None:
     before, logits = whole_state(world, engine), _logits(world, engine)
     for skipped in (1, 2):  # DeepSpeed forgives the first overflow, and lowers its scale then
         engine.backward(1e30 * tiny_loss(engine, _batch(world, 2), slice(None)))
-        norm = take_step(engine)
+        norm = advance(engine)
         assert norm is not None
         assert not torch.tensor(norm).isfinite()
         assert (engine.skipped_steps, engine.global_steps) == (skipped, 2 + skipped)
@@ -308,10 +308,10 @@ def check_run(
     assert (folder / "run" / "export" / "model.safetensors").is_file()
     found = folders.latest(folder / "run")
     assert found is not None
-    job = Job.check(config)
+    plan = TrainingPlan.check(config)
     on_cpu = replace(world, device=torch.device("cpu"))
     expected = evaluate_heldout(
-        load_model(job, found), job.heldout_steps(0, 1, job.phases.at(0)), on_cpu
+        load_model(plan, found), plan.heldout_steps(0, 1, plan.phases.at(0)), on_cpu
     )
     last = metrics(folder / "run")[-1]
     assert last["eval/mlm_loss"] == pytest.approx(expected.mlm_loss, rel=RELATIVE_ERROR[precision])

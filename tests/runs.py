@@ -14,7 +14,7 @@ from stacking_ds.config.run import RunConfig
 from stacking_ds.distributed.world import World
 from stacking_ds.train import loop
 from stacking_ds.train.loop import train
-from stacking_ds.train.plan import Job
+from stacking_ds.train.plan import TrainingPlan
 
 __all__ = ["losses", "metrics", "parameters", "small_recipe", "train_small", "train_until"]
 
@@ -57,7 +57,7 @@ def small_recipe(folder: Path, shards: Path, *overrides: str, name: str = "small
 
 def train_small(world: World, config: RunConfig, run_dir: Path, resume: bool = False) -> int:
     """Train on these ranks; the steps that are then completed."""
-    return train(Job.check(config), world, run_dir, resume=resume).step
+    return train(TrainingPlan.check(config), world, run_dir, resume=resume).step
 
 
 def train_until(world: World, config: RunConfig, run_dir: Path, stop: str, at_step: int) -> int:

@@ -15,7 +15,7 @@ import torch
 from stacking_ds.bench.step_batch import StepBatch
 from stacking_ds.config.sections import EngineSection, KernelsName, OptimizerSection
 from stacking_ds.distributed.world import World
-from stacking_ds.engine.build import build_engine, release_engine, set_learning_rate, take_step
+from stacking_ds.engine.build import advance, build_engine, release_engine, set_learning_rate
 from stacking_ds.engine.ds_json import Precision, load_ds_config, resolve_ds_config
 from stacking_ds.engine.zero.compatibility import deepspeed
 from stacking_ds.kernels.operations import Operations
@@ -137,7 +137,7 @@ class OurStep:
     def micro_step(self, index: int) -> None:
         """Forward and backward."""
         if index > 0:
-            take_step(self._engine)  # between micro-steps DeepSpeed only counts
+            advance(self._engine)  # between micro-steps DeepSpeed only counts
         mlm_sum, nsp_sum = our_loss(self._engine, self.batches[index], self._operations)
         self._sums += torch.stack([mlm_sum.detach(), nsp_sum.detach()])
         scale = self._world.size * len(self.batches)
@@ -145,7 +145,7 @@ class OurStep:
 
     def update(self) -> None:
         """What comes after the last micro-step."""
-        norm = take_step(self._engine)
+        norm = advance(self._engine)
         assert norm is not None, "the last micro-step did not complete a step"
         _finite(norm)
 

@@ -10,7 +10,7 @@ import torch
 from stacking_ds.config.sections import OptimizerSection
 from stacking_ds.data.batches import split_batch
 from stacking_ds.distributed.world import World
-from stacking_ds.engine.build import build_engine, take_step
+from stacking_ds.engine.build import advance, build_engine
 from stacking_ds.engine.ds_json import Precision, load_ds_config, resolve_ds_config
 from stacking_ds.engine.zero.compatibility import deepspeed
 from stacking_ds.engine.zero.sharded_state import seed_moments
@@ -139,7 +139,7 @@ class Workload:
             )
             targets = batch["mlm_labels"].numel()
             engine.backward(sums.mlm_sum / targets + sums.nsp_sum / len(nsp_logits))
-            take_step(engine)
+            advance(engine)
 
     def _batch(self, rows: int, device: torch.device) -> Mapping[str, torch.Tensor]:
         shape = (rows, self.sequence_length)

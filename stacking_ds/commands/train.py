@@ -23,7 +23,7 @@ from stacking_ds.run.directory import add_run_options, config_of, run_dir_of
 
 if TYPE_CHECKING:
     from stacking_ds.distributed.world import World
-    from stacking_ds.train.plan import CheckedRecipe, Job
+    from stacking_ds.train.plan import CheckedRecipe, TrainingPlan
 
 
 def add_train(parser: argparse.ArgumentParser) -> None:
@@ -123,15 +123,15 @@ def _end_alone(error: Exception) -> NoReturn:
 def _train_in_world(
     options: argparse.Namespace, world: "World", request: StopRequest, places: list[Path]
 ) -> None:
-    job: Job = world.on_all(lambda: _checked_job(options, world.size))
+    plan: TrainingPlan = world.on_all(lambda: _checked_job(options, world.size))
     request.raise_if_interrupted()
     from stacking_ds.doctor.examination import require_alike
     from stacking_ds.train.loop import train
 
-    run_dir = run_dir_of(options, job.config)
-    require_alike(world, job, run_dir)
+    run_dir = run_dir_of(options, plan.config)
+    require_alike(world, plan, run_dir)
     places.append(run_dir)
-    train(job, world, run_dir, resume=bool(options.resume), request=request)
+    train(plan, world, run_dir, resume=bool(options.resume), request=request)
     if world.is_first:
         with suppress(OSError):  # a launcher that was told to stop reads no more
             print(f"see `stacking-ds report {run_dir}`", flush=True)
@@ -148,18 +148,18 @@ def _checked_recipe(options: argparse.Namespace, world_size: int) -> "CheckedRec
     return recipe
 
 
-def _checked_job(options: argparse.Namespace, world_size: int) -> "Job":
+def _checked_job(options: argparse.Namespace, world_size: int) -> "TrainingPlan":
     from stacking_ds.run.directory import require_shards
 
     config = config_of(options)
     if options.recipe is None:
         require_shards(run_dir_of(options, config), config, "--set data.path=FOLDER")
-    from stacking_ds.train.plan import Job  # seconds of imports, for a recipe that is right
+    from stacking_ds.train.plan import TrainingPlan
 
-    job = Job.check(config)
-    job.require_ds_configs(world_size)
-    job.lay_out_rows(_say_on_first_of_node, len(os.sched_getaffinity(0)))
-    return job
+    plan = TrainingPlan.check(config)
+    plan.require_ds_configs(world_size)
+    plan.lay_out_rows(_say_on_first_of_node, len(os.sched_getaffinity(0)))
+    return plan
 
 
 def _note_lost(places: list[Path], world: "World", verdict: str) -> None:

@@ -24,12 +24,12 @@ from stacking_ds.doctor.facts import (
 from stacking_ds.doctor.shared_folder import probe
 from stacking_ds.doctor.speed import Matmul, clock_offset, measure_all_reduce, measure_matmul
 from stacking_ds.errors import ConfigError
-from stacking_ds.train.plan import Job
+from stacking_ds.train.plan import TrainingPlan
 
 # ---- The part of `stacking-ds doctor` that `train` runs by itself: are the nodes alike?
 
 
-def require_alike(world: World, job: Job, run_dir: Path) -> None:
+def require_alike(world: World, plan: TrainingPlan, run_dir: Path) -> None:
     """Make sure that all nodes have the same versions, code, recipe and data, and room at the run
     directory for a checkpoint. A collective.
 
@@ -38,7 +38,7 @@ def require_alike(world: World, job: Job, run_dir: Path) -> None:
     """
     mine = None
     if world.speaks_for_node:
-        facts = alike_facts(world, Subject.of(job, run_dir))
+        facts = alike_facts(world, Subject.of(plan, run_dir))
         mine = facts.model_dump(exclude={"code_files"})
     told = world.gather_on_first(mine)
     world.on_first(lambda: _require(told))

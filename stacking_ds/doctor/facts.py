@@ -28,7 +28,7 @@ from stacking_ds.config.run import RunConfig
 from stacking_ds.distributed.world import World
 from stacking_ds.engine.ds_json import load_ds_config
 from stacking_ds.errors import DataError
-from stacking_ds.train.plan import Job
+from stacking_ds.train.plan import TrainingPlan
 
 T = TypeVar("T")
 _PACKAGES = ("deepspeed", "numpy", "transformers", "tokenizers", "safetensors")
@@ -96,14 +96,14 @@ class Subject:
     def __init__(self, run_dir: Path | None = None) -> None:
         self.config: RunConfig | None = None
         self.ds_json: Mapping[str, Any] | None = None
-        self.job: Job | None = None
+        self.plan: TrainingPlan | None = None
         self.run_dir = run_dir
         self.problems: dict[str, str] = {}
 
     @classmethod
-    def of(cls, job: Job, run_dir: Path) -> "Subject":
+    def of(cls, plan: TrainingPlan, run_dir: Path) -> "Subject":
         subject = cls(run_dir)
-        subject.config, subject.ds_json, subject.job = job.config, job.ds_json, job
+        subject.config, subject.ds_json, subject.plan = plan.config, plan.ds_json, plan
         return subject
 
 
@@ -119,9 +119,9 @@ def open_subject(
         if subject.run_dir is None:
             subject.run_dir = Path("runs") / subject.config.name
         subject.ds_json = load_ds_config(subject.config.engine.deepspeed)
-        subject.job = Job.check(subject.config)
-        for phase in subject.job.phases.phases:
-            subject.job.ds_config(world_size, phase)
+        subject.plan = TrainingPlan.check(subject.config)
+        for phase in subject.plan.phases.phases:
+            subject.plan.ds_config(world_size, phase)
     except Exception as error:  # noqa: BLE001 - the node reports it; the others must not wait
         is_data = isinstance(error, DataError | OSError)
         subject.problems["data" if is_data else "recipe"] = _sentence(error)
@@ -134,7 +134,7 @@ def open_subject(
 def alike_facts(world: World, subject: Subject) -> NodeFacts:
     """What has to be the same on all nodes, and the room at the run directory."""
     careful = _Careful(subject.problems)
-    job, run_dir = subject.job, subject.run_dir
+    plan, run_dir = subject.plan, subject.run_dir
     nothing: dict[str, str] = {}
     code = careful("code", _code, nothing)
     return NodeFacts(
@@ -145,9 +145,9 @@ def alike_facts(world: World, subject: Subject) -> NodeFacts:
         code_sha256=_sha256(json.dumps(code)) if code else "",
         code_files={name: digest[:12] for name, digest in code.items()},
         recipe=careful("recipe", lambda: _recipe(subject), nothing),
-        data=careful("data", lambda: _data(job), nothing) if job else {},
-        checkpoint_bytes=_checkpoint_bytes(job, job.schedule.stages[-1].index) if job else 0,
-        run_bytes=_run_bytes(job) if job else 0,
+        data=careful("data", lambda: _data(plan), nothing) if plan else {},
+        checkpoint_bytes=_checkpoint_bytes(plan, plan.schedule.stages[-1].index) if plan else 0,
+        run_bytes=_run_bytes(plan) if plan else 0,
         free_bytes=careful("disk space", lambda: _free_bytes(nearest_existing(run_dir)), None)
         if run_dir
         else None,
@@ -245,8 +245,8 @@ def _recipe(subject: Subject) -> dict[str, str]:
     return found
 
 
-def _data(job: Job) -> dict[str, str]:
-    return {"data": job.data_sha256, "vocabulary": job.shards.manifest.vocabulary_sha256}
+def _data(plan: TrainingPlan) -> dict[str, str]:
+    return {"data": plan.data_sha256, "vocabulary": plan.shards.manifest.vocabulary_sha256}
 
 
 def _sha256(text: str) -> str:
@@ -256,19 +256,19 @@ def _sha256(text: str) -> str:
 # ---------------------------------------------------------------------------- disks
 
 
-def _checkpoint_bytes(job: Job, stage_index: int) -> int:
-    depth = job.schedule.stages[stage_index].num_hidden_layers
-    return _BYTES_PER_PARAMETER * job.model_config(depth).num_parameters
+def _checkpoint_bytes(plan: TrainingPlan, stage_index: int) -> int:
+    depth = plan.schedule.stages[stage_index].num_hidden_layers
+    return _BYTES_PER_PARAMETER * plan.model_config(depth).num_parameters
 
 
-def _run_bytes(job: Job) -> int:
+def _run_bytes(plan: TrainingPlan) -> int:
     """The newest of the last stage, one more that is being written, and one of each boundary, which
     has the depth before it."""
-    boundaries = range(len(job.schedule.boundaries))
-    newest = job.config.checkpoint.keep_last + 1
-    last_stage = job.schedule.stages[-1].index
-    return newest * _checkpoint_bytes(job, last_stage) + sum(
-        _checkpoint_bytes(job, index) for index in boundaries
+    boundaries = range(len(plan.schedule.boundaries))
+    newest = plan.config.checkpoint.keep_last + 1
+    last_stage = plan.schedule.stages[-1].index
+    return newest * _checkpoint_bytes(plan, last_stage) + sum(
+        _checkpoint_bytes(plan, index) for index in boundaries
     )
 
 

@@ -103,7 +103,7 @@ def release_engine(engine: Any) -> None:
         )
 
 
-def take_step(engine: Any) -> float | None:
+def advance(engine: Any) -> float | None:
     """`engine.step()` after each `engine.backward`.
 
     Returns the global 2-norm of the gradient, before clipping, when this completed an optimizer

@@ -107,7 +107,7 @@ class CheckedRecipe:
 
 
 @dataclass(frozen=True)
-class Job(CheckedRecipe):
+class TrainingPlan(CheckedRecipe):
     """What a run trains on, how long, and how fast it learns; see `Job.check`."""
 
     shards: TokenShards
@@ -115,7 +115,7 @@ class Job(CheckedRecipe):
     """By sequence length."""
 
     @classmethod
-    def check(cls, config: RunConfig) -> "Job":
+    def check(cls, config: RunConfig) -> "TrainingPlan":
         """Open and validate everything that `config` names.
 
         Raises:
@@ -126,7 +126,7 @@ class Job(CheckedRecipe):
         recipe = CheckedRecipe.check(config)
         shards = TokenShards.open(Path(config.data.path))
         phases = recipe.phases.phases
-        job = cls(
+        plan = cls(
             **vars(recipe),
             shards=shards,
             train_data={
@@ -136,10 +136,10 @@ class Job(CheckedRecipe):
                 for length in sorted({phase.sequence_length for phase in phases})
             },
         )
-        spec = job.train_data[phases[0].sequence_length].options.layout(0)
+        spec = plan.train_data[phases[0].sequence_length].options.layout(0)
         require_documents(shards.split("train"), spec)
         require_documents(shards.split("heldout"), spec)
-        return job
+        return plan
 
     def lay_out_rows(self, say: Callable[[str], None], workers: int = 1) -> None:
         """Make the rows that the run will read, where they are not there; `say` is told first.

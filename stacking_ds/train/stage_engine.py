@@ -41,7 +41,7 @@ from stacking_ds.optim.optimizers import build_optimizer
 from stacking_ds.process.runtime import return_freed_memory
 from stacking_ds.schedule.phases import Phase
 from stacking_ds.schedule.stages import Stage
-from stacking_ds.train.plan import Job
+from stacking_ds.train.plan import TrainingPlan
 
 _MOST_FAILED_SAVES = 2
 _STOP_SECONDS = 30.0  # deepspeed/launcher/launch.py, terminate_process_tree
@@ -49,11 +49,11 @@ _STOP_SECONDS = 30.0  # deepspeed/launcher/launch.py, terminate_process_tree
 logger = logging.getLogger("stacking_ds")
 
 
-class StageManager:
+class StageEngine:
     """Owns the engine of the present stage. All methods but `close` are collectives."""
 
-    def __init__(self, job: Job, world: World, compute: Compute) -> None:
-        self._job = job
+    def __init__(self, plan: TrainingPlan, world: World, compute: Compute) -> None:
+        self._plan = plan
         self._world = world
         self._compute = compute
         self._ds_config: dict[str, Any] = {}
@@ -89,10 +89,10 @@ class StageManager:
 
     def start(self, stage: Stage) -> None:
         """An engine of the stage's depth with freshly initialised weights."""
-        config = self._job.config
+        config = self._plan.config
         self._build(
             stage,
-            self._job.phases.at(stage.start_step),
+            self._plan.phases.at(stage.start_step),
             lambda name, shape: first_value(
                 name, shape, config.seed, config.model.initializer_range
             ),
@@ -104,9 +104,9 @@ class StageManager:
         Raises:
             ConfigError: recipe and DeepSpeed JSON disagree; all disagreements in one message.
         """
-        config = self._job.config
-        self._ds_config = self._job.ds_config(self._world.size, phase)
-        model_config = self._job.model_config(stage.num_hidden_layers)
+        config = self._plan.config
+        self._ds_config = self._plan.ds_config(self._world.size, phase)
+        model_config = self._plan.model_config(stage.num_hidden_layers)
         model = BertForPreTraining(model_config, seed=None, compute=self._compute)
         optimizer = build_optimizer(config.optimizer, model.named_parameters())
         self.engine = build_engine(model, optimizer, self._ds_config, value_of)
@@ -117,14 +117,14 @@ class StageManager:
         Raises:
             StageError: the state that arrived is not the one the growth operator predicts.
         """
-        growth = self._job.config.growth
+        growth = self._plan.config.growth
         layers = layer_map(growth.operator, old.num_hidden_layers, new.num_hidden_layers)
-        self._rebuild(new, self._job.phases.at(new.start_step), layers, growth.moments)
+        self._rebuild(new, self._plan.phases.at(new.start_step), layers, growth.moments)
 
     def enter_phase(self, stage: Stage, phase: Phase) -> None:
         """Replace the engine by one for the phase's batch, unless it is that already. Weights and
         moments stay as they are."""
-        if self._job.ds_config(self._world.size, phase) != self._ds_config:
+        if self._plan.ds_config(self._world.size, phase) != self._ds_config:
             self._rebuild(stage, phase, None, "carry")
 
     def _rebuild(
@@ -153,7 +153,7 @@ class StageManager:
                 previous checkpoint is untouched.
         """
         self.finish_save()
-        growing = train_state["step"] == stage.end_step < self._job.schedule.total_steps
+        growing = train_state["step"] == stage.end_step < self._plan.schedule.total_steps
         held = fragments(self.engine)
         # a checkpoint needs what this rank answers for, a boundary all that it holds
         captured = capture(held if growing else [f.owned_by(self._world.rank) for f in held])
@@ -164,10 +164,10 @@ class StageManager:
             loss_scale=loss_scale(self.engine),
             num_hidden_layers=stage.num_hidden_layers,
             zero_stage=self._ds_config["zero_optimization"].get("stage", 0),
-            vocabulary_sha256=self._job.shards.manifest.vocabulary_sha256,
-            data_sha256=self._job.data_sha256,
+            vocabulary_sha256=self._plan.shards.manifest.vocabulary_sha256,
+            data_sha256=self._plan.data_sha256,
             train_state=train_state,
-            config=self._job.config.with_absolute_paths().model_dump(mode="json"),
+            config=self._plan.config.with_absolute_paths().model_dump(mode="json"),
         )
         self._saving = checkpoint_save.BackgroundSave(
             run_dir, captured.fragments, self._world, contents, lambda: self._prune(run_dir)
@@ -224,9 +224,9 @@ class StageManager:
         )
 
     def _prune(self, run_dir: Path) -> None:
-        keep_last = self._job.config.checkpoint.keep_last
+        keep_last = self._plan.config.checkpoint.keep_last
         try:
-            folders.prune(run_dir, keep_last=keep_last, keep_steps=self._job.schedule.boundaries)
+            folders.prune(run_dir, keep_last=keep_last, keep_steps=self._plan.schedule.boundaries)
         except OSError as error:
             # the new checkpoint is safe, so what is in the way of tidying up must not end the run
             logger.warning("old checkpoints stay for now: %s", error)
@@ -234,7 +234,7 @@ class StageManager:
     def restore(self, found: Path, stage: Stage) -> None:
         """An engine of the stage's depth with the state of the checkpoint `found`."""
         manifest = self._world.on_first(lambda: checkpoint_manifest.read_manifest(found))
-        self._build(stage, self._job.phases.at(manifest.step))
+        self._build(stage, self._plan.phases.at(manifest.step))
         if manifest.optimizer_step:
             seed_moments(self.engine, manifest.optimizer_step)
         load.load(found, fragments(self.engine), world=self._world)

@@ -352,10 +352,10 @@ def _train_while_writing(world: World, config: RunConfig, run_dir: Path) -> list
     """The checkpoint of step 4 is not written before step 7 is done."""
     events: list[str] = []
     seventh = threading.Event()
-    take_step = loop._Run.train_step
+    advance = loop._Run.train_step
 
     def step(run: Any, rank_step: Any) -> Any:
-        result = take_step(run, rank_step)
+        result = advance(run, rank_step)
         events.append(f"step {run.state.step + 1}")
         if run.state.step + 1 == 7:
             seventh.set()
@@ -404,12 +404,12 @@ def _train_with_a_full_disk(
 ) -> tuple[str, str]:
     if world.rank == 1:
         _full_at(steps)
-    take_step = loop._Run.train_step
+    advance = loop._Run.train_step
 
     def step(run: Any, rank_step: Any) -> Any:
         if run.state.step + 1 == stop_at and world.is_first:
             os.kill(os.getpid(), signal.SIGTERM)
-        return take_step(run, rank_step)
+        return advance(run, rank_step)
 
     loop._Run.train_step = step  # type: ignore[method-assign]
     try:
@@ -449,12 +449,12 @@ def test_a_run_that_can_save_nothing_ends(shards: Path, tmp_path: Path) -> None:
 
 
 def _run_out_of_memory(world: World, config: RunConfig, run_dir: Path, at_step: int) -> str:
-    take_step = loop._Run.train_step
+    advance = loop._Run.train_step
 
     def step(run: Any, rank_step: Any) -> Any:
         if run.state.step + 1 == at_step:
             raise torch.OutOfMemoryError("the deeper model does not fit")
-        return take_step(run, rank_step)
+        return advance(run, rank_step)
 
     loop._Run.train_step = step  # type: ignore[method-assign]
     _write_slowly(1.0)
@@ -547,7 +547,7 @@ def _train_until(
 ) -> str:
     """Something happens in `at_step`, when the checkpoint before it is still being written."""
     _write_slowly(seconds)
-    take_step = loop._Run.train_step
+    advance = loop._Run.train_step
 
     def step(run: Any, rank_step: Any) -> Any:
         if run.state.step + 1 == at_step:
@@ -559,7 +559,7 @@ def _train_until(
                 if how == "killed":
                     os.kill(os.getpid(), signal.SIGKILL)
                 raise RuntimeError("a broken rank")
-        return take_step(run, rank_step)
+        return advance(run, rank_step)
 
     loop._Run.train_step = step  # type: ignore[method-assign]
     try:

@@ -8,7 +8,7 @@ import torch
 
 from stacking_ds.checkpoint import load, save
 from stacking_ds.distributed.world import World
-from stacking_ds.engine.build import release_engine, take_step
+from stacking_ds.engine.build import advance, release_engine
 from stacking_ds.engine.zero import sharded_state
 from stacking_ds.errors import StageError
 from stacking_ds.growth.operators import layer_map, source_name
@@ -51,7 +51,7 @@ def _grow_in_fp16(world: World, zero_stage: int) -> Any:
     train_engine(world, engine, range(1))
     for _ in range(2):  # DeepSpeed forgives the first overflow, and lowers its scale then
         engine.backward(1e30 * tiny_loss(engine, tiny_batch(1), slice(None)))
-        take_step(engine)
+        advance(engine)
     assert engine.skipped_steps == 2
     before, scale = whole_state(world, engine), sharded_state.loss_scale(engine)
     state = capture_engine(engine)

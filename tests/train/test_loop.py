@@ -14,7 +14,7 @@ from stacking_ds.distributed.world import World
 from stacking_ds.errors import NonFiniteError, UserError
 from stacking_ds.run import directory
 from stacking_ds.train import loop
-from stacking_ds.train.plan import Job
+from stacking_ds.train.plan import TrainingPlan
 from tests.prose import tiny_shards, write_text
 from tests.ranks import RankError, run_ranks
 from tests.runs import (
@@ -111,8 +111,8 @@ def test_the_exported_model_has_the_trainers_heldout_loss(shards: Path, referenc
     assert model.config.num_hidden_layers == 4
     config = small_recipe(reference.parent, shards, "engine.deepspeed=zero0")
     total, targets = 0.0, 0
-    job = Job.check(config)
-    for rank_step in job.heldout_steps(0, 1, job.phases.at(0)):
+    plan = TrainingPlan.check(config)
+    for rank_step in plan.heldout_steps(0, 1, plan.phases.at(0)):
         for batch in rank_step.micro_batches:
             with torch.no_grad():
                 logits = model(

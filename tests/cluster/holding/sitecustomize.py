@@ -52,7 +52,7 @@ def _patch_trainer(module: ModuleType) -> None:
 
 
 def _patch_stages(module: ModuleType) -> None:
-    _before(module.StageManager, "grow", lambda _, old, new: _hold("boundary", new.start_step))
+    _before(module.StageEngine, "grow", lambda _, old, new: _hold("boundary", new.start_step))
 
 
 def _patch_saves(module: ModuleType) -> None:
