@@ -21,7 +21,7 @@ from stacking_ds.run.metrics_file import read_metrics
 from stacking_ds.schedule.stages import Stage
 from stacking_ds.train import stage_engine
 from stacking_ds.train.loop import train
-from stacking_ds.train.plan import TrainingPlan
+from stacking_ds.train.plan import open_plan
 from stacking_ds.train.stage_engine import StageEngine
 
 __all__ = ["heldout_losses", "table", "train_arm"]
@@ -35,7 +35,7 @@ def train_arm(world: World, config: RunConfig, run_dir: Path, arm: str) -> dict[
     if arm == "random":
         StageEngine.grow = _initialise_anew  # type: ignore[method-assign]
     try:
-        train(TrainingPlan.check(config), world, run_dir)
+        train(open_plan(config, world.size), world, run_dir)
     finally:
         StageEngine.grow = grow  # type: ignore[method-assign]
     return heldout_losses(run_dir)

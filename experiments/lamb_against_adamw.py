@@ -32,7 +32,7 @@ from stacking_ds.run.metrics_file import read_metrics
 from stacking_ds.sharding.fragments import Shard, Span
 from stacking_ds.train import stage_engine
 from stacking_ds.train.loop import train
-from stacking_ds.train.plan import TrainingPlan
+from stacking_ds.train.plan import open_plan
 
 __all__ = ["ARMS", "FlatPartitionLamb", "Run", "runs_in", "table", "train_arm", "write_recipe"]
 
@@ -115,7 +115,7 @@ def write_recipe(folder: Path, data: Path, arm: str, learning_rate: float) -> Pa
 def train_arm(world: World, config: RunConfig, run_dir: Path, arm: str) -> None:
     stage_engine.build_optimizer = ARMS[arm][3]  # type: ignore[assignment]
     try:
-        train(TrainingPlan.check(config), world, run_dir)
+        train(open_plan(config, world.size), world, run_dir)
     finally:
         stage_engine.build_optimizer = build_optimizer
 

@@ -142,12 +142,12 @@ def _plan_of(run_dir: Path, data: str | None) -> "TrainingPlan":
     config = read_config(run_dir)
     if data is None:
         require_shards(run_dir, config, "--data FOLDER")
-    from stacking_ds.train.plan import TrainingPlan  # seconds of imports, for a run that is there
+    from stacking_ds.train.plan import open_plan  # seconds of imports, for a run that is there
 
     if data is not None:
         section = config.data.model_copy(update={"path": data})
         config = config.model_copy(update={"data": section})
-    return TrainingPlan.check(config)
+    return open_plan(config)
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:

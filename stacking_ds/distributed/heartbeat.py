@@ -133,12 +133,12 @@ class Watch:
         timeout_seconds: how long it may be that no rank moves.
         silence_seconds: how long a rank may be silent.
         on_lost: told the verdict before the process is ended from here, its main thread being
-            stuck.
+            stuck; may be set later, once it is known what to tell.
         """
         self._world = world
         self._timeout, self._silence = timeout_seconds, silence_seconds
         self._interval = min(_LONGEST_INTERVAL_SECONDS, silence_seconds / _INTERVALS_OF_SILENCE)
-        self._on_lost = on_lost
+        self.on_lost = on_lost
         self._clock = AwakeClock(_INTERVALS_OF_PAUSE * self._interval)
         self._progress = Progress()
         self._hosts: list[str] = []
@@ -351,7 +351,7 @@ class Watch:
         named = f"rank {self._world.rank} on " in self._verdict
         if named or (self._world.is_first and "none is behind" in self._verdict):
             _say(_main_thread_stack(self._world.rank))
-        self._on_lost(self._verdict)
+        self.on_lost(self._verdict)
         os._exit(EXIT_LOST_RANK)
 
 

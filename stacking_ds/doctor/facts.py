@@ -26,9 +26,8 @@ import stacking_ds
 from stacking_ds.config.recipe import ds_config_path, load_run_config
 from stacking_ds.config.run import RunConfig
 from stacking_ds.distributed.world import World
-from stacking_ds.engine.ds_json import load_ds_config
 from stacking_ds.errors import DataError
-from stacking_ds.train.plan import TrainingPlan
+from stacking_ds.train.plan import TrainingPlan, open_plan
 
 T = TypeVar("T")
 _PACKAGES = ("deepspeed", "numpy", "transformers", "tokenizers", "safetensors")
@@ -118,10 +117,11 @@ def open_subject(
         subject.config = load_run_config(recipe, overrides)
         if subject.run_dir is None:
             subject.run_dir = Path("runs") / subject.config.name
-        subject.ds_json = load_ds_config(subject.config.engine.deepspeed)
-        subject.plan = TrainingPlan.check(subject.config)
-        for phase in subject.plan.phases.phases:
-            subject.plan.ds_config(world_size, phase)
+        plan = open_plan(subject.config, with_data=False)
+        subject.ds_json = plan.ds_json
+        plan.require_data()
+        subject.plan = plan
+        plan.on_ranks(world_size)
     except Exception as error:  # noqa: BLE001 - the node reports it; the others must not wait
         is_data = isinstance(error, DataError | OSError)
         subject.problems["data" if is_data else "recipe"] = _sentence(error)

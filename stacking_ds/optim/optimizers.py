@@ -8,7 +8,7 @@ from torch import nn
 
 from stacking_ds.config.sections import OptimizerSection
 from stacking_ds.optim.groups import parameter_groups
-from stacking_ds.optim.lamb.optimizer import Lamb
+from stacking_ds.optim.lamb.optimizer import Lamb, require_whole_tensors
 
 
 def build_optimizer(
@@ -40,3 +40,11 @@ def build_optimizer(
         grad_pre_normalization=lamb.grad_pre_normalization,
         kernel=lamb.kernel,
     )
+
+
+def require_optimizer(config: OptimizerSection, *, sharded: bool) -> None:
+    """Raises:
+    ConfigError: the recipe's optimizer steps on whole tensors only, and ranks have parts of them.
+    """
+    if config.lamb is not None:
+        require_whole_tensors(config.lamb.kernel, sharded=sharded)

@@ -10,10 +10,10 @@ import torch
 from stacking_ds.data.batches import RankStep
 from stacking_ds.distributed.world import World
 from stacking_ds.errors import DataError, NonFiniteError
-from stacking_ds.model.loss import pretraining_loss
 from stacking_ds.run.divergence import finite_or_none
 from stacking_ds.schedule.phases import Phase
 from stacking_ds.train.plan import TrainingPlan
+from stacking_ds.train.step import forward_loss
 
 
 @dataclass(frozen=True)
@@ -89,19 +89,11 @@ def evaluate_heldout(model: Any, steps: Iterable[RankStep], world: World) -> Hel
     """
     sums = torch.zeros(6, dtype=torch.float64, device=world.device)
     model.eval()
-    operations = getattr(model, "module", model).compute.operations
     for rank_step in steps:
         for micro_batch in rank_step.micro_batches:
             world.pulse.move()
             batch = micro_batch.to(world.device)
-            mlm_logits_MV, nsp_logits_E2 = model(*batch.model_inputs)
-            loss = pretraining_loss(
-                mlm_logits_MV,
-                batch.mlm_labels_M,
-                nsp_logits_E2,
-                batch.next_sentence_label_E,
-                operations,
-            )
+            loss, mlm_logits_MV, nsp_logits_E2 = forward_loss(model, batch)
             sums += torch.stack(
                 [
                     loss.mlm_sum.double(),

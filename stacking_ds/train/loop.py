@@ -24,21 +24,20 @@ from stacking_ds.data.loader import load_steps
 from stacking_ds.data.prefetch import Patience
 from stacking_ds.data.rereading import Rereading
 from stacking_ds.distributed.world import StopFlag, World
-from stacking_ds.engine.build import advance, set_learning_rate
 from stacking_ds.errors import CheckpointError, NonFiniteError, StageError
 from stacking_ds.kernels.registry import choose_compute
-from stacking_ds.model.loss import pretraining_loss
 from stacking_ds.process.stop_signals import StopRequest
 from stacking_ds.run.log import RunLog
 from stacking_ds.schedule.phases import Phase
 from stacking_ds.schedule.stages import Stage
 from stacking_ds.train.from_checkpoint import export_if_missing, is_export_due
 from stacking_ds.train.heldout import HeldOutPasses
-from stacking_ds.train.metrics import Interval, StepResult, TrainState, metrics_line
+from stacking_ds.train.metrics import Interval, TrainState, metrics_line
 from stacking_ds.train.plan import TrainingPlan
 from stacking_ds.train.resume import claim, enter
 from stacking_ds.train.sinks import Monitor, measure_matmul_peak, peak_memory_gib
 from stacking_ds.train.stage_engine import StageEngine
+from stacking_ds.train.step import StepCounts, StepResult, training_step
 
 _LOOK_SECONDS = 1.0
 
@@ -209,7 +208,7 @@ class _Run:
                     rank_step = next(batches)
                     self.world.pulse.loading = False
                     waited = time.perf_counter() - started
-                    result = self.train_step(rank_step)
+                    result = self.take_step(rank_step)
                     self.count(result, phase, time.perf_counter() - started, waited)
                     if not self.after_step(stage, phase, end_step, stop):
                         return False
@@ -241,15 +240,11 @@ class _Run:
             self.save(stage, wait=finished or stopping)
         return not stopping or finished
 
-    def train_step(self, rank_step: RankStep) -> StepResult:
-        """One optimizer step on one global batch.
-
-        The loss is MLM sum / MLM targets + NSP sum / NSP targets, with the counts of the *global*
-        batch. DeepSpeed averages gradients over ranks and micro-steps; the scale undoes that. A
-        batch without targets of one kind trains on the other; one without any is passed over.
-        """
-        step, engine = self.state.step, self.stages.engine
-        mlm_targets, nsp_targets, tokens, damaged = self.world.sum(
+    def take_step(self, rank_step: RankStep) -> StepResult:
+        """One step on this rank's share of a global batch; damage that another thread has found
+        in the data ends the run on all ranks."""
+        step, world = self.state.step, self.world
+        *counts, damaged = world.sum(
             [
                 rank_step.mlm_targets,
                 rank_step.nsp_targets,
@@ -258,41 +253,16 @@ class _Run:
             ]
         )
         if damaged:
-            self.world.on_first(lambda: self.rereading.require_whole(self.first_step))
-        learning_rate = self.plan.learning_rates.at(step)
-        if not mlm_targets + nsp_targets:  # the same on all ranks
-            return StepResult(None, None, 0, round(tokens), 0.0, learning_rate)
-        set_learning_rate(engine, learning_rate)
-        # dropout is a function of (seed, step, rank), so nothing of it has to be saved
-        torch.manual_seed(derive_key(self.plan.config.seed, step, self.world.rank).item())
-        sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
-        scale = self.world.size * self.stages.accumulation_steps
-        for index, micro_batch in enumerate(rank_step.micro_batches):
-            self.world.pulse.move()
-            if index > 0:
-                advance(engine)  # between micro-steps DeepSpeed only counts
-            batch = micro_batch.to(self.world.device)
-            mlm_logits_MV, nsp_logits_E2 = engine(*batch.model_inputs)
-            mlm_sum, nsp_sum = pretraining_loss(
-                mlm_logits_MV,
-                batch.mlm_labels_M,
-                nsp_logits_E2,
-                batch.next_sentence_label_E,
-                self.stages.operations,
-            )
-            sums += torch.stack([mlm_sum.detach(), nsp_sum.detach()])
-            loss = mlm_sum / max(mlm_targets, 1) + nsp_sum / max(nsp_targets, 1)
-            engine.backward(scale * loss)
-        mlm_total, nsp_total = self.world.sum(sums.tolist())
-        mlm_loss = mlm_total / mlm_targets if mlm_targets else None
-        nsp_loss = nsp_total / nsp_targets if nsp_targets else None
-        self.require_finite("loss", (mlm_loss or 0.0) + (nsp_loss or 0.0))
-        grad_norm = advance(engine)
-        assert grad_norm is not None
-        if self.plan.config.engine.precision != "fp16":  # there loss scaling skips such steps
-            self.require_finite("gradient norm", grad_norm)
-        return StepResult(
-            mlm_loss, nsp_loss, round(mlm_targets), round(tokens), grad_norm, learning_rate
+            world.on_first(lambda: self.rereading.require_whole(self.first_step))
+        return training_step(
+            self.stages.engine,
+            rank_step.micro_batches,
+            StepCounts(*counts),
+            learning_rate=self.plan.learning_rates.at(step),
+            # dropout is a function of (seed, step, rank), so nothing of it has to be saved
+            seed=derive_key(self.plan.config.seed, step, world.rank).item(),
+            world=world,
+            require_finite=self.require_finite,
         )
 
     # ----------------------------------------------------- what happens around it

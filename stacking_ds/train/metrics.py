@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from stacking_ds.train.step import StepResult
+
 
 @dataclass
 class TrainState:
@@ -33,7 +35,7 @@ class TrainState:
         self.stage_index, self.boundary_seconds = stage_index, boundary_seconds
         self.stage_tokens, self.stage_train_seconds = 0, 0.0
 
-    def count(self, result: "StepResult", samples: int, seconds: float) -> None:
+    def count(self, result: StepResult, samples: int, seconds: float) -> None:
         """One more completed step."""
         self.step += 1
         self.samples_seen += samples
@@ -42,27 +44,6 @@ class TrainState:
         self.stage_train_seconds += seconds
         self.skipped_steps += not math.isfinite(result.grad_norm)
         self.empty_steps += result.loss is None
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """One step over all ranks; losses are means over the global batch's targets, in nats."""
-
-    mlm_loss: float | None
-    """None where no token could be masked."""
-    nsp_loss: float | None
-    """None where examples are no sentence pairs."""
-    mlm_targets: int
-    tokens: int
-    grad_norm: float
-    learning_rate: float
-
-    @property
-    def loss(self) -> float | None:
-        """The sum of the two, as far as the batch has targets; None where it has none at all, so
-        that nothing was computed."""
-        found = [loss for loss in (self.mlm_loss, self.nsp_loss) if loss is not None]
-        return sum(found) if found else None
 
 
 @dataclass

@@ -16,8 +16,6 @@ from stacking_ds.distributed.world import World
 from stacking_ds.engine.build import build_engine, release_engine
 from stacking_ds.engine.zero.sharded_state import (
     fragments,
-    loss_scale,
-    optimizer_step,
     refresh,
     seed_moments,
     set_loss_scale,
@@ -25,14 +23,7 @@ from stacking_ds.engine.zero.sharded_state import (
 from stacking_ds.engine.zero.start import ValueOf
 from stacking_ds.errors import CheckpointError
 from stacking_ds.growth.operators import layer_map
-from stacking_ds.growth.transfer import (
-    CapturedState,
-    Moments,
-    capture,
-    capture_engine,
-    install_state,
-)
-from stacking_ds.kernels.operations import Operations
+from stacking_ds.growth.transfer import Moments, TrainingState, capture, install
 from stacking_ds.kernels.registry import Compute
 from stacking_ds.model.bert import BertForPreTraining
 from stacking_ds.model.parameters import first_value
@@ -62,18 +53,8 @@ class StageEngine:
         self._failed_saves = 0  # in a row
         self._warned = False
         self._step_seconds = 0.0
-        self._captured: CapturedState | None = None
+        self._captured: TrainingState | None = None
         """The host copy that the save at a stage's end made, for the boundary that follows."""
-
-    @property
-    def operations(self) -> Operations:
-        """What the model computes with; its loss is to be computed so too."""
-        return self._compute.operations
-
-    @property
-    def accumulation_steps(self) -> int:
-        """The micro-steps of a step in the present phase."""
-        return int(self._ds_config["gradient_accumulation_steps"])
 
     def begin(self, found: Path | None, stage: Stage) -> None:
         """An engine of the stage's depth, with the state of the checkpoint `found` if there is one.
@@ -105,7 +86,7 @@ class StageEngine:
             ConfigError: recipe and DeepSpeed JSON disagree; all disagreements in one message.
         """
         config = self._plan.config
-        self._ds_config = self._plan.ds_config(self._world.size, phase)
+        self._ds_config = self._plan.ds_configs[phase.index]
         model_config = self._plan.model_config(stage.num_hidden_layers)
         model = BertForPreTraining(model_config, seed=None, compute=self._compute)
         optimizer = build_optimizer(config.optimizer, model.named_parameters())
@@ -124,7 +105,7 @@ class StageEngine:
     def enter_phase(self, stage: Stage, phase: Phase) -> None:
         """Replace the engine by one for the phase's batch, unless it is that already. Weights and
         moments stay as they are."""
-        if self._plan.ds_config(self._world.size, phase) != self._ds_config:
+        if self._plan.ds_configs[phase.index] != self._ds_config:
             self._rebuild(stage, phase, None, "carry")
 
     def _rebuild(
@@ -132,11 +113,10 @@ class StageEngine:
     ) -> None:
         """Another engine that starts from this one's state by the map of `layers`."""
         return_freed_memory()  # what steps have left is as much as the copy that is made now
-        state = capture_engine(self.engine, self._captured)
-        self._captured = None
+        state = self._captured or capture(self.engine)
         self._release()
         self._build(stage, phase)
-        install_state(self.engine, state, layers, moments, self._world)
+        install(state, self.engine, layers, moments, self._world)
         # the step that comes is the likeliest to fail, for want of memory, and what it would fork,
         # the loader's workers, would keep the captured state for the length of the stage
         del state
@@ -154,14 +134,12 @@ class StageEngine:
         """
         self.finish_save()
         growing = train_state["step"] == stage.end_step < self._plan.schedule.total_steps
-        held = fragments(self.engine)
-        # a checkpoint needs what this rank answers for, a boundary all that it holds
-        captured = capture(held if growing else [f.owned_by(self._world.rank) for f in held])
-        self._captured = captured if growing else None
+        state = capture(self.engine, None if growing else self._world.rank)
+        self._captured = state if growing else None
         contents = checkpoint_manifest.Contents(
             step=train_state["step"],
-            optimizer_step=optimizer_step(self.engine),
-            loss_scale=loss_scale(self.engine),
+            optimizer_step=state.optimizer_step,
+            loss_scale=state.loss_scale,
             num_hidden_layers=stage.num_hidden_layers,
             zero_stage=self._ds_config["zero_optimization"].get("stage", 0),
             vocabulary_sha256=self._plan.shards.manifest.vocabulary_sha256,
@@ -170,7 +148,7 @@ class StageEngine:
             config=self._plan.config.with_absolute_paths().model_dump(mode="json"),
         )
         self._saving = checkpoint_save.BackgroundSave(
-            run_dir, captured.fragments, self._world, contents, lambda: self._prune(run_dir)
+            run_dir, state.fragments, self._world, contents, lambda: self._prune(run_dir)
         )
         if wait:
             self._saving.finish()
@@ -239,8 +217,8 @@ class StageEngine:
             seed_moments(self.engine, manifest.optimizer_step)
         load.load(found, fragments(self.engine), world=self._world)
         refresh(self.engine)
-        if manifest.precision == "fp16":
-            set_loss_scale(self.engine, manifest.loss_scale)
+        if manifest.fp16_loss_scale is not None:
+            set_loss_scale(self.engine, manifest.fp16_loss_scale)
 
     def optimizer_metrics(self) -> tuple[dict[str, float], dict[str, list[float]]]:
         """Metrics and histograms of the last step that the optimizer itself knows: LAMB's, unless
@@ -260,6 +238,7 @@ class StageEngine:
         self._release()
 
     def _release(self) -> None:
+        self._captured = None
         if self.engine is not None:
             engine, self.engine = self.engine, None
             release_engine(engine)

@@ -28,7 +28,7 @@ from stacking_ds.model.bert import BertForPreTraining, parameter_shapes
 from stacking_ds.model.bert_config import BertConfig
 from stacking_ds.sharding.fragments import MASTER, Cut, Fragment
 from stacking_ds.train.from_checkpoint import export_run
-from stacking_ds.train.plan import TrainingPlan
+from stacking_ds.train.plan import TrainingPlan, open_plan
 from tests.prose import documents, tiny_shards
 from tests.ranks import run_ranks
 from tests.runs import small_recipe
@@ -417,7 +417,7 @@ def _export(_: World, plan: TrainingPlan, run_dir: Path) -> float:
 
 
 def test_exporting_a_run_needs_memory_for_a_parameter_and_not_for_a_model(tmp_path: Path) -> None:
-    plan = TrainingPlan.check(small_recipe(tmp_path, tiny_shards(tmp_path), *DEEP))
+    plan = open_plan(small_recipe(tmp_path, tiny_shards(tmp_path), *DEEP))
     model_mib, largest_mib = run_ranks(_save_deep, 1, plan, tmp_path / "run")[0]
     risen_mib = run_ranks(_export, 1, plan, tmp_path / "run")[0]
     assert model_mib > 70 * largest_mib

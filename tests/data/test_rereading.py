@@ -11,7 +11,7 @@ import pytest
 from stacking_ds.data import rereading, rows, shards
 from stacking_ds.data.rereading import Rereading
 from stacking_ds.errors import DataError, UnreadableDataError
-from stacking_ds.train.plan import TrainingPlan
+from stacking_ds.train.plan import TrainingPlan, open_plan
 from tests.prose import tiny_shards
 from tests.runs import small_recipe
 
@@ -19,7 +19,7 @@ from tests.runs import small_recipe
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory) -> TrainingPlan:
     folder = tmp_path_factory.mktemp("shards")
-    plan = TrainingPlan.check(small_recipe(folder, tiny_shards(folder)))
+    plan = open_plan(small_recipe(folder, tiny_shards(folder)))
     for data in plan.train_data.values():
         data.layout(0)
     return plan

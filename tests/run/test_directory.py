@@ -16,7 +16,7 @@ from stacking_ds.errors import CheckpointError, ConfigError
 from stacking_ds.launch import restart_policy
 from stacking_ds.run import attempts, directory, kept_tokenizer
 from stacking_ds.train import resume
-from stacking_ds.train.plan import TrainingPlan
+from stacking_ds.train.plan import open_plan
 from tests.prose import tiny_shards
 from tests.ranks import run_ranks
 from tests.runs import small_recipe
@@ -87,7 +87,7 @@ def test_the_tokenizer_is_that_of_the_last_start(tmp_path: Path) -> None:
     for folder, size in ((first, 200), (second, 300)):
         folder.mkdir()
         shards = tiny_shards(folder, vocab_size=size)
-        plans.append(TrainingPlan.check(small_recipe(folder, shards)))
+        plans.append(open_plan(small_recipe(folder, shards)))
         kept_tokenizer.keep(run_dir, plans[-1].shards)
     plan = plans[-1]
     sha256 = plan.shards.manifest.vocabulary_sha256
@@ -105,7 +105,7 @@ def test_the_tokenizer_is_that_of_the_last_start(tmp_path: Path) -> None:
 def test_a_start_that_finds_the_disk_full_leaves_a_directory_that_can_be_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    plan = TrainingPlan.check(small_recipe(tmp_path, tiny_shards(tmp_path)))
+    plan = open_plan(small_recipe(tmp_path, tiny_shards(tmp_path)))
     run_dir = tmp_path / "run"
     run_dir.mkdir()
 
@@ -159,7 +159,7 @@ def test_a_job_that_waited_does_not_take_over_the_run_of_the_one_before(tmp_path
     shards = tiny_shards(tmp_path)
     run_dir = tmp_path / "run"
     first = directory.lock(run_dir)
-    other = TrainingPlan.check(small_recipe(tmp_path, shards, "seed=77"))
+    other = open_plan(small_recipe(tmp_path, shards, "seed=77"))
 
     def leave_a_run() -> None:
         directory.write_config(run_dir, small_recipe(tmp_path, shards))

@@ -49,7 +49,7 @@ def _train_traced(
     """Train, and write down what this rank is at, one line a change; the seconds it took."""
     with (traces / f"rank_{world.rank}").open("a", buffering=1) as trace:
         for owner, name, phase in [
-            (loop._Run, "train_step", "step"),
+            (loop, "training_step", "step"),
             (HeldOutPasses, "metrics", "evaluation"),
             (loop, "export_if_missing", "export"),
             (StageEngine, "start", "start"),
