@@ -73,7 +73,7 @@ KILLED_EVERYWHERE = """
     import hashlib, os, shutil, signal, sys
     from pathlib import Path
     from stacking_ds.data.sources.documents import split_sentences
-    from stacking_ds.data.prepare.run import prepare
+    from stacking_ds.data.prepare.preparation import prepare
 
     import pandas  # pyarrow does, and it takes long
     split_sentences("Loads the rules. Once.")
@@ -129,7 +129,7 @@ def test_killed_at_each_rename_and_flush_the_folder_is_the_same(corpus, tmp_path
 IN_WORKERS = """
     import sys
     from pathlib import Path
-    from stacking_ds.data.prepare.run import prepare
+    from stacking_ds.data.prepare.preparation import prepare
     options = eval(sys.argv[3])
     def progress(now):
         print(now.task, now.documents, flush=True)
@@ -352,7 +352,7 @@ def test_every_sentence_of_every_document_is_there(corpus, tmp_path):
 MEASURED = """
     import resource, sys
     from pathlib import Path
-    from stacking_ds.data.prepare.run import prepare
+    from stacking_ds.data.prepare.preparation import prepare
     prepare(sys.argv[1], Path(sys.argv[2]), vocabulary=Path(sys.argv[3]), unit_bytes=2**30,
             shard_characters=2**20)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
