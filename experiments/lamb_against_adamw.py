@@ -24,7 +24,6 @@ from stacking_ds.config.run import RunConfig
 from stacking_ds.config.sections import OptimizerSection
 from stacking_ds.distributed import process_group
 from stacking_ds.distributed.world import World
-from stacking_ds.engine.zero import gradients
 from stacking_ds.optim.groups import parameter_groups
 from stacking_ds.optim.lamb.optimizer import Lamb
 from stacking_ds.optim.optimizers import build_optimizer
@@ -67,12 +66,13 @@ class FlatPartitionLamb(Lamb):
         shards: Sequence[Shard],
         add_over_ranks: Callable[[torch.Tensor], None] | None,
         gradient_norm: Callable[[], torch.Tensor] | None,
+        is_same_on_all_ranks: Callable[[float], bool] | None = None,
     ) -> None:
         flat = [
             Shard(shard.flat, (Span(str(place), place, 0, shard.flat.numel()),), shard.low)
             for place, shard in enumerate(shards)
         ]
-        super().bind(flat, None, gradient_norm)
+        super().bind(flat, None, gradient_norm, is_same_on_all_ranks)
 
 
 def _flat_partition_lamb(
@@ -83,7 +83,6 @@ def _flat_partition_lamb(
     for group in parameter_groups(named_parameters, config.weight_decay):
         merged.setdefault(group["weight_decay"], {**group, "params": []})
         merged[group["weight_decay"]]["params"] += group["params"]
-    gradients.accept_under_zero(FlatPartitionLamb)
     return FlatPartitionLamb(
         list(merged.values()), lr=config.learning_rate, betas=config.betas, eps=config.eps
     )

@@ -27,8 +27,7 @@ from stacking_ds.growth.transfer import Moments, TrainingState, capture, install
 from stacking_ds.kernels.registry import Compute
 from stacking_ds.model.bert import BertForPreTraining
 from stacking_ds.model.parameters import first_value
-from stacking_ds.optim.lamb.optimizer import TRUST_RATIOS, Lamb, adapted_ratios, lamb_metrics
-from stacking_ds.optim.optimizers import build_optimizer
+from stacking_ds.optim.optimizers import ShardedOptimizer, build_optimizer
 from stacking_ds.process.runtime import return_freed_memory
 from stacking_ds.schedule.phases import Phase
 from stacking_ds.schedule.stages import Stage
@@ -221,14 +220,12 @@ class StageEngine:
             set_loss_scale(self.engine, manifest.fp16_loss_scale)
 
     def optimizer_metrics(self) -> tuple[dict[str, float], dict[str, list[float]]]:
-        """Metrics and histograms of the last step that the optimizer itself knows: LAMB's, unless
-        loss scaling skipped that step."""
+        """Metrics and histograms of the last step that the optimizer itself knows, unless loss
+        scaling skipped that step."""
         optimizer = self.engine.basic_optimizer
-        stepped = isinstance(optimizer, Lamb) and self.engine.was_step_applied()
-        found = optimizer.statistics() if stepped else None
-        if found is None:
-            return {}, {}
-        return lamb_metrics(found), {TRUST_RATIOS: adapted_ratios(found)}
+        if isinstance(optimizer, ShardedOptimizer) and self.engine.was_step_applied():
+            return optimizer.metrics()
+        return {}, {}
 
     def close(self) -> None:
         """Release the engine and its memory, and leave a checkpoint under way to itself. No
