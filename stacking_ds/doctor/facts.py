@@ -27,6 +27,7 @@ from stacking_ds.config.recipe import ds_config_path, load_run_config
 from stacking_ds.config.run import RunConfig
 from stacking_ds.distributed.world import World
 from stacking_ds.errors import DataError
+from stacking_ds.run.directory import default_run_dir
 from stacking_ds.train.plan import TrainingPlan, open_plan
 
 T = TypeVar("T")
@@ -115,8 +116,7 @@ def open_subject(
         return subject
     try:
         subject.config = load_run_config(recipe, overrides)
-        if subject.run_dir is None:
-            subject.run_dir = Path("runs") / subject.config.name
+        subject.run_dir = run_dir or default_run_dir(subject.config)
         plan = open_plan(subject.config, with_data=False)
         subject.ds_json = plan.ds_json
         plan.require_data()

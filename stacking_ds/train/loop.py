@@ -310,15 +310,13 @@ class _Run:
             metrics_line(
                 self.state,
                 self.interval,
+                phase,
                 num_hidden_layers=stage.num_hidden_layers,
-                phase=phase.index,
-                sequence_length=phase.sequence_length,
                 flops_per_token=self.plan.model_config(stage.num_hidden_layers).flops_per_token(
                     self.plan.train_data[phase.sequence_length].mean_attended_slots,
                     self.interval.mlm_targets / max(self.interval.tokens, 1),
                 ),
                 peak_flops_per_second=self.peak_flops_per_second,
-                slots_per_step=phase.slots_per_step,
                 remaining_work=self.plan.work(self.state.step),
                 extra={**memory, **optimizer, **evaluation},
             ),

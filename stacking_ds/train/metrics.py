@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from stacking_ds.schedule.phases import Phase
 from stacking_ds.train.step import StepResult
 
 
@@ -87,13 +88,11 @@ class Interval:
 def metrics_line(
     state: TrainState,
     interval: Interval,
+    phase: Phase,
     *,
     num_hidden_layers: int,
-    phase: int,
-    sequence_length: int,
     flops_per_token: float,
     peak_flops_per_second: float,
-    slots_per_step: int,
     remaining_work: int,
     extra: Mapping[str, float],
 ) -> dict[str, Any]:
@@ -102,19 +101,18 @@ def metrics_line(
     Args:
         flops_per_token: model FLOPs (forward and backward) of a real token.
         peak_flops_per_second: measured matmul peak of all ranks together.
-        slots_per_step: token slots of a step, padding included.
         remaining_work: layers times slots, summed over the steps to come; a step's time is taken
             to grow with their product.
         extra: further metrics, e.g. of an evaluation.
     """
     tokens_per_second = interval.tokens / interval.seconds
-    work = interval.steps * num_hidden_layers * slots_per_step
+    work = interval.steps * num_hidden_layers * phase.slots_per_step
     return {
         "step": state.step,
         "stage": state.stage_index,
         "num_hidden_layers": num_hidden_layers,
-        "phase": phase,
-        "sequence_length": sequence_length,
+        "phase": phase.index,
+        "sequence_length": phase.sequence_length,
         "samples_seen": state.samples_seen,
         "tokens_seen": state.tokens_seen,
         **interval.means(),

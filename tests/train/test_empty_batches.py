@@ -12,7 +12,7 @@ from stacking_ds.data.batches import IGNORE_INDEX, Batch, RankStep
 from stacking_ds.data.loader import PretrainingSteps
 from stacking_ds.distributed.world import World
 from stacking_ds.model.bert import BertForPreTraining
-from stacking_ds.train.metrics import Interval, StepResult, TrainState
+from stacking_ds.train.metrics import Interval, TrainState
 from stacking_ds.train.plan import TrainingPlan, open_plan
 from tests.prose import tiny_shards
 from tests.ranks import run_ranks
