@@ -204,7 +204,12 @@ def test_a_checkpoint_whose_loss_is_not_finite_is_null_in_json(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = HeldOut(math.inf, 0.0, math.nan, 0.5, 235)
-    monkeypatch.setattr("stacking_ds.cli._job_of", lambda *_: None)
+    for place in (
+        "run.directory.read_config",
+        "run.directory.require_shards",
+        "train.plan.open_plan",
+    ):
+        monkeypatch.setattr(f"stacking_ds.{place}", lambda *_: None)
     monkeypatch.setattr("stacking_ds.checkpoint.folders.choose", lambda *_: Path("step_00000004"))
     monkeypatch.setattr("stacking_ds.train.from_checkpoint.run_heldout", lambda *_: found)
     assert main(["evaluate", "run"]) == 3

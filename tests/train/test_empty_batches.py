@@ -14,6 +14,7 @@ from stacking_ds.distributed.world import World
 from stacking_ds.model.bert import BertForPreTraining
 from stacking_ds.train.metrics import Interval, TrainState
 from stacking_ds.train.plan import TrainingPlan, open_plan
+from stacking_ds.train.step import StepResult
 from tests.prose import tiny_shards
 from tests.ranks import run_ranks
 from tests.runs import losses, metrics, parameters, small_recipe, train_small
