@@ -11,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from stacking_ds.bench.step_case import StepCase
-from stacking_ds.data.batches import IGNORE_INDEX, Batch
+from stacking_ds.data.batches import Batch
 from stacking_ds.distributed.world import World
 from stacking_ds.errors import ConfigError
+from stacking_ds.kernels.cross_entropy import IGNORE_INDEX
 from stacking_ds.train.step import StepCounts
 
 _MASKED_SHARE = 0.15  # Devlin et al. 2019 §3.1

@@ -2,28 +2,31 @@
 
 import argparse
 import os
-import sys
-import traceback
-from contextlib import suppress
 from datetime import timedelta
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from stacking_ds.errors import ConfigError, LostRankError, UserError
-from stacking_ds.process.exit import tell
-from stacking_ds.process.launcher_env import (
-    local_rank_from_environment,
+from stacking_ds.config.sections import ClusterSection
+from stacking_ds.console import say, say_on_stderr
+from stacking_ds.errors import AgreedError, ConfigError, UserError
+from stacking_ds.process.exit import exit_process
+from stacking_ds.process.launchers import (
+    is_first_of_node,
     rank_from_environment,
     world_size_from_environment,
 )
-from stacking_ds.process.runtime import keep_caches_on_node
+from stacking_ds.process.runtime import keep_caches_on_node, keep_freed_memory
 from stacking_ds.process.stop_signals import StopRequest
 from stacking_ds.run import attempts
-from stacking_ds.run.directory import add_run_options, check, config_of, require_shards, run_dir_of
+from stacking_ds.run.directory import (
+    add_run_options,
+    check,
+    config_of,
+    require_shards,
+    run_dir_of,
+)
 
 if TYPE_CHECKING:
-    from stacking_ds.distributed.heartbeat import Watch
+    from stacking_ds.distributed.heartbeat import FailureDetector
     from stacking_ds.distributed.world import World
     from stacking_ds.train.plan import TrainingPlan
 
@@ -64,8 +67,6 @@ def _dry_run(options: argparse.Namespace) -> int:
 
 
 def _train_on_ranks(options: argparse.Namespace, request: StopRequest) -> int:
-    from stacking_ds.config.sections import ClusterSection
-
     cluster, refused = ClusterSection(), False
     try:
         cluster = config_of(options).cluster
@@ -82,43 +83,31 @@ def _train_on_ranks(options: argparse.Namespace, request: StopRequest) -> int:
         import stacking_ds.train.loop  # noqa: F401
     request.raise_if_interrupted()
     from stacking_ds.distributed import heartbeat, process_group
-    from stacking_ds.process.runtime import keep_freed_memory
 
     world = process_group.start(timedelta(seconds=cluster.timeout_seconds))
     if world.device.type == "cpu":
         keep_freed_memory()
-    watch = heartbeat.Watch(
-        world,
-        timeout_seconds=cluster.timeout_seconds,
-        silence_seconds=min(cluster.silence_seconds, cluster.timeout_seconds),
-    )
     try:
-        with watch:
-            _train_in_world(options, world, request, watch)
+        with heartbeat.FailureDetector(
+            world,
+            timeout_seconds=cluster.timeout_seconds,
+            silence_seconds=min(cluster.silence_seconds, cluster.timeout_seconds),
+        ) as detector:
+            _train_in_world(options, world, request, detector)
     except Exception as error:
-        if isinstance(error, LostRankError):
-            watch.on_lost(str(error))
-        if world.size > 1 and not heartbeat.is_raised_by_all(error):
-            _end_alone(error)
+        if world.size > 1 and not isinstance(error, AgreedError):
+            exit_process(error)
         raise
     finally:
         process_group.stop()
     return 0
 
 
-def _end_alone(error: Exception) -> NoReturn:
-    """Not by way of the interpreter's end, which may wait for collectives that nobody answers."""
-    code = tell(error)
-    with suppress(OSError):  # nobody may read any more
-        if code is None:
-            traceback.print_exception(error)
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(1 if code is None else code)
-
-
 def _train_in_world(
-    options: argparse.Namespace, world: "World", request: StopRequest, watch: "Watch"
+    options: argparse.Namespace,
+    world: "World",
+    request: StopRequest,
+    detector: "FailureDetector",
 ) -> None:
     plan: TrainingPlan = world.on_all(lambda: _opened(options, world.size))
     request.raise_if_interrupted()
@@ -128,11 +117,10 @@ def _train_in_world(
     run_dir = run_dir_of(options, plan.config)
     require_alike(world, plan, run_dir)
     if world.is_first:
-        watch.on_lost = partial(_note_lost, run_dir, world)
+        detector.record = lambda verdict: attempts.ended(run_dir, "lost", world.pulse.step, verdict)
     train(plan, world, run_dir, resume=bool(options.resume), request=request)
     if world.is_first:
-        with suppress(OSError):  # a launcher that was told to stop reads no more
-            print(f"see `stacking-ds report {run_dir}`", flush=True)
+        say(f"see `stacking-ds report {run_dir}`")
 
 
 def _opened(options: argparse.Namespace, world_size: int) -> "TrainingPlan":
@@ -147,11 +135,6 @@ def _opened(options: argparse.Namespace, world_size: int) -> "TrainingPlan":
     return plan
 
 
-def _note_lost(run_dir: Path, world: "World", verdict: str) -> None:
-    with suppress(OSError, UserError):
-        attempts.ended(run_dir, "lost", world.pulse.step, verdict)
-
-
 def _say_on_first_of_node(message: str) -> None:
-    if local_rank_from_environment() == 0:
-        print(message, file=sys.stderr, flush=True)
+    if is_first_of_node():
+        say_on_stderr(message)

@@ -10,7 +10,7 @@ import torch
 from stacking_ds.data.batches import RankStep
 from stacking_ds.distributed.world import World
 from stacking_ds.errors import DataError, NonFiniteError
-from stacking_ds.run.divergence import finite_or_none
+from stacking_ds.run.metrics_file import finite_or_none
 from stacking_ds.schedule.phases import Phase
 from stacking_ds.train.plan import TrainingPlan
 from stacking_ds.train.step import forward_loss

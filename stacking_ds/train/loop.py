@@ -24,10 +24,10 @@ from stacking_ds.data.loader import load_steps
 from stacking_ds.data.prefetch import Patience
 from stacking_ds.data.rereading import Rereading
 from stacking_ds.distributed.world import StopFlag, World
-from stacking_ds.errors import CheckpointError, NonFiniteError, StageError
-from stacking_ds.kernels.registry import choose_compute
+from stacking_ds.errors import CheckpointError, NonFiniteError, StageError, agreed
+from stacking_ds.kernels.registry import DTYPES, choose_compute
+from stacking_ds.process.device import measure_matmul_peak, peak_memory_gib
 from stacking_ds.process.stop_signals import StopRequest
-from stacking_ds.run.log import RunLog
 from stacking_ds.schedule.phases import Phase
 from stacking_ds.schedule.stages import Stage
 from stacking_ds.train.from_checkpoint import export_if_missing, is_export_due
@@ -35,7 +35,7 @@ from stacking_ds.train.heldout import HeldOutPasses
 from stacking_ds.train.metrics import Interval, TrainState, metrics_line
 from stacking_ds.train.plan import TrainingPlan
 from stacking_ds.train.resume import claim, enter
-from stacking_ds.train.sinks import Monitor, measure_matmul_peak, peak_memory_gib
+from stacking_ds.train.sinks import Monitor, RunLog
 from stacking_ds.train.stage_engine import StageEngine
 from stacking_ds.train.step import StepCounts, StepResult, training_step
 
@@ -96,10 +96,9 @@ def train(
             try:
                 run.train()
             except (NonFiniteError, StageError) as error:
-                error.on_all_ranks = True
                 with suppress(CheckpointError):
                     run.stages.finish_save()  # it is good
-                raise
+                raise agreed(error) from None
         else:
             monitor.say(f"{run_dir} is complete at step {state.step}; re-using it")
         if state.step == plan.schedule.total_steps:
@@ -208,7 +207,7 @@ class _Run:
                     rank_step = next(batches)
                     self.world.pulse.loading = False
                     waited = time.perf_counter() - started
-                    result = self.take_step(rank_step)
+                    result = self.advance(rank_step)
                     self.count(result, phase, time.perf_counter() - started, waited)
                     if not self.after_step(stage, phase, end_step, stop):
                         return False
@@ -240,7 +239,7 @@ class _Run:
             self.save(stage, wait=finished or stopping)
         return not stopping or finished
 
-    def take_step(self, rank_step: RankStep) -> StepResult:
+    def advance(self, rank_step: RankStep) -> StepResult:
         """One step on this rank's share of a global batch; damage that another thread has found
         in the data ends the run on all ranks."""
         step, world = self.state.step, self.world
@@ -326,8 +325,7 @@ class _Run:
 
     @cached_property
     def peak_flops_per_second(self) -> float:
-        dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-        dtype = dtypes[self.plan.config.engine.precision]
+        dtype = DTYPES[self.plan.config.engine.precision]
         return self.world.sum([measure_matmul_peak(self.world.device, dtype)])[0]
 
     def evaluate(self, phase: Phase) -> dict[str, float]:
