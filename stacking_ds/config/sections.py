@@ -11,16 +11,14 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from stacking_ds.records import Record
+from stacking_ds.schedule.stages import Steps, StepsOrNone
 
 LARGEST_LEARNING_RATE = 100.0
 
-_MOST_STEPS = 10**12
 _MOST_ROWS = 2**22  # a step; times the most steps this fits 64 bits
 _LONGEST_WAIT_SECONDS = 30 * 86_400.0
 _LONGEST_PATH_BYTES = 4095  # Linux's PATH_MAX, without the zero at its end
 
-Steps = Annotated[int, Field(ge=1, le=_MOST_STEPS)]
-StepsOrNone = Annotated[int, Field(ge=0, le=_MOST_STEPS)]
 Rows = Annotated[int, Field(ge=1, le=_MOST_ROWS)]
 Depth = Annotated[int, Field(ge=1, le=10_000)]
 VocabularySize = Annotated[int, Field(ge=1, le=2**31)]
@@ -190,19 +188,6 @@ class OptimizerSection(Record):
         """Of a run with so many rows a step."""
         base = self.learning_rate_batch_size or global_batch_size
         return self.learning_rate * math.sqrt(global_batch_size / base)
-
-
-class ScheduleSection(Record):
-    """The learning rate over the whole run, and what a boundary does to it."""
-
-    shape: Literal["linear", "cosine", "constant", "wsd"] = "linear"
-    warmup_steps: StepsOrNone = 0
-    decay_steps: Steps | None = None
-    """Length of the final decay; for `wsd` only."""
-    final_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    """Learning rate of the last step as a fraction of the peak."""
-    at_boundary: Literal["continue", "rewarm"] = "continue"
-    rewarm_steps: StepsOrNone = 0
 
 
 class BatchSection(Record):
