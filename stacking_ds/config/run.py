@@ -45,6 +45,7 @@ class RunConfig(Record):
     name: Annotated[str, AfterValidator(_can_be_a_name)]
     """Where no --run-dir is given, the run lives in the folder of this name in runs/."""
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
+    """Of the first weights, the order of the data, the masks and dropout."""
     data: DataSection
     model: ModelSection
     stages: Annotated[tuple[StageSection, ...], LISTS_TOO, Field(min_length=1, max_length=1000)]

@@ -73,13 +73,21 @@ class ModelSection(Record):
     """The encoder without its depth (the stages say that) and vocabulary (the data says that)."""
 
     hidden_size: Size
+    """Width of what passes from layer to layer."""
     num_attention_heads: Size
+    """Heads that share the width; it has to be a multiple of them."""
     intermediate_size: Size
+    """Width inside the feed-forward part of a layer, usually four times `hidden_size`."""
     max_position_embeddings: Size = 512
+    """Tokens of the longest row that the model can ever take."""
     type_vocab_size: Annotated[int, Field(ge=2, le=2**20)] = 2
+    """Segments that tokens can belong to: 2, the A and B of a pair."""
     hidden_dropout_prob: Probability = 0.1
+    """Dropout of embeddings and of what a sub-layer adds to the residual sum."""
     attention_probs_dropout_prob: Probability = 0.1
+    """Dropout of the attention's weights."""
     layer_norm_eps: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-12
+    """Added to the variance in LayerNorm."""
     initializer_range: Annotated[float, Field(gt=0.0, le=100.0)] = 0.02
     """Standard deviation of the initial weights."""
     layer_norm_position: Literal["post", "pre"] = "post"
@@ -100,9 +108,11 @@ class StageSection(Record):
     """One growth stage: a depth, and how long to train at it, in steps or in token slots."""
 
     num_hidden_layers: Depth
+    """Encoder layers; each stage has more than the one before."""
     steps: Steps | None = None
+    """How long, in optimizer steps."""
     tokens: Annotated[int, Field(ge=1, le=10**18)] | None = None
-    """Token slots (rows x sequence_length of the phase); rounded up to whole steps."""
+    """How long, in token slots (rows x sequence_length of the phase), rounded up to whole steps."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -118,7 +128,8 @@ class GrowthSection(Record):
     """What happens to layers and optimizer moments at a boundary."""
 
     operator: Literal["stack", "interleave"] = "stack"
-    """`stack`: new layer j copies old layer j mod L (Gong et al. 2019 §3.1)."""
+    """`stack`: new layer j copies old layer j mod L (Gong et al. 2019 §3.1); `interleave`: every
+    layer is repeated where it stands."""
     moments: Moments = "reset"
     """`reset` starts Adam anew, as in the paper; `carry` copies the moments with the layers."""
 
@@ -127,7 +138,7 @@ LambKernelName = Literal["auto", "reference", "blocked", "triton", "apex"]
 
 
 class LambSection(Record):
-    """What LAMB has and AdamW has not."""
+    """What LAMB has and AdamW has not; null for another optimizer."""
 
     always_adapt: bool = False
     """Take trust ratios for biases and LayerNorm too, instead of 1."""
@@ -153,15 +164,21 @@ class LambSection(Record):
 
 
 class OptimizerSection(Record):
+    """The optimizer and its numbers, the same at every depth."""
+
     name: Literal["adamw", "lamb"] = "adamw"
+    """AdamW (Loshchilov and Hutter 2019), or LAMB for large batches (You et al. 2020)."""
     learning_rate: Annotated[float, Field(gt=0.0, le=LARGEST_LEARNING_RATE)]
     """Peak of the learning-rate schedule."""
     learning_rate_batch_size: Rows | None = None
     """The batch that learning_rate is for. At another batch.global_batch_size the peak is scaled
     by the square root of their ratio (You et al. 2020, section 4)."""
     betas: Annotated[tuple[Probability, Probability], LISTS_TOO] = (0.9, 0.999)
+    """What the running means of the gradient and of its square keep at each step."""
     eps: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-6
+    """Added to the root that the update is divided by."""
     weight_decay: Annotated[float, Field(ge=0.0, le=100.0)] = 0.01
+    """Decoupled; biases and LayerNorm weights do not decay."""
     max_grad_norm: Factor = 1.0
     """Gradients are scaled down to this global norm; 0 turns clipping off."""
     lamb: LambSection | None = Field(
@@ -191,6 +208,8 @@ class OptimizerSection(Record):
 
 
 class BatchSection(Record):
+    """How many rows a step has, and how many of them at once."""
+
     global_batch_size: Rows
     """Rows per step over all ranks; the same at any number of ranks."""
     micro_batch_size: Rows
@@ -201,9 +220,13 @@ class PhaseSection(Record):
     """From which step on rows or batches have another size; what is left out stays."""
 
     from_step: Steps
+    """The first step that is different, counted over the whole run from 0."""
     sequence_length: SequenceLength | None = None
+    """As `data.sequence_length`."""
     global_batch_size: Rows | None = None
+    """As `batch.global_batch_size`."""
     micro_batch_size: Rows | None = None
+    """As `batch.micro_batch_size`."""
 
     @model_validator(mode="after")
     def _changes_something(self) -> Self:
@@ -221,9 +244,12 @@ ActivationCheckpointing = Literal["none", "selective", "full"]
 
 
 class EngineSection(Record):
+    """How it is computed. All of it may change between a run and its continuation."""
+
     deepspeed: PathText = "zero1"
     """A bundled DeepSpeed JSON (zero0 … zero3) or the path of one."""
     precision: Precision = "bf16"
+    """What forward and backward compute in; masters and moments are fp32 at any."""
     kernels: KernelsName = "auto"
     """How a layer's operations run: `torch` plainly, `triton` fused on an NVIDIA GPU, `compile` by
     torch.compile, `apex` as `torch` with the LayerNorm of NVIDIA's apex. `auto`: on a GPU triton,
@@ -234,9 +260,9 @@ class EngineSection(Record):
     """What a layer keeps for the backward pass: all; the results of its matrix products
     (`selective`); or its input alone (`full`). The rest is computed again."""
     fp8: bool = False
-    """Matrix products of the layers in 8-bit floating point, on cards that have it."""
+    """Compute matrix products of the layers in 8-bit floating point, on cards that have it."""
     cuda_graphs: bool = False
-    """Each layer is one launch, for micro-batches so small that the host cannot keep a GPU busy.
+    """Make each layer one launch, for micro-batches so small that the host cannot keep a GPU busy.
     Micro-batches are filled up to their rows' slots, so pack the rows."""
 
     @model_validator(mode="after")
@@ -263,19 +289,24 @@ class EngineSection(Record):
 
 
 class CheckpointSection(Record):
+    """When the state is saved, what is kept, and the export at the end."""
+
     every_steps: Steps = 1000
-    """A checkpoint is also written at each boundary, at the end and when asked to stop. Training
-    goes on meanwhile, except at the end and at a stop."""
+    """Steps between checkpoints. One is also written at each boundary, at the end and when asked to
+    stop. Training goes on meanwhile, except at the end and at a stop."""
     keep_last: Annotated[int, Field(ge=1, le=10**6)] = 2
-    """Older checkpoints are deleted, those at boundaries excepted."""
+    """Newest checkpoints to keep; older ones are deleted, those at boundaries excepted."""
     export_at_end: bool = True
     """Write the finished model as a Hugging Face folder into the run."""
 
 
 class EvaluationSection(Record):
+    """The loss on held-out rows."""
+
     every_steps: StepsOrNone = 0
-    """0 evaluates at the end of each stage only; those evaluations are always made."""
+    """Steps between evaluations; 0 evaluates at the end of each stage only, as is always done."""
     max_samples: Annotated[int, Field(ge=1, le=10**9)] = 1024
+    """Most held-out rows of an evaluation; always the same ones."""
 
 
 class ClusterSection(Record):
@@ -289,6 +320,8 @@ class ClusterSection(Record):
 
 
 class LoggingSection(Record):
+    """How often metrics are written."""
+
     every_steps: Steps = 10
-    """A line of metrics is the mean over the steps since the line before. There is one after
-    every so many steps, and at each evaluation and checkpoint."""
+    """Steps between lines of metrics, each the mean over the steps since the line before. There is
+    one at each evaluation and checkpoint too."""
