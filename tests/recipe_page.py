@@ -15,8 +15,8 @@ _HEAD = """# Every key of a recipe
 
 A recipe is a YAML file of sections, such as `ds_configs/recipes/demo.yaml`. What it leaves out has
 the default; a key without a default has to be there. `--set section.key=value` comes after the
-file, with a place in a list as a part of the key: `--set stages.0.steps=100`. How values are written
-is said in `ds_configs/README.md`. The resolved recipe stands in the run as `config.yaml`. This page
+file; a place in a list is a part of the key: `--set stages.0.steps=100`. How values are written is
+said in `ds_configs/README.md`. The resolved recipe stands in the run as `config.yaml`. This page
 is written by `python -m tests.recipe_page` from the sections themselves.
 """
 _TABLE = "\n| key | value | default | meaning |\n|---|---|---|---|\n"
