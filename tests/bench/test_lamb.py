@@ -39,6 +39,7 @@ def _targets(**parts: Any) -> dict[str, Target]:
 # ---------------------------------------------------------------------- the command
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without GPU prints")
 def test_the_command_measures_all_that_it_can(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

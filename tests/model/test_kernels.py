@@ -55,6 +55,7 @@ class TestTriton:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(RUNS_TRITON or IS_OTHER_HALF, reason="Triton's test runs in this process")
 def test_triton_in_a_process_of_its_own() -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
