@@ -47,6 +47,10 @@ LISTS_TOO = BeforeValidator(lambda given: tuple(given) if isinstance(given, list
 """A tuple may be given as the list that YAML, and most of Python, writes."""
 
 
+ExampleKind = Literal["pairs", "documents"]
+MaskingName = Literal["tokens", "whole_words", "spans"]
+
+
 class DataSection(Record):
     """Which prepared token shards, and how examples are cut from them."""
 
@@ -54,14 +58,14 @@ class DataSection(Record):
     """Folder that `stacking-ds prepare` wrote."""
     sequence_length: SequenceLength = 128
     """Tokens per row, [CLS] and [SEP] included."""
-    examples: Literal["pairs", "documents"] = "pairs"
+    examples: ExampleKind = "pairs"
     """`pairs`: [CLS] A [SEP] B [SEP] with next-sentence prediction; `documents`: [CLS] text [SEP]
     without it."""
     packing: bool = False
     """Several examples share a row where they fit; attention stays within each."""
     variants: Annotated[int, Field(ge=1, le=1000)] = 1
     """In how many ways documents are paired and cut; each epoch takes the next."""
-    masking: Literal["tokens", "whole_words", "spans"] = "tokens"
+    masking: MaskingName = "tokens"
     """What is hidden at once: a token, a word, or a span of words (Joshi et al. 2020 §3.1)."""
     mlm_probability: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
     """Share of an example's ordinary tokens that are predicted (Devlin et al. 2019 §3.1)."""

@@ -6,7 +6,7 @@ Whatever is wrong with the recipe, the shards or the DeepSpeed JSON shows here, 
 import hashlib
 import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from stacking_ds.config.run import RunConfig
 from stacking_ds.data.batches import RankStep, split_batch
-from stacking_ds.data.loader import EvaluationSteps, PretrainingData, PretrainingSteps, RowOptions
+from stacking_ds.data.loader import EvaluationSteps, PretrainingData, PretrainingSteps
 from stacking_ds.data.row_store import require_documents
-from stacking_ds.data.rows import LAYOUT_VERSION
+from stacking_ds.data.rows import LAYOUT_VERSION, LayoutSpec
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.data.unigram import unigram_log_probabilities, unigram_mlm_loss
 from stacking_ds.engine.ds_json import load_ds_config, resolve_ds_config
@@ -129,12 +129,12 @@ class Job(CheckedRecipe):
             shards=shards,
             train_data={
                 length: PretrainingData(
-                    shards, "train", RowOptions.of(config.data, length), seed=config.seed
+                    shards, "train", config.data.changed(sequence_length=length), seed=config.seed
                 )
                 for length in sorted({phase.sequence_length for phase in phases})
             },
         )
-        spec = job.train_data[phases[0].sequence_length].options.layout(0)
+        spec = LayoutSpec.of(config.data)
         require_documents(shards.split("train"), spec)
         require_documents(shards.split("heldout"), spec)
         return job
@@ -146,7 +146,7 @@ class Job(CheckedRecipe):
             DataError: fewer rows than one global batch, or nowhere to write them.
         """
         for length, data in self.train_data.items():
-            heldout = replace(RowOptions.of(self.config.data, length), variants=1)
+            heldout = self.config.data.changed(sequence_length=length, variants=1)
             for one, rows in (
                 (data, self.phases.rows(self.schedule.total_steps, length)),
                 (PretrainingData(self.shards, "heldout", heldout, seed=0), 1),
@@ -193,7 +193,7 @@ class Job(CheckedRecipe):
         """This rank's share of the one fixed pass over held-out rows of the phase's length."""
         steps = EvaluationSteps(
             self.shards,
-            RowOptions.of(self.config.data, phase.sequence_length),
+            self.config.data.changed(sequence_length=phase.sequence_length),
             max_rows=self.config.evaluation.max_samples,
             micro_batch_size=phase.micro_batch_size,
             rank=rank,
