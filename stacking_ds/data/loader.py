@@ -23,7 +23,7 @@ from stacking_ds.data.masking import MaskingName
 from stacking_ds.data.prefetch import Patience, PrefetchedSteps
 from stacking_ds.data.row_store import find_layout, open_layout
 from stacking_ds.data.rows import Layout, LayoutSpec
-from stacking_ds.data.shard_manifest import SplitName
+from stacking_ds.data.shard_files import SplitName
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.errors import ConfigError, DataError
 from stacking_ds.schedule.phases import Phase

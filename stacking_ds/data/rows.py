@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from stacking_ds.data.examples import ExampleKind, Examples, concatenate
-from stacking_ds.data.shard_manifest import (
+from stacking_ds.data.shard_files import (
     Count,
     FileName,
     Positive,

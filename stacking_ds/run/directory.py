@@ -27,7 +27,7 @@ from stacking_ds.checkpoint.folders import folder_name, latest, saved_steps, syn
 from stacking_ds.config.recipe import load_run_config
 from stacking_ds.config.run import RunConfig, changed_keys
 from stacking_ds.console import first_of
-from stacking_ds.data.shard_manifest import MANIFEST_NAME
+from stacking_ds.data.shard_files import MANIFEST_NAME
 from stacking_ds.errors import CheckpointError, ConfigError, DataError, UnreadableError, unreadable
 from stacking_ds.files import DamagedFileError, read_bytes, read_text, without_waiting
 from stacking_ds.run.attempts import ATTEMPTS_FILE

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from stacking_ds.checkpoint.folders import sync
 from stacking_ds.config.run import RunConfig
-from stacking_ds.data.shard_manifest import MANIFEST_NAME, file_sha256, not_opened, read_manifest
+from stacking_ds.data.shard_files import MANIFEST_NAME, file_sha256, not_opened, read_manifest
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.errors import CheckpointError, DataError
 from stacking_ds.files import DamagedFileError, read_text

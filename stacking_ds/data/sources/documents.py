@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import sentencex
 
 from stacking_ds.console import shortened
-from stacking_ds.data.shard_manifest import DocumentRule, Record, SplitName
+from stacking_ds.data.shard_files import DocumentRule, JsonRecord, SplitName
 from stacking_ds.errors import DataError
 
 # ---- Cuts English text into sentences, without losing a character between them.
@@ -65,7 +65,7 @@ class Fault:
 Item = Document | Fault
 
 
-class Piece(Record):
+class SourcePiece(JsonRecord):
     """A part of a source that is read from `start` to `stop`: bytes of a text file, row groups of a
     Parquet file, record batches of an Arrow file, rows or shards of a dataset.
 
@@ -133,12 +133,12 @@ class Source(Protocol):
     def estimate(self) -> int:
         """About how many bytes of text it has; 0 where nobody knows."""
 
-    def pieces(self, piece_bytes: int, reading: Reading) -> list[Piece]:
+    def pieces(self, piece_bytes: int, reading: Reading) -> list[SourcePiece]:
         """Cuts it into pieces of about `piece_bytes` of text, in order. Pure: depends on nothing
         but the content, `piece_bytes` and `reading`. Raises DataError for a table, or JSON, that
         has no text under the reading's key, before anything else is read."""
 
-    def open(self, piece: Piece, reading: Reading) -> Reader: ...
+    def open(self, piece: SourcePiece, reading: Reading) -> Reader: ...
 
 
 def text_of_row(row: Any, key: str) -> str | tuple[str, str]:

@@ -1,9 +1,24 @@
-"""What a folder of token shards says about itself: `manifest.json`."""
+"""Files of a folder of token shards: the records of `manifest.json`, and writing the Arrow files.
 
+An Arrow file holds one row a document, in one record batch, so that its tokens lie in one
+contiguous buffer. Columns: `tokens`, list<uint16> (uint32 for vocabularies of more than 65,536
+tokens), the ids of the whole document without special tokens; `sentence_lengths`, list<int32>,
+which add up to the number of tokens; `document_hash`, uint64, the same for documents of the same
+words.
+
+Shapes: D documents, S sentences, T tokens.
+"""
+
+import glob
 import hashlib
+import os
+import uuid
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
+import pyarrow as pa
+from numpy.typing import DTypeLike, NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from stacking_ds.data.tokenizer import UNCASED, Normalization
@@ -27,13 +42,13 @@ FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}$")]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
-class Record(BaseModel):
+class JsonRecord(BaseModel):
     """A strict, frozen model that is kept as JSON."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
 
-class PrepareRequest(Record):
+class PrepareRequest(JsonRecord):
     """What `prepare` was asked for: enough to recognise it without reading the sources, whose
     contents are in `DataManifest.sources`."""
 
@@ -47,7 +62,7 @@ class PrepareRequest(Record):
     """Folders of earlier versions, which do not say, are uncased."""
 
 
-class SourceFile(Record):
+class SourceFile(JsonRecord):
     """Something that was read: a file, a Hugging Face dataset, or a package of the embedded corpus.
 
     `size_bytes` and `sha256` are None for what is no file, `licence` is None where unknown.
@@ -60,7 +75,7 @@ class SourceFile(Record):
     licence: str | None
 
 
-class Rejected(Record):
+class Rejected(JsonRecord):
     """Documents that were left out for one reason, and the places of the first 20, such as
     `wiki.jsonl:17` (line 17, or row 17 of a table)."""
 
@@ -69,7 +84,7 @@ class Rejected(Record):
     first: tuple[str, ...]
 
 
-class ShardFile(Record):
+class ShardFile(JsonRecord):
     """One Arrow file of a split, duplicates included. `unknown_tokens` are those that are [UNK];
     None where nobody counted, as in earlier versions and in lists of duplicates."""
 
@@ -86,7 +101,7 @@ class DuplicatesFile(ShardFile):
     """The Arrow file that lists the documents of a split which do not count, and what they hold."""
 
 
-class SplitManifest(Record):
+class SplitManifest(JsonRecord):
     """What counts in a split, that is without its duplicates, and the files that hold it, in
     order."""
 
@@ -114,7 +129,7 @@ class SplitManifest(Record):
         return sum(count or 0 for count in counts) / max(tokens, 1)
 
 
-class VocabularyFile(Record):
+class VocabularyFile(JsonRecord):
     """`vocab.txt` or `tokenizer.json`."""
 
     name: FileName
@@ -122,7 +137,7 @@ class VocabularyFile(Record):
     sha256: Sha256
 
 
-class DataManifest(Record):
+class DataManifest(JsonRecord):
     """Everything needed to trust and to read the folder. `licence` is what the user said the text's
     licence is, None where nothing was said; `text_bytes` is the size of the documents in all
     shards, their words joined by single spaces."""
@@ -206,3 +221,120 @@ def file_sha256(path: Path) -> str:
     """
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def token_dtype(vocab_size: int) -> DTypeLike:
+    """The narrowest unsigned integers that hold every id of the vocabulary."""
+    return np.uint16 if vocab_size <= 2**16 else np.uint32
+
+
+class ShardWriter:
+    """Collects documents in memory until they are written to a file. The tokens `unknown_id` are
+    counted, where one is given."""
+
+    def __init__(self, vocab_size: int, unknown_id: int | None = None) -> None:
+        self._dtype, self._unknown_id = token_dtype(vocab_size), unknown_id
+        self._clear()
+
+    def add(
+        self,
+        tokens_T: NDArray[np.unsignedinteger],
+        sentence_lengths_S: NDArray[np.int32],
+        sentence_counts_D: NDArray[np.int32],
+        document_hashes_D: NDArray[np.uint64],
+    ) -> None:
+        """Appends documents: their tokens one after another, the lengths of their sentences in
+        tokens, and how many sentences each document has; none of these is zero."""
+        if not len(sentence_counts_D):
+            return
+        self._tokens.append(tokens_T.astype(self._dtype, copy=False))
+        self._sentence_lengths.append(sentence_lengths_S.astype(np.int32, copy=False))
+        self._sentence_counts.append(sentence_counts_D)
+        self._hashes.append(document_hashes_D)
+
+    def write(self, folder: Path, name: str, temporary: Path) -> ShardFile | None:
+        """Writes what was collected as `folder`/`name`, by way of a file in `temporary`, and starts
+        anew. Returns its record; None, and no file, if nothing was collected."""
+        if not self._hashes:
+            return None
+        tokens, lengths = np.concatenate(self._tokens), np.concatenate(self._sentence_lengths)
+        counts, hashes = np.concatenate(self._sentence_counts), np.concatenate(self._hashes)
+        self._clear()
+        unknown = self._unknown_id
+        sentence_offsets = _offsets(counts)
+        batch = pa.record_batch(
+            {
+                "tokens": pa.ListArray.from_arrays(
+                    pa.array(_offsets(lengths)[sentence_offsets]), pa.array(tokens)
+                ),
+                "sentence_lengths": pa.ListArray.from_arrays(
+                    pa.array(sentence_offsets), pa.array(lengths)
+                ),
+                "document_hash": pa.array(hashes),
+            }
+        )
+        size_bytes, sha256 = write_arrow(batch, folder / name, temporary)
+        return ShardFile(
+            name=name,
+            size_bytes=size_bytes,
+            sha256=sha256,
+            documents=len(hashes),
+            sentences=len(lengths),
+            tokens=len(tokens),
+            unknown_tokens=None if unknown is None else int(np.count_nonzero(tokens == unknown)),
+        )
+
+    def _clear(self) -> None:
+        self._tokens: list[NDArray[np.unsignedinteger]] = []
+        self._sentence_lengths: list[NDArray[np.int32]] = []
+        self._sentence_counts: list[NDArray[np.int32]] = []
+        self._hashes: list[NDArray[np.uint64]] = []
+
+
+def write_arrow(batch: pa.RecordBatch, path: Path, temporary: Path) -> tuple[int, str]:
+    """Writes `batch` as the only one of an Arrow file; its size in bytes and its sha256."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    content = memoryview(sink.getvalue())
+    write_file(path, content, temporary)
+    return len(content), hashlib.sha256(content).hexdigest()
+
+
+def write_file(path: Path, content: bytes | memoryview, temporary: Path) -> None:
+    """Puts `content` at `path` whole or not at all, whatever happens to process or machine, by way
+    of a file in the folder `temporary`, which must lie on the same file system."""
+    unfinished = temporary / f"{path.name}{_mark(os.getpid())}{uuid.uuid4().hex}"
+    try:
+        with unfinished.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def remove_unfinished(temporary: Path, process: int) -> None:
+    """Removes what `write_file` was writing in a process of this machine that is gone."""
+    for path in temporary.glob(f"*{glob.escape(_mark(process))}*"):
+        path.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes sure that renamed files bear their names after a crash of the machine."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _mark(process: int) -> str:
+    return f".{os.uname().nodename}-{process}-"
+
+
+def _offsets(lengths: NDArray[np.int32]) -> NDArray[np.int32]:
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int32)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
