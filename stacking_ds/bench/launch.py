@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stacking_ds.errors import UserError
-from stacking_ds.process.launcher_env import HYDRA_SIZE, OPEN_MPI_SIZE, by_srun
+from stacking_ds.process.launchers import HYDRA_SIZE, OPEN_MPI_SIZE, by_srun
 
 _POLL_SECONDS = 0.1
 _LINES_OF_A_FAILURE = 15

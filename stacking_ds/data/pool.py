@@ -23,6 +23,7 @@ from typing import Any, cast
 
 import pyarrow as pa
 
+from stacking_ds.process.exit import end_now
 from stacking_ds.process.stop_signals import STOP_SIGNALS
 
 Report = Callable[..., None]
@@ -162,7 +163,7 @@ def _listen(parent: Connection, requests: "queue.SimpleQueue[bytes]") -> None:
     with contextlib.suppress(EOFError, OSError):
         while True:
             requests.put(parent.recv_bytes())
-    os._exit(0)
+    end_now(0)
 
 
 def _as_it_can_be_sent(error: Exception) -> Exception:

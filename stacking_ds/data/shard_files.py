@@ -19,11 +19,13 @@ from typing import Annotated, Literal
 import numpy as np
 import pyarrow as pa
 from numpy.typing import DTypeLike, NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from stacking_ds.config.sections import VocabularySize
 from stacking_ds.data.tokenizer import UNCASED, Normalization
 from stacking_ds.errors import DataError, UnreadableDataError, unreadable
-from stacking_ds.files import DamagedFileError, open_regular, read_text
+from stacking_ds.files import DamagedFileError, open_regular, read_text, write_whole
+from stacking_ds.records import Record, first_problem
 
 MANIFEST_NAME = "manifest.json"
 # the folder inside a prepared one that is there until all is done
@@ -42,13 +44,7 @@ FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}$")]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
-class JsonRecord(BaseModel):
-    """A strict, frozen model that is kept as JSON."""
-
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
-
-
-class PrepareRequest(JsonRecord):
+class PrepareRequest(Record):
     """What `prepare` was asked for: enough to recognise it without reading the sources, whose
     contents are in `DataManifest.sources`."""
 
@@ -62,7 +58,7 @@ class PrepareRequest(JsonRecord):
     """Folders of earlier versions, which do not say, are uncased."""
 
 
-class SourceFile(JsonRecord):
+class SourceFile(Record):
     """Something that was read: a file, a Hugging Face dataset, or a package of the embedded corpus.
 
     `size_bytes` and `sha256` are None for what is no file, `licence` is None where unknown.
@@ -75,7 +71,7 @@ class SourceFile(JsonRecord):
     licence: str | None
 
 
-class Rejected(JsonRecord):
+class Rejected(Record):
     """Documents that were left out for one reason, and the places of the first 20, such as
     `wiki.jsonl:17` (line 17, or row 17 of a table)."""
 
@@ -84,7 +80,7 @@ class Rejected(JsonRecord):
     first: tuple[str, ...]
 
 
-class ShardFile(JsonRecord):
+class ShardFile(Record):
     """One Arrow file of a split, duplicates included. `unknown_tokens` are those that are [UNK];
     None where nobody counted, as in earlier versions and in lists of duplicates."""
 
@@ -101,7 +97,7 @@ class DuplicatesFile(ShardFile):
     """The Arrow file that lists the documents of a split which do not count, and what they hold."""
 
 
-class SplitManifest(JsonRecord):
+class SplitManifest(Record):
     """What counts in a split, that is without its duplicates, and the files that hold it, in
     order."""
 
@@ -129,7 +125,7 @@ class SplitManifest(JsonRecord):
         return sum(count or 0 for count in counts) / max(tokens, 1)
 
 
-class VocabularyFile(JsonRecord):
+class VocabularyFile(Record):
     """`vocab.txt` or `tokenizer.json`."""
 
     name: FileName
@@ -137,7 +133,7 @@ class VocabularyFile(JsonRecord):
     sha256: Sha256
 
 
-class DataManifest(JsonRecord):
+class DataManifest(Record):
     """Everything needed to trust and to read the folder. `licence` is what the user said the text's
     licence is, None where nothing was said; `text_bytes` is the size of the documents in all
     shards, their words joined by single spaces."""
@@ -146,7 +142,7 @@ class DataManifest(JsonRecord):
     request: PrepareRequest
     licence: str | None
     sources: tuple[SourceFile, ...]
-    vocab_size: Annotated[int, Field(ge=1, le=2**31)]
+    vocab_size: VocabularySize
     vocabulary_sha256: Sha256
     vocabulary_files: tuple[VocabularyFile, ...]
     rejected: tuple[Rejected, ...]
@@ -201,10 +197,9 @@ def read_manifest(folder: Path) -> DataManifest:
                 f"{folder} was prepared in another version of the format; delete it and run "
                 "`stacking-ds prepare` again"
             ) from error
-        first = error.errors()[0]
-        place = ".".join(ascii(part).strip("'") for part in first["loc"])[:100] or "the file"
-        reason = first["msg"].removeprefix("Value error, ")
-        raise DataError(f"{path} is damaged or of another version: {place}: {reason}") from error
+        raise DataError(
+            f"{path} is damaged or of another version: {first_problem(error)}"
+        ) from error
 
 
 def not_opened(path: Path, error: OSError) -> UnreadableDataError:
@@ -304,30 +299,13 @@ def write_arrow(batch: pa.RecordBatch, path: Path, temporary: Path) -> tuple[int
 def write_file(path: Path, content: bytes | memoryview, temporary: Path) -> None:
     """Puts `content` at `path` whole or not at all, whatever happens to process or machine, by way
     of a file in the folder `temporary`, which must lie on the same file system."""
-    unfinished = temporary / f"{path.name}{_mark(os.getpid())}{uuid.uuid4().hex}"
-    try:
-        with unfinished.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_whole(path, content, temporary / f"{path.name}{_mark(os.getpid())}{uuid.uuid4().hex}")
 
 
 def remove_unfinished(temporary: Path, process: int) -> None:
     """Removes what `write_file` was writing in a process of this machine that is gone."""
     for path in temporary.glob(f"*{glob.escape(_mark(process))}*"):
         path.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes sure that renamed files bear their names after a crash of the machine."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _mark(process: int) -> str:

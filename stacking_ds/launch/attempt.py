@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from stacking_ds.console import first_of
+from stacking_ds.console import first_of, say_on_stderr
 from stacking_ds.errors import ConfigError
 from stacking_ds.launch.hosts import Answer, Host, read_hostfile, run_on_hosts
 from stacking_ds.launch.request import PACKAGE_FOLDER, Patience, Request
@@ -187,10 +187,8 @@ _GLANCE_SECONDS = 0.2
 
 
 def say(message: str) -> None:
-    """A sentence for people, on stderr."""
-    # the Ctrl-C that asks to stop may have ended the `tee` that reads it
-    with contextlib.suppress(OSError):
-        print(f"stacking-ds launch: {message}", file=sys.stderr, flush=True)
+    """A sentence for people, on stderr, even if a Ctrl-C has ended the `tee` that reads it."""
+    say_on_stderr(f"stacking-ds launch: {message}")
 
 
 def usable_hosts(request: Request) -> list[Host]:

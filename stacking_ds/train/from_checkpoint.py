@@ -14,9 +14,8 @@ from stacking_ds.errors import CheckpointError
 from stacking_ds.model.bert import BertForPreTraining, parameter_shapes
 from stacking_ds.model.bert_config import BertConfig
 from stacking_ds.model.parameters import WORD_EMBEDDINGS
-from stacking_ds.run import kept_tokenizer
-from stacking_ds.run.divergence import judge
-from stacking_ds.run.metrics_file import read_metrics
+from stacking_ds.run import directory
+from stacking_ds.run.metrics_file import judge, read_metrics
 from stacking_ds.train.heldout import HeldOut, evaluate_heldout
 from stacking_ds.train.plan import Job
 
@@ -74,7 +73,7 @@ def export_run(
     that of the prepared folder `data`; token shards are not needed.
     """
     manifest = checkpoint_manifest.read_manifest(found)
-    tokenizer = kept_tokenizer.choose(run_dir, config, manifest.vocabulary_sha256, data)
+    tokenizer = directory.choose_tokenizer(run_dir, config, manifest.vocabulary_sha256, data)
     table = manifest.parameters.get(WORD_EMBEDDINGS)
     vocab_size = table.shape[0] if table is not None and table.shape else 1
     model = _model_config(found, manifest, config, vocab_size)

@@ -11,7 +11,7 @@ from stacking_ds.data.batches import RankStep
 from stacking_ds.distributed.world import World
 from stacking_ds.errors import DataError, NonFiniteError
 from stacking_ds.model.loss import pretraining_loss
-from stacking_ds.run.divergence import finite_or_none
+from stacking_ds.run.metrics_file import finite_or_none
 from stacking_ds.schedule.phases import Phase
 from stacking_ds.train.plan import Job
 

@@ -14,10 +14,11 @@ from typing import Any
 
 from stacking_ds.checkpoint import folders
 from stacking_ds.checkpoint import manifest as checkpoint_manifest
-from stacking_ds.distributed.heartbeat import is_lost_contact
+from stacking_ds.distributed.process_group import is_lost_contact
 from stacking_ds.distributed.world import World
-from stacking_ds.errors import CheckpointError, NonFiniteError, UserError, is_mendable
-from stacking_ds.run import attempts, directory, kept_tokenizer
+from stacking_ds.errors import CheckpointError, NonFiniteError, UserError
+from stacking_ds.process.exit import is_mendable
+from stacking_ds.run import attempts, directory
 from stacking_ds.run.metrics_file import drop_after
 from stacking_ds.schedule.stages import StageSchedule
 from stacking_ds.train.metrics import TrainState
@@ -94,7 +95,7 @@ def _claim_on_first(job: Job, run_dir: Path, completed_steps: int) -> str | None
     damage = drop_after(run_dir, completed_steps)
     # before anything else that a start leaves: by it the directory is known to be a run's
     directory.write_config(run_dir, job.config.with_absolute_paths())
-    kept_tokenizer.keep(run_dir, job.shards)
+    directory.keep_tokenizer(run_dir, job.shards)
     with suppress(OSError):  # of a run that was killed at its very end, no save comes any more
         folders.prune(
             run_dir,

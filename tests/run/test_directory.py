@@ -14,7 +14,7 @@ from stacking_ds.config.run import RunConfig
 from stacking_ds.distributed.world import World
 from stacking_ds.errors import CheckpointError, ConfigError
 from stacking_ds.launch import restart_policy
-from stacking_ds.run import attempts, directory, kept_tokenizer
+from stacking_ds.run import attempts, directory
 from stacking_ds.train import resume
 from stacking_ds.train.plan import Job
 from tests.prose import tiny_shards
@@ -88,17 +88,17 @@ def test_the_tokenizer_is_that_of_the_last_start(tmp_path: Path) -> None:
         folder.mkdir()
         shards = tiny_shards(folder, vocab_size=size)
         jobs.append(Job.check(small_recipe(folder, shards)))
-        kept_tokenizer.keep(run_dir, jobs[-1].shards)
+        directory.keep_tokenizer(run_dir, jobs[-1].shards)
     job = jobs[-1]
     sha256 = job.shards.manifest.vocabulary_sha256
-    kept = kept_tokenizer.choose(run_dir, job.config, sha256, None)
+    kept = directory.choose_tokenizer(run_dir, job.config, sha256, None)
     assert kept == run_dir / "tokenizer"
     before = (kept / "vocab.txt").stat()
-    kept_tokenizer.keep(run_dir, job.shards)
+    directory.keep_tokenizer(run_dir, job.shards)
     assert (kept / "vocab.txt").stat() == before, "what is there is not written again"
     (kept / "SHA256SUMS").unlink()
-    kept_tokenizer.keep(run_dir, job.shards)
-    assert kept_tokenizer.choose(run_dir, job.config, sha256, None) == kept
+    directory.keep_tokenizer(run_dir, job.shards)
+    assert directory.choose_tokenizer(run_dir, job.config, sha256, None) == kept
 
 
 @pytest.mark.parametrize("name", ["config.tmp", "vocab.txt", "SHA256SUMS"])
@@ -109,13 +109,12 @@ def test_a_start_that_finds_the_disk_full_leaves_a_directory_that_can_be_used(
     run_dir = tmp_path / "run"
     run_dir.mkdir()
 
-    def full(path: Path) -> None:
-        if path.name == name:
+    def full(descriptor: int) -> None:
+        if Path(os.readlink(f"/proc/self/fd/{descriptor}")).name == name:
             raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(directory, "sync", full)
-        patched.setattr(kept_tokenizer, "sync", full)
+        patched.setattr(os, "fsync", full)
         with pytest.raises((OSError, ConfigError), match="No space left"):
             resume._claim_on_first(job, run_dir, 0)
     assert {path.name for path in run_dir.iterdir()} <= {"config.yaml", "config.tmp"}

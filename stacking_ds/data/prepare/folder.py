@@ -22,14 +22,13 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
 
-from stacking_ds.console import shortened
+from stacking_ds.console import is_utf8, readable_name, shortened
 from stacking_ds.data.prepare.work_plan import Corpus, InputFile, WorkPlan, open_corpus
 from stacking_ds.data.shard_files import (
     MANIFEST_NAME,
     UNFINISHED_NAME,
     DataManifest,
     DocumentRule,
-    JsonRecord,
     PrepareRequest,
     Rejected,
     ShardFile,
@@ -43,13 +42,13 @@ from stacking_ds.data.sources.documents import MAX_DOCUMENT_BYTES, Reading
 from stacking_ds.data.tokenizer import Normalization, load_vocabulary, vocabulary_sha256
 from stacking_ds.errors import DataError
 from stacking_ds.files import DamagedFileError, read_bytes
-from stacking_ds.process.utf8 import is_utf8, readable_name
+from stacking_ds.records import Record
 
 BadDocuments = Literal["refuse", "count"]
 SPLITS: tuple[SplitName, SplitName] = ("heldout", "train")
 EMPTY = "empty"
 
-_R = TypeVar("_R", bound=JsonRecord)
+_R = TypeVar("_R", bound=Record)
 _STARTED = "started.json"
 _VOCABULARY = "vocab.txt"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -176,7 +175,7 @@ _SOFTWARE = ("sentencex", "tokenizers")
 """The libraries that decide which bytes are written."""
 
 
-class Settings(JsonRecord):
+class Settings(Record):
     """What besides the request decides which bytes are written."""
 
     unit_bytes: int | None
@@ -189,7 +188,7 @@ class Settings(JsonRecord):
     byte order marks were looked at, 2 since; 1 also where there are none."""
 
 
-class Started(JsonRecord):
+class Started(Record):
     """What a prepare began with. `made_folder`: the folder was not there before."""
 
     request: PrepareRequest
@@ -198,7 +197,7 @@ class Started(JsonRecord):
     made_folder: bool
 
 
-class FileHash(JsonRecord):
+class FileHash(Record):
     """The content of a file, by the index of its source and its own within it."""
 
     source: int
@@ -206,7 +205,7 @@ class FileHash(JsonRecord):
     sha256: str
 
 
-class Chunk(JsonRecord):
+class Chunk(Record):
     """What a unit wrote at a time, at most one file a split; `items` is how many documents, bad
     ones included, were read for it."""
 
@@ -221,7 +220,7 @@ class Chunk(JsonRecord):
         return self.heldout if split == "heldout" else self.train
 
 
-class UnitRecord(JsonRecord):
+class UnitRecord(Record):
     """What a unit has written, with the vocabulary of that hash."""
 
     vocabulary_sha256: str
@@ -354,7 +353,7 @@ class UnfinishedFolder:
             "options"
         )
 
-    def _write(self, name: str, record: JsonRecord) -> None:
+    def _write(self, name: str, record: Record) -> None:
         content = record.model_dump_json(indent=1).encode()
         write_file(self.temporary / name, content, self.temporary)
 
@@ -430,7 +429,7 @@ def require_same_work(
     folder.note_files(started, files)
 
 
-def _require_same(out_dir: Path, there: JsonRecord, here: JsonRecord) -> None:
+def _require_same(out_dir: Path, there: Record, here: Record) -> None:
     """Raises DataError unless the two are the same."""
     different = [
         _difference(field, getattr(there, field), getattr(here, field))

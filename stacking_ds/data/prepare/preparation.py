@@ -35,11 +35,11 @@ from stacking_ds.data.shard_files import (
     DataManifest,
     PrepareRequest,
     remove_unfinished,
-    sync_folder,
     write_file,
 )
 from stacking_ds.data.tokenizer import vocabulary_sha256
 from stacking_ds.errors import DataError
+from stacking_ds.files import sync
 
 logger = logging.getLogger("stacking_ds")
 
@@ -259,7 +259,7 @@ class _Preparation:
             train=splits["train"],
             heldout=splits["heldout"],
         )
-        sync_folder(folder.path)
+        sync(folder.path)
         write_file(folder.path / MANIFEST_NAME, manifest.to_json().encode(), folder.temporary)
         folder.remove_notes()
         return manifest

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stacking_ds.console import first_of
-from stacking_ds.data.shard_files import JsonRecord, SourceFile
+from stacking_ds.data.shard_files import SourceFile
 from stacking_ds.data.sources.documents import (
     Item,
     Reader,
@@ -21,13 +21,14 @@ from stacking_ds.data.sources.documents import (
 )
 from stacking_ds.data.sources.kinds import SeenFiles, open_source
 from stacking_ds.data.sources.lines import content_suffix
+from stacking_ds.records import Record
 
 _UNITS = 64
 _NAMED = 10
 _MIN_UNIT_BYTES, _MAX_UNIT_BYTES = 4 * 2**20, 256 * 2**20
 
 
-class InputFile(JsonRecord):
+class InputFile(Record):
     """A file as it was when the plan was made, or last found to be the same."""
 
     size_bytes: int
@@ -43,14 +44,14 @@ class InputFile(JsonRecord):
         return cls(size_bytes=stat.st_size, modified_ns=stat.st_mtime_ns)
 
 
-class Segment(JsonRecord):
+class Segment(Record):
     """A piece of the source with that index, held-out sources counted first."""
 
     source: int
     piece: SourcePiece
 
 
-class WorkUnit(JsonRecord):
+class WorkUnit(Record):
     """Segments that one process reads one after another; all of them held out, or none."""
 
     heldout: bool
@@ -62,7 +63,7 @@ class WorkUnit(JsonRecord):
         return sum(segment.piece.source_bytes or 0 for segment in self.segments)
 
 
-class WorkPlan(JsonRecord):
+class WorkPlan(Record):
     """The units in order, and the files of each source as they were."""
 
     units: tuple[WorkUnit, ...]

@@ -8,8 +8,9 @@ from typing import Any, Protocol
 import sentencex
 
 from stacking_ds.console import shortened
-from stacking_ds.data.shard_files import DocumentRule, JsonRecord, SplitName
+from stacking_ds.data.shard_files import DocumentRule, SplitName
 from stacking_ds.errors import DataError
+from stacking_ds.records import Record
 
 # ---- Cuts English text into sentences, without losing a character between them.
 
@@ -65,7 +66,7 @@ class Fault:
 Item = Document | Fault
 
 
-class SourcePiece(JsonRecord):
+class SourcePiece(Record):
     """A part of a source that is read from `start` to `stop`: bytes of a text file, row groups of a
     Parquet file, record batches of an Arrow file, rows or shards of a dataset.
 
