@@ -1,4 +1,4 @@
-"""Which DeepSpeed settings a run may use, and why the others are refused.
+"""Check DeepSpeed settings: which ones a run may use, and why the others are refused.
 
 DeepSpeed 0.19.8 ignores an unknown top-level key in silence and lets some settings train wrongly;
 so every key is looked at here first.
