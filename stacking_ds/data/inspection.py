@@ -20,7 +20,7 @@ from stacking_ds.data.counter_random import derive_key, random_bits
 from stacking_ds.data.loader import PretrainingData
 from stacking_ds.data.row_store import open_layout
 from stacking_ds.data.rows import Layout, LayoutSpec
-from stacking_ds.data.shard_manifest import MANIFEST_NAME, Rejected, SourceFile, SplitName
+from stacking_ds.data.shard_files import MANIFEST_NAME, Rejected, SourceFile, SplitName
 from stacking_ds.data.shards import TokenShards, TokenSplit
 from stacking_ds.data.tokenizer import Normalization, build_tokenizer
 from stacking_ds.errors import DataError
