@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from stacking_ds.errors import ConfigError
 
 if TYPE_CHECKING:
-    from stacking_ds.data.prepare.preparation import Progress
-    from stacking_ds.data.shard_manifest import DataManifest
+    from stacking_ds.data.prepare.preparation import PrepareProgress
+    from stacking_ds.data.shard_files import DataManifest
 
 
 _SECONDS_BETWEEN_LINES = 30
@@ -80,19 +80,20 @@ def add_prepare(parser: argparse.ArgumentParser) -> None:
 
 def _prepare(options: argparse.Namespace) -> int:
     from stacking_ds.data.prepare.first_look import odd_documents
+    from stacking_ds.data.prepare.folder import PrepareOptions
     from stacking_ds.data.prepare.preparation import prepare
 
     started = time.monotonic()
     part = _part(options.part)
     with _Display() as display:
-        prepared = prepare(
-            options.sources,
-            options.out,
+        asked = PrepareOptions(
+            sources=tuple(options.sources),
+            out_dir=options.out,
             vocabulary=options.vocab,
             vocab_size=options.vocab_size,
             cased=options.cased,
             keep_accents=options.keep_accents,
-            heldout_sources=options.heldout,
+            heldout_sources=tuple(options.heldout),
             heldout_fraction=options.heldout_fraction,
             licence=options.licence,
             text_key=options.text_key,
@@ -101,9 +102,8 @@ def _prepare(options: argparse.Namespace) -> int:
             download=options.download,
             workers=len(os.sched_getaffinity(0)) if options.workers is None else options.workers,
             part=part,
-            progress=display,
-            say=display.say,
         )
+        prepared = prepare(asked, progress=display, say=display.say)
     seconds = time.monotonic() - started
     if prepared.manifest is None:
         print(
@@ -138,7 +138,7 @@ def _summary(manifest: "DataManifest") -> str:
 
 
 def _say_what_is_unknown(manifest: "DataManifest") -> None:
-    from stacking_ds.data.shard_manifest import MANY_UNKNOWN
+    from stacking_ds.data.shard_files import MANY_UNKNOWN
 
     train, heldout = manifest.train.unknown_share, manifest.heldout.unknown_share
     if train is None or heldout is None:
@@ -201,7 +201,7 @@ class _Display:
         self._task, self._reading, self._read = "", 0, 0
         self._started = self._last = time.monotonic()
 
-    def __call__(self, now: "Progress") -> None:
+    def __call__(self, now: "PrepareProgress") -> None:
         begins_again = now.task == "vocabulary" and now.source_bytes < self._read
         if now.task != self._task or begins_again:
             self._reading = self._reading + 1 if now.task == self._task else 1
@@ -226,12 +226,12 @@ class _Display:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
-    def _what(self, now: "Progress") -> str:
+    def _what(self, now: "PrepareProgress") -> str:
         return (
             f"vocabulary, pass {self._reading} of 2" if now.task == "vocabulary" else "tokenizing"
         )
 
-    def _line(self, now: "Progress", seconds: float) -> str:
+    def _line(self, now: "PrepareProgress", seconds: float) -> str:
         line = f"{self._what(now)}: {now.documents:,} documents, {now.source_bytes / 1e6:,.1f}"
         line += f" of {now.total_bytes / 1e6:,.1f} MB" if now.total_bytes else " MB"
         speed = max(0, now.source_bytes - now.kept_bytes) / seconds

@@ -15,7 +15,7 @@ from stacking_ds.data.inspection import (
     ShownExample,
     SplitFacts,
 )
-from stacking_ds.data.shard_manifest import MANY_UNKNOWN
+from stacking_ds.data.shard_files import MANY_UNKNOWN
 
 _SOURCES_SHOWN, _PLACES_SHOWN = 8, 3
 _BAR, _LINE = 40, 100

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from stacking_ds.data.shard_manifest import (
+from stacking_ds.data.shard_files import (
     DataManifest,
     DuplicatesFile,
     ShardFile,

@@ -18,7 +18,6 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from stacking_ds.checkpoint import hugging_face, manifest
 from stacking_ds.checkpoint.folders import choose
 from stacking_ds.checkpoint.hugging_face import export_to_hugging_face
-from stacking_ds.data.prepare.preparation import prepare
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.data.sources.documents import split_sentences
 from stacking_ds.distributed.world import World
@@ -29,7 +28,7 @@ from stacking_ds.sharding.fragments import MASTER, Cut, Fragment
 from stacking_ds.train.from_checkpoint import export_run
 from stacking_ds.train.plan import TrainingPlan, open_plan
 from tests.checkpoints import save_now
-from tests.prose import documents, tiny_shards
+from tests.prose import documents, prepare, tiny_shards
 from tests.ranks import run_ranks
 from tests.runs import small_recipe
 

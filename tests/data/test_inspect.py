@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from stacking_ds.cli import main
 from stacking_ds.data import inspection
-from stacking_ds.data.shard_manifest import Rejected, SourceFile, read_manifest
+from stacking_ds.data.shard_files import Rejected, SourceFile, read_manifest
 from stacking_ds.data.shards import TokenShards
 from tests.inspecting import (
     bins,

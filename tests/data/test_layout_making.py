@@ -16,8 +16,9 @@ import numpy as np
 import psutil
 import pytest
 
+from stacking_ds.config.sections import DataSection
 from stacking_ds.data import row_store
-from stacking_ds.data.loader import PretrainingData, RowOptions
+from stacking_ds.data.loader import PretrainingData
 from stacking_ds.data.row_store import find_layout, open_layout
 from stacking_ds.data.rows import LAYOUT_VERSION, LayoutSpec
 from stacking_ds.data.shards import TokenShards
@@ -152,7 +153,9 @@ def test_attention_counts_the_tokens_of_the_own_example(tmp_path):
 
 def test_a_run_lays_out_the_variants_that_it_reaches(tmp_path):
     shards = make_shards(tmp_path, DOCUMENTS)
-    options = RowOptions(sequence_length=24, mlm_probability=0.15, packed=True, variants=4)
+    options = DataSection(
+        path="-", sequence_length=24, mlm_probability=0.15, packing=True, variants=4
+    )
     data = PretrainingData(shards, "train", options, seed=1)
     rows = data.layout(0).num_rows
     assert list(data.missing_layouts(rows)) == []
@@ -190,7 +193,9 @@ def test_rows_of_another_length_have_other_masks(tmp_path):
     shards = make_shards(tmp_path, [[9, 8]] * 60)
     masks = []
     for length in (24, 40):
-        options = RowOptions(length, 0.3, examples="documents")
+        options = DataSection(
+            path="-", sequence_length=length, mlm_probability=0.3, examples="documents"
+        )
         step = PretrainingData(shards, "train", options, seed=1).step(0, 60, micro_batch_size=60)
         masks.append(set(step.micro_batches[0].mlm_labels_M.tolist()))
     assert len(masks[0] & masks[1]) < 0.6 * len(masks[0])
@@ -198,7 +203,7 @@ def test_rows_of_another_length_have_other_masks(tmp_path):
 
 # ------------------------------------------------------------------ in many processes
 
-# Workers import this too; each waits with a part in hand until it may go on.
+# Workers import this too, for `write_when_told`: each waits with a part in hand until it may go on.
 _MAKER = """
 import os, signal, sys, threading, time
 from pathlib import Path
@@ -206,8 +211,7 @@ from stacking_ds.data import row_store
 from stacking_ds.data.rows import LayoutSpec
 from stacking_ds.data.shards import TokenShards
 
-folder, threaded, held = Path(sys.argv[1]), sys.argv[2] == "thread", sys.argv[3] == "held"
-write = row_store._write_part
+folder, write = Path(__file__).parent, row_store._write_part
 
 def write_when_told(*arguments):
     (folder / f"worker-{os.getpid()}").touch()
@@ -222,13 +226,13 @@ def make():
     made = row_store.open_layout(TokenShards.open(folder / "shards").split("train"), spec, 2)
     print(made.num_rows, len(made.record.parts))
 
-if __name__ == "__main__":
+def main(threaded, held):
     row_store._TOKENS_PER_PART, row_store._write_part = 400, write_when_told
-    if held:
+    if held == "held":
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
     (folder / "ready").touch()
-    if threaded:
+    if threaded == "thread":
         maker = threading.Thread(target=make, daemon=True)
         maker.start()
         while maker.is_alive():
@@ -260,12 +264,12 @@ class _Maker:
         make_shards(folder / "shards", DOCUMENTS * 10, documents_per_shard=3)
         (folder / "maker.py").write_text(_MAKER)
         self.process = subprocess.Popen(
-            [sys.executable, folder / "maker.py", folder, *words],
+            [sys.executable, "-c", "import maker, sys; maker.main(*sys.argv[1:])", *words],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+            env={**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{Path(__file__).parents[2]}"},
         )
 
     @property
@@ -340,7 +344,10 @@ def test_a_worker_that_is_killed_is_told_of_and_ends_the_others(tmp_path):
         os.kill(maker.workers[0], signal.SIGKILL)
         status, _, complained = maker.ended()
         assert status == 1
-        assert "a process that lays out rows was killed, as when memory runs out" in complained
+        assert (
+            "a process that lays out rows was killed by SIGKILL, as when memory runs out"
+            in complained
+        )
         _until(lambda: not any(map(_lives, maker.workers)))
         left = [path.name for path in (tmp_path / "shards" / "layouts").iterdir()]
         assert not any("tmp" in name for name in left)
