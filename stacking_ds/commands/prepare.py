@@ -119,10 +119,7 @@ def _prepare(options: argparse.Namespace) -> int:
     print(f"{verb} {options.out}: {_summary(prepared.manifest)}")
     _say_what_is_unknown(prepared.manifest)
     for rejected in prepared.manifest.rejected:
-        print(
-            f"left out, {rejected.reason}: {rejected.documents:,} documents, the first at "
-            f"{', '.join(rejected.first[:3])}"
-        )
+        print(rejected.sentence)
     if odd := odd_documents(prepared.manifest):
         print(f"warning: {odd}", file=sys.stderr)
     return 0
