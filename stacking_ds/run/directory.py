@@ -451,7 +451,12 @@ def run_dir_of(options: argparse.Namespace, config: RunConfig | None = None) -> 
             name cannot be used.
     """
     named = _named(options)
-    return named or Path("runs") / (config or config_of(options)).name
+    return named or default_run_dir(config or config_of(options))
+
+
+def default_run_dir(config: RunConfig) -> Path:
+    """Where the run of a recipe lives unless the command line says otherwise."""
+    return Path("runs") / config.name
 
 
 def config_of(options: argparse.Namespace) -> RunConfig:

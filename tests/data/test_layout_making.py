@@ -16,13 +16,14 @@ import numpy as np
 import psutil
 import pytest
 
+from stacking_ds.config.sections import DataSection
 from stacking_ds.data import row_store
-from stacking_ds.data.loader import PretrainingData, RowOptions
+from stacking_ds.data.loader import PretrainingData
 from stacking_ds.data.row_store import find_layout, open_layout
 from stacking_ds.data.rows import LAYOUT_VERSION, LayoutSpec
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.errors import DataError
-from stacking_ds.train.plan import Job
+from stacking_ds.train.plan import open_plan
 from tests.runs import small_recipe
 from tests.token_shards import make_shards
 
@@ -152,7 +153,9 @@ def test_attention_counts_the_tokens_of_the_own_example(tmp_path):
 
 def test_a_run_lays_out_the_variants_that_it_reaches(tmp_path):
     shards = make_shards(tmp_path, DOCUMENTS)
-    options = RowOptions(sequence_length=24, mlm_probability=0.15, packed=True, variants=4)
+    options = DataSection(
+        path="-", sequence_length=24, mlm_probability=0.15, packing=True, variants=4
+    )
     data = PretrainingData(shards, "train", options, seed=1)
     rows = data.layout(0).num_rows
     assert list(data.missing_layouts(rows)) == []
@@ -169,20 +172,20 @@ def test_a_job_lays_out_both_splits_before_its_ranks_meet_and_says_so(tmp_path):
     shards = make_shards(tmp_path / "shards", DOCUMENTS * 4)
     phases = "phases=[{from_step: 5, sequence_length: 24}]"
     config = small_recipe(tmp_path, shards.folder, phases, "data.variants=3")
-    job, said = Job.check(config), []
+    plan, said = open_plan(config), []
     assert not (shards.folder / "layouts").exists()
-    job.lay_out_rows(said.append)
+    plan.lay_out_rows(said.append)
     names = [line.partition(", ")[2].partition(", once")[0] for line in said]
     # a run of so few steps does not reach the second variant
     assert names == [
         f"{split} pairs-{length}-single-0" for length in (24, 32) for split in ("train", "heldout")
     ]
     before = sorted((shards.folder / "layouts").rglob("*"))
-    for phase in job.phases.phases:
-        assert job.heldout_steps(0, 1, phase)
+    for phase in plan.phases.phases:
+        assert plan.heldout_steps(0, 1, phase)
     assert sorted((shards.folder / "layouts").rglob("*")) == before
     said.clear()
-    Job.check(config).lay_out_rows(said.append)
+    open_plan(config).lay_out_rows(said.append)
     assert said == []
 
 
@@ -190,7 +193,9 @@ def test_rows_of_another_length_have_other_masks(tmp_path):
     shards = make_shards(tmp_path, [[9, 8]] * 60)
     masks = []
     for length in (24, 40):
-        options = RowOptions(length, 0.3, examples="documents")
+        options = DataSection(
+            path="-", sequence_length=length, mlm_probability=0.3, examples="documents"
+        )
         step = PretrainingData(shards, "train", options, seed=1).step(0, 60, micro_batch_size=60)
         masks.append(set(step.micro_batches[0].mlm_labels_M.tolist()))
     assert len(masks[0] & masks[1]) < 0.6 * len(masks[0])
