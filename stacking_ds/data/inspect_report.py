@@ -1,4 +1,4 @@
-"""What `stacking-ds data inspect` found, printed for people: `as_text`."""
+"""Report of `stacking-ds data inspect` as text: one part, or table, at a time."""
 
 import textwrap
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""What a prepared folder holds, as numbers: its documents, duplicates and sentences, whether its
+"""Numbers of a prepared folder: its documents, duplicates and sentences, whether its
 splits overlap, the rows it makes, how often a recipe reads it, and examples as text.
 
 Everything is read in pieces from the mapped files, so that memory does not grow with the text.
