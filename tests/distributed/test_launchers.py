@@ -3,6 +3,7 @@
 import os
 from typing import Any
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -147,9 +148,7 @@ def _node(monkeypatch: pytest.MonkeyPatch, name_is: str, interfaces: dict[str, s
         "net_if_addrs",
         lambda: {name: [address(text)] for name, text in interfaces.items()},
     )
-    monkeypatch.setattr(
-        psutil, "net_if_stats", lambda: {name: _Stats() for name in interfaces}
-    )
+    monkeypatch.setattr(psutil, "net_if_stats", lambda: {name: _Stats() for name in interfaces})
 
 
 def test_a_name_that_leads_to_loopback_is_mended_where_the_choice_is_clear(
