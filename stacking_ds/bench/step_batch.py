@@ -10,8 +10,9 @@ import torch
 from numpy.typing import NDArray
 
 from stacking_ds.bench.step_case import StepCase
-from stacking_ds.data.batches import IGNORE_INDEX, Batch
+from stacking_ds.data.batches import Batch
 from stacking_ds.errors import ConfigError
+from stacking_ds.kernels.cross_entropy import IGNORE_INDEX
 
 _MASKED_SHARE = 0.15  # Devlin et al. 2019 §3.1
 _MASK_ID = 3

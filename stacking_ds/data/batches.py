@@ -17,6 +17,7 @@ from stacking_ds.data.masking import MaskingName, MaskingVocabulary, mask_tokens
 from stacking_ds.data.rows import LayoutSpec, ranges
 from stacking_ds.data.shards import TokenSplit
 from stacking_ds.errors import ConfigError
+from stacking_ds.kernels.cross_entropy import IGNORE_INDEX
 
 # ---- How a global batch is divided among ranks and micro-batches: pure arithmetic.
 
@@ -48,10 +49,6 @@ def rows_of_rank(
     size, count = split_batch(global_batch_size, world_size, micro_batch_size)
     start = min(rank * size * count, global_batch_size)
     return range(start, min(start + size * count, global_batch_size))
-
-
-# The label that carries no weight, as in Hugging Face and torch.nn.functional.cross_entropy.
-IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import importlib.util
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, get_args
 
@@ -49,7 +49,12 @@ class Compute:
 
 logger = logging.getLogger("stacking_ds")
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES: Mapping[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+"""By the recipe's name of the precision."""
 
 
 class Sizes(Protocol):
@@ -84,7 +89,7 @@ def choose_compute(engine: EngineSection, device: torch.device, sizes: Sizes) ->
         choose_attention(
             engine.attention,
             device,
-            _DTYPES[engine.precision],
+            DTYPES[engine.precision],
             sizes.hidden_size // sizes.num_attention_heads,
             sizes.attention_probs_dropout_prob,
         ),

@@ -18,9 +18,9 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 from triton.language import constexpr, tensor
 
-from stacking_ds.kernels.cross_entropy import IGNORED_LABEL, LOGITS_GONE
+from stacking_ds.kernels.cross_entropy import IGNORE_INDEX, LOGITS_GONE
 
-_IGNORED = constexpr(IGNORED_LABEL)
+_IGNORED = constexpr(IGNORE_INDEX)
 
 # 16 elements a thread: what several programs on a processor have on the way at once keeps memory
 # busy while each one waits for its maximum. A vocabulary of 30522 leaves 6 % of a row to the last,

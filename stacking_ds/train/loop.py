@@ -26,8 +26,9 @@ from stacking_ds.data.rereading import Rereading
 from stacking_ds.distributed.world import StopFlag, World
 from stacking_ds.engine.build import set_learning_rate, take_step
 from stacking_ds.errors import CheckpointError, NonFiniteError, StageError, agreed
-from stacking_ds.kernels.registry import choose_compute
+from stacking_ds.kernels.registry import DTYPES, choose_compute
 from stacking_ds.model.loss import pretraining_loss
+from stacking_ds.process.device import measure_matmul_peak, peak_memory_gib
 from stacking_ds.process.stop_signals import StopRequest
 from stacking_ds.schedule.phases import Phase
 from stacking_ds.schedule.stages import Stage
@@ -36,7 +37,7 @@ from stacking_ds.train.heldout import HeldOutPasses
 from stacking_ds.train.metrics import Interval, StepResult, TrainState, metrics_line
 from stacking_ds.train.plan import Job
 from stacking_ds.train.resume import claim, enter
-from stacking_ds.train.sinks import Monitor, RunLog, measure_matmul_peak, peak_memory_gib
+from stacking_ds.train.sinks import Monitor, RunLog
 from stacking_ds.train.stage_engine import StageManager
 
 _LOOK_SECONDS = 1.0
@@ -356,8 +357,7 @@ class _Run:
 
     @cached_property
     def peak_flops_per_second(self) -> float:
-        dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-        dtype = dtypes[self.job.config.engine.precision]
+        dtype = DTYPES[self.job.config.engine.precision]
         return self.world.sum([measure_matmul_peak(self.world.device, dtype)])[0]
 
     def evaluate(self, phase: Phase) -> dict[str, float]:

@@ -307,6 +307,7 @@ def _train_slowly(
     return writing
 
 
+@pytest.mark.slow
 def test_slow_writing_changes_nothing_of_a_run(shards: Path, tmp_path: Path) -> None:
     """Every checkpoint has the state of its step, of boundaries too, though training went on."""
     config = small_recipe(tmp_path, shards, "checkpoint.keep_last=9", "engine.deepspeed=zero1")
@@ -421,6 +422,7 @@ def _train_with_a_full_disk(
     return "done", ""
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_fails_costs_only_itself(shards: Path, tmp_path: Path) -> None:
     config = small_recipe(tmp_path, shards, "checkpoint.keep_last=9")
     whole, run = tmp_path / "whole", tmp_path / "run"
@@ -440,6 +442,7 @@ def test_a_checkpoint_that_fails_costs_only_itself(shards: Path, tmp_path: Path)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
 def test_a_run_that_can_save_nothing_ends(shards: Path, tmp_path: Path) -> None:
     config = small_recipe(tmp_path, shards)
     run = tmp_path / "run"

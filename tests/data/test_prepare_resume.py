@@ -160,7 +160,7 @@ def test_a_group_of_workers_killed_at_random_moments(tmp_path):
     assert content(out) == content(tmp_path / "alone")
 
 
-@pytest.mark.parametrize("workers", [2, 3])
+@pytest.mark.parametrize("workers", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_workers_write_the_same_bytes(corpus, expected, tmp_path, workers):
     assert not prepare(str(corpus), tmp_path / "out", **SMALL, workers=workers).reused
     assert content(tmp_path / "out") == expected

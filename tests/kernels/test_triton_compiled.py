@@ -41,7 +41,7 @@ WIDTHS = {
     triton_norm: (768, 1024),
 }
 DTYPES = ("bf16", "fp16", "fp32")
-SPECIFIC = ((80, "fp16", 1), (90, "bf16", 0), (100, "fp32", 1))  # the others are slow
+SPECIFIC = ((90, "bf16", 0), (100, "fp32", 1))  # the others are slow
 Form = tuple[Any, int]  # of a module, and which one
 
 

@@ -318,6 +318,7 @@ class TestAllOfThem:
             assert torch.equal(d_x[-5:], d_short)
 
 
+@pytest.mark.slow
 class TestTheOtherHalf:
     __test__ = not RUNS and not IS_OTHER_HALF
 

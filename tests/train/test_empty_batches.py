@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from stacking_ds.config.run import RunConfig
-from stacking_ds.data.batches import IGNORE_INDEX, Batch, RankStep
+from stacking_ds.data.batches import Batch, RankStep
 from stacking_ds.data.loader import PretrainingSteps
 from stacking_ds.distributed.world import World
+from stacking_ds.kernels.cross_entropy import IGNORE_INDEX
 from stacking_ds.model.bert import BertForPreTraining
 from stacking_ds.train.metrics import Interval, StepResult, TrainState
 from stacking_ds.train.plan import Job
