@@ -122,15 +122,16 @@ def parse_json(text: str | bytes | bytearray) -> Any:
     except RecursionError:
         value, too_deep = None, True
     else:
-        too_deep = _is_too_deep(value)
+        too_deep = is_nested_deeper(value, _DEEPEST)
     if too_deep:
         raise ValueError("it is nested too deeply")
     return value
 
 
-def _is_too_deep(value: Any) -> bool:
+def is_nested_deeper(value: Any, levels: int) -> bool:
+    """Is it of more than so many lists and dictionaries, one in another?"""
     level = [value]
-    for _ in range(_DEEPEST + 1):
+    for _ in range(levels + 1):
         containers = [each for each in level if isinstance(each, dict | list)]
         if not containers:
             return False

@@ -1,4 +1,4 @@
-"""Where a run's checkpoints lie: their names, the newest, and the one to fall back on.
+"""Folders of a run's checkpoints: names, the newest, one to fall back on, publishing, pruning.
 
 RUN_DIR/checkpoints/latest                     the name of the newest folder, changed last
                     step_00001000/             whole: renamed to this when all is on disk
@@ -196,8 +196,7 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(_removed(folder))
 
 
-# ---- Which checkpoint a person means: a run's newest, one by its name or step, or a folder
-# by its path.
+# -------------------------------------------------------------------------- choosing
 
 
 def choose(place: Path, name: str | None = None) -> Path:

@@ -1,4 +1,4 @@
-"""A run's checkpoints for people: what is there, is it whole, what is in it."""
+"""Lists, verifies and describes a run's checkpoints for people."""
 
 import json
 import math

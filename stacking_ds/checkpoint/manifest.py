@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: its `manifest.json`, as strict records."""
+"""Manifest of a checkpoint: its `manifest.json`, as strict records."""
 
 import importlib.metadata
 import json

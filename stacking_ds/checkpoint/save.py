@@ -44,7 +44,7 @@ from stacking_ds.files import DamagedFileError, sync
 from stacking_ds.growth.transfer import capture
 from stacking_ds.sharding.fragments import Fragment
 
-# ---- Write safetensors files: https://huggingface.co/docs/safetensors has the format.
+# safetensors files: https://huggingface.co/docs/safetensors has the format
 
 
 _ELEMENT_BYTES = 4

@@ -1,4 +1,4 @@
-"""`stacking-ds train`: check together, train together, and end together when a rank is lost."""
+"""`stacking-ds train`: ranks check, train, and end together when one of them is lost."""
 
 import argparse
 import os

@@ -1,4 +1,4 @@
-"""Who this process is among the ranks, and the host-side collectives."""
+"""World: this process's rank, and the collectives of host values, errors and stop requests."""
 
 import socket
 import threading
@@ -210,11 +210,9 @@ def _sentence_of(error: Exception) -> Exception:
     return error
 
 
-# ---- All ranks stop at the same step, whichever of them was asked to.
-
-
 class StopFlag:
-    """Asked by all ranks at step, evaluation and growth boundaries."""
+    """Has all ranks stop at the same step, whichever of them was asked to; they ask it at step,
+    evaluation and growth boundaries."""
 
     def __init__(self, world: World, request: StopRequest) -> None:
         self._world, self._request = world, request

@@ -96,6 +96,13 @@ def _is_line(found: dict[str, Any]) -> bool:
     )
 
 
+def shown(line: Mapping[str, Any], name: str, form: str) -> str:
+    """A metric of the line for people."""
+    if name not in line:  # no step of the line had anything to predict
+        return "-"
+    return "not finite" if line[name] is None else format(line[name], form)
+
+
 def drop_after(run_dir: Path, completed_steps: int) -> str | None:
     """Leave the lines up to that step, since later ones will be written again; a sentence on those
     that were none, if any.
