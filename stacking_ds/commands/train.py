@@ -64,7 +64,7 @@ def _dry_run(options: argparse.Namespace) -> int:
     run_dir = run_dir_of(options, checked.config)
     check(run_dir, checked.config, resume=bool(options.resume))
     if rank_from_environment() == 0:
-        print(f"{checked.config.to_yaml()}\n{checked.draw()}")
+        say(f"{checked.config.to_yaml()}\n{checked.draw()}")
     return 0
 
 
