@@ -23,7 +23,7 @@ from stacking_ds.checkpoint.load import problems as problems_of
 from stacking_ds.checkpoint.load import read_parameters
 from stacking_ds.checkpoint.manifest import Manifest, Parameter, read_manifest
 from stacking_ds.config.run import RunConfig
-from stacking_ds.console import aligned, first_of, readable_size
+from stacking_ds.console import aligned, first_of, plural, readable_size
 from stacking_ds.errors import CheckpointError, UnreadableError, UserError
 
 Say = Callable[[str], None]
@@ -194,8 +194,8 @@ def _verify(folder: Path, say: Say) -> State:
 
 
 def _files(manifest: Manifest) -> str:
-    files = "1 file" if manifest.world_size == 1 else f"{manifest.world_size:,} files"
-    return f"{files}, {readable_size(sum(file.size_bytes for file in manifest.files))}"
+    size = readable_size(sum(file.size_bytes for file in manifest.files))
+    return f"{plural(manifest.world_size, 'file')}, {size}"
 
 
 def _count(manifest: Manifest) -> str:

@@ -200,7 +200,7 @@ def outcome_since(run_dir: Path, since: int) -> str | None:
     return end.outcome if end else None
 
 
-def told(run_dir: Path) -> str | None:
+def summary(run_dir: Path) -> str | None:
     """How often the run was begun and how that ended, for people; None after a single attempt.
 
     Raises:

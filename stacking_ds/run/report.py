@@ -75,7 +75,7 @@ def run_table(run_dir: Path) -> str:
 
 def _attempts(run_dir: Path) -> list[str]:
     try:
-        told, damage = attempts.told(run_dir), attempts.passed_over(run_dir)
+        told, damage = attempts.summary(run_dir), attempts.passed_over(run_dir)
     except UserError as error:  # the run can be told of without
         return [str(error)]
     return [sentence for sentence in (told, damage) if sentence is not None]
