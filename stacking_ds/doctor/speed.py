@@ -4,8 +4,6 @@ import socket
 import statistics
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -98,9 +96,15 @@ def measure_all_reduce(world: World) -> AllReduce | None:
     small, large = (
         torch.zeros(size // 4, device=world.device) for size in (_SMALL_BYTES, large_bytes)
     )
-    with _ended_if_hanging():
+    # NCCL waits for long inside a call that nothing interrupts
+    timer = threading.Timer(_HANGING_SECONDS, _give_up)
+    timer.daemon = True
+    timer.start()
+    try:
         _all_reduce_seconds(small)
         _all_reduce_seconds(large)
+    finally:
+        timer.cancel()
     return AllReduce(
         ranks=world.size,
         latency_seconds=_median_seconds(world, small),
@@ -120,19 +124,6 @@ def _all_reduce_seconds(tensor: torch.Tensor) -> float:
     begun = seconds_now(tensor.device)
     dist.all_reduce(tensor)
     return seconds_now(tensor.device) - begun
-
-
-@contextmanager
-def _ended_if_hanging() -> Iterator[None]:
-    """End this process if the collectives inside do not: NCCL waits for long inside a call that
-    nothing interrupts."""
-    timer = threading.Timer(_HANGING_SECONDS, _give_up)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 def _give_up() -> None:

@@ -18,6 +18,7 @@ from stacking_ds.errors import ConfigError
 
 # what Open MPI, and MPICH and its relatives, tell a process they started
 OPEN_MPI_SIZE, HYDRA_SIZE = "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"
+OPEN_MPI_RANK, HYDRA_RANK = "OMPI_COMM_WORLD_RANK", "PMI_RANK"
 # below the range from which systems take ports for outgoing connections
 _FIRST_PORT, _PORTS = 15_000, 15_000
 
@@ -36,7 +37,7 @@ def world_size_from_environment() -> int:
 def rank_from_environment() -> int:
     """This process's rank as the launcher says it; 0 where there is no launcher."""
     slurm = ["SLURM_PROCID"] if by_srun() else []
-    return _first_set("RANK", "OMPI_COMM_WORLD_RANK", *slurm, "PMI_RANK", otherwise=0)
+    return _first_set("RANK", OPEN_MPI_RANK, *slurm, HYDRA_RANK, otherwise=0)
 
 
 def local_rank_from_environment() -> int:
