@@ -10,10 +10,9 @@ from stacking_ds.bench.commands import add_bench
 from stacking_ds.commands.checkpoint import add_checkpoint
 from stacking_ds.commands.data import add_data
 from stacking_ds.commands.doctor import add_doctor
-from stacking_ds.commands.launch import add_again, add_launch
+from stacking_ds.commands.launch import add_again, add_launch, add_slurm
 from stacking_ds.commands.prepare import add_prepare
 from stacking_ds.commands.results import add_evaluate, add_export, add_report
-from stacking_ds.commands.slurm import add_slurm
 from stacking_ds.commands.train import add_train
 from stacking_ds.console import check_names, steady_streams
 from stacking_ds.launch.environment import ENCODED, decode_arguments
