@@ -41,7 +41,6 @@ from stacking_ds.console import first_of
 from stacking_ds.distributed.world import World
 from stacking_ds.errors import CheckpointError
 from stacking_ds.files import DamagedFileError, sync
-from stacking_ds.growth.transfer import capture
 from stacking_ds.sharding.fragments import Fragment
 
 # safetensors files: https://huggingface.co/docs/safetensors has the format
@@ -95,8 +94,8 @@ def save(run_dir: Path, fragments: Sequence[Fragment], world: World, contents: C
         CheckpointError: on every rank, if one could not write; `latest` still names the previous
             checkpoint, which is untouched.
     """
-    owned = [fragment.owned_by(world.rank) for fragment in fragments]
-    saving = BackgroundSave(run_dir, capture(owned).fragments, world, contents)
+    owned = [fragment.owned_by(world.rank).on_host() for fragment in fragments]
+    saving = BackgroundSave(run_dir, owned, world, contents)
     saving.finish()
     return saving.folder
 
@@ -115,7 +114,7 @@ class BackgroundSave:
         """Start to write.
 
         Args:
-            fragments: host tensors that nobody writes to while the save lasts (`growth.capture`).
+            fragments: host tensors that nobody writes to while the save lasts (`Fragment.on_host`).
             afterwards: called on the first rank, in its thread, when the checkpoint is published.
         """
         self.folder = run_dir / "checkpoints" / folder_name(contents.step)

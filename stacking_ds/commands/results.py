@@ -11,7 +11,7 @@ from stacking_ds.run.directory import read_config, require_shards
 from stacking_ds.run.report import run_table
 
 if TYPE_CHECKING:
-    from stacking_ds.train.plan import Job
+    from stacking_ds.train.plan import TrainingPlan
 
 
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
@@ -23,14 +23,14 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    job = _job_of(options.run_dir, options.data)
+    plan = _plan_of(options.run_dir, options.data)
     from stacking_ds.distributed import process_group
     from stacking_ds.train.from_checkpoint import run_heldout
 
     found = choose(options.run_dir, options.checkpoint)
     world = process_group.start()
     try:
-        result = run_heldout(job, found, world)
+        result = run_heldout(plan, found, world)
         if world.is_first:
             say(json.dumps({"checkpoint": str(found), **result.record()}))
         result.require_finite(f"of {found}")
@@ -65,16 +65,16 @@ def _export(options: argparse.Namespace) -> int:
     return 0
 
 
-def _job_of(run_dir: Path, data: str | None) -> "Job":
+def _plan_of(run_dir: Path, data: str | None) -> "TrainingPlan":
     config = read_config(run_dir)
     if data is None:
         require_shards(run_dir, config, "--data FOLDER")
-    from stacking_ds.train.plan import Job  # seconds of imports, for a run that is there
+    from stacking_ds.train.plan import open_plan  # seconds of imports, for a run that is there
 
     if data is not None:
         section = config.data.model_copy(update={"path": data})
         config = config.model_copy(update={"data": section})
-    return Job.check(config)
+    return open_plan(config)
 
 
 def add_report(parser: argparse.ArgumentParser) -> None:

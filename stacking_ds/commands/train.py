@@ -20,12 +20,12 @@ from stacking_ds.process.launchers import (
 from stacking_ds.process.runtime import keep_caches_on_node, keep_freed_memory
 from stacking_ds.process.stop_signals import StopRequest
 from stacking_ds.run import attempts
-from stacking_ds.run.directory import check, read_config, require_shards
+from stacking_ds.run.directory import check, default_run_dir, read_config, require_shards
 
 if TYPE_CHECKING:
     from stacking_ds.distributed.heartbeat import FailureDetector
     from stacking_ds.distributed.world import World
-    from stacking_ds.train.plan import CheckedRecipe, Job
+    from stacking_ds.train.plan import TrainingPlan
 
 
 def add_train(parser: argparse.ArgumentParser) -> None:
@@ -77,12 +77,10 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _dry_run(options: argparse.Namespace) -> int:
-    checked_by = _checked_recipe if options.without_data else _checked_job
-    checked = checked_by(options, world_size_from_environment())
-    run_dir = run_dir_of(options, checked.config)
-    check(run_dir, checked.config, resume=bool(options.resume))
+    plan = _opened(options, world_size_from_environment())
+    check(run_dir_of(options, plan.config), plan.config, resume=bool(options.resume))
     if rank_from_environment() == 0:
-        say(f"{checked.config.to_yaml()}\n{checked.draw()}")
+        say(f"{plan.config.to_yaml()}\n{plan.draw()}")
     return 0
 
 
@@ -129,39 +127,30 @@ def _train_in_world(
     request: StopRequest,
     detector: "FailureDetector",
 ) -> None:
-    job: Job = world.on_all(lambda: _checked_job(options, world.size))
+    plan: TrainingPlan = world.on_all(lambda: _opened(options, world.size))
     request.raise_if_interrupted()
     from stacking_ds.doctor.examination import require_alike
     from stacking_ds.train.loop import train
 
-    run_dir = run_dir_of(options, job.config)
-    require_alike(world, job, run_dir)
+    run_dir = run_dir_of(options, plan.config)
+    require_alike(world, plan, run_dir)
     if world.is_first:
         detector.record = lambda verdict: attempts.ended(run_dir, "lost", world.pulse.step, verdict)
-    train(job, world, run_dir, resume=bool(options.resume), request=request)
+    train(plan, world, run_dir, resume=bool(options.resume), request=request)
     if world.is_first:
         say(f"see `stacking-ds report {run_dir}`")
 
 
-def _checked_recipe(options: argparse.Namespace, world_size: int) -> "CheckedRecipe":
-    config = _config_of(options)
-    from stacking_ds.train.plan import CheckedRecipe  # seconds of imports, for one that is right
-
-    recipe = CheckedRecipe.check(config)
-    recipe.require_ds_configs(world_size)
-    return recipe
-
-
-def _checked_job(options: argparse.Namespace, world_size: int) -> "Job":
-    config = _config_of(options)
-    if options.recipe is None:
+def _opened(options: argparse.Namespace, world_size: int) -> "TrainingPlan":
+    config, with_data = _config_of(options), not options.without_data
+    if with_data and options.recipe is None:
         require_shards(run_dir_of(options, config), config, "--set data.path=FOLDER")
-    from stacking_ds.train.plan import Job  # seconds of imports, for a recipe that is right
+    from stacking_ds.train.plan import open_plan  # seconds of imports, for a recipe that is right
 
-    job = Job.check(config)
-    job.require_ds_configs(world_size)
-    job.lay_out_rows(_say_on_first_of_node, len(os.sched_getaffinity(0)))
-    return job
+    plan = open_plan(config, world_size, with_data=with_data)
+    if with_data:
+        plan.lay_out_rows(_say_on_first_of_node, len(os.sched_getaffinity(0)))
+    return plan
 
 
 def _say_on_first_of_node(message: str) -> None:
@@ -177,7 +166,7 @@ def run_dir_of(options: argparse.Namespace, config: RunConfig | None = None) -> 
             name cannot be used.
     """
     named = _named(options)
-    return named or Path("runs") / (config or _config_of(options)).name
+    return named or default_run_dir(config or _config_of(options))
 
 
 def _config_of(options: argparse.Namespace) -> RunConfig:

@@ -411,3 +411,8 @@ def _kept_sums(folder: Path) -> Iterator[tuple[str, str]]:
         sha256, _, name = line.partition("  ")
         if name == Path(name).name:
             yield name, sha256
+
+
+def default_run_dir(config: RunConfig) -> Path:
+    """Where the run of a recipe lives unless the command line says otherwise."""
+    return Path("runs") / config.name

@@ -24,7 +24,7 @@ from stacking_ds.distributed.world import World
 from stacking_ds.doctor import facts, shared_folder, speed
 from stacking_ds.doctor.examination import require_alike
 from stacking_ds.errors import AgreedError, ConfigError
-from stacking_ds.train.plan import Job
+from stacking_ds.train.plan import open_plan
 from tests.ranks import run_ranks
 from tests.runs import small_recipe
 from tests.token_shards import make_shards
@@ -384,7 +384,7 @@ def _start_train(
             fault()
     world = replace(world, local_rank=world.rank % 2, local_size=2)
     try:
-        require_alike(world, Job.check(config), Path("../run"))
+        require_alike(world, open_plan(config), Path("../run"))
     except ConfigError as error:
         return str(error), isinstance(error, AgreedError)
     return "", False
