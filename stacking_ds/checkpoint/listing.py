@@ -74,7 +74,7 @@ def _on_disk(folder: Path) -> dict[str, Any]:
 
 
 def _says(folder: Path) -> dict[str, Any]:
-    """What the manifest says, or the `problem` with it."""
+    """Record of what the manifest says, or the `problem` with it."""
     known: dict[str, Any] = dict.fromkeys(
         (
             *("step", "stage", "num_hidden_layers", "world_size", "zero_stage", "precision"),
@@ -235,7 +235,7 @@ def _way_out(damaged: Sequence[Path], states: dict[Path, State], say: Say) -> st
 
 
 def contents(folder: Path) -> str:
-    """What is in a checkpoint, from its manifest.
+    """Describe what is in a checkpoint, from its manifest.
 
     Raises:
         CheckpointError: the manifest is missing, damaged or of another format.
@@ -271,7 +271,7 @@ def _number(value: float | None) -> str:
 
 
 def _plans(manifest: Manifest, config: RunConfig) -> dict[str, str]:
-    """What the recipe says of the checkpoint's step and of the next one."""
+    """Facts that the recipe gives of the checkpoint's step and of the next one."""
     schedule, step = config.stage_schedule(), manifest.step
     facts = {"step": f"{step:,} of {schedule.total_steps:,}", "precision": config.engine.precision}
     if config.engine.precision != "fp16":

@@ -131,7 +131,7 @@ class FragmentReader:
 
 
 class _DamageError(Exception):
-    """What is wrong with a file, without the remedy."""
+    """Damage of a file, without the remedy."""
 
 
 class _VerifiedFile:

@@ -186,7 +186,7 @@ def _lock_in_time(file: IO[str], run_dir: Path, deadline: float) -> bool:
 
 
 def _is_there(file: IO[str], run_dir: Path) -> bool:
-    """Is the open file still the one that others find under its name?"""
+    """True if the open file is still the one that others find under its name."""
     with suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(file.fileno()), (run_dir / _LOCK).stat())
     return False
@@ -414,5 +414,5 @@ def _kept_sums(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def default_run_dir(config: RunConfig) -> Path:
-    """Where the run of a recipe lives unless the command line says otherwise."""
+    """Directory of a recipe's run, unless the command line names another."""
     return Path("runs") / config.name

@@ -137,7 +137,7 @@ State = Literal[
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the losses say, up to some step."""
+    """Judgement of the losses up to some step."""
 
     state: State
     why: str
@@ -154,7 +154,7 @@ class Judgement:
 
     @property
     def warning(self) -> str | None:
-        """What has to be known of a model of that step; None if there is nothing to warn of."""
+        """A warning for who takes the model of that step; None if there is nothing to warn of."""
         if self.state in ("learning", "not evaluated"):
             return None
         verb = "is" if self.state == "no better than word frequencies" else "has"
@@ -274,7 +274,7 @@ _LOWER = (
 
 
 def judge(lines: Iterable[Mapping[str, Any]]) -> Judgement:
-    """What the lines of `metrics.jsonl`, in their order, say of the run up to the last of them."""
+    """Judge a run by the lines of its `metrics.jsonl`, in their order, up to the last of them."""
     return Course(lines).judgement
 
 

@@ -27,7 +27,7 @@ _NUMBERS = ("stage/train_seconds", "stage/boundary_seconds", "wall_seconds")
 
 
 def run_table(run_dir: Path) -> str:
-    """What happened in each stage so far, the unigram floor, and what the shallow stages spared.
+    """Table of each stage so far, the unigram floor, and what the shallow stages spared.
 
     Raises:
         CheckpointError: there is no run, or it has not come far enough to say anything.
@@ -82,7 +82,7 @@ def _attempts(run_dir: Path) -> list[str]:
 
 
 def _is_told(line: dict[str, Any], stages: Sequence[Stage]) -> bool:
-    """Does it hold what a table is made of, and of a step of its stage?"""
+    """True for a line that holds what a table is made of, and of a step of its stage."""
     return (
         all(is_count(line.get(key)) for key in _COUNTS)
         and line["stage"] < len(stages)
