@@ -22,9 +22,10 @@ import numpy as np
 
 from stacking_ds.bench.machine import one_thread
 from stacking_ds.bench.memory import TreePeak
+from stacking_ds.config.sections import DataSection, MaskingName
 from stacking_ds.data.counter_random import derive_key
-from stacking_ds.data.loader import PretrainingData, PretrainingSteps, RowOptions, load_steps
-from stacking_ds.data.masking import MaskingName, MaskingVocabulary, mask_tokens
+from stacking_ds.data.loader import PretrainingData, PretrainingSteps, load_steps
+from stacking_ds.data.masking import MaskingVocabulary, mask_tokens
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.data.sources.documents import Document, Reading
 from stacking_ds.data.sources.kinds import open_source
@@ -157,7 +158,9 @@ def measure_loader(shards: TokenShards, workers: int, seconds: float) -> dict[st
     cases = []
     for length in _SEQUENCE_LENGTHS:
         for masking in _MASKINGS:
-            options = RowOptions(length, 0.15, packed=True, masking=masking)
+            options = DataSection(
+                path=str(shards.folder), sequence_length=length, packing=True, masking=masking
+            )
             data = PretrainingData(shards, "train", options, seed=1)
             rows = min(_SLOTS_PER_STEP // length, data.num_rows)
             phase = PhaseSchedule.from_shapes([(0, length, rows, rows)]).phases[0]

@@ -5,7 +5,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, is_dataclass, replace
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,20 +110,20 @@ def _findings(
     """Each part of the report by its name, as soon as it is known."""
     from stacking_ds.data import inspection
     from stacking_ds.data.inspection import shown_examples
-    from stacking_ds.data.loader import PretrainingData, RowOptions
+    from stacking_ds.data.loader import PretrainingData
 
     train, heldout = shards.split("train"), shards.split("heldout")
     yield "folder", inspection.folder_facts(shards, options.verify)
     yield "splits", [inspection.split_facts(split) for split in (train, heldout)]
     yield "overlap", inspection.find_overlap(shards)
     options_by_length = {
-        length: RowOptions.of(section, length) for length in _lengths(section, config)
+        length: section.changed(sequence_length=length) for length in _lengths(section, config)
     }
     rows = []
     for row in options_by_length.values():
         rows.append(inspection.row_facts(train, row, workers))
         # a run evaluates on the first variant only
-        one = replace(row, variants=1)
+        one = row.changed(variants=1)
         rows.append(inspection.row_facts(heldout, one, workers))
     yield "rows", rows
     seed = 0 if config is None else config.seed
@@ -147,8 +147,8 @@ def _layout(options: argparse.Namespace) -> int:
     workers = _workers(options.workers)
     config, section = _recipe(options)
     shards = TokenShards.open(options.shards)
-    from stacking_ds.data.loader import RowOptions
     from stacking_ds.data.row_store import open_layout  # seconds of imports, for what is there
+    from stacking_ds.data.rows import LayoutSpec
 
     # a run evaluates on the first variant only
     for split, variants in (
@@ -158,7 +158,7 @@ def _layout(options: argparse.Namespace) -> int:
         for length in _lengths(section, config):
             for variant in range(variants):
                 started = time.monotonic()
-                spec = RowOptions.of(section, length).layout(variant)
+                spec = LayoutSpec.of(section.changed(sequence_length=length), variant)
                 found = open_layout(split, spec, workers)
                 say(
                     f"{found.folder}: {found.num_rows:,} rows, {found.fill:.1%} full, "

@@ -20,13 +20,12 @@ from stacking_ds.config.sections import (
     ModelSection,
     OptimizerSection,
     PhaseSection,
-    ScheduleSection,
     StageSection,
 )
 from stacking_ds.config.yaml_text import write_yaml
 from stacking_ds.errors import StageError
 from stacking_ds.records import Record
-from stacking_ds.schedule.learning_rate import LearningRateSchedule
+from stacking_ds.schedule.learning_rate import LearningRateSchedule, ScheduleSection
 from stacking_ds.schedule.phases import PhaseSchedule
 from stacking_ds.schedule.stages import StageSchedule
 
@@ -46,6 +45,7 @@ class RunConfig(Record):
     name: Annotated[str, AfterValidator(_can_be_a_name)]
     """Where no --run-dir is given, the run lives in the folder of this name in runs/."""
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
+    """Of the first weights, the order of the data, the masks and dropout."""
     data: DataSection
     model: ModelSection
     stages: Annotated[tuple[StageSection, ...], LISTS_TOO, Field(min_length=1, max_length=1000)]
@@ -138,18 +138,12 @@ class RunConfig(Record):
             StageError: as `stage_schedule`.
             ConfigError: parts of the schedule that do not fit into the run.
         """
-        first, *later = (
+        stages = self.stage_schedule()
+        peaks = tuple(
             (phase.start_step, self.optimizer.peak_learning_rate(phase.global_batch_size))
             for phase in self.phase_schedule().phases
         )
-        stages = self.stage_schedule()
-        return LearningRateSchedule(
-            peak=first[1],
-            later_peaks=tuple(later),
-            total_steps=stages.total_steps,
-            boundaries=stages.boundaries,
-            **self.schedule.model_dump(),
-        )
+        return LearningRateSchedule(self.schedule, stages.total_steps, peaks, stages.boundaries)
 
     def with_absolute_paths(self) -> Self:
         """The same run, whatever the working directory it is looked at from."""

@@ -11,16 +11,14 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from stacking_ds.records import Record
+from stacking_ds.schedule.stages import Steps, StepsOrNone
 
 LARGEST_LEARNING_RATE = 100.0
 
-_MOST_STEPS = 10**12
 _MOST_ROWS = 2**22  # a step; times the most steps this fits 64 bits
 _LONGEST_WAIT_SECONDS = 30 * 86_400.0
 _LONGEST_PATH_BYTES = 4095  # Linux's PATH_MAX, without the zero at its end
 
-Steps = Annotated[int, Field(ge=1, le=_MOST_STEPS)]
-StepsOrNone = Annotated[int, Field(ge=0, le=_MOST_STEPS)]
 Rows = Annotated[int, Field(ge=1, le=_MOST_ROWS)]
 Depth = Annotated[int, Field(ge=1, le=10_000)]
 VocabularySize = Annotated[int, Field(ge=1, le=2**31)]
@@ -49,6 +47,10 @@ LISTS_TOO = BeforeValidator(lambda given: tuple(given) if isinstance(given, list
 """A tuple may be given as the list that YAML, and most of Python, writes."""
 
 
+ExampleKind = Literal["pairs", "documents"]
+MaskingName = Literal["tokens", "whole_words", "spans"]
+
+
 class DataSection(Record):
     """Which prepared token shards, and how examples are cut from them."""
 
@@ -56,14 +58,14 @@ class DataSection(Record):
     """Folder that `stacking-ds prepare` wrote."""
     sequence_length: SequenceLength = 128
     """Tokens per row, [CLS] and [SEP] included."""
-    examples: Literal["pairs", "documents"] = "pairs"
+    examples: ExampleKind = "pairs"
     """`pairs`: [CLS] A [SEP] B [SEP] with next-sentence prediction; `documents`: [CLS] text [SEP]
     without it."""
     packing: bool = False
     """Several examples share a row where they fit; attention stays within each."""
     variants: Annotated[int, Field(ge=1, le=1000)] = 1
     """In how many ways documents are paired and cut; each epoch takes the next."""
-    masking: Literal["tokens", "whole_words", "spans"] = "tokens"
+    masking: MaskingName = "tokens"
     """What is hidden at once: a token, a word, or a span of words (Joshi et al. 2020 §3.1)."""
     mlm_probability: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
     """Share of an example's ordinary tokens that are predicted (Devlin et al. 2019 §3.1)."""
@@ -75,13 +77,21 @@ class ModelSection(Record):
     """The encoder without its depth (the stages say that) and vocabulary (the data says that)."""
 
     hidden_size: Size
+    """Width of what passes from layer to layer."""
     num_attention_heads: Size
+    """Heads that share the width; it has to be a multiple of them."""
     intermediate_size: Size
+    """Width inside the feed-forward part of a layer, usually four times `hidden_size`."""
     max_position_embeddings: Size = 512
+    """Tokens of the longest row that the model can ever take."""
     type_vocab_size: Annotated[int, Field(ge=2, le=2**20)] = 2
+    """Segments that tokens can belong to: 2, the A and B of a pair."""
     hidden_dropout_prob: Probability = 0.1
+    """Dropout of embeddings and of what a sub-layer adds to the residual sum."""
     attention_probs_dropout_prob: Probability = 0.1
+    """Dropout of the attention's weights."""
     layer_norm_eps: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-12
+    """Added to the variance in LayerNorm."""
     initializer_range: Annotated[float, Field(gt=0.0, le=100.0)] = 0.02
     """Standard deviation of the initial weights."""
     layer_norm_position: Literal["post", "pre"] = "post"
@@ -102,9 +112,11 @@ class StageSection(Record):
     """One growth stage: a depth, and how long to train at it, in steps or in token slots."""
 
     num_hidden_layers: Depth
+    """Encoder layers; each stage has more than the one before."""
     steps: Steps | None = None
+    """How long, in optimizer steps."""
     tokens: Annotated[int, Field(ge=1, le=10**18)] | None = None
-    """Token slots (rows x sequence_length of the phase); rounded up to whole steps."""
+    """How long, in token slots (rows x sequence_length of the phase), rounded up to whole steps."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -120,7 +132,8 @@ class GrowthSection(Record):
     """What happens to layers and optimizer moments at a boundary."""
 
     operator: Literal["stack", "interleave"] = "stack"
-    """`stack`: new layer j copies old layer j mod L (Gong et al. 2019 §3.1)."""
+    """`stack`: new layer j copies old layer j mod L (Gong et al. 2019 §3.1); `interleave`: every
+    layer is repeated where it stands."""
     moments: Moments = "reset"
     """`reset` starts Adam anew, as in the paper; `carry` copies the moments with the layers."""
 
@@ -129,7 +142,7 @@ LambKernelName = Literal["auto", "reference", "blocked", "triton", "apex"]
 
 
 class LambSection(Record):
-    """What LAMB has and AdamW has not."""
+    """What LAMB has and AdamW has not; null for another optimizer."""
 
     always_adapt: bool = False
     """Take trust ratios for biases and LayerNorm too, instead of 1."""
@@ -155,15 +168,21 @@ class LambSection(Record):
 
 
 class OptimizerSection(Record):
+    """The optimizer and its numbers, the same at every depth."""
+
     name: Literal["adamw", "lamb"] = "adamw"
+    """AdamW (Loshchilov and Hutter 2019), or LAMB for large batches (You et al. 2020)."""
     learning_rate: Annotated[float, Field(gt=0.0, le=LARGEST_LEARNING_RATE)]
     """Peak of the learning-rate schedule."""
     learning_rate_batch_size: Rows | None = None
     """The batch that learning_rate is for. At another batch.global_batch_size the peak is scaled
     by the square root of their ratio (You et al. 2020, section 4)."""
     betas: Annotated[tuple[Probability, Probability], LISTS_TOO] = (0.9, 0.999)
+    """What the running means of the gradient and of its square keep at each step."""
     eps: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-6
+    """Added to the root that the update is divided by."""
     weight_decay: Annotated[float, Field(ge=0.0, le=100.0)] = 0.01
+    """Decoupled; biases and LayerNorm weights do not decay."""
     max_grad_norm: Factor = 1.0
     """Gradients are scaled down to this global norm; 0 turns clipping off."""
     lamb: LambSection | None = Field(
@@ -192,20 +211,9 @@ class OptimizerSection(Record):
         return self.learning_rate * math.sqrt(global_batch_size / base)
 
 
-class ScheduleSection(Record):
-    """The learning rate over the whole run, and what a boundary does to it."""
-
-    shape: Literal["linear", "cosine", "constant", "wsd"] = "linear"
-    warmup_steps: StepsOrNone = 0
-    decay_steps: Steps | None = None
-    """Length of the final decay; for `wsd` only."""
-    final_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    """Learning rate of the last step as a fraction of the peak."""
-    at_boundary: Literal["continue", "rewarm"] = "continue"
-    rewarm_steps: StepsOrNone = 0
-
-
 class BatchSection(Record):
+    """How many rows a step has, and how many of them at once."""
+
     global_batch_size: Rows
     """Rows per step over all ranks; the same at any number of ranks."""
     micro_batch_size: Rows
@@ -216,9 +224,13 @@ class PhaseSection(Record):
     """From which step on rows or batches have another size; what is left out stays."""
 
     from_step: Steps
+    """The first step that is different, counted over the whole run from 0."""
     sequence_length: SequenceLength | None = None
+    """As `data.sequence_length`."""
     global_batch_size: Rows | None = None
+    """As `batch.global_batch_size`."""
     micro_batch_size: Rows | None = None
+    """As `batch.micro_batch_size`."""
 
     @model_validator(mode="after")
     def _changes_something(self) -> Self:
@@ -236,9 +248,12 @@ ActivationCheckpointing = Literal["none", "selective", "full"]
 
 
 class EngineSection(Record):
+    """How it is computed. All of it may change between a run and its continuation."""
+
     deepspeed: PathText = "zero1"
     """A bundled DeepSpeed JSON (zero0 … zero3) or the path of one."""
     precision: Precision = "bf16"
+    """What forward and backward compute in; masters and moments are fp32 at any."""
     kernels: KernelsName = "auto"
     """How a layer's operations run: `torch` plainly, `triton` fused on an NVIDIA GPU, `compile` by
     torch.compile, `apex` as `torch` with the LayerNorm of NVIDIA's apex. `auto`: on a GPU triton,
@@ -249,9 +264,9 @@ class EngineSection(Record):
     """What a layer keeps for the backward pass: all; the results of its matrix products
     (`selective`); or its input alone (`full`). The rest is computed again."""
     fp8: bool = False
-    """Matrix products of the layers in 8-bit floating point, on cards that have it."""
+    """Compute matrix products of the layers in 8-bit floating point, on cards that have it."""
     cuda_graphs: bool = False
-    """Each layer is one launch, for micro-batches so small that the host cannot keep a GPU busy.
+    """Make each layer one launch, for micro-batches so small that the host cannot keep a GPU busy.
     Micro-batches are filled up to their rows' slots, so pack the rows."""
 
     @model_validator(mode="after")
@@ -278,19 +293,24 @@ class EngineSection(Record):
 
 
 class CheckpointSection(Record):
+    """When the state is saved, what is kept, and the export at the end."""
+
     every_steps: Steps = 1000
-    """A checkpoint is also written at each boundary, at the end and when asked to stop. Training
-    goes on meanwhile, except at the end and at a stop."""
+    """Steps between checkpoints. One is also written at each boundary, at the end and when asked to
+    stop. Training goes on meanwhile, except at the end and at a stop."""
     keep_last: Annotated[int, Field(ge=1, le=10**6)] = 2
-    """Older checkpoints are deleted, those at boundaries excepted."""
+    """Newest checkpoints to keep; older ones are deleted, those at boundaries excepted."""
     export_at_end: bool = True
     """Write the finished model as a Hugging Face folder into the run."""
 
 
 class EvaluationSection(Record):
+    """The loss on held-out rows."""
+
     every_steps: StepsOrNone = 0
-    """0 evaluates at the end of each stage only; those evaluations are always made."""
+    """Steps between evaluations; 0 evaluates at the end of each stage only, as is always done."""
     max_samples: Annotated[int, Field(ge=1, le=10**9)] = 1024
+    """Most held-out rows of an evaluation; always the same ones."""
 
 
 class ClusterSection(Record):
@@ -304,6 +324,8 @@ class ClusterSection(Record):
 
 
 class LoggingSection(Record):
+    """How often metrics are written."""
+
     every_steps: Steps = 10
-    """A line of metrics is the mean over the steps since the line before. There is one after
-    every so many steps, and at each evaluation and checkpoint."""
+    """Steps between lines of metrics, each the mean over the steps since the line before. There is
+    one at each evaluation and checkpoint too."""

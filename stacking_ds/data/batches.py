@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from stacking_ds.config.sections import MaskingName
 from stacking_ds.data.counter_random import Words
 from stacking_ds.data.examples import Examples
-from stacking_ds.data.masking import MaskingName, MaskingVocabulary, mask_tokens
+from stacking_ds.data.masking import MaskingVocabulary, mask_tokens
 from stacking_ds.data.rows import LayoutSpec, ranges
 from stacking_ds.data.shards import TokenSplit
 from stacking_ds.errors import ConfigError

@@ -20,7 +20,6 @@ Shapes: E examples.
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +28,6 @@ from stacking_ds.data.counter_random import Words, derive_key, random_bits
 from stacking_ds.data.shards import TokenSplit
 from stacking_ds.errors import DataError
 
-ExampleKind = Literal["pairs", "documents"]
 MIN_SEQUENCE_LENGTH = 8
 
 # [CLS] A [SEP] B [SEP] and [CLS] text [SEP]

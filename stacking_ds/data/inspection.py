@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from tokenizers import decoders
 
 from stacking_ds.config.run import RunConfig
+from stacking_ds.config.sections import DataSection
 from stacking_ds.data.batches import Batch
 from stacking_ds.data.counter_random import derive_key, random_bits
-from stacking_ds.data.loader import PretrainingData, RowOptions
+from stacking_ds.data.loader import PretrainingData
 from stacking_ds.data.row_store import open_layout
-from stacking_ds.data.rows import Layout
+from stacking_ds.data.rows import Layout, LayoutSpec
 from stacking_ds.data.shard_manifest import MANIFEST_NAME, Rejected, SourceFile, SplitName
 from stacking_ds.data.shards import TokenShards, TokenSplit
 from stacking_ds.data.tokenizer import Normalization, build_tokenizer
@@ -260,15 +261,16 @@ class RowFacts:
     """With [CLS] and [SEP], over all variants."""
 
 
-def row_facts(split: TokenSplit, options: RowOptions, workers: int = 1) -> RowFacts:
+def row_facts(split: TokenSplit, section: DataSection, workers: int = 1) -> RowFacts:
     """Opens the layouts of these rows, and makes those that are not there.
 
     Raises DataError when they cannot be made, or are none.
     """
     layouts = [
-        open_layout(split, options.layout(variant), workers) for variant in range(options.variants)
+        open_layout(split, LayoutSpec.of(section, variant), workers)
+        for variant in range(section.variants)
     ]
-    variants, length = len(layouts), options.sequence_length
+    variants, length = len(layouts), section.sequence_length
     rows = sum(layout.num_rows for layout in layouts)
     used = sum(layout.used_slots for layout in layouts)
     random_pairs = sum(layout.total("random_pairs") for layout in layouts)

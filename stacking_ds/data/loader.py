@@ -9,7 +9,7 @@ Shapes: R rows of one rank, E examples.
 
 import math
 from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from stacking_ds.config.sections import DataSection
 from stacking_ds.data.batches import Assembler, RankStep, rows_of_rank, split_batch
 from stacking_ds.data.counter_random import KeyedPermutation, Words, derive_key
-from stacking_ds.data.examples import ExampleKind, Examples, concatenate
-from stacking_ds.data.masking import MaskingName
+from stacking_ds.data.examples import Examples, concatenate
 from stacking_ds.data.prefetch import Patience, PrefetchedSteps
 from stacking_ds.data.row_store import find_layout, open_layout
 from stacking_ds.data.rows import Layout, LayoutSpec
@@ -35,71 +34,34 @@ _EVALUATION_SEED = 20190524
 Integers = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class RowOptions:
-    """What a row is."""
-
-    sequence_length: int
-    mlm_probability: float
-    examples: ExampleKind = "pairs"
-    packed: bool = False
-    variants: int = 1
-    """Different pairings and cuts of the documents; epoch e uses number e mod `variants`."""
-    masking: MaskingName = "tokens"
-
-    @classmethod
-    def of(cls, section: DataSection, sequence_length: int) -> "RowOptions":
-        """What the recipe's rows of this length are."""
-        return cls(
-            sequence_length=sequence_length,
-            mlm_probability=section.mlm_probability,
-            examples=section.examples,
-            packed=section.packing,
-            variants=section.variants,
-            masking=section.masking,
-        )
-
-    def layout(self, variant: int) -> LayoutSpec:
-        return LayoutSpec(
-            examples=self.examples,
-            sequence_length=self.sequence_length,
-            packed=self.packed,
-            variant=variant,
-        )
-
-
 class PretrainingData:
     """The rows of one split."""
 
     def __init__(
-        self, shards: TokenShards, split: SplitName, options: RowOptions, *, seed: int
+        self, shards: TokenShards, split: SplitName, section: DataSection, *, seed: int
     ) -> None:
         """Raises DataError for a vocabulary of special tokens alone. Rows are looked for, and laid
         out, when they are first needed: see `layout_store.open_layout` for what that raises."""
-        if not 0 < options.mlm_probability < 1:
-            raise ConfigError(
-                f"mlm_probability is {options.mlm_probability}; it must lie in (0, 1)"
-            )
-        self.shards, self.options = shards, options
+        self.shards, self.section = shards, section
         self._split, self._seed = shards.split(split), seed
-        self._length = options.sequence_length
+        self._length = section.sequence_length
         self._layouts: list[Layout] = []
         self._assembler = Assembler(
-            self._split, options.layout(0), options.masking, options.mlm_probability
+            self._split, LayoutSpec.of(section), section.masking, section.mlm_probability
         )
 
     def layout(self, variant: int, workers: int = 1) -> Layout:
         """The rows of a variant, laid out by up to `workers` processes if they are not there."""
         while len(self._layouts) <= variant:
-            spec = self.options.layout(len(self._layouts))
+            spec = LayoutSpec.of(self.section, len(self._layouts))
             self._layouts.append(open_layout(self._split, spec, workers))
         return self._layouts[variant]
 
     def missing_layouts(self, num_rows: int) -> Iterator[tuple[int, LayoutSpec]]:
         """The variants that the first `num_rows` rows of the order need and that are not laid out
         yet, one by one: how many rows one has is known when it is."""
-        for variant in range(self.options.variants):
-            spec = self.options.layout(variant)
+        for variant in range(self.section.variants):
+            spec = LayoutSpec.of(self.section, variant)
             if variant >= len(self._layouts) and find_layout(self._split, spec) is None:
                 yield variant, spec
             num_rows -= self.layout(variant).num_rows
@@ -145,7 +107,7 @@ class PretrainingData:
         epoch_R, place_R = self._locate(position_R)
         counts, found, keys = [], [], []
         for epoch in np.unique(epoch_R).tolist():
-            layout = self.layout(epoch % self.options.variants)
+            layout = self.layout(epoch % self.section.variants)
             order = KeyedPermutation(
                 layout.num_rows, derive_key(self._seed, _ORDER, self._length, epoch)
             )
@@ -165,13 +127,13 @@ class PretrainingData:
         bases = [0]
         last = int(position_R.max(initial=0))
         # variants that no position reaches need not be there yet
-        while last >= bases[-1] and len(bases) <= self.options.variants:
+        while last >= bases[-1] and len(bases) <= self.section.variants:
             bases.append(bases[-1] + self.layout(len(bases) - 1).num_rows)
         cycle_R, place_R = np.zeros_like(position_R), position_R
-        if len(bases) > self.options.variants:
+        if len(bases) > self.section.variants:
             cycle_R, place_R = np.divmod(position_R, bases[-1])
         variant_R = np.searchsorted(bases, place_R, side="right") - 1
-        return cycle_R * self.options.variants + variant_R, place_R - np.array(bases)[variant_R]
+        return cycle_R * self.section.variants + variant_R, place_R - np.array(bases)[variant_R]
 
     def _mask_keys(self, epoch: int, examples: Examples) -> Words:
         # an example is known by its first token, which no other has
@@ -182,7 +144,7 @@ class PretrainingData:
         if self.num_rows < global_batch_size:
             raise DataError(
                 f"the {self._split.name} split of {self.shards.folder} has {self.num_rows} rows of "
-                f"{self.options.sequence_length} tokens, fewer than one global batch of "
+                f"{self.section.sequence_length} tokens, fewer than one global batch of "
                 f"{global_batch_size}; prepare more text or take a smaller batch"
             )
 
@@ -216,7 +178,7 @@ class EvaluationSteps(torch.utils.data.Dataset[RankStep]):
     def __init__(
         self,
         shards: TokenShards,
-        options: RowOptions,
+        section: DataSection,
         *,
         max_rows: int,
         micro_batch_size: int,
@@ -227,8 +189,8 @@ class EvaluationSteps(torch.utils.data.Dataset[RankStep]):
         few documents."""
         if max_rows < 1:
             raise ConfigError(f"max_rows is {max_rows}; it must be at least 1")
-        options = replace(options, variants=1)
-        self._data = PretrainingData(shards, "heldout", options, seed=_EVALUATION_SEED)
+        section = section.changed(variants=1)
+        self._data = PretrainingData(shards, "heldout", section, seed=_EVALUATION_SEED)
         self.num_rows = min(max_rows, self._data.num_rows)
         self._micro_batch_size, self._rank, self._world_size = micro_batch_size, rank, world_size
         self._step_rows = micro_batch_size * world_size

@@ -21,16 +21,15 @@ masked tokens, V vocabulary. Bounds of the examples within a list have E + 1 ent
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from stacking_ds.config.sections import MaskingName
 from stacking_ds.data.counter_random import derive_key, integers_below, random_bits
 from stacking_ds.data.tokenizer import special_ids
 from stacking_ds.errors import DataError
 
-MaskingName = Literal["tokens", "whole_words", "spans"]
 Integers = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 Keys = NDArray[np.uint64]

@@ -21,7 +21,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import Field
 
-from stacking_ds.data.examples import ExampleKind, Examples, concatenate
+from stacking_ds.config.sections import DataSection, ExampleKind
+from stacking_ds.data.examples import Examples, concatenate
 from stacking_ds.data.shard_manifest import (
     Count,
     FileName,
@@ -66,6 +67,16 @@ class LayoutSpec(Record):
     """Several examples share a row; else each has its own."""
     variant: int = 0
     """Another variant pairs and cuts the same documents otherwise."""
+
+    @classmethod
+    def of(cls, section: DataSection, variant: int = 0) -> "LayoutSpec":
+        """The layout that a recipe's rows stand in."""
+        return cls(
+            examples=section.examples,
+            sequence_length=section.sequence_length,
+            packed=section.packing,
+            variant=variant,
+        )
 
     def __str__(self) -> str:
         packed = "packed" if self.packed else "single"

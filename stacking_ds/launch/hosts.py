@@ -103,7 +103,7 @@ _AT_ONCE = 64
 
 
 @dataclass(frozen=True)
-class Answer:
+class SshResult:
     """What a host answered; `trouble` is None where the command ended with exit code 0."""
 
     host: str
@@ -113,7 +113,7 @@ class Answer:
 
 def run_on_hosts(
     hosts: Sequence[str], command: str, *, port: int | None, seconds: float
-) -> list[Answer]:
+) -> list[SshResult]:
     """Run `command` on every host; the answers in the order of the hosts.
 
     Args:
@@ -126,7 +126,7 @@ def run_on_hosts(
         return list(pool.map(lambda host: _run(host, command, port, seconds), hosts))
 
 
-def _run(host: str, command: str, port: int | None, seconds: float) -> Answer:
+def _run(host: str, command: str, port: int | None, seconds: float) -> SshResult:
     at_port = [] if port is None else ["-p", str(port)]
     try:
         done = subprocess.run(
@@ -140,13 +140,13 @@ def _run(host: str, command: str, port: int | None, seconds: float) -> Answer:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return Answer(host, "", f"no answer in {seconds:.0f} s")
+        return SshResult(host, "", f"no answer in {seconds:.0f} s")
     except FileNotFoundError:
-        return Answer(host, "", "there is no ssh on this machine")
+        return SshResult(host, "", "there is no ssh on this machine")
     if done.returncode == 0:
-        return Answer(host, done.stdout, None)
+        return SshResult(host, done.stdout, None)
     said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    return Answer(host, done.stdout, said)
+    return SshResult(host, done.stdout, said)
 
 
 # ------------------------------------------------------------------------------ census
@@ -206,7 +206,7 @@ class Census:
         return ProcessCount(found, silent)
 
 
-def _read(answer: Answer) -> Found | None:
+def _read(answer: SshResult) -> Found | None:
     if answer.trouble is not None:
         return None
     try:

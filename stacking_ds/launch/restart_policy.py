@@ -50,7 +50,8 @@ def judge(run_dir: Path, exit_status: int, *, since: int = 0) -> RestartDecision
     end = _by_exit_status(last_end(run_dir, own), exit_status)
     saved = None
     try:
-        saved = _step_to_go_on_from(run_dir)
+        if (newest := latest(run_dir)) is not None:
+            saved = step_of(newest)
     except UnreadableError:
         raise
     except CheckpointError as damage:  # the next attempt would be refused for it
@@ -62,11 +63,6 @@ def judge(run_dir: Path, exit_status: int, *, since: int = 0) -> RestartDecision
         decision = {"event": "judged", "again": again, "why": why, "step": end.step}
         add(run_dir, {**decision, "outcome": end.outcome, "saved": saved, **_this_job()})
     return RestartDecision(again, why, end.outcome)
-
-
-def _step_to_go_on_from(run_dir: Path) -> int | None:
-    found = latest(run_dir)
-    return None if found is None else step_of(found)
 
 
 def _by_exit_status(end: End | None, exit_status: int) -> End:

@@ -5,10 +5,17 @@ Pure arithmetic: the loop, the learning rate, the plan and the tests ask the sam
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
 
 from stacking_ds.errors import StageError
 
 _PICTURE_COLUMNS = 60
+_MOST_STEPS = 10**12
+
+Steps = Annotated[int, Field(ge=1, le=_MOST_STEPS)]
+StepsOrNone = Annotated[int, Field(ge=0, le=_MOST_STEPS)]
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from stacking_ds.config.run import RunConfig
 from stacking_ds.data.batches import RankStep, split_batch
-from stacking_ds.data.loader import EvaluationSteps, PretrainingData, PretrainingSteps, RowOptions
+from stacking_ds.data.loader import EvaluationSteps, PretrainingData, PretrainingSteps
 from stacking_ds.data.row_store import require_documents, rows_sha256
+from stacking_ds.data.rows import LayoutSpec
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.data.unigram import unigram_log_probabilities, unigram_mlm_loss
 from stacking_ds.engine.ds_json import load_ds_config, resolve_ds_config
@@ -127,7 +128,10 @@ class TrainingPlan:
         lengths = sorted({phase.sequence_length for phase in self.phases.phases})
         return {
             length: PretrainingData(
-                self.shards, "train", RowOptions.of(self.config.data, length), seed=self.config.seed
+                self.shards,
+                "train",
+                self.config.data.changed(sequence_length=length),
+                seed=self.config.seed,
             )
             for length in lengths
         }
@@ -136,7 +140,7 @@ class TrainingPlan:
         """Raises:
         DataError: shards that are missing or damaged, or splits with too few documents.
         """
-        spec = self.train_data[self.phases.phases[0].sequence_length].options.layout(0)
+        spec = LayoutSpec.of(self.config.data)
         require_documents(self.shards.split("train"), spec)
         require_documents(self.shards.split("heldout"), spec)
 
@@ -147,7 +151,7 @@ class TrainingPlan:
             DataError: fewer rows than one global batch, or nowhere to write them.
         """
         for length, data in self.train_data.items():
-            heldout = replace(RowOptions.of(self.config.data, length), variants=1)
+            heldout = self.config.data.changed(sequence_length=length, variants=1)
             for one, rows in (
                 (data, self.phases.rows(self.schedule.total_steps, length)),
                 (PretrainingData(self.shards, "heldout", heldout, seed=0), 1),
@@ -193,7 +197,7 @@ class TrainingPlan:
         """This rank's share of the one fixed pass over held-out rows of the phase's length."""
         steps = EvaluationSteps(
             self.shards,
-            RowOptions.of(self.config.data, phase.sequence_length),
+            self.config.data.changed(sequence_length=phase.sequence_length),
             max_rows=self.config.evaluation.max_samples,
             micro_batch_size=phase.micro_batch_size,
             rank=rank,

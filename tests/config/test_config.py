@@ -68,14 +68,14 @@ def test_overrides_reach_sections_and_stages(recipe: str) -> None:
             "optimizer.learning_rate=2e-4",
             "stages.0.steps=7",
             "engine.precision=fp32",
-            "schedule.shape=wsd",
+            "schedule.shape=cosine",
             "optimizer.betas=[0.8, 0.9]",
         ],
     )
     assert config.optimizer.learning_rate == 2e-4
     assert config.optimizer.betas == (0.8, 0.9)
     assert config.stages[0].steps == 7
-    assert (config.engine.precision, config.schedule.shape) == ("fp32", "wsd")
+    assert (config.engine.precision, config.schedule.shape) == ("fp32", "cosine")
 
 
 def test_a_run_config_is_frozen(recipe: str) -> None:
@@ -115,6 +115,8 @@ def test_the_resolved_recipe_reads_back_equal(recipe: str, tmp_path: Path) -> No
         ("optimizer.lamb={}", "optimizer: lamb=... does not go with name=adamw"),
         ("model.max_position_embeddings=16", "data.sequence_length=32 does not fit"),
         ("model.num_attention_heads=3", "model: hidden_size=32 is not divisible by num_att"),
+        ("schedule.shape=wsd", "schedule: shape=wsd needs decay_steps of at least 1; set it"),
+        ("schedule.rewarm_steps=3", "schedule: rewarm_steps=3 has no effect with at_boundary=con"),
         ("stages=3", "stages must be a list, in brackets, not 3"),
         ("optimizer.betas=[0.9, 0.99, 0.999]", "optimizer.betas can have at most 2 parts"),
         ("optimizer.betas=[0.9]", "optimizer.betas.1 is missing"),

@@ -11,8 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stacking_ds.data.loader import PretrainingData, RowOptions
+from stacking_ds.config.sections import DataSection
+from stacking_ds.data.loader import PretrainingData
 from stacking_ds.data.row_store import find_layout, open_layout
+from stacking_ds.data.rows import LayoutSpec
 from stacking_ds.data.shard_manifest import MANIFEST_NAME
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.errors import DataError
@@ -21,7 +23,7 @@ from tests.token_shards import make_shards
 
 SHARD = "train-00000-000.arrow"
 DOCUMENTS = [[9, 6], [12], [3, 4, 5], [9, 6], [7, 7], [8, 2]]
-OPTIONS = RowOptions(sequence_length=16, mlm_probability=0.2)
+OPTIONS = DataSection(path="-", sequence_length=16, mlm_probability=0.2)
 
 
 @pytest.fixture
@@ -248,7 +250,7 @@ def _first_step(folder: Path) -> Any:
 
 def _forge_layout(folder: Path, field: str, value: int) -> Path:
     """The first example's `field` is `value`, and the sums are right."""
-    layout = open_layout(TokenShards.open(folder).split("train"), OPTIONS.layout(0))
+    layout = open_layout(TokenShards.open(folder).split("train"), LayoutSpec.of(OPTIONS))
     name = "part-00000.arrow"
     column = pa.ipc.open_file((layout.folder / name).read_bytes()).get_batch(0).column(0)
     structs, offsets = column.values, column.offsets.to_numpy().copy()
@@ -284,7 +286,7 @@ def _forge_layout(folder: Path, field: str, value: int) -> Path:
 def test_rows_that_lead_elsewhere_are_damage(folder: Path, field: str, value: int) -> None:
     assert len(_first_step(folder).micro_batches) == 1
     laid_out = _forge_layout(folder, field, value)
-    assert find_layout(TokenShards.open(folder).split("train"), OPTIONS.layout(0)) is not None
+    assert find_layout(TokenShards.open(folder).split("train"), LayoutSpec.of(OPTIONS)) is not None
     with pytest.raises(DataError, match="is damaged") as caught:
         _first_step(folder)
     assert "layouts" in str(caught.value)
@@ -305,12 +307,12 @@ def test_rows_that_lead_elsewhere_are_damage(folder: Path, field: str, value: in
 )
 def test_a_layout_whose_record_cannot_be_true_is_made_again(folder: Path, change: Change) -> None:
     split = TokenShards.open(folder).split("train")
-    made = open_layout(split, OPTIONS.layout(0))
+    made = open_layout(split, LayoutSpec.of(OPTIONS))
     path = made.folder / "layout.json"
     text = path.read_text()
     record = json.loads(text)
     change(record)
     path.write_text(json.dumps(record))
-    assert find_layout(split, OPTIONS.layout(0)) is None
-    assert open_layout(split, OPTIONS.layout(0)).num_rows == made.num_rows
+    assert find_layout(split, LayoutSpec.of(OPTIONS)) is None
+    assert open_layout(split, LayoutSpec.of(OPTIONS)).num_rows == made.num_rows
     assert path.read_text() == text

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from stacking_ds.config.sections import DataSection
 from stacking_ds.data import inspection
 from stacking_ds.data.inspection import shown_examples
-from stacking_ds.data.loader import PretrainingData, RowOptions
+from stacking_ds.data.loader import PretrainingData
 from stacking_ds.data.shards import TokenShards
 from tests.inspecting import (
     bins,
@@ -55,7 +56,7 @@ def test_rows_that_were_counted_by_hand(text, capsys):
 def test_packed_pairs_are_what_the_loader_gives(text, capsys, monkeypatch):
     monkeypatch.setattr(inspection, "_ROWS_AT_ONCE", 2)
     train, _ = inspected(capsys, text, "--sequence-length", 24, "--packing")["rows"]
-    options = RowOptions(sequence_length=24, mlm_probability=0.15, packed=True)
+    options = DataSection(path="-", sequence_length=24, mlm_probability=0.15, packing=True)
     data = PretrainingData(TokenShards.open(text), "train", options, seed=0)
     rows = data.num_rows
     step = data.step(0, rows, micro_batch_size=rows)
@@ -97,7 +98,7 @@ def test_examples_are_those_of_the_recipes_first_step(text, tmp_path, capsys):
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(line for line in lines if not line.startswith("  path:")))
     found = inspected(capsys, text, *arguments)["examples"]
-    options = RowOptions(10, 0.2, examples="documents")
+    options = DataSection(path="-", sequence_length=10, mlm_probability=0.2, examples="documents")
     data = PretrainingData(TokenShards.open(text), "train", options, seed=3)
     assert found == [asdict(each) for each in shown_examples(data, 3)]
 
@@ -110,7 +111,9 @@ def test_stages_in_tokens_and_variants_are_counted_too(text, tmp_path, capsys):
     assert [phase["end_step"] for phase in readings["phases"]] == [3, 8, 9]
     train = found["rows"][0]
     shards = TokenShards.open(text)
-    options = RowOptions(10, 0.15, examples="documents", variants=3)
+    options = DataSection(
+        path="-", sequence_length=10, mlm_probability=0.15, examples="documents", variants=3
+    )
     data = PretrainingData(shards, "train", options, seed=0)
     rows = [data.layout(variant).num_rows for variant in range(options.variants)]
     assert len(set(rows)) > 1
@@ -133,7 +136,9 @@ def unmasked(text):
 @pytest.mark.parametrize("kind", ["pairs", "documents"])
 def test_examples_show_the_masks_that_the_batch_has(tmp_path, kind, packing):
     text = make_shards(tmp_path, [[4, 3, 5, 6, 3]] * 12).folder
-    options = RowOptions(24, 0.3, examples=kind, packed=packing)
+    options = DataSection(
+        path="-", sequence_length=24, mlm_probability=0.3, examples=kind, packing=packing
+    )
     data = PretrainingData(TokenShards.open(text), "train", options, seed=4)
     rows = data.num_rows
     (batch,) = data.step(0, rows, micro_batch_size=rows).micro_batches
@@ -176,7 +181,9 @@ def test_pieces_are_joined_to_words(tmp_path, capsys):
     arguments = ("--sequence-length", 10, "--examples", "documents", "--examples-shown", 3)
     seen = set()
     for seed in range(40):
-        options = RowOptions(10, 0.15, examples="documents")
+        options = DataSection(
+            path="-", sequence_length=10, mlm_probability=0.15, examples="documents"
+        )
         data = PretrainingData(TokenShards.open(tmp_path), "train", options, seed=seed)
         seen |= {each.first for each in shown_examples(data, 3)}
     assert {

@@ -16,8 +16,9 @@ import numpy as np
 import psutil
 import pytest
 
+from stacking_ds.config.sections import DataSection
 from stacking_ds.data import row_store
-from stacking_ds.data.loader import PretrainingData, RowOptions
+from stacking_ds.data.loader import PretrainingData
 from stacking_ds.data.row_store import find_layout, open_layout
 from stacking_ds.data.rows import LAYOUT_VERSION, LayoutSpec
 from stacking_ds.data.shards import TokenShards
@@ -152,7 +153,9 @@ def test_attention_counts_the_tokens_of_the_own_example(tmp_path):
 
 def test_a_run_lays_out_the_variants_that_it_reaches(tmp_path):
     shards = make_shards(tmp_path, DOCUMENTS)
-    options = RowOptions(sequence_length=24, mlm_probability=0.15, packed=True, variants=4)
+    options = DataSection(
+        path="-", sequence_length=24, mlm_probability=0.15, packing=True, variants=4
+    )
     data = PretrainingData(shards, "train", options, seed=1)
     rows = data.layout(0).num_rows
     assert list(data.missing_layouts(rows)) == []
@@ -190,7 +193,9 @@ def test_rows_of_another_length_have_other_masks(tmp_path):
     shards = make_shards(tmp_path, [[9, 8]] * 60)
     masks = []
     for length in (24, 40):
-        options = RowOptions(length, 0.3, examples="documents")
+        options = DataSection(
+            path="-", sequence_length=length, mlm_probability=0.3, examples="documents"
+        )
         step = PretrainingData(shards, "train", options, seed=1).step(0, 60, micro_batch_size=60)
         masks.append(set(step.micro_batches[0].mlm_labels_M.tolist()))
     assert len(masks[0] & masks[1]) < 0.6 * len(masks[0])

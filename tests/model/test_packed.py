@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.nn import functional
 
+from stacking_ds.config.sections import DataSection
 from stacking_ds.data.batches import Batch
-from stacking_ds.data.loader import PretrainingData, RowOptions
+from stacking_ds.data.loader import PretrainingData
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.model.bert import BertForPreTraining
 from stacking_ds.model.bert_config import BertConfig
@@ -62,10 +63,10 @@ def test_packed_examples_have_the_losses_and_gradients_of_rows_of_their_own(
 ) -> None:
     shards = make_shards(tmp_path, DOCUMENTS)
     config = _config(shards, layer_norm_position)
-    options = RowOptions(sequence_length=LENGTH, mlm_probability=0.3, examples=examples)
+    options = DataSection(path="-", sequence_length=LENGTH, mlm_probability=0.3, examples=examples)
     losses, gradients, shapes = [], [], []
     for packed in (False, True):
-        data = PretrainingData(shards, "train", replace(options, packed=packed), seed=3)
+        data = PretrainingData(shards, "train", options.changed(packing=packed), seed=3)
         (batch,) = data.step(0, data.num_rows, micro_batch_size=data.num_rows).micro_batches
         model = telling_model(config)
         losses.append(_losses(model, batch))
@@ -87,7 +88,7 @@ def test_packed_examples_have_the_losses_and_gradients_of_rows_of_their_own(
 
 def test_the_tokens_of_another_example_in_the_row_change_nothing(tmp_path: Path) -> None:
     shards = make_shards(tmp_path, DOCUMENTS)
-    options = RowOptions(sequence_length=LENGTH, mlm_probability=0.3, packed=True)
+    options = DataSection(path="-", sequence_length=LENGTH, mlm_probability=0.3, packing=True)
     data = PretrainingData(shards, "train", options, seed=3)
     (batch,) = data.step(0, data.num_rows, micro_batch_size=data.num_rows).micro_batches
     model = telling_model(_config(shards))
