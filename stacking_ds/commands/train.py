@@ -35,14 +35,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         help="a bundled recipe's name, or a .yaml file; a run that is resumed has its own",
     )
     parser.add_argument("--run-dir", type=Path, help="where the run lives (runs/<recipe's name>)")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override a key of the recipe, e.g. optimizer.learning_rate=1e-3; repeatable, the "
-        "last one for a key wins",
-    )
+    add_set(parser, "optimizer.learning_rate=1e-3")
     parser.add_argument(
         "--resume",
         nargs="?",
@@ -62,9 +55,25 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="with --dry-run: check what can be checked before the token shards are there",
     )
-    # launchers pass it; the environment says the same
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    add_local_rank(parser)
     parser.set_defaults(command=_train)
+
+
+def add_set(parser: argparse.ArgumentParser, example: str | None = None) -> None:
+    """Give `parser` the option that overrides a recipe's keys."""
+    such_as = f", e.g. {example}" if example else ""
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help=f"override a key of the recipe{such_as}; repeatable, the last one for a key wins",
+    )
+
+
+def add_local_rank(parser: argparse.ArgumentParser) -> None:
+    """Have `parser` accept what launchers pass; the environment says the same."""
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
 
 def _train(options: argparse.Namespace) -> int:
