@@ -1,6 +1,6 @@
 """What a boundary is measured on: a BERT of two depths, its engines, and random token batches."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +15,7 @@ from stacking_ds.engine.ds_json import Precision, load_ds_config, resolve_ds_con
 from stacking_ds.engine.zero.compatibility import deepspeed
 from stacking_ds.engine.zero.sharded_state import seed_moments
 from stacking_ds.growth.operators import layer_map
-from stacking_ds.model.bert import BertForPreTraining
+from stacking_ds.model.bert import BertForPreTraining, from_rows
 from stacking_ds.model.bert_config import BertConfig
 from stacking_ds.model.loss import pretraining_loss
 from stacking_ds.model.parameters import first_value
@@ -133,7 +133,8 @@ class Workload:
             # the dropout of torch's own generator too, so that every old engine is the same
             torch.manual_seed(_SEED + micro_step * world.size + world.rank)
             batch = self._batch(self._split(world)[0], world.device)
-            mlm_logits, nsp_logits = engine(*(batch[name] for name in _INPUTS))
+            rows = from_rows(*(batch[name] for name in _INPUTS))
+            mlm_logits, nsp_logits = engine(*rows, batch["mlm_positions"])
             sums = pretraining_loss(
                 mlm_logits, batch["mlm_labels"], nsp_logits, batch["next_sentence_label"]
             )
@@ -156,7 +157,7 @@ class Workload:
         return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-_INPUTS: Iterable[str] = ("input_ids", "token_type_ids", "attention_mask", "mlm_positions")
+_INPUTS = ("input_ids", "token_type_ids", "attention_mask")
 
 
 def _optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:

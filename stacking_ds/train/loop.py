@@ -267,11 +267,10 @@ class _Run:
         torch.manual_seed(derive_key(self.job.config.seed, step, self.world.rank).item())
         sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         scale = self.world.size * self.stages.accumulation_steps
-        for index, micro_batch in enumerate(rank_step.micro_batches):
+        for index, batch in enumerate(rank_step.micro_batches(self.world.device)):
             self.world.pulse.move()
             if index > 0:
                 take_step(engine)  # between micro-steps DeepSpeed only counts
-            batch = micro_batch.to(self.world.device)
             mlm_logits_MV, nsp_logits_E2 = engine(*batch.model_inputs)
             mlm_sum, nsp_sum = pretraining_loss(
                 mlm_logits_MV,

@@ -192,7 +192,7 @@ def test_rows_of_another_length_have_other_masks(tmp_path):
     for length in (24, 40):
         options = RowOptions(length, 0.3, examples="documents")
         step = PretrainingData(shards, "train", options, seed=1).step(0, 60, micro_batch_size=60)
-        masks.append(set(step.micro_batches[0].mlm_labels_M.tolist()))
+        masks.append(set(next(step.micro_batches()).mlm_labels_M.tolist()))
     assert len(masks[0] & masks[1]) < 0.6 * len(masks[0])
 
 

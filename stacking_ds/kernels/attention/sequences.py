@@ -30,6 +30,9 @@ class Sequences:
     """int32, ascending: where each sequence begins, and T at the end."""
     longest: int
     """No sequence has more tokens; known on the host, so that nothing waits for the device."""
+    slots: int = 0
+    """No batch of this kind has more tokens: what a CUDA graph is made for. 0 where that is not
+    known, which is enough for attention."""
 
     @cached_property
     def groups(self) -> list[Group]:
