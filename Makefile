@@ -7,18 +7,21 @@ PYTHON ?= $(firstword $(foreach candidate,python3 python3.11 python3.12,$(shell 
 	2>/dev/null && echo $(candidate))))
 BIN := $(VENV)/bin
 RUNS ?= runs
+WORKERS ?= 2
+PYTEST = $(BIN)/python -m pytest
 GPU_PYTHON ?= python3
 GPUS = $(shell $(BIN)/python -c 'import torch; print(torch.cuda.device_count() or "")')
 RANKS ?= $(or $(GPUS),2)
 FREE_PORT := import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])
 
-.PHONY: help setup demo test slow test-cluster check format gpu-bundle gpu-check clean
+.PHONY: help setup demo test slow test-cluster test-rest check format gpu-bundle gpu-check clean
 
 help:
 	@echo "make demo        grow a small BERT on real text, end to end (minutes on 2 cores)"
 	@echo "make test        the tests"
 	@echo "make check       ruff and mypy"
 	@echo "make slow        the tests that take longer"
+	@echo "make test-rest   both: the tests that take longer, and beside them those on emulated hosts"
 	@echo "make test-cluster  runs on emulated hosts: pdsh, MPI, SLURM, faults (needs root; minutes)"
 	@echo "make gpu-bundle  collect what 'make gpu-check' needs on a GPU machine without network"
 	@echo "make gpu-check   prove the GPU paths on this machine; writes gpu-check.{json,md}"
@@ -47,13 +50,17 @@ demo: setup
 	@$(BIN)/stacking-ds report $(RUNS)/demo
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slow and not cluster and not gpu"
+	$(PYTEST) -n $(WORKERS) --dist worksteal -m "not slow and not cluster and not gpu"
 
 slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "slow and not cluster and not gpu"
+	$(PYTEST) -n $(WORKERS) --dist worksteal -m "slow and not cluster and not gpu"
 
 test-cluster: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "cluster and not gpu"
+	$(PYTEST) -m "cluster and not gpu"
+
+# the cluster tests, which mostly wait, one after the other in a process of their own beside the slow ones
+test-rest: $(VENV)/.installed-dev
+	$(PYTEST) -n $$(( $(WORKERS) + 1 )) --dist loadgroup -m "(slow or cluster) and not gpu"
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

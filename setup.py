@@ -27,6 +27,7 @@ REQUIREMENTS = [
 ]
 DEVELOPMENT = [
     "pytest>=8",
+    "pytest-xdist>=3.6",  # tests in as many processes as there are cores, two by default
     "pytest-timeout>=2.3",  # a multi-rank test must not hang the run
     "triton>=3.6; platform_system == 'Linux'",  # kernels in its interpreter; torch for CUDA has it
     "hypothesis>=6.100",  # property tests of the schedules, the data order and the planner

@@ -9,6 +9,19 @@ def first_of(names: Sequence[object], most: int = 5, between: str = ", ") -> str
     return between.join(map(str, names[:most])) + (f" and {more:,} more" if more > 0 else "")
 
 
+def plural(count: int, noun: str) -> str:
+    """The count with its noun, which takes an s."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def join_names(names: Sequence[str]) -> str:
+    """The first three as a sentence lists them, and how many more there are."""
+    first, more = list(names[:3]), len(names) - 3
+    if more > 0:
+        return f"{', '.join(first)} and {more:,} more"
+    return " and ".join(filter(None, (", ".join(first[:-1]), first[-1])))
+
+
 def shortened(value: str, most: int = 80) -> str:
     """The value for a message: in one line, without control characters, and cut off where it is
     longer than `most` characters."""

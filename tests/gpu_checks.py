@@ -18,6 +18,7 @@ from stacking_ds.engine.build import release_engine, take_step
 from stacking_ds.engine.zero import sharded_state
 from stacking_ds.growth.operators import layer_map
 from stacking_ds.growth.transfer import CarriedState, capture_engine, install_state
+from stacking_ds.kernels.registry import DTYPES
 from stacking_ds.model.bert_config import BertConfig
 from stacking_ds.optim.lamb.optimizer import choose_kernel
 from stacking_ds.sharding.fragments import MASTER, MOMENTS
@@ -31,7 +32,6 @@ from tests.sharded import start_engine, whole_state
 from tests.tiny import tiny_batch, tiny_inputs, tiny_loss, tiny_model, tiny_optimizer
 
 __all__ = [
-    "DTYPES",
     "RELATIVE_ERROR",
     "WIDE",
     "check_checkpoint",
@@ -44,7 +44,6 @@ __all__ = [
     "relative_error",
 ]
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Of a loss or of logits, against fp32 on the CPU; TF32 would miss the first by far.
 RELATIVE_ERROR = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 5e-3}
 

@@ -4,22 +4,21 @@
 """
 
 import itertools
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from stacking_ds.data.batches import Batch, RankStep
+from stacking_ds.data.batches import Batch
 from stacking_ds.distributed.world import World
 from stacking_ds.growth.operators import layer_map, source_name
 from stacking_ds.kernels.attention.choice import choose_attention
 from stacking_ds.kernels.attention.sequences import Sequences
-from stacking_ds.kernels.registry import Compute, choose_operations
+from stacking_ds.kernels.registry import DTYPES, Compute, choose_operations
 from stacking_ds.model.bert import BertForPreTraining
 from stacking_ds.model.loss import pretraining_loss
 from tests.bert_samples import telling_model
-from tests.gpu_checks import DTYPES, RELATIVE_ERROR, WIDE, relative_error
+from tests.gpu_checks import RELATIVE_ERROR, WIDE, relative_error
 
 __all__ = ["check_activation_checkpointing", "check_kernels"]
 
@@ -33,7 +32,7 @@ def _packed_batch(device: torch.device) -> Batch:
     tokens = sum(lengths)
     masked_M = (torch.rand(tokens, generator=draw) < 0.2).nonzero().flatten()
     starts_E1 = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-    batch = Batch(
+    return Batch(
         Sequences(starts_E1, 128, 128 * len(_PACKED)),
         torch.randint(1, WIDE.vocab_size, (tokens,), generator=draw),
         torch.randint(0, 2, (tokens,), generator=draw),
@@ -41,8 +40,7 @@ def _packed_batch(device: torch.device) -> Batch:
         masked_M,
         torch.randint(1, WIDE.vocab_size, masked_M.shape, generator=draw),
         torch.arange(len(lengths)) % 2,
-    )
-    return next(RankStep.of([batch], tokens).micro_batches(device))
+    ).to(device)
 
 
 def _compute(world: World, operations: str, dtype: torch.dtype, **options: Any) -> Compute:
@@ -85,7 +83,7 @@ def check_kernels(world: World, precision: str) -> None:
         for form, device in (("cpu", "cpu"), ("torch", ""), ("triton", "")):
             on, kind = torch.device(device or world.device), torch.float32 if device else dtype
             compute = Compute() if device else _compute(world, form, kind)
-            config = replace(WIDE, num_hidden_layers=depth)
+            config = WIDE.changed(num_hidden_layers=depth)
             model = BertForPreTraining(config, seed=0, compute=compute)
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
@@ -107,7 +105,7 @@ def check_kernels(world: World, precision: str) -> None:
 def check_activation_checkpointing(world: World, precision: str) -> None:
     """With dropout, what is computed once more for the backward pass is drawn once more."""
     dtype = DTYPES[precision]
-    config = replace(WIDE, hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3)
+    config = WIDE.changed(hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3)
     found = {}
     for kept in ("none", "selective", "full"):
         compute = _compute(world, "triton", dtype, activation_checkpointing=kept)

@@ -28,7 +28,7 @@ __all__ = [
     "unsharded_lamb",
 ]
 
-STEPS = 20
+STEPS = 8
 AFTER = 5  # steps after the growth that follows
 Cases = list[tuple[int | str, str, str]]
 """ZeRO stage (or the rest of a bundled JSON's name after "zero"), precision, kernel."""
@@ -130,7 +130,7 @@ def largest_differences(state: State, model: Any) -> tuple[float, float, float]:
 
 
 def follow_unsharded(world: World, cases: Cases, **lamb: Any) -> list[Any]:
-    """20 steps, and a few more after a growth with carried moments: the largest differences after
+    """Some steps, and a few more after a growth with carried moments: the largest differences after
     both, for each case."""
     found = []
     # eps as in the field: the gradients are the same, noise included

@@ -163,13 +163,17 @@ def _call(world: World, check: Callable[..., None], *arguments: Any) -> None:
     ("check", "cases"),
     [
         (check_losses, [(0, "fp16"), (2, "fp16")]),
-        (check_growth, [(1, "fp16"), (3, "fp16")]),
-        (check_overflow, [(0,), (1,), (2,), (3,)]),
-        (check_lamb, [(0, "fp16"), (3, "fp16"), ("2_offload", "bf16")]),
-        (check_memory, [(0,), (3,)]),
+        pytest.param(check_growth, [(1, "fp16"), (3, "fp16")], marks=pytest.mark.slow),
+        pytest.param(check_overflow, [(0,), (1,), (2,), (3,)], marks=pytest.mark.slow),
+        pytest.param(
+            check_lamb, [(0, "fp16"), (3, "fp16"), ("2_offload", "bf16")], marks=pytest.mark.slow
+        ),
+        pytest.param(check_memory, [(0,), (3,)], marks=pytest.mark.slow),
         (check_padding, [("fp32",), ("bf16",), ("fp16",)]),
-        (check_kernels, [("fp32",), ("bf16",)]),
-        (check_activation_checkpointing, [("fp32",), ("bf16",)]),
+        pytest.param(check_kernels, [("fp32",), ("bf16",)], marks=pytest.mark.slow),
+        pytest.param(
+            check_activation_checkpointing, [("fp32",), ("bf16",)], marks=pytest.mark.slow
+        ),
     ],
 )
 def test_the_checks_hold_on_the_cpu(check: Callable[..., None], cases: list[Any]) -> None:

@@ -14,7 +14,6 @@ from stacking_ds.bench.step_batch import case_batches
 from stacking_ds.bench.step_case import StepCase
 from stacking_ds.bench.step_clock import Times, matmul_peak, threads_for, timed_on, timing_of_parts
 from stacking_ds.bench.step_rivals import (
-    DTYPES,
     OurStep,
     PlainStep,
     TrainingStep,
@@ -23,6 +22,7 @@ from stacking_ds.bench.step_rivals import (
 )
 from stacking_ds.distributed.world import World
 from stacking_ds.errors import ConfigError
+from stacking_ds.kernels.registry import DTYPES
 
 Maker = Callable[[], TrainingStep]
 

@@ -104,8 +104,9 @@ def _measure(
     from stacking_ds.bench.kernels_attention import measure_attention
     from stacking_ds.bench.kernels_operations import Sizes, measure_operations
     from stacking_ds.bench.kernels_products import measure_products
+    from stacking_ds.kernels.registry import DTYPES
 
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[options.precision]
+    dtype = DTYPES[options.precision]
     tokens, rounds = options.tokens, options.rounds
     try:
         if part == "operations":

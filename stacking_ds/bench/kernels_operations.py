@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from stacking_ds.bench.kernels_clock import Clock, Entrant, race
 from stacking_ds.errors import ConfigError
+from stacking_ds.kernels.cross_entropy import IGNORE_INDEX
 from stacking_ds.kernels.operations import EmbeddingTables, Norm, Operations, Weights
 from stacking_ds.kernels.registry import choose_operations
 
@@ -31,7 +32,7 @@ FORMS = ("plain", "torch", "triton", "compile")
 OPERATIONS = ("gelu", "add_norm", "norm", "embedding", "cross_entropy")
 MASKED_FRACTION = 0.15
 TYPES, POSITIONS = 2, 512
-_DROPOUT, _EPS, _IGNORED = 0.1, 1e-12, -100
+_DROPOUT, _EPS = 0.1, 1e-12
 _ALIGNED_LOGITS = 64  # on a GPU, as `stacking_ds.kernels.cross_entropy` makes them
 _ERROR = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # relative, of forms to one another
 
@@ -218,7 +219,7 @@ def _cross_entropy(sizes: Sizes, draw: _Draw) -> Subject:
     return Subject(
         lambda form, dropout_prob: form.cross_entropy_sum(logits_MV, labels_M),
         lambda add, dropout_prob: functional.cross_entropy(
-            logits_MV.float(), labels_M, ignore_index=_IGNORED, reduction="sum"
+            logits_MV.float(), labels_M, ignore_index=IGNORE_INDEX, reduction="sum"
         ),
         (logits_MV,),
         torch.ones((), device=draw.device),

@@ -36,6 +36,7 @@ from stacking_ds.bench.lamb_rivals import (
     reason_of,
 )
 from stacking_ds.bench.machine import one_thread
+from stacking_ds.config.mistakes import checked
 from stacking_ds.errors import ConfigError
 from stacking_ds.model.bert_config import BertConfig
 
@@ -62,7 +63,8 @@ class Sizes:
         ConfigError: sizes of which no BERT can be made.
         """
         heads, rest = divmod(self.hidden_size, _HEAD_SIZE)
-        return BertConfig(
+        return checked(
+            BertConfig,
             vocab_size=self.vocab_size,
             hidden_size=self.hidden_size,
             num_hidden_layers=self.layers,

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from stacking_ds.config.sections import LambKernelName
+from stacking_ds.config.sections import LambKernelName, LambSection
 from stacking_ds.model.bert import BertForPreTraining
 from stacking_ds.model.bert_config import BertConfig
 from stacking_ds.optim.groups import parameter_groups
@@ -98,7 +98,9 @@ def our_step(
     tensors: Tensors, kernel: LambKernelName, beside: Lamb | None = None
 ) -> tuple[Lamb, Step]:
     """One call for all tensors, as DeepSpeed makes at ZeRO 0; `beside` shares its moments."""
-    optimizer = Lamb(tensors.groups, _LEARNING_RATE, _BETAS, _EPS, _WEIGHT_DECAY, kernel=kernel)
+    optimizer = Lamb(
+        tensors.groups, _LEARNING_RATE, _BETAS, _EPS, _WEIGHT_DECAY, LambSection(kernel=kernel)
+    )
     optimizer.bind(tensors.shards, None, None)
     if beside is not None:
         optimizer.state = beside.state

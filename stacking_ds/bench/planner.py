@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from stacking_ds.engine.ds_json import Precision
+from stacking_ds.config.sections import Precision
 from stacking_ds.engine.zero.flat_buffers import predicted_layout
 from stacking_ds.errors import ConfigError
 from stacking_ds.growth.operators import layer_map, source_name

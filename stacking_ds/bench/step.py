@@ -26,7 +26,6 @@ from stacking_ds.bench.step_clock import (
     timing,
 )
 from stacking_ds.bench.step_rivals import (
-    DTYPES,
     OurStep,
     PlainStep,
     TheirStep,
@@ -37,6 +36,7 @@ from stacking_ds.bench.step_rivals import (
 from stacking_ds.config.sections import KernelsName
 from stacking_ds.distributed.world import World
 from stacking_ds.errors import ConfigError
+from stacking_ds.kernels.registry import DTYPES
 
 _WARM_UP_STEPS = {"cpu": 1, "cuda": 3}
 _MICRO_STEPS = 4

@@ -10,8 +10,9 @@ import torch
 from numpy.typing import NDArray
 
 from stacking_ds.bench.step_case import StepCase
-from stacking_ds.data.batches import IGNORE_INDEX, Batch, RankStep
+from stacking_ds.data.batches import Batch
 from stacking_ds.errors import ConfigError
+from stacking_ds.kernels.cross_entropy import IGNORE_INDEX
 from stacking_ds.model.bert import from_rows
 
 _MASKED_SHARE = 0.15  # Devlin et al. 2019 §3.1
@@ -138,7 +139,7 @@ def _batches(
     ]
     return [
         StepBatch(
-            next(RankStep.of([batch.ours], batch.tokens).micro_batches(device)),
+            batch.ours.to(device),
             {name: tensor.to(device) for name, tensor in batch.theirs.items()},
             batch.attended_tokens,
         )

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from stacking_ds.bench.lamb import Sizes
-from stacking_ds.engine.ds_json import Precision
+from stacking_ds.config.sections import Precision
 from stacking_ds.errors import ConfigError
 from stacking_ds.model.bert_config import BertConfig
 
@@ -35,7 +35,7 @@ class Model:
         """
         config = Sizes(self.hidden_size, self.layers, self.vocab_size).config
         longest = max(config.max_position_embeddings, sequence_length)
-        return replace(config, max_position_embeddings=longest)
+        return config.changed(max_position_embeddings=longest)
 
 
 SMALL = Model("small", hidden_size=256, layers=4)

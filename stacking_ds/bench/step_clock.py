@@ -11,7 +11,7 @@ import torch
 
 from stacking_ds.bench.lamb_rivals import reason_of
 from stacking_ds.bench.machine import one_thread
-from stacking_ds.train.sinks import measure_matmul_peak
+from stacking_ds.process.device import measure_matmul_peak
 
 Step = Callable[[], Any]
 Times = dict[str, float]

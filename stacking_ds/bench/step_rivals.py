@@ -13,10 +13,10 @@ from typing import Any, Protocol
 import torch
 
 from stacking_ds.bench.step_batch import StepBatch
-from stacking_ds.config.sections import EngineSection, KernelsName, OptimizerSection
+from stacking_ds.config.sections import EngineSection, KernelsName, OptimizerSection, Precision
 from stacking_ds.distributed.world import World
 from stacking_ds.engine.build import build_engine, release_engine, set_learning_rate, take_step
-from stacking_ds.engine.ds_json import Precision, load_ds_config, resolve_ds_config
+from stacking_ds.engine.ds_json import load_ds_config, resolve_ds_config
 from stacking_ds.engine.zero.compatibility import deepspeed
 from stacking_ds.kernels.operations import Operations
 from stacking_ds.kernels.registry import Compute, choose_compute
@@ -26,7 +26,6 @@ from stacking_ds.model.loss import PretrainingLoss, pretraining_loss
 from stacking_ds.model.parameters import first_value
 from stacking_ds.optim.optimizers import build_optimizer
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _SEED = 0
 _OPTIMIZER = OptimizerSection(learning_rate=1e-4)
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from stacking_ds.config.sections import OptimizerSection
+from stacking_ds.config.mistakes import checked
+from stacking_ds.config.sections import OptimizerSection, Precision
 from stacking_ds.data.batches import split_batch
 from stacking_ds.distributed.world import World
 from stacking_ds.engine.build import build_engine, take_step
-from stacking_ds.engine.ds_json import Precision, load_ds_config, resolve_ds_config
+from stacking_ds.engine.ds_json import load_ds_config, resolve_ds_config
 from stacking_ds.engine.zero.compatibility import deepspeed
 from stacking_ds.engine.zero.sharded_state import seed_moments
 from stacking_ds.growth.operators import layer_map
@@ -47,7 +48,8 @@ class Workload:
         ConfigError: sizes of which no BERT can be made.
         """
         heads, rest = divmod(self.hidden_size, _HEAD_SIZE)
-        return BertConfig(
+        return checked(
+            BertConfig,
             vocab_size=self.vocab_size,
             hidden_size=self.hidden_size,
             num_hidden_layers=depth,

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from stacking_ds.checkpoint.folders import fall_back, step_of
 from stacking_ds.errors import CheckpointError, UnreadableError, unreadable
 from stacking_ds.files import DamagedFileError, read_json
+from stacking_ds.records import Record, first_problem
 from stacking_ds.sharding.fragments import MASTER, MOMENTS, Cut
 
 FORMAT_VERSION: Literal[2] = 2
@@ -42,11 +43,7 @@ def checksum(data: bytes | memoryview) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
-
-
-class Contents(_Record):
+class Contents(Record):
     """What is saved besides masters and moments, and what it belongs to.
 
     Nothing else is needed to go on. The position in the data, masks and dropout are functions of
@@ -57,7 +54,7 @@ class Contents(_Record):
     step: Count
     optimizer_step: Count
     """The optimizer's own count, which its bias correction needs; 0 means no moments yet."""
-    loss_scale: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1.0
+    loss_scale: Annotated[float, Field(gt=0.0)] = 1.0
     """What fp16 multiplied the loss by; 1.0 at other precisions."""
     num_hidden_layers: Positive
     zero_stage: Annotated[int, Field(ge=0, le=3)]
@@ -68,7 +65,7 @@ class Contents(_Record):
     config: dict[str, Any]
 
 
-class Parameter(_Record):
+class Parameter(Record):
     """A parameter's shape, and how its elements are cut among the ranks' files: `fragments.Cut`."""
 
     shape: tuple[Positive, ...]
@@ -80,7 +77,7 @@ class Parameter(_Record):
         return Cut(math.prod(self.shape), self.size, self.offset)
 
 
-class RankFile(_Record):
+class RankFile(Record):
     """One rank's safetensors file, which holds "KEY/NAME" for each part the rank owns."""
 
     name: str
@@ -192,11 +189,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         manifest = Manifest.model_validate_json(json.dumps(record))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(ascii(part) for part in first["loc"]).replace("'", "") or "the file"
-        raise _damaged(
-            folder, f"{where[:100]}: {first['msg'].removeprefix('Value error, ')}"
-        ) from None
+        raise _damaged(folder, first_problem(error)) from None
     if step_of(folder) not in (None, manifest.step):
         raise _damaged(folder, f"it is that of step {manifest.step}")
     return manifest

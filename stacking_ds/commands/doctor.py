@@ -9,11 +9,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stacking_ds.doctor.comparing import Finding, join_names, plural
+from stacking_ds.console import join_names, plural
 from stacking_ds.errors import ConfigError
 
 if TYPE_CHECKING:
     from stacking_ds.distributed.world import World
+    from stacking_ds.doctor.checks import Finding
     from stacking_ds.doctor.examination import Examination
 
 
@@ -66,11 +67,10 @@ def report(world: "World", options: argparse.Namespace) -> int:
     Raises:
         ConfigError: on every rank, if the JSON file cannot be written.
     """
-    from stacking_ds.doctor.examination import Request, examine
+    from stacking_ds.doctor.examination import examine
 
     world.on_first(lambda: _require_writable(options.json))
-    request = Request(options.recipe, tuple(options.set), options.run_dir)
-    found = examine(world, request, greet=_greet, say=_say)
+    found = examine(world, options.recipe, options.set, options.run_dir, greet=_greet, say=_say)
     failed: bool = world.broadcast(found.failed)
     world.on_first(lambda: _write(options.json, found.to_record()))
     if world.is_first:
@@ -86,7 +86,7 @@ def _greet(found: "Examination") -> None:
     _print(f"{counts}: {join_names(list(found.nodes))}\n")
 
 
-def _say(finding: Finding) -> None:
+def _say(finding: "Finding") -> None:
     lead = f"{finding.check:<{_CHECK_COLUMNS}}{finding.verdict:<{_VERDICT_COLUMNS}}"
     indent = " " * len(lead)
     lines = [lead + line for line in _wrapped(finding.text)[:1]]

@@ -2,11 +2,17 @@
 typed, and in which line or which `--set`."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
 
 from stacking_ds.config.overrides import Override, declared, meant
 from stacking_ds.config.yaml_text import Scalar, Tree
 from stacking_ds.console import shortened
+from stacking_ds.errors import ConfigError
+from stacking_ds.records import Record
+
+R = TypeVar("R", bound=Record)
 
 _Location = tuple[str, ...]
 
@@ -59,6 +65,19 @@ def sentences(
             )
     said = [_placed(location, told[location], tree, overrides) for location in told]
     return sorted(said, key=lambda sentence: sentence.startswith(_OVERRIDE))
+
+
+def checked(kind: type[R], **values: Any) -> R:
+    """`kind(**values)`, of values that somebody typed who knows of no sections.
+
+    Raises:
+        ConfigError: all that is wrong, in sentences.
+    """
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        typed: Tree = {name: Scalar(value, str(value)) for name, value in values.items()}
+        raise ConfigError("; ".join(sentences(error.errors(), typed))) from None
 
 
 def is_of_file(sentence: str) -> bool:

@@ -2,12 +2,13 @@
 
 import os
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
 from stacking_ds.config.sections import (
     LARGEST_LEARNING_RATE,
+    LISTS_TOO,
     BatchSection,
     CheckpointSection,
     ClusterSection,
@@ -20,11 +21,11 @@ from stacking_ds.config.sections import (
     OptimizerSection,
     PhaseSection,
     ScheduleSection,
-    Section,
     StageSection,
 )
 from stacking_ds.config.yaml_text import write_yaml
 from stacking_ds.errors import StageError
+from stacking_ds.records import Record
 from stacking_ds.schedule.learning_rate import LearningRateSchedule
 from stacking_ds.schedule.phases import PhaseSchedule
 from stacking_ds.schedule.stages import StageSchedule
@@ -39,7 +40,7 @@ def _can_be_a_name(name: str) -> str:
     return name
 
 
-class RunConfig(Section):
+class RunConfig(Record):
     """One run, completely."""
 
     name: Annotated[str, AfterValidator(_can_be_a_name)]
@@ -47,12 +48,12 @@ class RunConfig(Section):
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
     data: DataSection
     model: ModelSection
-    stages: Annotated[tuple[StageSection, ...], Field(min_length=1, max_length=1000)]
+    stages: Annotated[tuple[StageSection, ...], LISTS_TOO, Field(min_length=1, max_length=1000)]
     growth: GrowthSection = GrowthSection()
     optimizer: OptimizerSection
     schedule: ScheduleSection = ScheduleSection()
     batch: BatchSection
-    phases: Annotated[tuple[PhaseSection, ...], Field(max_length=1000)] = ()
+    phases: Annotated[tuple[PhaseSection, ...], LISTS_TOO, Field(max_length=1000)] = ()
     """Later sequence lengths and batches; data and batch say what a run begins with."""
     engine: EngineSection = EngineSection()
     checkpoint: CheckpointSection = CheckpointSection()
@@ -61,7 +62,7 @@ class RunConfig(Section):
     cluster: ClusterSection = ClusterSection()
 
     @model_validator(mode="after")
-    def _phases_fit(self) -> "RunConfig":
+    def _phases_fit(self) -> Self:
         longest = self.model.max_position_embeddings
         for phase in self.phase_schedule().phases:
             if phase.sequence_length > longest:
@@ -81,7 +82,7 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _can_export(self) -> "RunConfig":
+    def _can_export(self) -> Self:
         if self.checkpoint.export_at_end and self.model.layer_norm_position == "pre":
             raise ValueError(
                 "Hugging Face's BERT has no pre-LN form, so a pre-LN model cannot be exported: "
@@ -150,7 +151,7 @@ class RunConfig(Section):
             **self.schedule.model_dump(),
         )
 
-    def with_absolute_paths(self) -> "RunConfig":
+    def with_absolute_paths(self) -> Self:
         """The same run, whatever the working directory it is looked at from."""
         # realpath and isfile, unlike a Path's, raise nothing on links in a circle or long names
         deepspeed = self.engine.deepspeed

@@ -6,9 +6,11 @@ computed from it is computed at once and fits its type.
 
 import math
 import os
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from stacking_ds.records import Record
 
 LARGEST_LEARNING_RATE = 100.0
 
@@ -20,6 +22,8 @@ _LONGEST_PATH_BYTES = 4095  # Linux's PATH_MAX, without the zero at its end
 Steps = Annotated[int, Field(ge=1, le=_MOST_STEPS)]
 StepsOrNone = Annotated[int, Field(ge=0, le=_MOST_STEPS)]
 Rows = Annotated[int, Field(ge=1, le=_MOST_ROWS)]
+Depth = Annotated[int, Field(ge=1, le=10_000)]
+VocabularySize = Annotated[int, Field(ge=1, le=2**31)]
 Size = Annotated[int, Field(ge=1, le=2**20)]
 SequenceLength = Annotated[int, Field(ge=8, le=2**20)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -41,12 +45,11 @@ def _can_be_a_path(path: str) -> str:
 
 PathText = Annotated[str, AfterValidator(_can_be_a_path)]
 
+LISTS_TOO = BeforeValidator(lambda given: tuple(given) if isinstance(given, list) else given)
+"""A tuple may be given as the list that YAML, and most of Python, writes."""
 
-class Section(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
-
-class DataSection(Section):
+class DataSection(Record):
     """Which prepared token shards, and how examples are cut from them."""
 
     path: PathText
@@ -68,7 +71,7 @@ class DataSection(Section):
     """Processes per rank that build batches ahead of the step; 0 builds them in the step."""
 
 
-class ModelSection(Section):
+class ModelSection(Record):
     """The encoder without its depth (the stages say that) and vocabulary (the data says that)."""
 
     hidden_size: Size
@@ -80,38 +83,52 @@ class ModelSection(Section):
     attention_probs_dropout_prob: Probability = 0.1
     layer_norm_eps: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-12
     initializer_range: Annotated[float, Field(gt=0.0, le=100.0)] = 0.02
+    """Standard deviation of the initial weights."""
     layer_norm_position: Literal["post", "pre"] = "post"
-    """`post` as in BERT; `pre` as in the code of Gong et al. 2019."""
+    """`post` normalises after each residual sum, as BERT does; `pre` what enters a sub-layer, and
+    once more after the last layer (Xiong et al. 2020, and the code of Gong et al. 2019)."""
+
+    @model_validator(mode="after")
+    def _heads_share_the_width(self) -> Self:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not divisible by "
+                f"num_attention_heads={self.num_attention_heads}; change one of them"
+            )
+        return self
 
 
-class StageSection(Section):
+class StageSection(Record):
     """One growth stage: a depth, and how long to train at it, in steps or in token slots."""
 
-    num_hidden_layers: Annotated[int, Field(ge=1, le=10_000)]
+    num_hidden_layers: Depth
     steps: Steps | None = None
     tokens: Annotated[int, Field(ge=1, le=10**18)] | None = None
     """Token slots (rows x sequence_length of the phase); rounded up to whole steps."""
 
     @model_validator(mode="after")
-    def _one_length(self) -> "StageSection":
+    def _one_length(self) -> Self:
         if (self.steps is None) == (self.tokens is None):
             raise ValueError("give exactly one of steps and tokens")
         return self
 
 
-class GrowthSection(Section):
+Moments = Literal["reset", "carry"]
+
+
+class GrowthSection(Record):
     """What happens to layers and optimizer moments at a boundary."""
 
     operator: Literal["stack", "interleave"] = "stack"
     """`stack`: new layer j copies old layer j mod L (Gong et al. 2019 §3.1)."""
-    moments: Literal["reset", "carry"] = "reset"
+    moments: Moments = "reset"
     """`reset` starts Adam anew, as in the paper; `carry` copies the moments with the layers."""
 
 
 LambKernelName = Literal["auto", "reference", "blocked", "triton", "apex"]
 
 
-class LambSection(Section):
+class LambSection(Record):
     """What LAMB has and AdamW has not."""
 
     always_adapt: bool = False
@@ -126,7 +143,7 @@ class LambSection(Section):
     """Which form of the step runs: on a GPU triton, on the CPU blocked, unless another is named."""
 
     @model_validator(mode="after")
-    def _bounds_and_kernel(self) -> "LambSection":
+    def _bounds_and_kernel(self) -> Self:
         if self.max_coeff is not None and self.max_coeff < self.min_coeff:
             raise ValueError(f"min_coeff={self.min_coeff} is above max_coeff={self.max_coeff}")
         if self.kernel == "apex" and (self.min_coeff > 0 or self.max_coeff is not None):
@@ -137,14 +154,14 @@ class LambSection(Section):
         return self
 
 
-class OptimizerSection(Section):
+class OptimizerSection(Record):
     name: Literal["adamw", "lamb"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0.0, le=LARGEST_LEARNING_RATE)]
     """Peak of the learning-rate schedule."""
     learning_rate_batch_size: Rows | None = None
     """The batch that learning_rate is for. At another batch.global_batch_size the peak is scaled
     by the square root of their ratio (You et al. 2020, section 4)."""
-    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    betas: Annotated[tuple[Probability, Probability], LISTS_TOO] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-6
     weight_decay: Annotated[float, Field(ge=0.0, le=100.0)] = 0.01
     max_grad_norm: Factor = 1.0
@@ -155,7 +172,7 @@ class OptimizerSection(Section):
     """The options of name=lamb, each with a default; null for another optimizer."""
 
     @model_validator(mode="after")
-    def _options_fit(self) -> "OptimizerSection":
+    def _options_fit(self) -> Self:
         if (self.lamb is not None) != (self.name == "lamb"):
             remedy = "set lamb to {} for its defaults" if self.lamb is None else "delete lamb"
             raise ValueError(
@@ -175,7 +192,7 @@ class OptimizerSection(Section):
         return self.learning_rate * math.sqrt(global_batch_size / base)
 
 
-class ScheduleSection(Section):
+class ScheduleSection(Record):
     """The learning rate over the whole run, and what a boundary does to it."""
 
     shape: Literal["linear", "cosine", "constant", "wsd"] = "linear"
@@ -188,14 +205,14 @@ class ScheduleSection(Section):
     rewarm_steps: StepsOrNone = 0
 
 
-class BatchSection(Section):
+class BatchSection(Record):
     global_batch_size: Rows
     """Rows per step over all ranks; the same at any number of ranks."""
     micro_batch_size: Rows
     """Most rows that one rank puts through the model at once."""
 
 
-class PhaseSection(Section):
+class PhaseSection(Record):
     """From which step on rows or batches have another size; what is left out stays."""
 
     from_step: Steps
@@ -204,7 +221,7 @@ class PhaseSection(Section):
     micro_batch_size: Rows | None = None
 
     @model_validator(mode="after")
-    def _changes_something(self) -> "PhaseSection":
+    def _changes_something(self) -> Self:
         if (self.sequence_length, self.global_batch_size, self.micro_batch_size) == (None,) * 3:
             raise ValueError(
                 "say what changes: sequence_length, global_batch_size or micro_batch_size"
@@ -212,15 +229,16 @@ class PhaseSection(Section):
         return self
 
 
+Precision = Literal["fp32", "bf16", "fp16"]
 KernelsName = Literal["auto", "torch", "triton", "compile", "apex"]
 AttentionName = Literal["auto", "loops", "padded", "cudnn", "flash", "varlen"]
 ActivationCheckpointing = Literal["none", "selective", "full"]
 
 
-class EngineSection(Section):
+class EngineSection(Record):
     deepspeed: PathText = "zero1"
     """A bundled DeepSpeed JSON (zero0 … zero3) or the path of one."""
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    precision: Precision = "bf16"
     kernels: KernelsName = "auto"
     """How a layer's operations run: `torch` plainly, `triton` fused on an NVIDIA GPU, `compile` by
     torch.compile, `apex` as `torch` with the LayerNorm of NVIDIA's apex. `auto`: on a GPU triton,
@@ -237,7 +255,7 @@ class EngineSection(Section):
     Micro-batches are filled up to their rows' slots, so pack the rows."""
 
     @model_validator(mode="after")
-    def _kernels_have_the_precision(self) -> "EngineSection":
+    def _kernels_have_the_precision(self) -> Self:
         if self.fp8 and self.precision == "fp16":
             raise ValueError("fp8 goes with precision bf16 or fp32, not fp16: change one of them")
         if self.precision == "fp32" and self.attention in ("cudnn", "flash", "varlen"):
@@ -248,7 +266,7 @@ class EngineSection(Section):
         return self
 
     @model_validator(mode="after")
-    def _graphs_hold_all(self) -> "EngineSection":
+    def _graphs_hold_all(self) -> Self:
         if self.cuda_graphs and self.activation_checkpointing != "none":
             raise ValueError(
                 f"cuda_graphs keeps what a layer computes, so activation_checkpointing="
@@ -259,7 +277,7 @@ class EngineSection(Section):
         return self
 
 
-class CheckpointSection(Section):
+class CheckpointSection(Record):
     every_steps: Steps = 1000
     """A checkpoint is also written at each boundary, at the end and when asked to stop. Training
     goes on meanwhile, except at the end and at a stop."""
@@ -269,13 +287,13 @@ class CheckpointSection(Section):
     """Write the finished model as a Hugging Face folder into the run."""
 
 
-class EvaluationSection(Section):
+class EvaluationSection(Record):
     every_steps: StepsOrNone = 0
     """0 evaluates at the end of each stage only; those evaluations are always made."""
     max_samples: Annotated[int, Field(ge=1, le=10**9)] = 1024
 
 
-class ClusterSection(Section):
+class ClusterSection(Record):
     """When ranks are taken for lost. What is lost ends the job, which can go on from its
     checkpoint."""
 
@@ -285,7 +303,7 @@ class ClusterSection(Section):
     """How long a rank may be silent: its process is gone, stopped, or cut off the network."""
 
 
-class LoggingSection(Section):
+class LoggingSection(Record):
     every_steps: Steps = 10
     """A line of metrics is the mean over the steps since the line before. There is one after
     every so many steps, and at each evaluation and checkpoint."""

@@ -80,10 +80,10 @@ def read_yaml(text: str) -> Tree:
 
 
 def plain(tree: Tree) -> Any:
-    """The values alone, lists as tuples."""
+    """The values alone."""
     if isinstance(tree, dict):
         return {key: plain(child) for key, child in tree.items()}
-    return tuple(map(plain, tree)) if isinstance(tree, list) else tree.value
+    return [plain(child) for child in tree] if isinstance(tree, list) else tree.value
 
 
 def write_yaml(data: Any) -> str:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tokenizers import decoders
 
 from stacking_ds.config.run import RunConfig
-from stacking_ds.data.batches import IGNORE_INDEX, Batch
+from stacking_ds.data.batches import Batch
 from stacking_ds.data.counter_random import derive_key, random_bits
 from stacking_ds.data.loader import PretrainingData, RowOptions
 from stacking_ds.data.row_store import open_layout
@@ -24,6 +24,7 @@ from stacking_ds.data.shard_manifest import MANIFEST_NAME, Rejected, SourceFile,
 from stacking_ds.data.shards import TokenShards, TokenSplit
 from stacking_ds.data.tokenizer import Normalization, build_tokenizer
 from stacking_ds.errors import DataError
+from stacking_ds.kernels.cross_entropy import IGNORE_INDEX
 
 REPEATS_FROM_TOKENS = 8
 """Shorter sentences ("he said.") come again in any text, and say nothing about duplicates."""
@@ -401,7 +402,7 @@ def shown_examples(data: PretrainingData, count: int) -> list[ShownExample]:
         return []
     vocabulary = data.shards.vocabulary
     decoder = build_tokenizer(vocabulary).decoder
-    row_by_row = data.step(0, rows, micro_batch_size=1).micro_batches()
+    row_by_row = data.step(0, rows, micro_batch_size=1).micro_batches
     shown: list[ShownExample] = []
     for row, batch in enumerate(row_by_row):
         shown += _shown(row, batch, vocabulary, decoder)

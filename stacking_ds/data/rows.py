@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from stacking_ds.data.examples import ExampleKind, Examples, concatenate
 from stacking_ds.data.shard_manifest import (
@@ -34,6 +34,7 @@ from stacking_ds.data.shard_manifest import (
 from stacking_ds.data.shards import numbers, only_batch
 from stacking_ds.errors import DataError
 from stacking_ds.files import DamagedFileError
+from stacking_ds.records import Record
 
 LAYOUT_VERSION = 1
 """Part of what a run's data are known by. Raise it whenever other rows come out of the shards."""
@@ -55,11 +56,7 @@ _EXAMPLES = pa.list_(
 Integers = NDArray[np.int64]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
-
-
-class LayoutSpec(_Record):
+class LayoutSpec(Record):
     """What a layout is made by."""
 
     examples: ExampleKind
@@ -75,7 +72,7 @@ class LayoutSpec(_Record):
         return f"{self.examples}-{self.sequence_length}-{packed}-{self.variant}"
 
 
-class PartRecord(_Record):
+class PartRecord(Record):
     """One file of a layout."""
 
     name: FileName
@@ -90,7 +87,7 @@ class PartRecord(_Record):
     """The sum of the squares of the examples' slots: what attention is computed on."""
 
 
-class LayoutRecord(_Record):
+class LayoutRecord(Record):
     """`layout.json`: what the layout was made by, of what, and what came out."""
 
     identity: str

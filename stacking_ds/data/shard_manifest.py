@@ -4,11 +4,13 @@ import hashlib
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from stacking_ds.config.sections import VocabularySize
 from stacking_ds.data.tokenizer import UNCASED, Normalization
 from stacking_ds.errors import DataError, UnreadableDataError, unreadable
 from stacking_ds.files import DamagedFileError, open_regular, read_text
+from stacking_ds.records import Record, first_problem
 
 MANIFEST_NAME = "manifest.json"
 # the folder inside a prepared one that is there until all is done
@@ -25,12 +27,6 @@ Positive = Annotated[int, Field(ge=1, le=_MOST)]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}$")]
 """Of a file in the folder itself, whatever a manifest says."""
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-
-
-class Record(BaseModel):
-    """A strict, frozen model that is kept as JSON."""
-
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
 
 class PrepareRequest(Record):
@@ -131,7 +127,7 @@ class DataManifest(Record):
     request: PrepareRequest
     licence: str | None
     sources: tuple[SourceFile, ...]
-    vocab_size: Annotated[int, Field(ge=1, le=2**31)]
+    vocab_size: VocabularySize
     vocabulary_sha256: Sha256
     vocabulary_files: tuple[VocabularyFile, ...]
     rejected: tuple[Rejected, ...]
@@ -186,10 +182,9 @@ def read_manifest(folder: Path) -> DataManifest:
                 f"{folder} was prepared in another version of the format; delete it and run "
                 "`stacking-ds prepare` again"
             ) from error
-        first = error.errors()[0]
-        place = ".".join(ascii(part).strip("'") for part in first["loc"])[:100] or "the file"
-        reason = first["msg"].removeprefix("Value error, ")
-        raise DataError(f"{path} is damaged or of another version: {place}: {reason}") from error
+        raise DataError(
+            f"{path} is damaged or of another version: {first_problem(error)}"
+        ) from error
 
 
 def not_opened(path: Path, error: OSError) -> UnreadableDataError:

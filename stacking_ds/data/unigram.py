@@ -26,7 +26,7 @@ def unigram_mlm_loss(log_probability: NDArray[np.float64], steps: Iterable[RankS
     """
     total, targets = 0.0, 0
     for step in steps:
-        for batch in step.micro_batches():
+        for batch in step.micro_batches:
             labels = batch.mlm_labels_M.numpy()
             total -= float(log_probability[labels].sum())
             targets += len(labels)

@@ -1,35 +1,64 @@
-"""What to make of what the ranks have tried together: a verdict, a line, a remedy. Pure."""
+"""Checks of a cluster: what of each node is compared, by which rule, and the remedy. Pure.
+
+`TABLE` holds the checks of what nodes know of themselves. The functions below it judge what the
+ranks have tried together. Of values that are equally frequent the first one met, that of rank 0's
+node, counts as usual.
+"""
 
 import ipaddress
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Literal
 
-from stacking_ds.console import readable_size
-from stacking_ds.doctor.comparing import (
-    Finding,
-    Verdict,
-    agreement,
-    few,
-    in_order,
-    join_names,
-    odd_ones,
-    plural,
-    the_others,
-    told_problems,
-)
+from stacking_ds.console import join_names, plural, readable_size
 from stacking_ds.doctor.facts import NodeFacts, RankFacts
 from stacking_ds.doctor.shared_folder import KEPT, Probing
 from stacking_ds.doctor.speed import AllReduce, Matmul
 
-# ---- What to make of what the nodes know of themselves: a verdict, a line, a remedy. Pure.
-
-
+Verdict = Literal["ok", "warning", "FAILED"]
 Nodes = Mapping[str, NodeFacts]
+Clause = tuple[str, Iterable[str]]
+"""What breaks a rule, for people, and all nodes that it blames, of which the text names a few."""
+Fault = tuple[Verdict, Sequence[Clause], str]
+"""A verdict, the clauses that lead to it if there are any, and the remedy."""
 
+_NAMED = 3
+_SHOWN_CHARACTERS = 400
 _HASH_CHARACTERS = 12
 _LEAST_SCRATCH_BYTES = {"/dev/shm": 64 << 20}
 _LEAST_TEMPORARY_BYTES = 1 << 30
 _LEAST_OPEN_FILES = 4096
+_LARGEST_OFFSET_SECONDS = 1.0
+_SLOW = 0.8
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check has found; `nodes` are all that it blames, of which the text names a few."""
+
+    check: str
+    verdict: Verdict
+    text: str
+    remedy: str = ""
+    nodes: tuple[str, ...] = ()
+
+
+def conclude(check: str, ok: str, order: Iterable[str], *faults: Fault) -> Finding:
+    """The first of the faults that has clauses, or `ok`; the blamed nodes in that order."""
+    for verdict, clauses, remedy in faults:
+        if clauses:
+            blamed = {node for _, nodes in clauses for node in nodes}
+            text = "; ".join(text for text, _ in clauses[:_NAMED])
+            if len(clauses) > _NAMED:
+                text += f"; and {len(clauses) - _NAMED:,} more"
+            in_order = dict.fromkeys([*filter(blamed.__contains__, order), *sorted(blamed)])
+            return Finding(check, verdict, text, remedy, tuple(in_order))
+    return Finding(check, "ok", ok)
+
+
+# ------------------------------------------------------------------ nodes in few words
 
 
 def by_name(facts: Sequence[NodeFacts]) -> dict[str, NodeFacts]:
@@ -41,353 +70,361 @@ def by_name(facts: Sequence[NodeFacts]) -> dict[str, NodeFacts]:
     }
 
 
-def alike(nodes: Nodes) -> list[Finding]:
-    """What has to be the same on all nodes, and the room at the run directory."""
-    checks = (_versions, _code, _recipe, _data, _disk_space)
-    return [finding for check in checks if (finding := check(nodes)) is not None]
+def _at(nodes: Sequence[str], text: str, num_nodes: int) -> Clause:
+    """The clause with the nodes before it; none is named that is alone or where all have it."""
+    if num_nodes == 1 or not nodes:
+        return text, nodes
+    who = f"all {num_nodes:,} nodes" if len(nodes) == num_nodes else join_names(nodes)
+    return f"{who}: {text}", nodes
 
 
-def own_way(nodes: Nodes, ranks: Sequence[RankFacts]) -> list[Finding]:
-    """What a node may have in its own way, as long as it is enough."""
-    found = [_scratch_space(nodes), _devices(nodes), _cores(nodes, ranks), _open_files(nodes)]
-    return [finding for finding in found if finding is not None]
+def _problems(problems: Mapping[str, str], num_nodes: int) -> list[Clause]:
+    """A clause for each problem and the nodes that have it."""
+    by_text: dict[str, list[str]] = {}
+    for node, problem in problems.items():
+        by_text.setdefault(problem[:_SHOWN_CHARACTERS], []).append(node)
+    return [_at(nodes, problem, num_nodes) for problem, nodes in by_text.items()]
 
 
-# ------------------------------------------------------------- the same everywhere
+def _by_value(values: Mapping[str, str]) -> list[tuple[str, list[str]]]:
+    """Each value with its nodes, the most frequent one, which is usual, first."""
+    nodes: dict[str, list[str]] = {}
+    for node, value in values.items():
+        nodes.setdefault(value, []).append(node)
+    usual = Counter(values.values()).most_common(1)
+    return sorted(nodes.items(), key=lambda each: each[0] != usual[0][0])
 
 
-def _versions(nodes: Nodes) -> Finding:
-    return agreement(
-        "versions",
-        {name: node.versions for name, node in nodes.items()},
-        _problems(nodes, "versions"),
-        remedy="install the same packages on every node (pip install -c constraints.txt), or start "
-        "from one environment on a shared file system",
-    )
+def _the_others(nodes: Sequence[str]) -> str:
+    """Those that agree, after the odd ones: a single one by its name."""
+    return nodes[0] if len(nodes) == 1 else f"the other {len(nodes):,} nodes"
 
 
-def _code(nodes: Nodes) -> Finding:
-    problems = _problems(nodes, "code")
-    digests = {name: node.code_sha256 for name, node in nodes.items() if name not in problems}
-    usual, odd = odd_ones(digests) if digests else ("", {})
-    if not odd and not problems:
-        count = len(next(iter(nodes.values())).code_files)
-        counted = f" ({plural(count, 'file')})" if count else ""
-        return Finding("code", "ok", f"{usual[:_HASH_CHARACTERS]}{counted}")
-    agreeing = [name for name, digest in digests.items() if digest == usual]
-    clauses = told_problems(problems, len(nodes))
-    for digest, names in odd.items():
-        here, there = nodes[names[0]].code_files, nodes[agreeing[0]].code_files
+# ----------------------------------------------------------- what nodes know of themselves
+
+Judged = tuple[str | None, list[Clause]]
+"""What is said where no node breaks the rule, None where it asks for nothing; and who breaks it."""
+Rule = Callable[[Nodes, Sequence[RankFacts]], Judged]
+
+
+@dataclass(frozen=True)
+class Check:
+    """A row of the table. Rows of one name are one check: the first that is broken counts."""
+
+    name: str
+    rule: Rule
+    remedy: str
+    verdict: Verdict = "FAILED"
+    sufficient: bool = False
+    """Whether nodes may differ in it, as long as each has enough; else every run compares it."""
+    needs: str = ""
+    """The check without which a node knows nothing of this."""
+
+
+def _alike(what: Callable[[NodeFacts], Mapping[str, str]], shown: int = 60) -> Rule:
+    """All nodes have the same under every name; `shown` characters identify it for people."""
+
+    def rule(nodes: Nodes, ranks: Sequence[RankFacts]) -> Judged:
+        known = {node: what(facts) for node, facts in nodes.items()}
+        usual_values: list[str] = []
+        clauses: list[Clause] = []
+        for name in dict.fromkeys(name for values in known.values() for name in values):
+            (usual, agreeing), *odd = _by_value(
+                {node: values.get(name, "missing") for node, values in known.items()}
+            )
+            usual_values.append(f"{name} {usual[:shown]}".strip())
+            than = f"{_the_others(agreeing)} {usual[:shown]}"
+            for value, others in odd:
+                told = f"{name} {value[:shown]}".strip()
+                clauses.append((f"{join_names(others)}: {told}, {than}", others))
+        return ", ".join(usual_values) or None, clauses
+
+    return rule
+
+
+def _code(nodes: Nodes, ranks: Sequence[RankFacts]) -> Judged:
+    if not nodes:
+        return None, []
+    (usual, agreeing), *odd = _by_value({name: node.code_sha256 for name, node in nodes.items()})
+    clauses: list[Clause] = []
+    for digest, others in odd:
+        here, there = nodes[others[0]].code_files, nodes[agreeing[0]].code_files
         files = sorted(
             file for file in here.keys() | there.keys() if here.get(file) != there.get(file)
         )
         what = join_names(files) if files else f"stacking_ds {digest[:_HASH_CHARACTERS]}"
-        clauses.append(f"{join_names(names)}: {what}, other than on {the_others(agreeing)}")
-    blamed = {*problems, *(name for names in odd.values() for name in names)}
-    return Finding(
+        than = _the_others(agreeing)
+        clauses.append((f"{join_names(others)}: {what}, other than on {than}", others))
+    count = len(nodes[agreeing[0]].code_files)
+    counted = f" ({plural(count, 'file')})" if count else ""
+    return f"{usual[:_HASH_CHARACTERS]}{counted}", clauses
+
+
+def _room_for(what: str, need: Callable[[Collection[NodeFacts]], int]) -> Rule:
+    """The run directory has room for `need` bytes, as those nodes say that could open the data."""
+
+    def rule(nodes: Nodes, ranks: Sequence[RankFacts]) -> Judged:
+        free = {n: node.free_bytes for n, node in nodes.items() if node.free_bytes is not None}
+        if not free:
+            return None, []
+        least, needed = readable_size(min(free.values())), need(nodes.values())
+        short = [name for name, size in free.items() if size < needed]
+        text = f"{least} free at the run directory, {what} {readable_size(needed)}"
+        most = max(node.run_bytes for node in nodes.values())
+        takes = f", checkpoints take up to {readable_size(most)}" if most else ""
+        return f"{least} free{takes}", [_at(short, text, len(nodes))] if short else []
+
+    return rule
+
+
+def _scratch_space(nodes: Nodes, ranks: Sequence[RankFacts]) -> Judged:
+    clauses, shown = [], []
+    for place in dict.fromkeys(place for node in nodes.values() for place in node.scratch_bytes):
+        needed = _LEAST_SCRATCH_BYTES.get(place, _LEAST_TEMPORARY_BYTES)
+        free = {n: f.scratch_bytes[place] for n, f in nodes.items() if place in f.scratch_bytes}
+        shown.append(f"{readable_size(min(free.values()))} free in {place}")
+        short = [name for name, size in free.items() if size < needed]
+        if short:
+            clauses.append(_at(short, shown[-1], len(nodes)))
+    return ", ".join(shown), clauses
+
+
+def _ranks_for_gpus(nodes: Nodes, ranks: Sequence[RankFacts]) -> Judged:
+    over = [name for name, node in nodes.items() if 0 < node.gpu_count < node.local_size]
+    if not over:
+        return "", []
+    first = nodes[over[0]]
+    text = f"{plural(first.local_size, 'rank')} on {plural(first.gpu_count, 'GPU')}"
+    return "", [_at(over, text, len(nodes))]
+
+
+def _cores(nodes: Nodes, ranks: Sequence[RankFacts]) -> Judged:
+    if any(node.gpu_count for node in nodes.values()):
+        return None, []
+    threads: Counter[str] = Counter()
+    masks: Counter[str] = Counter()
+    for rank in ranks:
+        threads[rank.host] += rank.threads
+        masks[rank.host] |= int(rank.core_mask, 16)
+    busy = [host for host in threads if threads[host] > masks[host].bit_count()]
+    host = (busy or list(threads))[0]
+    cores = plural(masks[host].bit_count(), "core")
+    text = f"{plural(threads[host], 'thread')} of all ranks on {cores}"
+    return text, [_at(busy, text, len(nodes))] if busy else []
+
+
+def _open_files(nodes: Nodes, ranks: Sequence[RankFacts]) -> Judged:
+    limits = {n: node.open_files for n, node in nodes.items() if node.open_files is not None}
+    if not limits:
+        return "no limit", []
+    least = min(limits.values())
+    low = [name for name, limit in limits.items() if limit < _LEAST_OPEN_FILES]
+    clauses = [_at(low, f"a process may open {least:,}", len(nodes))] if low else []
+    return f"limit {least:,}", clauses
+
+
+TABLE = (
+    Check(
+        "versions",
+        _alike(lambda node: node.versions),
+        "install the same packages on every node (pip install -c constraints.txt), or start from "
+        "one environment on a shared file system",
+    ),
+    Check(
         "code",
-        "FAILED",
-        few(clauses, "difference"),
+        _code,
         "install the same commit of stacking_ds on every node, or start from one folder on a "
         "shared file system",
-        in_order(nodes, blamed),
-    )
-
-
-def _recipe(nodes: Nodes) -> Finding | None:
-    told, problems = {n: node.recipe for n, node in nodes.items()}, _problems(nodes, "recipe")
-    if not problems and not any(told.values()):
-        return None
-    return agreement(
+    ),
+    Check(
         "recipe",
-        told,
-        problems,
-        remedy="give every node the same recipe and DeepSpeed JSON: files on a shared file system, "
-        "or bundled ones; and the same --set",
-        shown_characters=_HASH_CHARACTERS,
-    )
-
-
-def _data(nodes: Nodes) -> Finding | None:
-    # without its recipe a node knows nothing of the data either
-    known = {name: node for name, node in nodes.items() if "recipe" not in node.problems}
-    told, problems = {n: node.data for n, node in known.items()}, _problems(known, "data")
-    if not problems and not any(told.values()):
-        return None
-    return agreement(
+        _alike(lambda node: node.recipe, _HASH_CHARACTERS),
+        "give every node the same recipe and DeepSpeed JSON: files on a shared file system, or "
+        "bundled ones; and the same --set",
+    ),
+    Check(
         "data",
-        told,
-        problems,
-        remedy="data.path has to lead to the same prepared folder on every node: on a file system "
-        "that they share, or copied to each",
-        shown_characters=_HASH_CHARACTERS,
-    )
-
-
-def _problems(nodes: Nodes, check: str) -> dict[str, str]:
-    return {n: node.problems[check] for n, node in nodes.items() if check in node.problems}
-
-
-# --------------------------------------------------------------------------- disks
-
-
-def _disk_space(nodes: Nodes) -> Finding | None:
-    free = {n: node.free_bytes for n, node in nodes.items() if node.free_bytes is not None}
-    problems = _problems(nodes, "disk space")
-    # a node that cannot open the data does not know the size of the model
-    one = max(node.checkpoint_bytes for node in nodes.values())
-    all_at_once = max(node.run_bytes for node in nodes.values())
-    to_come = all_at_once - max(node.kept_bytes for node in nodes.values())
-    if not free and not problems:
-        return None
-    least = min(free.values(), default=0)
-    if problems:
-        return Finding(
-            "disk space",
-            "FAILED",
-            few(told_problems(problems, len(nodes)), "problem"),
-            "make the run directory's file system available, or choose another --run-dir",
-            tuple(problems),
-        )
-    if least < one:
-        verdict: Verdict = "FAILED"
-        need, what = one, "one checkpoint takes"
-        remedy = "make room, or choose another --run-dir"
-    elif least < to_come:
-        verdict, need, what = "warning", to_come, "the run's checkpoints will take up to"
-        remedy = "make room, choose another --run-dir, or lower checkpoint.keep_last"
-    else:
-        takes = f", checkpoints take up to {readable_size(all_at_once)}" if one else ""
-        return Finding("disk space", "ok", f"{readable_size(least)} free{takes}")
-    short = [name for name, size in free.items() if size < need]
-    text = (
-        f"{_whose(short, nodes)}{readable_size(least)} free at the run directory, {what} "
-        f"{readable_size(need)}"
-    )
-    return Finding("disk space", verdict, text, remedy, tuple(short))
-
-
-def _scratch_space(nodes: Nodes) -> Finding:
-    clauses = told_problems(_problems(nodes, "temporary space"), len(nodes))
-    blamed = set(_problems(nodes, "temporary space"))
-    least: dict[str, int] = {}
-    for node in nodes.values():
-        for place, free in node.scratch_bytes.items():
-            least[place] = min(free, least.get(place, free))
-    for place, free in least.items():
-        needed = _LEAST_SCRATCH_BYTES.get(place, _LEAST_TEMPORARY_BYTES)
-        if free < needed:
-            short = [
-                name
-                for name, node in nodes.items()
-                if node.scratch_bytes.get(place, needed) < needed
-            ]
-            clauses.append(f"{_whose(short, nodes)}{readable_size(free)} free in {place}")
-            blamed.update(short)
-    if not clauses:
-        shown = ", ".join(f"{readable_size(free)} free in {place}" for place, free in least.items())
-        return Finding("temporary space", "ok", shown)
-    return Finding(
+        _alike(lambda node: node.data, _HASH_CHARACTERS),
+        "data.path has to lead to the same prepared folder on every node: on a file system that "
+        "they share, or copied to each",
+        needs="recipe",
+    ),
+    Check(
+        "disk space",
+        _room_for("one checkpoint takes", lambda nodes: max(n.checkpoint_bytes for n in nodes)),
+        "make room or make the file system available, or choose another --run-dir",
+    ),
+    Check(
+        "disk space",
+        _room_for(
+            "the run's checkpoints will take up to",
+            lambda nodes: max(n.run_bytes for n in nodes) - max(n.kept_bytes for n in nodes),
+        ),
+        "make room, choose another --run-dir, or lower checkpoint.keep_last",
+        verdict="warning",
+    ),
+    Check(
         "temporary space",
-        "warning",
-        few(clauses, "shortage"),
+        _scratch_space,
         "make room, or set TMPDIR to a larger folder; a container's shared memory grows with "
         "--shm-size",
-        in_order(nodes, blamed),
-    )
-
-
-def _whose(names: Sequence[str], nodes: Nodes) -> str:
-    """The beginning of a clause: nobody has to be named who is alone."""
-    return f"{join_names(names)}: " if len(nodes) > 1 else ""
-
-
-# --------------------------------------------------------------- devices and limits
-
-
-def _devices(nodes: Nodes) -> Finding:
-    problems = _problems(nodes, "devices")
-    over = [name for name, node in nodes.items() if 0 < node.gpu_count < node.local_size]
-    if problems or over:
-        clauses = told_problems(problems, len(nodes))
-        for name in over[:1]:
-            clauses.append(
-                f"{join_names(over)}: {plural(nodes[name].local_size, 'rank')} on "
-                f"{plural(nodes[name].gpu_count, 'GPU')}"
-            )
-        return Finding(
-            "devices",
-            "FAILED",
-            few(clauses, "problem"),
-            "start at most as many ranks on a node as it has GPUs (slots=, --num_gpus); "
-            "nvidia-smi tells whether all its GPUs work",
-            in_order(nodes, {*problems, *over}),
-        )
-    shown = {name: {"": node.gpus or "no GPU"} for name, node in nodes.items()}
-    found = agreement(
+        verdict="warning",
+        sufficient=True,
+    ),
+    Check(
         "devices",
-        shown,
-        {},
-        remedy="every step waits for the slowest: use nodes with the same GPUs, or find out why "
-        "one shows fewer (nvidia-smi)",
-        shown_characters=200,
-    )
-    text = found.text.replace("  ", " ").strip()
-    verdict: Verdict = "ok" if found.verdict == "ok" else "warning"
-    return Finding("devices", verdict, text, found.remedy, found.nodes)
-
-
-def _cores(nodes: Nodes, ranks: Sequence[RankFacts]) -> Finding | None:
-    if any(node.gpu_count for node in nodes.values()):
-        return None
-    threads: dict[str, int] = {}
-    masks: dict[str, int] = {}
-    for rank in ranks:
-        threads[rank.host] = threads.get(rank.host, 0) + rank.threads
-        masks[rank.host] = masks.get(rank.host, 0) | int(rank.core_mask, 16)
-    busy = [host for host in threads if threads[host] > masks[host].bit_count()]
-    shown = busy[0] if busy else next(iter(threads))
-    cores = plural(masks[shown].bit_count(), "core")
-    count = f"{plural(threads[shown], 'thread')} of all ranks on {cores}"
-    if not busy:
-        return Finding("cores", "ok", count)
-    return Finding(
+        _ranks_for_gpus,
+        "start at most as many ranks on a node as it has GPUs (slots=, --num_gpus); nvidia-smi "
+        "tells whether all its GPUs work",
+        sufficient=True,
+    ),
+    Check(
+        "devices",
+        _alike(lambda node: {"": node.gpus or "no GPU"}, _SHOWN_CHARACTERS),
+        "every step waits for the slowest: use nodes with the same GPUs, or find out why one shows "
+        "fewer (nvidia-smi)",
+        verdict="warning",
+        sufficient=True,
+    ),
+    Check(
         "cores",
-        "warning",
-        f"{_whose(busy, nodes)}{count}",
+        _cores,
         "lower OMP_NUM_THREADS or the ranks of a node, so that threads do not wait for one another",
-        tuple(busy),
-    )
-
-
-def _open_files(nodes: Nodes) -> Finding:
-    limits = {n: node.open_files for n, node in nodes.items() if node.open_files is not None}
-    low = {name: limit for name, limit in limits.items() if limit < _LEAST_OPEN_FILES}
-    if not low:
-        least = min(limits.values(), default=None)
-        return Finding("open files", "ok", "no limit" if least is None else f"limit {least:,}")
-    return Finding(
+        verdict="warning",
+        sufficient=True,
+    ),
+    Check(
         "open files",
-        "warning",
-        f"{_whose(list(low), nodes)}a process may open {min(low.values()):,}",
+        _open_files,
         f"raise it to {_LEAST_OPEN_FILES:,} or more: ulimit -n, or LimitNOFILE of sshd and slurmd",
-        tuple(low),
-    )
+        verdict="warning",
+        sufficient=True,
+    ),
+)
 
 
-# ---- What to make of what the ranks have tried together: a verdict, a line, a remedy.
-# Pure.
+def alike(nodes: Nodes) -> list[Finding]:
+    """What has to be the same on all nodes, and the room at the run directory."""
+    return _findings([check for check in TABLE if not check.sufficient], nodes, [])
 
 
-_LARGEST_OFFSET_SECONDS = 1.0
-_SLOW = 0.8
+def sufficient_on_each_node(nodes: Nodes, ranks: Sequence[RankFacts]) -> list[Finding]:
+    """What may differ between nodes, but not fall below a minimum."""
+    return _findings([check for check in TABLE if check.sufficient], nodes, ranks)
+
+
+def _findings(checks: Sequence[Check], nodes: Nodes, ranks: Sequence[RankFacts]) -> list[Finding]:
+    found = []
+    for name, rows in groupby(checks, key=lambda check: check.name):
+        ok, faults = None, []
+        problems = {n: node.problems[name] for n, node in nodes.items() if name in node.problems}
+        told = _problems(problems, len(nodes))
+        for check in rows:
+            unknown = {name, check.needs}
+            well = {n: node for n, node in nodes.items() if not unknown & node.problems.keys()}
+            ok, clauses = check.rule(well, ranks)
+            faults.append((check.verdict, [*told, *clauses], check.remedy))
+        if ok is not None or any(clauses for _, clauses, _ in faults):
+            found.append(conclude(name, ok or "", nodes, *faults))
+    return found
+
+
+# ------------------------------------------------------- what the ranks have tried together
 
 
 def run_directory(probing: Probing, names: Mapping[int, str]) -> Finding:
     """Every node sees what rank 0 writes, and the other way round. `names`: by rank."""
-    check, place = "run directory", probing.place
-    if probing.problem:
-        return Finding(
-            check,
-            "FAILED",
-            f"{names[0]} cannot write into {place} ({probing.problem})",
-            "choose another --run-dir, or mend its permissions or file system",
-            (names[0],),
-        )
+    place, order = probing.place, names.values()
+    unwritten = f"cannot write into {place} ({probing.problem})"
     problems = {names[answer.rank]: answer.problem for answer in probing.answers if answer.problem}
-    if problems:
-        return Finding(
-            check,
-            "FAILED",
-            few(told_problems(problems, len(names)), "problem"),
-            "give a --run-dir on a file system that all nodes share and may write",
-            tuple(problems),
-        )
-    if probing.left:
-        return Finding(
-            check,
-            "warning",
-            f"{probing.left} cannot be removed",
-            "remove it yourself: `train` takes no directory that holds what is not its own",
-        )
     where = place if probing.exists else f"{place}, where it will be made"
     who = f"all {len(names):,} nodes see and write" if len(names) > 1 else "can be written"
-    return Finding(check, "ok", f"{who}: {where}")
+    return conclude(
+        "run directory",
+        f"{who}: {where}",
+        order,
+        (
+            "FAILED",
+            [_at([names[0]], unwritten, len(names))] if probing.problem else [],
+            "choose another --run-dir, or mend its permissions or file system",
+        ),
+        (
+            "FAILED",
+            _problems(problems, len(names)),
+            "give a --run-dir on a file system that all nodes share and may write",
+        ),
+        (
+            "warning",
+            [(f"{probing.left} cannot be removed", [])] if probing.left else [],
+            "remove it yourself: `train` takes no directory that holds what is not its own",
+        ),
+    )
 
 
 def locks(probing: Probing, names: Mapping[int, str]) -> Finding:
     """The lock that keeps a second job out of a run."""
-    check = "file locks"
-    if probing.lock_problem:
-        return Finding(
-            check,
-            "warning",
-            f"not to be had in {probing.place} ({probing.lock_problem})",
-            "let no two jobs train in one run directory: nothing keeps the second out (NFS: its "
-            "lock service, Lustre: mount with -o flock)",
-        )
     unkept = {
         names[answer.rank]: answer.lock for answer in probing.answers if answer.lock not in KEPT
     }
-    if not unkept:
-        return Finding(check, "ok", "kept between nodes" if len(names) > 1 else "kept")
-    return Finding(
-        check,
-        "warning",
-        few(told_problems(unkept, len(names)), "problem"),
-        "let no two jobs train in one run directory: nothing keeps the second out (Lustre: mount "
-        "with -o flock)",
-        tuple(unkept),
+    clauses: list[Clause] = _problems(unkept, len(names))
+    if probing.lock_problem:
+        clauses = [(f"not to be had in {probing.place} ({probing.lock_problem})", [])]
+    return conclude(
+        "file locks",
+        "kept between nodes" if len(names) > 1 else "kept",
+        names.values(),
+        (
+            "warning",
+            clauses,
+            "let no two jobs train in one run directory: nothing keeps the second out (NFS: its "
+            "lock service, Lustre: mount with -o flock)",
+        ),
     )
 
 
 def clocks(offsets: Mapping[str, tuple[float, float]]) -> Finding:
     """`offsets`: by node its clock minus rank 0's, and how wrong that may be, in seconds."""
-    off = {
-        node: offset
-        for node, (offset, doubt) in offsets.items()
-        if abs(offset) - doubt > _LARGEST_OFFSET_SECONDS
-    }
-    if off:
-        worst = max(off, key=lambda node: abs(off[node]))
-        by = f"{abs(off[worst]):.1f} s {'ahead of' if off[worst] > 0 else 'behind'} rank 0's"
-        whose = f" on {worst}" if len(off) > 1 else ""
-        return Finding(
-            "clocks",
+    off = [n for n, (by, doubt) in offsets.items() if abs(by) - doubt > _LARGEST_OFFSET_SECONDS]
+    worst = max(off or offsets, key=lambda node: abs(offsets[node][0]))
+    offset, most = offsets[worst][0], abs(offsets[worst][0])
+    whose = f" on {worst}" if len(off) > 1 else ""
+    text = f"{most:.1f} s {'ahead of' if offset > 0 else 'behind'} rank 0's{whose}"
+    doubt = max(doubt for _, doubt in offsets.values())
+    within = f"within {most:.3f} s of rank 0's (known to {doubt:.3f} s)"
+    return conclude(
+        "clocks",
+        within if len(offsets) > 1 else "one clock",
+        offsets,
+        (
             "warning",
-            f"{join_names(list(off))}: {by}{whose}",
+            [_at(off, text, len(offsets))] if off else [],
             "keep the clocks of all nodes by NTP (`chronyc tracking`): times in logs and of files "
             "cannot be compared",
-            tuple(off),
-        )
-    if len(offsets) == 1:
-        return Finding("clocks", "ok", "one clock")
-    most = max(abs(offset) for offset, _ in offsets.values())
-    doubt = max(doubt for _, doubt in offsets.values())
-    return Finding("clocks", "ok", f"within {most:.3f} s of rank 0's (known to {doubt:.3f} s)")
+        ),
+    )
 
 
-def network(nodes: Mapping[str, NodeFacts], backend: str, meeting_place: str) -> Finding:
+def network(nodes: Nodes, backend: str, meeting_place: str) -> Finding:
     """How the ranks reach one another; they have met, if this can be asked."""
     name, first = next(iter(nodes.items()))
     told = f"{backend}, met at {meeting_place}"
     if first.interface:
         told += f", GLOO_SOCKET_IFNAME={first.interface}"
-    if len(nodes) == 1:
-        return Finding("network", "ok", told)
+    address = f", {name} is {first.address}" if first.address and len(nodes) > 1 else ""
     reasons = {node: _why_hidden(facts) for node, facts in nodes.items() if not facts.interface}
-    hidden = {node: reason for node, reason in reasons.items() if reason}
-    if not hidden:
-        address = f", {name} is {first.address}" if first.address else ""
-        return Finding("network", "ok", f"{told}{address}")
-    return Finding(
+    hidden = {node: reason for node, reason in reasons.items() if reason and len(nodes) > 1}
+    found = conclude(
         "network",
-        "warning",
-        f"{told}; {few(told_problems(hidden, len(nodes)), 'problem')}",
-        "set GLOO_SOCKET_IFNAME to the interface that joins the nodes (`ip -br address`; in "
-        ".deepspeed_env for the deepspeed launcher), or mend /etc/hosts",
-        tuple(hidden),
+        f"{told}{address}",
+        nodes,
+        (
+            "warning",
+            _problems(hidden, len(nodes)),
+            "set GLOO_SOCKET_IFNAME to the interface that joins the nodes (`ip -br address`; in "
+            ".deepspeed_env for the deepspeed launcher), or mend /etc/hosts",
+        ),
     )
+    return replace(found, text=f"{told}; {found.text}") if hidden else found
 
 
 def _why_hidden(node: NodeFacts) -> str:
@@ -415,34 +452,30 @@ def all_reduce(measured: AllReduce | None, backend: str) -> Finding:
 
 def matrix_products(measured: Sequence[Matmul], num_nodes: int) -> Finding:
     """No node is much slower than the rest, and all can compute."""
-    check = "matrix products"
-    problems = {each.host: each.problem for each in measured if each.problem}
-    if problems:
-        return Finding(
-            check,
-            "FAILED",
-            few(told_problems(problems, num_nodes), "problem"),
-            "see what else is at work there, and whether the device is sound (nvidia-smi)",
-            tuple(problems),
-        )
-    ordered = sorted(each.flops_per_second for each in measured)
-    median = ordered[len(ordered) // 2]
+    by_speed = sorted(measured, key=lambda each: each.flops_per_second)
+    least, median, most = (by_speed[i].flops_per_second for i in (0, len(by_speed) // 2, -1))
     slow: dict[str, Matmul] = {}
-    for each in sorted(measured, key=lambda one: one.flops_per_second):
+    for each in by_speed:
         if each.flops_per_second < _SLOW * median:
             slow.setdefault(each.host, each)
-    if not slow:
-        least = f"{_flops(ordered[0])} to " if len(ordered) > 1 else ""
-        return Finding(check, "ok", f"{least}{_flops(ordered[-1])} a rank in {measured[0].dtype}")
-    slowest = next(iter(slow.values()))
-    return Finding(
-        check,
-        "warning",
-        f"{join_names(list(slow))}: {_flops(slowest.flops_per_second)} on rank {slowest.rank:,}, "
-        f"the median is {_flops(median)}",
-        "every step waits for the slowest: see what else is at work there, and the clock rates and "
-        "temperature of its GPUs (nvidia-smi -q -d PERFORMANCE)",
-        tuple(slow),
+    text = f"{_flops(least)} on rank {by_speed[0].rank:,}, the median is {_flops(median)}"
+    clauses = [_at(list(slow), text, num_nodes)] if slow else []
+    to = f"{_flops(least)} to " if len(measured) > 1 else ""
+    return conclude(
+        "matrix products",
+        f"{to}{_flops(most)} a rank in {measured[0].dtype}",
+        [each.host for each in measured],
+        (
+            "FAILED",
+            _problems({each.host: each.problem for each in measured if each.problem}, num_nodes),
+            "see what else is at work there, and whether the device is sound (nvidia-smi)",
+        ),
+        (
+            "warning",
+            clauses,
+            "every step waits for the slowest: see what else is at work there, and the clock rates "
+            "and temperature of its GPUs (nvidia-smi -q -d PERFORMANCE)",
+        ),
     )
 
 

@@ -1,7 +1,8 @@
-"""All checks in turn, each told as soon as it is made, so that what hangs later hides nothing."""
+"""Examines a cluster: all checks in turn, each told as soon as it is made, so that what hangs later
+hides nothing; and before every run those that compare nodes."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,61 +11,20 @@ import torch.distributed as dist
 
 from stacking_ds.distributed.world import World
 from stacking_ds.doctor import checks
-from stacking_ds.doctor.checks import alike, by_name
-from stacking_ds.doctor.comparing import Finding
+from stacking_ds.doctor.checks import Finding
 from stacking_ds.doctor.facts import (
+    Examinee,
     NodeFacts,
     RankFacts,
-    Subject,
     alike_facts,
     all_facts,
-    open_subject,
+    open_examinee,
     rank_facts,
 )
 from stacking_ds.doctor.shared_folder import probe
 from stacking_ds.doctor.speed import Matmul, clock_offset, measure_all_reduce, measure_matmul
 from stacking_ds.errors import ConfigError
 from stacking_ds.train.plan import Job
-
-# ---- The part of `stacking-ds doctor` that `train` runs by itself: are the nodes alike?
-
-
-def require_alike(world: World, job: Job, run_dir: Path) -> None:
-    """Make sure that all nodes have the same versions, code, recipe and data, and room at the run
-    directory for a checkpoint. A collective.
-
-    Raises:
-        ConfigError: on every rank, naming the nodes that differ, in what, and what to do.
-    """
-    mine = None
-    if world.speaks_for_node:
-        facts = alike_facts(world, Subject.of(job, run_dir))
-        mine = facts.model_dump(exclude={"code_files"})
-    told = world.gather_on_first(mine)
-    world.on_first(lambda: _require(told))
-
-
-def _require(told: list[dict[str, object] | None]) -> None:
-    nodes = by_name([NodeFacts.model_validate(each) for each in told if each])
-    failed = [finding for finding in alike(nodes) if finding.verdict == "FAILED"]
-    if failed:
-        reasons = "; ".join(f"{each.check}: {each.text} ({each.remedy})" for each in failed)
-        raise ConfigError(
-            f"the nodes are not fit for this run: {reasons}. `stacking-ds doctor`, started in the "
-            f"same way, tells more"
-        )
-
-
-Say = Callable[[Finding], None]
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is to be examined, beside the cluster itself."""
-
-    recipe: str | None = None
-    overrides: tuple[str, ...] = ()
-    run_dir: Path | None = None
 
 
 @dataclass
@@ -99,51 +59,54 @@ class Examination:
 
 def examine(
     world: World,
-    request: Request,
+    recipe: str | None,
+    overrides: Sequence[str],
+    run_dir: Path | None,
+    *,
     greet: Callable[[Examination], None],
-    say: Say,
+    say: Callable[[Finding], None],
 ) -> Examination:
-    """Examine the cluster, and call `say` on rank 0 with each finding. A collective.
+    """Examine the cluster, and the recipe and run directory if they are given. A collective.
 
     Args:
         greet: called on rank 0 when all nodes have been heard, before the first finding.
+        say: called on rank 0 with each finding.
 
     Returns:
         What was found, complete on rank 0 alone.
     """
-    subject = Subject(request.run_dir)
-    node = None
+    examinee, node = Examinee(run_dir), None
     if world.speaks_for_node:
-        subject = open_subject(request.recipe, list(request.overrides), request.run_dir, world.size)
-        node = all_facts(world, subject).model_dump()
-    told = world.gather_on_first((node, rank_facts(world).model_dump()))
+        examinee = open_examinee(recipe, overrides, run_dir, world.size)
+        node = all_facts(world, examinee).model_dump()
+    sent = world.gather_on_first((node, rank_facts(world).model_dump()))
     found = Examination(
-        nodes=checks.by_name([NodeFacts.model_validate(each) for each, _ in told if each]),
-        ranks=[RankFacts.model_validate(each) for _, each in told],
+        nodes=checks.by_name(NodeFacts.read(each for each, _ in sent)),
+        ranks=RankFacts.read(each for _, each in sent),
     )
     if world.is_first:
         greet(found)
-    precision = subject.config.engine.precision if subject.config else "bf16"
-    for finding in _checks(world, subject, world.broadcast(precision), found):
+    precision = examinee.config.engine.precision if examinee.config else "bf16"
+    for finding in _checks(world, examinee, world.broadcast(precision), found):
         found.findings.append(finding)
         say(finding)
     return found
 
 
 def _checks(
-    world: World, subject: Subject, precision: str, found: Examination
+    world: World, examinee: Examinee, precision: str, found: Examination
 ) -> Iterator[Finding]:
     """The findings, on rank 0; every rank has to go through all of it."""
     names, first = found.names(), world.is_first
     if first:
         yield from checks.alike(found.nodes)
-    probing = probe(world, subject.run_dir)
+    probing = probe(world, examinee.run_dir)
     if probing is not None:
         yield checks.run_directory(probing, names)
         if not probing.problem:
             yield checks.locks(probing, names)
     if first:
-        yield from checks.own_way(found.nodes, found.ranks)
+        yield from checks.sufficient_on_each_node(found.nodes, found.ranks)
     backend = str(dist.get_backend())
     if first:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -153,9 +116,8 @@ def _checks(
         yield checks.clocks({names[rank]: offsets[rank] for rank in names})
     products = world.gather_on_first(measure_matmul(world, precision).model_dump())
     if first:
-        measured = [Matmul.model_validate(each) for each in products]
         found.measured["matrix_products"] = products
-        yield checks.matrix_products(measured, len(names))
+        yield checks.matrix_products(Matmul.read(products), len(names))
     if world.any(first and "FAILED" in {each.verdict for each in found.findings[-1:]}):
         return  # a rank that cannot compute would keep the others waiting
     speed = measure_all_reduce(world)
@@ -164,3 +126,32 @@ def _checks(
             figures = {"bus_bytes_per_second": speed.bus_bytes_per_second}
             found.measured["all_reduce"] = asdict(speed) | figures
         yield checks.all_reduce(speed, backend)
+
+
+# ------------------------------------------------------------------------ before a run
+
+
+def require_alike(world: World, job: Job, run_dir: Path) -> None:
+    """Make sure that all nodes have the same versions, code, recipe and data, and room at the run
+    directory for a checkpoint: the part of the doctor that `train` runs by itself. A collective.
+
+    Raises:
+        ConfigError: on every rank, naming the nodes that differ, in what, and what to do.
+    """
+    mine = None
+    if world.speaks_for_node:
+        examinee = Examinee(run_dir, job.config, job.ds_json, job)
+        mine = alike_facts(world, examinee).model_dump(exclude={"code_files"})
+    sent = world.gather_on_first(mine)
+    world.on_first(lambda: _require(sent))
+
+
+def _require(sent: Sequence[Mapping[str, Any] | None]) -> None:
+    findings = checks.alike(checks.by_name(NodeFacts.read(sent)))
+    failed = [finding for finding in findings if finding.verdict == "FAILED"]
+    if failed:
+        reasons = "; ".join(f"{each.check}: {each.text} ({each.remedy})" for each in failed)
+        raise ConfigError(
+            f"the nodes are not fit for this run: {reasons}. `stacking-ds doctor`, started in the "
+            f"same way, tells more"
+        )

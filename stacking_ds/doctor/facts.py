@@ -1,4 +1,4 @@
-"""What a node knows of itself: versions, code, recipe, data, disks, devices. No collective.
+"""Facts that a node gathers of itself: versions, code, recipe, data, disks, devices. No collective.
 
 Nothing here raises: what cannot be found out is a problem that the node reports, so that one bad
 node keeps no other waiting.
@@ -14,12 +14,13 @@ import shutil
 import socket
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch.cuda import nccl
 
 import stacking_ds
@@ -28,6 +29,7 @@ from stacking_ds.config.run import RunConfig
 from stacking_ds.distributed.world import World
 from stacking_ds.engine.ds_json import load_ds_config
 from stacking_ds.errors import DataError
+from stacking_ds.records import Record
 from stacking_ds.train.plan import Job
 
 T = TypeVar("T")
@@ -37,26 +39,29 @@ _SHARED_MEMORY = Path("/dev/shm")
 _BYTES_PER_PARAMETER = 12
 
 
-class Told(BaseModel):
-    """What is sent as plain JSON: a node with another version of this package, which may tell more
-    or less, is one of the things to be found."""
+class WireRecord(Record, strict=False, extra="ignore"):
+    """A message between nodes, sent as plain JSON: a node with another version of this package,
+    which may tell more or less, is one of the things to be found."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    @classmethod
+    def read(cls, sent: Iterable[Mapping[str, Any] | None]) -> list[Self]:
+        """Those of the ranks that have sent one."""
+        return [cls.model_validate(each) for each in sent if each]
 
 
-class NodeFacts(Told):
+class NodeFacts(WireRecord):
     """One node, as the first rank on it sees it. Empty is what was not asked or not found."""
 
     host: str
     rank: int
     local_size: int = 1
-    versions: dict[str, str] = {}
+    versions: dict[str, str] = Field(default={})
     code_sha256: str = ""
     code_files: dict[str, str] = Field(default={}, repr=False)
     """The beginning of each file's sha256, for telling which differ."""
-    recipe: dict[str, str] = {}
+    recipe: dict[str, str] = Field(default={})
     """sha256 of the resolved recipe and of the DeepSpeed JSON."""
-    data: dict[str, str] = {}
+    data: dict[str, str] = Field(default={})
     """sha256 of the training data and of the vocabulary."""
     checkpoint_bytes: int = 0
     """One checkpoint of the last stage."""
@@ -66,7 +71,7 @@ class NodeFacts(Told):
     """What those take that are there already; rank 0's node looks."""
     free_bytes: int | None = None
     """At the run directory."""
-    scratch_bytes: dict[str, int] = {}
+    scratch_bytes: dict[str, int] = Field(default={})
     """Free in the temporary folder and in shared memory, by path."""
     gpus: str = ""
     gpu_count: int = 0
@@ -76,11 +81,11 @@ class NodeFacts(Told):
     """What GLOO_SOCKET_IFNAME says."""
     open_files: int | None = None
     """How many a process may have open; None is without limit."""
-    problems: dict[str, str] = {}
+    problems: dict[str, str] = Field(default={})
     """Why something is not known, by the name of the check."""
 
 
-class RankFacts(Told):
+class RankFacts(WireRecord):
     """One rank."""
 
     host: str
@@ -90,89 +95,78 @@ class RankFacts(Told):
     """The cores that it may run on, as the bits of a hexadecimal number."""
 
 
-class Subject:
+@dataclass
+class Examinee:
     """What is examined: a recipe, its data and a run directory, as far as they could be opened."""
 
-    def __init__(self, run_dir: Path | None = None) -> None:
-        self.config: RunConfig | None = None
-        self.ds_json: Mapping[str, Any] | None = None
-        self.job: Job | None = None
-        self.run_dir = run_dir
-        self.problems: dict[str, str] = {}
-
-    @classmethod
-    def of(cls, job: Job, run_dir: Path) -> "Subject":
-        subject = cls(run_dir)
-        subject.config, subject.ds_json, subject.job = job.config, job.ds_json, job
-        return subject
+    run_dir: Path | None = None
+    config: RunConfig | None = None
+    ds_json: Mapping[str, Any] | None = None
+    job: Job | None = None
+    problems: dict[str, str] = field(default_factory=dict)
 
 
-def open_subject(
-    recipe: str | None, overrides: list[str], run_dir: Path | None, world_size: int
-) -> Subject:
+def open_examinee(
+    recipe: str | None, overrides: Sequence[str], run_dir: Path | None, world_size: int
+) -> Examinee:
     """As `train` would open it, but errors become problems of the checks "recipe" and "data"."""
-    subject = Subject(run_dir)
+    found = Examinee(run_dir)
     if recipe is None:
-        return subject
+        return found
     try:
-        subject.config = load_run_config(recipe, overrides)
-        if subject.run_dir is None:
-            subject.run_dir = Path("runs") / subject.config.name
-        subject.ds_json = load_ds_config(subject.config.engine.deepspeed)
-        subject.job = Job.check(subject.config)
-        for phase in subject.job.phases.phases:
-            subject.job.ds_config(world_size, phase)
+        found.config = load_run_config(recipe, overrides)
+        if found.run_dir is None:
+            found.run_dir = Path("runs") / found.config.name
+        found.ds_json = load_ds_config(found.config.engine.deepspeed)
+        found.job = Job.check(found.config)
+        found.job.require_ds_configs(world_size)
     except Exception as error:  # noqa: BLE001 - the node reports it; the others must not wait
         is_data = isinstance(error, DataError | OSError)
-        subject.problems["data" if is_data else "recipe"] = _sentence(error)
-    return subject
+        found.problems["data" if is_data else "recipe"] = _sentence(error)
+    return found
 
 
 # -------------------------------------------------------------------------- a node
 
 
-def alike_facts(world: World, subject: Subject) -> NodeFacts:
+def alike_facts(world: World, examinee: Examinee) -> NodeFacts:
     """What has to be the same on all nodes, and the room at the run directory."""
-    careful = _Careful(subject.problems)
-    job, run_dir = subject.job, subject.run_dir
-    nothing: dict[str, str] = {}
-    code = careful("code", _code, nothing)
+    known = _Collecting(examinee.problems)
+    job, run_dir = examinee.job, examinee.run_dir
+    code = known("code", _code) or {}
+    last_stage = job.schedule.stages[-1].index if job else 0
     return NodeFacts(
         host=socket.gethostname(),
         rank=world.rank,
         local_size=world.local_size,
-        versions=careful("versions", _versions, nothing),
+        versions=known("versions", _versions) or {},
         code_sha256=_sha256(json.dumps(code)) if code else "",
         code_files={name: digest[:12] for name, digest in code.items()},
-        recipe=careful("recipe", lambda: _recipe(subject), nothing),
-        data=careful("data", lambda: _data(job), nothing) if job else {},
-        checkpoint_bytes=_checkpoint_bytes(job, job.schedule.stages[-1].index) if job else 0,
+        recipe=known("recipe", lambda: _recipe(examinee)) or {},
+        data=known("data", lambda: _data(job) if job else {}) or {},
+        checkpoint_bytes=_checkpoint_bytes(job, last_stage) if job else 0,
         run_bytes=_run_bytes(job) if job else 0,
-        free_bytes=careful("disk space", lambda: _free_bytes(nearest_existing(run_dir)), None)
-        if run_dir
-        else None,
-        problems=careful.problems,
+        free_bytes=known("disk space", lambda: _free_bytes_at(run_dir)),
+        problems=known.problems,
     )
 
 
-def all_facts(world: World, subject: Subject) -> NodeFacts:
-    """Those, and what a node may have in its own way."""
-    alike = alike_facts(world, subject)
-    careful = _Careful(alike.problems)
-    no_gpus: list[str] = []
-    no_places: dict[str, int] = {}
-    gpus = careful("devices", _gpus, no_gpus)
-    kept = careful("disk space", lambda: _kept_bytes(subject.run_dir), 0) if world.is_first else 0
+def all_facts(world: World, examinee: Examinee) -> NodeFacts:
+    """Those, and what is to be sufficient on each node."""
+    alike = alike_facts(world, examinee)
+    known = _Collecting(alike.problems)
+    run_dir = examinee.run_dir if world.is_first else None
+    gpus = known("devices", _gpus) or []
     return alike.model_copy(
         update={
-            "kept_bytes": kept,
-            "scratch_bytes": careful("temporary space", _scratch_bytes, no_places),
+            "kept_bytes": known("disk space", lambda: _kept_bytes(run_dir)) or 0,
+            "scratch_bytes": known("temporary space", _scratch_bytes) or {},
             "gpus": ", ".join(f"{count} x {gpu}" for gpu, count in Counter(gpus).items()),
             "gpu_count": len(gpus),
-            "address": careful("network", lambda: _address_of(alike.host), ""),
+            "address": known("network", lambda: _address_of(alike.host)) or "",
             "interface": os.environ.get("GLOO_SOCKET_IFNAME", ""),
-            "open_files": careful("open files", _open_files, None),
-            "problems": careful.problems,
+            "open_files": known("open files", _open_files),
+            "problems": known.problems,
         }
     )
 
@@ -187,18 +181,18 @@ def rank_facts(world: World) -> RankFacts:
     )
 
 
-class _Careful:
-    """Calls what may fail, and keeps the sentence of the first failure of each check."""
+class _Collecting:
+    """Collects facts that may not be had: of each check keeps the sentence of its first failure."""
 
     def __init__(self, problems: Mapping[str, str]) -> None:
         self.problems = dict(problems)
 
-    def __call__(self, check: str, look: Callable[[], T], otherwise: T) -> T:
+    def __call__(self, check: str, look: Callable[[], T]) -> T | None:
         try:
             return look()
         except Exception as error:  # noqa: BLE001 - the node reports it; the others must not wait
             self.problems.setdefault(check, _sentence(error))
-            return otherwise
+            return None
 
 
 def _sentence(error: Exception) -> str:
@@ -236,12 +230,12 @@ def _code() -> dict[str, str]:
     return {name: hashlib.sha256(files[name].read_bytes()).hexdigest() for name in sorted(files)}
 
 
-def _recipe(subject: Subject) -> dict[str, str]:
+def _recipe(examinee: Examinee) -> dict[str, str]:
     found = {}
-    if subject.config is not None:
-        found["recipe"] = _sha256(subject.config.to_yaml())
-    if subject.ds_json is not None:
-        found["DeepSpeed JSON"] = _sha256(json.dumps(subject.ds_json, sort_keys=True))
+    if examinee.config is not None:
+        found["recipe"] = _sha256(examinee.config.to_yaml())
+    if examinee.ds_json is not None:
+        found["DeepSpeed JSON"] = _sha256(json.dumps(examinee.ds_json, sort_keys=True))
     return found
 
 
@@ -264,12 +258,8 @@ def _checkpoint_bytes(job: Job, stage_index: int) -> int:
 def _run_bytes(job: Job) -> int:
     """The newest of the last stage, one more that is being written, and one of each boundary, which
     has the depth before it."""
-    boundaries = range(len(job.schedule.boundaries))
-    newest = job.config.checkpoint.keep_last + 1
-    last_stage = job.schedule.stages[-1].index
-    return newest * _checkpoint_bytes(job, last_stage) + sum(
-        _checkpoint_bytes(job, index) for index in boundaries
-    )
+    each = [_checkpoint_bytes(job, stage.index) for stage in job.schedule.stages]
+    return (job.config.checkpoint.keep_last + 1) * each[-1] + sum(each[:-1])
 
 
 def _kept_bytes(run_dir: Path | None) -> int:
@@ -282,6 +272,10 @@ def nearest_existing(path: Path) -> Path:
     """The path itself, or the nearest folder above it that is there."""
     absolute = path.absolute()
     return next(place for place in (absolute, *absolute.parents) if place.exists())
+
+
+def _free_bytes_at(run_dir: Path | None) -> int | None:
+    return None if run_dir is None else _free_bytes(nearest_existing(run_dir))
 
 
 def _free_bytes(folder: Path) -> int:

@@ -1,4 +1,4 @@
-"""The run directory, tried by all nodes: who sees what the others write, and whether locks hold.
+"""Shared run directory, tried by all nodes: each sees what the others write, and locks hold.
 
     PLACE/.stacking-ds-doctor-TOKEN/    made and removed by rank 0
         0                               what rank 0 writes, and every node looks for
@@ -14,9 +14,10 @@ import shutil
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from stacking_ds.distributed.world import World
-from stacking_ds.doctor.facts import Told, nearest_existing
+from stacking_ds.doctor.facts import WireRecord, nearest_existing
 
 # network file systems show a new file a little later
 _PATIENCE_SECONDS = 10.0
@@ -26,7 +27,7 @@ KEPT = (_REFUSED, _UNTRIED)
 """What an answer says of a lock that holds, or that there was no need to try."""
 
 
-class Answer(Told):
+class Answer(WireRecord):
     """What the first rank of a node has met there."""
 
     rank: int
@@ -34,12 +35,13 @@ class Answer(Told):
     lock: str = _UNTRIED
 
 
-class Probing(Told):
-    """What rank 0 knows in the end."""
+class Probing(WireRecord):
+    """What rank 0 asks the nodes to look at, and knows in the end."""
 
     place: str
-    exists: bool
-    """The run directory is there, and `place` is it."""
+    token: str = ""
+    levels_up: int = 0
+    """From the run directory to the place: a node that has it elsewhere looks there."""
     problem: str = ""
     """Why rank 0 itself cannot write."""
     lock_problem: str = ""
@@ -47,16 +49,10 @@ class Probing(Told):
     left: str = ""
     """What could not be removed."""
 
-
-class _Call(Told):
-    """What rank 0 asks the nodes to look at."""
-
-    token: str
-    levels_up: int
-    """From the run directory to the place: a node that has it elsewhere looks there."""
-    place: str
-    problem: str = ""
-    lock_problem: str = ""
+    @property
+    def exists(self) -> bool:
+        """Whether the run directory is there, and `place` is it."""
+        return self.levels_up == 0
 
     def folder(self, run_dir: Path) -> Path:
         absolute = run_dir.absolute()
@@ -74,56 +70,44 @@ def probe(world: World, run_dir: Path | None) -> Probing | None:
         begun = world.broadcast(begun)
         if begun is None:
             return None
-        call = _Call.model_validate(begun)
+        call = Probing.model_validate(begun)
         mine = None
         if world.speaks_for_node and not call.problem:
             mine = _answer(run_dir, call, world.rank).model_dump()
-        told = [Answer.model_validate(each) for each in world.gather_on_first(mine) if each]
+        sent = world.gather_on_first(mine)
         if run_dir is None or not world.is_first:
             return None
-        answers = tuple(_heard(call.folder(run_dir), call, answer) for answer in told)
-    folder = call.folder(run_dir)
-    return Probing(
-        place=call.place,
-        exists=call.levels_up == 0,
-        problem=call.problem,
-        lock_problem=call.lock_problem,
-        answers=answers,
-        left=str(folder) if folder.exists() else "",
-    )
+        folder = call.folder(run_dir)
+        answers = tuple(_heard(folder, call, answer) for answer in Answer.read(sent))
+    left = str(folder) if folder.exists() else ""
+    return call.model_copy(update={"answers": answers, "left": left})
 
 
-def _begin(run_dir: Path, held: ExitStack) -> _Call:
+def _begin(run_dir: Path, held: ExitStack) -> Probing:
     """Rank 0's part, undone when `held` is closed."""
-    token, place, levels_up = secrets.token_hex(8), str(run_dir.absolute()), 0
-    problem = lock_problem = ""
+    told: dict[str, Any] = {"token": secrets.token_hex(8), "place": str(run_dir.absolute())}
     try:
-        found = nearest_existing(run_dir)
-        place, absolute = str(found.resolve()), run_dir.absolute()
-        levels_up = (absolute, *absolute.parents).index(found)
-        folder = found / f".stacking-ds-doctor-{token}"
+        found, absolute = nearest_existing(run_dir), run_dir.absolute()
+        told["place"] = str(found.resolve())
+        told["levels_up"] = (absolute, *absolute.parents).index(found)
+        folder = Probing.model_validate(told).folder(run_dir)
         folder.mkdir()
         held.callback(_remove, folder)
-        (folder / "0").write_text(token)
+        (folder / "0").write_text(told["token"])
         lock = held.enter_context((folder / _LOCK).open("a"))
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            lock_problem = error.strerror or str(error)
+            told["lock_problem"] = error.strerror or str(error)
     except OSError as error:
-        problem = error.strerror or str(error)
-    return _Call(
-        token=token,
-        levels_up=levels_up,
-        place=place,
-        problem=problem,
-        lock_problem=lock_problem,
-    )
+        told["problem"] = error.strerror or str(error)
+    return Probing.model_validate(told)
 
 
-def _answer(run_dir: Path | None, call: _Call, rank: int) -> Answer:
+def _answer(run_dir: Path | None, call: Probing, rank: int) -> Answer:
     if run_dir is None:
-        return Answer(rank=rank, problem="knows no run directory, for want of the recipe")
+        problem = "cannot name the run directory: the recipe could not be read there"
+        return Answer(rank=rank, problem=problem)
     folder = call.folder(run_dir)
     if not _appears(folder / "0", call.token):
         problem = f"does not see what rank 0 has written into {call.place}"
@@ -148,7 +132,7 @@ def _try_lock(path: Path) -> str:
     return "got a lock that rank 0 holds"
 
 
-def _heard(folder: Path, call: _Call, answer: Answer) -> Answer:
+def _heard(folder: Path, call: Probing, answer: Answer) -> Answer:
     """The answer, if rank 0 sees what that node has written."""
     if answer.problem or _appears(folder / str(answer.rank), call.token):
         return answer

@@ -1,4 +1,4 @@
-"""How fast this is, in a few seconds: clocks compared, small and large all-reduces, products."""
+"""Measures clocks, small and large all-reduces and matrix products, in a few seconds."""
 
 import os
 import socket
@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 
 from stacking_ds.distributed.world import World
-from stacking_ds.doctor.facts import Told
-from stacking_ds.train.sinks import measure_matmul_peak
+from stacking_ds.doctor.facts import WireRecord
+from stacking_ds.kernels.registry import DTYPES
+from stacking_ds.process.device import measure_matmul_peak, seconds_now
 
 _CLOCK_ROUNDS = 8
 _SMALL_BYTES = 4
@@ -44,7 +45,7 @@ class AllReduce:
         return factor * self.large_bytes / self.large_seconds
 
 
-class Matmul(Told):
+class Matmul(WireRecord):
     """The fastest of a few matrix products on one rank, while all ranks compute."""
 
     host: str
@@ -78,15 +79,15 @@ def _clock() -> float:
 def measure_matmul(world: World, precision: str) -> Matmul:
     """In the recipe's precision on a GPU, in fp32 on the CPU, whose bf16 may be emulated."""
     name = precision if world.device.type == "cuda" else "fp32"
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-    host, rank = socket.gethostname(), world.rank
+    dtype = DTYPES[name]
+    found = Matmul(host=socket.gethostname(), rank=world.rank, dtype=name)
     try:
         flops = measure_matmul_peak(world.device, dtype)
     except Exception as error:  # noqa: BLE001 - the rank reports it; the others must not wait
         text = str(error).splitlines() or [""]
         problem = f"cannot compute ({type(error).__name__}: {text[0]})"
-        return Matmul(host=host, rank=rank, dtype=name, problem=problem)
-    return Matmul(host=host, rank=rank, dtype=name, flops_per_second=flops)
+        return found.model_copy(update={"problem": problem})
+    return found.model_copy(update={"flops_per_second": flops})
 
 
 def measure_all_reduce(world: World) -> AllReduce | None:
@@ -116,16 +117,9 @@ def _median_seconds(world: World, tensor: torch.Tensor) -> float:
 
 
 def _all_reduce_seconds(tensor: torch.Tensor) -> float:
-    _wait_for(tensor.device)
-    begun = time.perf_counter()
+    begun = seconds_now(tensor.device)
     dist.all_reduce(tensor)
-    _wait_for(tensor.device)
-    return time.perf_counter() - begun
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return seconds_now(tensor.device) - begun
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from stacking_ds.engine.zero import (
 )
 from stacking_ds.engine.zero.compatibility import deepspeed
 from stacking_ds.errors import ConfigError
+from stacking_ds.kernels.registry import DTYPES
 from stacking_ds.optim.lamb.optimizer import Lamb
 
 
@@ -44,7 +45,7 @@ def build_engine(
             values or a LAMB kernel that differ between ranks.
     """
     compatibility.require_pinned_deepspeed()
-    low_precision = next((k for k in _LOW_PRECISION if ds_config.get(k, {}).get("enabled")), None)
+    low_precision = next((k for k in ("bf16", "fp16") if ds_config.get(k, {}).get("enabled")), None)
     if not any(p.is_meta for p in model.parameters()):
         held = {name: p.detach() for name, p in model.named_parameters()}
         value_of = lambda name, shape: held[name]  # noqa: E731 - a method would need a class
@@ -53,7 +54,7 @@ def build_engine(
     compatibility.follow_process_group()
     gradients.accept_under_zero(Lamb)
     checked = _Checksum(value_of) if value_of is not None else None
-    dtype = _LOW_PRECISION.get(low_precision or "", torch.float32)
+    dtype = DTYPES[low_precision or "fp32"]
     with sharded_state.without_stepping(optimizer):
         try:
             start.give_storage(model, ds_config, dtype, _device(), checked)
@@ -130,9 +131,6 @@ def set_learning_rate(engine: Any, learning_rate: float) -> None:
     """The learning rate of every parameter group, from the next step on."""
     for group in engine.basic_optimizer.param_groups:
         group["lr"] = learning_rate
-
-
-_LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def _device() -> torch.device:

@@ -4,9 +4,10 @@ import json
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from stacking_ds.config.recipe import ds_config_path
+from stacking_ds.config.sections import Precision
 from stacking_ds.console import shortened
 from stacking_ds.engine.ds_settings import as_json, section_problems, top_level_problems
 from stacking_ds.errors import ConfigError
@@ -65,9 +66,6 @@ def _is_deeper(value: Any, levels: int) -> bool:
 
 
 # ---- Fill a DeepSpeed JSON's `"auto"`, and refuse what contradicts the recipe.
-
-
-Precision = Literal["fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)

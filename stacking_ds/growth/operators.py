@@ -7,12 +7,10 @@ interleave, to 6     0 0 | 1 1 | 2 2        every layer repeated where it stands
 """
 
 import difflib
-import re
 from collections.abc import Callable, Mapping, Sequence
 
 from stacking_ds.errors import StageError
-
-_LAYER = re.compile(r"^(|.*\.)(encoder\.layer\.)(\d+)(\..*)$")
+from stacking_ds.model.parameters import split_at_layer
 
 
 def _stack(old_depth: int, new_depth: int) -> tuple[int, ...]:
@@ -68,10 +66,10 @@ def source_name(name: str, layers: Sequence[int] | None) -> str:
     Raises:
         StageError: the layer is not one of the new model's.
     """
-    found = _LAYER.match(name)
+    found = split_at_layer(name)
     if found is None or layers is None:
         return name
-    new = int(found[3])
+    before, new, behind = found
     if new >= len(layers):
         raise StageError(f"{name} is not in a model grown to {len(layers)} layers")
-    return f"{found[1]}{found[2]}{layers[new]}{found[4]}"
+    return f"{before}{layers[new]}{behind}"

@@ -11,17 +11,16 @@ nothing is communicated but the checksums. Where the layouts differ only what di
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from stacking_ds.config.sections import Moments
 from stacking_ds.engine.zero import sharded_state
 from stacking_ds.errors import StageError
 from stacking_ds.growth.operators import source_name
 from stacking_ds.sharding.fragments import MASTER, Fragment
 from stacking_ds.sharding.reshard import Ranks, copy_own, exchange
-
-Moments = Literal["carry", "reset"]
 
 _TOLERANCE = 1e-9  # of the fp64 sums, which the ranks may add up in another order
 _PIECE_ELEMENTS = 1 << 18

@@ -10,7 +10,8 @@ Shapes: M rows, V classes.
 import torch
 from torch.nn import functional
 
-IGNORED_LABEL = -100
+IGNORE_INDEX = -100
+"""The label that carries no weight, as in Hugging Face and `torch.nn.functional.cross_entropy`."""
 LOGITS_GONE = (
     "the backward pass has put the gradient in the place of the logits, so it cannot run twice; "
     "compute the loss again from a new forward pass"
@@ -36,7 +37,7 @@ class _CrossEntropy(torch.autograd.Function):
         lse_M = torch.empty(len(labels_M), device=logits_MV.device)
         for rows in _chunks(logits_MV):
             torch.logsumexp(logits_MV[rows].float(), dim=1, out=lse_M[rows])
-        wanted_M = labels_M != IGNORED_LABEL
+        wanted_M = labels_M != IGNORE_INDEX
         classes_M1 = labels_M.where(wanted_M, 0).unsqueeze(1)
         ctx.save_for_backward(classes_M1, wanted_M, lse_M)
         # kept aside from autograd, which would forbid the change that the backward pass makes

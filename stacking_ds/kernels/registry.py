@@ -4,7 +4,7 @@ import importlib.util
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, get_args
 
@@ -14,16 +14,17 @@ from torch.nn import functional
 from stacking_ds.config.sections import ActivationCheckpointing, EngineSection, KernelsName
 from stacking_ds.errors import ConfigError
 from stacking_ds.kernels.attention.choice import choose_attention
-from stacking_ds.kernels.attention.loops import attend_loops
 from stacking_ds.kernels.attention.padded import attend_padded
-from stacking_ds.kernels.attention.sequences import Attend, Sequences
+from stacking_ds.kernels.attention.sequences import Attend, Sequences, attend_loops
 from stacking_ds.kernels.fp8 import linear_fp8, require_fp8
-from stacking_ds.kernels.library_forms import (
+from stacking_ds.kernels.operations import (
     ApexOperations,
     CompiledOperations,
+    LinearForm,
+    Norm,
+    Operations,
     find_fused_layer_norm,
 )
-from stacking_ds.kernels.operations import LinearForm, Norm, Operations
 
 # ---- How a model computes: the form of its operations and of its attention, and what it
 # keeps.
@@ -49,7 +50,12 @@ class Compute:
 
 logger = logging.getLogger("stacking_ds")
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES: Mapping[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+"""By the recipe's name of the precision."""
 
 
 class Sizes(Protocol):
@@ -84,7 +90,7 @@ def choose_compute(engine: EngineSection, device: torch.device, sizes: Sizes) ->
         choose_attention(
             engine.attention,
             device,
-            _DTYPES[engine.precision],
+            DTYPES[engine.precision],
             sizes.hidden_size // sizes.num_attention_heads,
             sizes.attention_probs_dropout_prob,
         ),

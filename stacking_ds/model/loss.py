@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
-from stacking_ds.kernels.cross_entropy import IGNORED_LABEL
+from stacking_ds.kernels.cross_entropy import IGNORE_INDEX
 from stacking_ds.kernels.operations import Operations
 
 
@@ -45,6 +45,6 @@ def pretraining_loss(
             mlm_logits.flatten(0, -2), mlm_labels.flatten()
         ),
         nsp_sum=functional.cross_entropy(
-            nsp_logits_E2.float(), nsp_labels_E, ignore_index=IGNORED_LABEL, reduction="sum"
+            nsp_logits_E2.float(), nsp_labels_E, ignore_index=IGNORE_INDEX, reduction="sum"
         ),
     )

@@ -5,16 +5,15 @@ With groups of its own, a layer is cut the same way whatever stands beside it, s
 layer i + L that a rank holds is the part of old layer i that it already held.
 """
 
-import re
 from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
+from stacking_ds.model.parameters import split_at_layer
+
 OUTSIDE = "outside"
 _LAYER_PLACE = "layer."
-
-_LAYER = re.compile(r"(?:^|\.)encoder\.layer\.(\d+)\.")
 
 
 def parameter_groups(
@@ -63,7 +62,7 @@ def parameter_groups(
 
 def place_of(name: str) -> str:
     """Where a parameter is: "layer.3", or OUTSIDE of the layers."""
-    found = _LAYER.search(name)
+    found = split_at_layer(name)
     return f"{_LAYER_PLACE}{found[1]}" if found else OUTSIDE
 
 

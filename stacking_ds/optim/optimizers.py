@@ -1,6 +1,5 @@
 """Optimizers by name, over the one grouping of parameters."""
 
-import math
 from collections.abc import Iterable
 
 import torch
@@ -30,13 +29,4 @@ def build_optimizer(
         return torch.optim.AdamW(
             groups, lr=config.learning_rate, betas=config.betas, eps=config.eps
         )
-    return Lamb(
-        groups,
-        lr=config.learning_rate,
-        betas=config.betas,
-        eps=config.eps,
-        min_coeff=lamb.min_coeff,
-        max_coeff=math.inf if lamb.max_coeff is None else lamb.max_coeff,
-        grad_pre_normalization=lamb.grad_pre_normalization,
-        kernel=lamb.kernel,
-    )
+    return Lamb(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, options=lamb)

@@ -91,8 +91,9 @@ def evaluate_heldout(model: Any, steps: Iterable[RankStep], world: World) -> Hel
     model.eval()
     operations = getattr(model, "module", model).compute.operations
     for rank_step in steps:
-        for batch in rank_step.micro_batches(world.device):
+        for micro_batch in rank_step.micro_batches:
             world.pulse.move()
+            batch = micro_batch.to(world.device)
             mlm_logits_MV, nsp_logits_E2 = model(*batch.model_inputs)
             loss = pretraining_loss(
                 mlm_logits_MV,

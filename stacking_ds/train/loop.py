@@ -26,8 +26,9 @@ from stacking_ds.data.rereading import Rereading
 from stacking_ds.distributed.world import StopFlag, World
 from stacking_ds.engine.build import set_learning_rate, take_step
 from stacking_ds.errors import CheckpointError, NonFiniteError, StageError
-from stacking_ds.kernels.registry import choose_compute
+from stacking_ds.kernels.registry import DTYPES, choose_compute
 from stacking_ds.model.loss import pretraining_loss
+from stacking_ds.process.device import measure_matmul_peak, peak_memory_gib
 from stacking_ds.process.stop_signals import StopRequest
 from stacking_ds.run.log import RunLog
 from stacking_ds.schedule.phases import Phase
@@ -37,7 +38,7 @@ from stacking_ds.train.heldout import HeldOutPasses
 from stacking_ds.train.metrics import Interval, StepResult, TrainState, metrics_line
 from stacking_ds.train.plan import Job
 from stacking_ds.train.resume import claim, enter
-from stacking_ds.train.sinks import Monitor, measure_matmul_peak, peak_memory_gib
+from stacking_ds.train.sinks import Monitor
 from stacking_ds.train.stage_engine import StageManager
 
 _LOOK_SECONDS = 1.0
@@ -267,10 +268,11 @@ class _Run:
         torch.manual_seed(derive_key(self.job.config.seed, step, self.world.rank).item())
         sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         scale = self.world.size * self.stages.accumulation_steps
-        for index, batch in enumerate(rank_step.micro_batches(self.world.device)):
+        for index, micro_batch in enumerate(rank_step.micro_batches):
             self.world.pulse.move()
             if index > 0:
                 take_step(engine)  # between micro-steps DeepSpeed only counts
+            batch = micro_batch.to(self.world.device)
             mlm_logits_MV, nsp_logits_E2 = engine(*batch.model_inputs)
             mlm_sum, nsp_sum = pretraining_loss(
                 mlm_logits_MV,
@@ -357,8 +359,7 @@ class _Run:
 
     @cached_property
     def peak_flops_per_second(self) -> float:
-        dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-        dtype = dtypes[self.job.config.engine.precision]
+        dtype = DTYPES[self.job.config.engine.precision]
         return self.world.sum([measure_matmul_peak(self.world.device, dtype)])[0]
 
     def evaluate(self, phase: Phase) -> dict[str, float]:

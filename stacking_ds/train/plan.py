@@ -54,8 +54,6 @@ class CheckedRecipe:
         depths = [stage.num_hidden_layers for stage in schedule.stages]
         for old_depth, new_depth in itertools.pairwise(depths):
             layer_map(config.growth.operator, old_depth, new_depth)
-        # the vocabulary is that of the shards
-        BertConfig(vocab_size=1, num_hidden_layers=depths[-1], **config.model.model_dump())
         if config.engine.fp8:
             require_fp8_sizes(config.model.hidden_size, config.model.intermediate_size)
         return CheckedRecipe(

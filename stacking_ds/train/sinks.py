@@ -9,12 +9,10 @@ import logging
 import math
 import os
 import re
-import resource
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -296,36 +294,3 @@ def _shown(metrics: Mapping[str, Any], name: str) -> str:
     if name not in metrics:  # no step of the line had anything to predict
         return "-"
     return "not finite" if metrics[name] is None else f"{metrics[name]:.4f}"
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Most memory this rank has held so far: of the GPU, or resident on the host without one."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def measure_matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the fastest of a few square matrix products: the yardstick of model FLOP
-    utilization, measured where and when the run runs."""
-    size, rounds = (8192, 5) if device.type == "cuda" else (1024, 5)
-    left = torch.randn(size, size, device=device).to(dtype)
-    right = torch.randn(size, size, device=device).to(dtype)
-    best = float("inf")
-    for _ in range(rounds + 1):  # the first one warms up and cannot be the fastest
-        with _timed(device) as elapsed:
-            left @ right
-        best = min(best, elapsed[0])
-    return 2 * size**3 / best
-
-
-@contextmanager
-def _timed(device: torch.device) -> Iterator[list[float]]:
-    elapsed = [0.0]
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    yield elapsed
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elapsed[0] = time.perf_counter() - start

@@ -12,6 +12,7 @@ from typing import Any
 from stacking_ds.checkpoint import folders, load
 from stacking_ds.checkpoint import manifest as checkpoint_manifest
 from stacking_ds.checkpoint import save as checkpoint_save
+from stacking_ds.config.sections import Moments
 from stacking_ds.distributed.world import World
 from stacking_ds.engine.build import build_engine, release_engine
 from stacking_ds.engine.zero.sharded_state import (
@@ -27,7 +28,6 @@ from stacking_ds.errors import CheckpointError
 from stacking_ds.growth.operators import layer_map
 from stacking_ds.growth.transfer import (
     CapturedState,
-    Moments,
     capture,
     capture_engine,
     install_state,

@@ -154,7 +154,7 @@ def test_the_command_at_every_zero_stage(
     ("arguments", "sentence"),
     [
         (["--new-layers=2"], "2 layers cannot grow"),
-        (["--hidden-size=0"], "hidden_size=0"),
+        (["--hidden-size=0"], "hidden_size must be at least 1, not 0"),
         (["--zero-stage=4"], "zero4"),
         (["--rounds=0"], "start at 1"),
     ],

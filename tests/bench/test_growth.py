@@ -135,7 +135,7 @@ def test_the_command_in_bf16_has_no_plain_loop(tmp_path: Path) -> None:
     [
         (["--rounds=0"], "--rounds=0 must be at least 1"),
         (["--layers=0"], "--layers=0 and --sequence-length=32: at least 1 and 8"),
-        (["--hidden-size=0"], "hidden_size=0 must be at least 1"),
+        (["--hidden-size=0"], "hidden_size must be at least 1, not 0"),
     ],
 )
 def test_impossible_options_are_refused(

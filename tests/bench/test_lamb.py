@@ -39,6 +39,7 @@ def _targets(**parts: Any) -> dict[str, Target]:
 # ---------------------------------------------------------------------- the command
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without GPU prints")
 def test_the_command_measures_all_that_it_can(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -81,8 +82,8 @@ def test_the_command_measures_all_that_it_can(
     [
         (["--only=cpu,everything"], "--only=cpu,everything: 'everything' is none of communication"),
         (["--rounds=0"], "--rounds=0 must be at least 1"),
-        (["--hidden-size=0"], "hidden_size=0"),
-        (["--layers=0"], "num_hidden_layers=0"),
+        (["--hidden-size=0"], "hidden_size must be at least 1, not 0"),
+        (["--layers=0"], "num_hidden_layers must be at least 1, not 0"),
         (["--only=cpu", "--deepspeed-fused-lamb"], "add gpu to --only"),
     ],
 )

@@ -22,7 +22,7 @@ SMALL = Growth("bert-base", 1, 2, ranks=2, new_ranks=2, zero_stage=3, new_zero_s
 
 
 def _parameters(depth: int) -> int:
-    return BertConfig(30522, 768, depth, 12, 3072).num_parameters
+    return BertConfig(num_hidden_layers=depth, **MODELS["bert-base"]).num_parameters
 
 
 def test_the_same_layout_moves_nothing() -> None:

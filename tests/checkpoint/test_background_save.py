@@ -307,6 +307,7 @@ def _train_slowly(
     return writing
 
 
+@pytest.mark.slow
 def test_slow_writing_changes_nothing_of_a_run(shards: Path, tmp_path: Path) -> None:
     """Every checkpoint has the state of its step, of boundaries too, though training went on."""
     config = small_recipe(tmp_path, shards, "checkpoint.keep_last=9", "engine.deepspeed=zero1")
@@ -419,6 +420,7 @@ def _train_with_a_full_disk(
     return "done", ""
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_fails_costs_only_itself(shards: Path, tmp_path: Path) -> None:
     config = small_recipe(tmp_path, shards, "checkpoint.keep_last=9")
     whole, run = tmp_path / "whole", tmp_path / "run"
@@ -438,6 +440,7 @@ def test_a_checkpoint_that_fails_costs_only_itself(shards: Path, tmp_path: Path)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
 def test_a_run_that_can_save_nothing_ends(shards: Path, tmp_path: Path) -> None:
     config = small_recipe(tmp_path, shards)
     run = tmp_path / "run"
@@ -602,11 +605,11 @@ def test_a_rank_that_dies_while_saving_costs_only_that_checkpoint(
 _INTERRUPTED = """
 import os, signal, sys, time
 from pathlib import Path
-from stacking_ds import trainer
-from stacking_ds.checkpoint import background
+from stacking_ds.checkpoint import save
 from stacking_ds.cli import main
+from stacking_ds.train import loop
 
-take_step = trainer._Run.train_step
+take_step = loop._Run.train_step
 
 def step(run, rank_step):
     if run.state.step == 5:
@@ -620,9 +623,9 @@ def write(tensors, path):
         time.sleep(100)
     save_file(tensors, path)
 
-save_file, background.save_file = background.save_file, write
-trainer._Run.train_step = step
-background._PATIENCE_SECONDS = 0.5
+save_file, save.save_file = save.save_file, write
+loop._Run.train_step = step
+save._PATIENCE_SECONDS = 0.5
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -154,10 +154,10 @@ def _load_at(world: World, run_dir: Path, places: list[Place]) -> Any:
 @pytest.mark.parametrize(
     ("saved_by", "saved_at", "loaded_by", "loaded_at"),
     [
-        (1, (0, "fp32"), 2, [(1, "fp32"), (3, "fp32")]),
-        (2, (1, "bf16"), 3, [(3, "bf16"), (0, "bf16")]),
+        pytest.param(1, (0, "fp32"), 2, [(1, "fp32"), (3, "fp32")], marks=pytest.mark.slow),
+        pytest.param(2, (1, "bf16"), 3, [(3, "bf16"), (0, "bf16")], marks=pytest.mark.slow),
         (3, (2, "fp32"), 2, [(0, "fp32"), (2, "fp32")]),
-        (3, (2, "fp32"), 1, [(3, "fp32")]),
+        pytest.param(3, (2, "fp32"), 1, [(3, "fp32")], marks=pytest.mark.slow),
         (2, (3, "fp32"), 3, [(1, "fp32"), (2, "bf16")]),
     ],
 )

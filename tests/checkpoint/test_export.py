@@ -5,7 +5,6 @@ import math
 import threading
 import weakref
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +204,7 @@ def test_the_export_tokenizes_as_the_data_was_prepared(
     text.write_text("\n".join(f"{said}{words}\n" for words in documents(12)), "utf-8")
     prepare(str(text), tmp_path / "data", vocab_size=300, heldout_fraction=0.3, **options)
     data = TokenShards.open(tmp_path / "data")
-    config = replace(CONFIG, vocab_size=data.manifest.vocab_size)
+    config = CONFIG.changed(vocab_size=data.manifest.vocab_size)
     export_to_hugging_face(_tensors(config).items(), config, tmp_path / "data", tmp_path / "export")
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "export")
     assert loaded.do_lower_case == ("cased" not in options)
@@ -231,7 +230,7 @@ def test_the_export_tokenizes_as_the_data_was_prepared(
 
 
 def test_pre_layer_norm_is_refused(tmp_path: Path, data: Path) -> None:
-    config = replace(CONFIG, layer_norm_position="pre")
+    config = CONFIG.changed(layer_norm_position="pre")
     with pytest.raises(ConfigError, match="layer_norm_position='pre' cannot be exported"):
         export_to_hugging_face(_tensors(config).items(), config, data, tmp_path / "export")
     assert not (tmp_path / "export").exists()
@@ -240,9 +239,9 @@ def test_pre_layer_norm_is_refused(tmp_path: Path, data: Path) -> None:
 def test_tensors_of_another_model_are_refused(tmp_path: Path, data: Path) -> None:
     out = tmp_path / "export"
     with pytest.raises(CheckpointError, match=r"of 2 layers: missing \[\], unknown .*layer\.2\."):
-        export_to_hugging_face(_tensors().items(), replace(CONFIG, num_hidden_layers=2), data, out)
+        export_to_hugging_face(_tensors().items(), CONFIG.changed(num_hidden_layers=2), data, out)
     with pytest.raises(CheckpointError, match=r"word_embeddings.weight has shape \(16, 24\) where"):
-        export_to_hugging_face(_tensors().items(), replace(CONFIG, vocab_size=17), data, out)
+        export_to_hugging_face(_tensors().items(), CONFIG.changed(vocab_size=17), data, out)
     assert not out.exists()
 
 
@@ -259,7 +258,7 @@ def test_every_tensor_must_come_exactly_once(exported: Path, data: Path) -> None
 
 
 def test_a_wrong_tokenizer_is_refused(tmp_path: Path, data: Path) -> None:
-    small = replace(CONFIG, vocab_size=9)
+    small = CONFIG.changed(vocab_size=9)
     with pytest.raises(DataError, match="has 10 tokens, the model 9"):
         export_to_hugging_face(_tensors(small).items(), small, data, tmp_path / "export")
     (data / "vocab.txt").unlink()

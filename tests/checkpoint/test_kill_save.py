@@ -112,9 +112,11 @@ def _values(value: float) -> list[torch.Tensor]:
 @pytest.mark.parametrize(
     ("before", "step"),
     [
-        ([], 1),  # the run's first
+        pytest.param([], 1, marks=pytest.mark.slow),  # the run's first
         ([1, 2, 3], 4),  # 1 and 3 are removed when 4 is there
-        ([2, 3], 3),  # once more the one that `latest` names, as after going back to it
+        pytest.param(
+            [2, 3], 3, marks=pytest.mark.slow
+        ),  # once more the one that `latest` names, as after going back to it
     ],
 )
 def test_the_previous_or_the_new_one_is_whole(tmp_path: Path, before: list[int], step: int) -> None:

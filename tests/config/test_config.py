@@ -12,6 +12,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from stacking_ds.config.recipe import load_run_config
 from stacking_ds.config.run import RunConfig, changed_keys
@@ -113,6 +114,7 @@ def test_the_resolved_recipe_reads_back_equal(recipe: str, tmp_path: Path) -> No
         ("stages=[]", "stages needs at least 1 of its parts"),
         ("optimizer.lamb={}", "optimizer: lamb=... does not go with name=adamw"),
         ("model.max_position_embeddings=16", "data.sequence_length=32 does not fit"),
+        ("model.num_attention_heads=3", "model: hidden_size=32 is not divisible by num_att"),
         ("stages=3", "stages must be a list, in brackets, not 3"),
         ("optimizer.betas=[0.9, 0.99, 0.999]", "optimizer.betas can have at most 2 parts"),
         ("optimizer.betas=[0.9]", "optimizer.betas.1 is missing"),
@@ -411,3 +413,22 @@ def test_reading_a_recipe_needs_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_python_may_give_lists(kind: Any) -> None:
+    given = yaml.safe_load(RECIPE)
+    given["optimizer"] = {"learning_rate": 1e-3, "betas": kind([0.9, 0.98])}
+    given["stages"] = kind(given["stages"])
+    given["phases"] = kind([{"from_step": 5, "sequence_length": 64}])
+    config = RunConfig(**given)
+    assert config.optimizer.betas == (0.9, 0.98)
+    assert (len(config.stages), len(config.phases)) == (2, 1)
+    assert RunConfig(**{**given, "stages": config.stages}) == config
+
+
+@pytest.mark.parametrize("betas", [{0.9, 0.98}, "ab", [0.9, "0.98"], {0.9: 0.98}])
+def test_nothing_else_becomes_a_list(betas: Any) -> None:
+    given = {**yaml.safe_load(RECIPE), "optimizer": {"learning_rate": 1e-3, "betas": betas}}
+    with pytest.raises(ValidationError, match=r"optimizer\.betas"):
+        RunConfig(**given)

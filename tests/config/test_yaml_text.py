@@ -51,9 +51,7 @@ _VALUES: Any = st.recursive(
     | st.sampled_from(
         ["1e5", "0o17", "1:00", "on", "~", "0123", "<<", "=", "2024-01-01", "9" * 70]
     ),
-    lambda inner: (
-        st.lists(inner, max_size=3).map(tuple) | st.dictionaries(st.text(), inner, max_size=3)
-    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=10,
 )
 
@@ -61,14 +59,7 @@ _VALUES: Any = st.recursive(
 @settings(max_examples=100, deadline=2000)
 @given(_VALUES)
 def test_what_is_written_reads_back_equal(value: Any) -> None:
-    as_lists = {"value": value}
-    assert plain(read_yaml(write_yaml(_with_lists(as_lists)))) == as_lists
-
-
-def _with_lists(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _with_lists(child) for key, child in value.items()}
-    return [_with_lists(child) for child in value] if isinstance(value, tuple) else value
+    assert plain(read_yaml(write_yaml({"value": value}))) == {"value": value}
 
 
 def test_a_value_keeps_its_text_and_its_line() -> None:
@@ -93,7 +84,7 @@ def test_a_value_keeps_its_text_and_its_line() -> None:
         ("!!str 2024", "2024"),
         ("{<<: {a: 1, b: 2}, b: 3}", {"a": 1, "b": 3}),
         ("{<<: [{a: 1}, {a: 2, c: 3}]}", {"a": 1, "c": 3}),
-        ("[&x [1], *x, *x]", ((1,), (1,), (1,))),
+        ("[&x [1], *x, *x]", [[1], [1], [1]]),
         ("", None),
         ("# nothing", None),
     ],

@@ -79,6 +79,7 @@ def test_held_out_packages_are_held_out_whole():
     assert {split for split, _ in embedded.documents(("packaging", "mpmath"))} == {"train"}
 
 
+@pytest.mark.slow
 def test_the_help_topics_and_the_standard_library_are_train():
     documents = list(embedded.documents(("python",)))
     assert {split for split, _ in documents} == {"train"}

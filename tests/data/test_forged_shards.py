@@ -282,7 +282,7 @@ def _forge_layout(folder: Path, field: str, value: int) -> Path:
     ],
 )
 def test_rows_that_lead_elsewhere_are_damage(folder: Path, field: str, value: int) -> None:
-    assert len(list(_first_step(folder).micro_batches())) == 1
+    assert len(_first_step(folder).micro_batches) == 1
     laid_out = _forge_layout(folder, field, value)
     assert find_layout(TokenShards.open(folder).split("train"), OPTIONS.layout(0)) is not None
     with pytest.raises(DataError, match="is damaged") as caught:

@@ -59,7 +59,7 @@ def test_packed_pairs_are_what_the_loader_gives(text, capsys, monkeypatch):
     data = PretrainingData(TokenShards.open(text), "train", options, seed=0)
     rows = data.num_rows
     step = data.step(0, rows, micro_batch_size=rows)
-    (batch,) = step.micro_batches()
+    (batch,) = step.micro_batches
     labels = batch.next_sentence_label_E
     assert train["rows_per_epoch"] == rows
     assert train["examples_per_row"] == len(labels) / rows
@@ -136,11 +136,11 @@ def test_examples_show_the_masks_that_the_batch_has(tmp_path, kind, packing):
     options = RowOptions(24, 0.3, examples=kind, packed=packing)
     data = PretrainingData(TokenShards.open(text), "train", options, seed=4)
     rows = data.num_rows
-    (batch,) = data.step(0, rows, micro_batch_size=rows).micro_batches()
+    (batch,) = data.step(0, rows, micro_batch_size=rows).micro_batches
     vocabulary = data.shards.vocabulary
     shown = shown_examples(data, 10**6)
     words = [MASKED.findall(f"{each.first} {each.second or ''}") for each in shown]
-    by_row = list(data.step(0, rows, micro_batch_size=1).micro_batches())
+    by_row = data.step(0, rows, micro_batch_size=1).micro_batches
     rows_E = [row for row, one in enumerate(by_row) for _ in one.next_sentence_label_E]
     assert [each.row for each in shown] == rows_E
     ids = batch.input_ids_T

@@ -192,7 +192,7 @@ def test_rows_of_another_length_have_other_masks(tmp_path):
     for length in (24, 40):
         options = RowOptions(length, 0.3, examples="documents")
         step = PretrainingData(shards, "train", options, seed=1).step(0, 60, micro_batch_size=60)
-        masks.append(set(next(step.micro_batches()).mlm_labels_M.tolist()))
+        masks.append(set(step.micro_batches[0].mlm_labels_M.tolist()))
     assert len(masks[0] & masks[1]) < 0.6 * len(masks[0])
 
 
@@ -202,12 +202,12 @@ def test_rows_of_another_length_have_other_masks(tmp_path):
 _MAKER = """
 import os, signal, sys, threading, time
 from pathlib import Path
-from stacking_ds.data import layout_store
-from stacking_ds.data.layout import LayoutSpec
+from stacking_ds.data import row_store
+from stacking_ds.data.rows import LayoutSpec
 from stacking_ds.data.shards import TokenShards
 
 folder, threaded, held = Path(sys.argv[1]), sys.argv[2] == "thread", sys.argv[3] == "held"
-write = layout_store._write_part
+write = row_store._write_part
 
 def write_when_told(*arguments):
     (folder / f"worker-{os.getpid()}").touch()
@@ -219,11 +219,11 @@ def write_when_told(*arguments):
 
 def make():
     spec = LayoutSpec(examples="pairs", sequence_length=24, packed=True)
-    made = layout_store.open_layout(TokenShards.open(folder / "shards").split("train"), spec, 2)
+    made = row_store.open_layout(TokenShards.open(folder / "shards").split("train"), spec, 2)
     print(made.num_rows, len(made.record.parts))
 
 if __name__ == "__main__":
-    layout_store._TOKENS_PER_PART, layout_store._write_part = 400, write_when_told
+    row_store._TOKENS_PER_PART, row_store._write_part = 400, write_when_told
     if held:
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)

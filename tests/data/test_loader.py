@@ -67,7 +67,7 @@ def examples_of(steps):
     [ids], [types], [masked places], [what is read there])."""
     found = []
     for step in steps:
-        for batch in step.micro_batches():
+        for batch in step.micro_batches:
             ids_T, types_T = batch.input_ids_T.tolist(), batch.token_type_ids_T.tolist()
             masked = dict(
                 zip(batch.mlm_positions_M.tolist(), batch.mlm_labels_M.tolist(), strict=True)
@@ -96,7 +96,7 @@ def examples_of(steps):
 
 def examples_by_row(data, first, count):
     """How many examples each of the rows from `first` on holds, all of them in its slots."""
-    rows = list(data.step(first, count, micro_batch_size=1).micro_batches())
+    rows = data.step(first, count, micro_batch_size=1).micro_batches
     for row in rows:
         assert len(row.input_ids_T) <= row.sequences.slots == data.options.sequence_length
     return [len(row.next_sentence_label_E) for row in rows]
@@ -150,7 +150,7 @@ def test_any_split_computes_the_same_global_batch(
     assert len({(len(step.sizes), step.slots) for step in steps}) == 1
     for count in ("mlm_targets", "nsp_targets", "real_tokens"):
         assert sum(getattr(step, count) for step in steps) == getattr(whole, count)
-    (only,) = whole.micro_batches()
+    (only,) = whole.micro_batches
     assert whole.nsp_targets == int((only.next_sentence_label_E >= 0).sum())
     assert whole.real_tokens == len(only.input_ids_T)
     assert whole.mlm_targets == len(only.mlm_labels_M)
@@ -277,7 +277,7 @@ def test_special_tokens_and_unknown_words_are_read_but_never_asked_for(shards, t
     unknown = TokenShards.open(tmp_path / "out")
     for kind in KINDS:
         data = PretrainingData(unknown, "train", replace(KINDS[kind], mlm_probability=0.5), seed=1)
-        (batch,) = data.step(0, data.num_rows, micro_batch_size=data.num_rows).micro_batches()
+        (batch,) = data.step(0, data.num_rows, micro_batch_size=data.num_rows).micro_batches
         assert int((batch.input_ids_T == 1).sum()) > 50, kind
         assert len(batch.mlm_labels_M) > 100
         assert not np.isin(batch.mlm_labels_M.numpy(), [0, 1, 2, 3, 4]).any()
@@ -286,7 +286,7 @@ def test_special_tokens_and_unknown_words_are_read_but_never_asked_for(shards, t
 
 def test_masks_have_the_recipes_share(data):
     step = data.step(0, data.num_rows, micro_batch_size=data.num_rows)
-    (batch,) = step.micro_batches()
+    (batch,) = step.micro_batches
     text = step.real_tokens - int((batch.input_ids_T == 3).sum()) - len(batch.next_sentence_label_E)
     share = step.mlm_targets / text
     # whole words and spans stop below the budget; on rows of 48 tokens that shows
@@ -333,7 +333,7 @@ class _Recording:
 
 def test_batches_move_to_a_device_whole(data):
     step = data.step(0, 4, micro_batch_size=4)
-    (moved,) = step.micro_batches("meta")
+    moved = step.micro_batches[0].to("meta")
     assert isinstance(moved, Batch)
     tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
     assert len(tensors) == 6
@@ -344,9 +344,9 @@ def test_batches_move_to_a_device_whole(data):
 def test_a_step_is_made_of_its_micro_batches_again(data, rank):
     """Also of later micro-batches, and of the rows without weight that fill the last rank up."""
     step = data.step(0, 10, rank=rank, world_size=3, micro_batch_size=2)
-    batches = list(step.micro_batches())
+    batches = step.micro_batches
     assert len(batches) > 1
-    for batch in batches:
+    for batch in [batch.to("cpu") for batch in batches]:
         inputs = batch.model_inputs
         assert inputs[3] is batch.sequences
         assert batch.sequences.starts_E1.dtype == torch.int32
@@ -406,7 +406,7 @@ def test_evaluation_is_one_fixed_pass_for_any_world(shards, kind, max_rows):
 def test_unigram_loss_is_the_mean_over_the_masked_tokens(shards):
     steps = evaluation(shards)
     rank_steps = [steps[step] for step in range(len(steps))]
-    batches = itertools.chain.from_iterable(step.micro_batches() for step in rank_steps)
+    batches = itertools.chain.from_iterable(step.micro_batches for step in rank_steps)
     labels = [label for batch in batches for label in batch.mlm_labels_M.tolist()]
     counts = np.zeros(shards.manifest.vocab_size)
     train = shards.split("train")

@@ -73,7 +73,7 @@ KILLED_EVERYWHERE = """
     import hashlib, os, shutil, signal, sys
     from pathlib import Path
     from stacking_ds.data.sources.documents import split_sentences
-    from stacking_ds.data.prepare.run import prepare
+    from stacking_ds.data.prepare.preparation import prepare
 
     import pandas  # pyarrow does, and it takes long
     split_sentences("Loads the rules. Once.")
@@ -129,7 +129,7 @@ def test_killed_at_each_rename_and_flush_the_folder_is_the_same(corpus, tmp_path
 IN_WORKERS = """
     import sys
     from pathlib import Path
-    from stacking_ds.data.prepare.run import prepare
+    from stacking_ds.data.prepare.preparation import prepare
     options = eval(sys.argv[3])
     def progress(now):
         print(now.task, now.documents, flush=True)
@@ -160,7 +160,7 @@ def test_a_group_of_workers_killed_at_random_moments(tmp_path):
     assert content(out) == content(tmp_path / "alone")
 
 
-@pytest.mark.parametrize("workers", [2, 3])
+@pytest.mark.parametrize("workers", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_workers_write_the_same_bytes(corpus, expected, tmp_path, workers):
     assert not prepare(str(corpus), tmp_path / "out", **SMALL, workers=workers).reused
     assert content(tmp_path / "out") == expected
@@ -352,7 +352,7 @@ def test_every_sentence_of_every_document_is_there(corpus, tmp_path):
 MEASURED = """
     import resource, sys
     from pathlib import Path
-    from stacking_ds.data.prepare.run import prepare
+    from stacking_ds.data.prepare.preparation import prepare
     prepare(sys.argv[1], Path(sys.argv[2]), vocabulary=Path(sys.argv[3]), unit_bytes=2**30,
             shard_characters=2**20)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

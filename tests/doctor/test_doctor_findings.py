@@ -2,14 +2,16 @@
 
 import hashlib
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stacking_ds.console import join_names
 from stacking_ds.doctor import checks, facts
-from stacking_ds.doctor.comparing import agreement, join_names, odd_ones
+from stacking_ds.doctor.checks import Finding
 from stacking_ds.doctor.facts import NodeFacts, RankFacts, nearest_existing
 from stacking_ds.doctor.shared_folder import Answer, Probing
 from stacking_ds.doctor.speed import AllReduce, Matmul
@@ -31,6 +33,22 @@ def _nodes(*nodes: NodeFacts) -> dict[str, NodeFacts]:
 
 # -------------------------------------------------------------------------- comparing
 
+
+def _versions(
+    told: Mapping[str, Mapping[str, str]], problems: Mapping[str, str] | None = None
+) -> Finding:
+    """What is found of the nodes that tell these versions or have such problems."""
+    nodes = {
+        name: _node(
+            number,
+            versions=values,
+            problems={"versions": problems[name]} if problems and name in problems else {},
+        )
+        for number, (name, values) in enumerate(told.items())
+    }
+    return checks.alike(nodes)[0]
+
+
 values = st.lists(st.sampled_from("abcde"), min_size=1, max_size=40)
 
 
@@ -38,7 +56,7 @@ values = st.lists(st.sampled_from("abcde"), min_size=1, max_size=40)
 def test_exactly_the_odd_nodes_are_blamed(torch: list[str], numpy: list[str]) -> None:
     count = min(len(torch), len(numpy))
     told = {f"n{i}": {"torch": torch[i], "numpy": numpy[i]} for i in range(count)}
-    found = agreement("versions", told, {}, remedy="mend it")
+    found = _versions(told)
     expected = set()
     for name in ("torch", "numpy"):
         counts = Counter(values[name] for values in told.values())
@@ -58,9 +76,10 @@ def test_nodes_with_a_problem_are_blamed_and_not_compared(torch: list[str], ill:
         name: {} if name in problems else {"torch": value}
         for name, value in zip(names, torch, strict=True)
     }
-    found = agreement("versions", told, problems, remedy="mend it")
+    found = _versions(told, problems)
     well = {name: value["torch"] for name, value in told.items() if value}
-    odd = {node for nodes in odd_ones(well)[1].values() for node in nodes} if well else set()
+    usual = Counter(well.values()).most_common(1)
+    odd = {node for node, value in well.items() if value != usual[0][0]}
     assert set(found.nodes) == odd | set(problems)
     assert (found.verdict == "FAILED") == bool(odd or problems)
 
@@ -68,20 +87,16 @@ def test_nodes_with_a_problem_are_blamed_and_not_compared(torch: list[str], ill:
 def test_the_words_for_it() -> None:
     told = {f"node{i}": {"torch": "2.13.0", "numpy": "2.4"} for i in range(4)}
     told["node2"] = {"torch": "2.12.0", "numpy": "2.4"}
-    assert agreement("versions", told, {}, remedy="").text == (
-        "node2: torch 2.12.0, the other 3 nodes 2.13.0"
-    )
+    assert _versions(told).text == ("node2: torch 2.12.0, the other 3 nodes 2.13.0")
     told["node3"] = {"torch": "2.12.0"}
-    assert agreement("versions", told, {}, remedy="").text == (
+    assert _versions(told).text == (
         "node2 and node3: torch 2.12.0, the other 2 nodes 2.13.0; "
         "node3: numpy missing, the other 3 nodes 2.4"
     )
     two = {"node0": {"torch": "2.13.0"}, "node1": {"torch": "2.12.0"}}
-    assert agreement("versions", two, {}, remedy="").text == "node1: torch 2.12.0, node0 2.13.0"
+    assert _versions(two).text == "node1: torch 2.12.0, node0 2.13.0"
     everywhere = dict.fromkeys(two, "no such package")
-    assert agreement("versions", two, everywhere, remedy="").text.startswith(
-        "all 2 nodes: no such package"
-    )
+    assert _versions(two, everywhere).text.startswith("all 2 nodes: no such package")
 
 
 @pytest.mark.parametrize("distinct", [1, 2, 4096])
@@ -137,7 +152,7 @@ def test_the_files_that_differ_are_named() -> None:
     there = {"a.py": "1", "b.py": "3", "c.py": "4"}
     nodes = [_node(number, code_sha256="x", code_files=here) for number in range(3)]
     nodes[1] = _node(1, code_sha256="y", code_files=there)
-    code = checks.alike(_nodes(*nodes))[1]
+    [code] = checks.alike(_nodes(*nodes))
     assert code.text == "node1: b.py and c.py, other than on the other 2 nodes"
 
 
@@ -173,7 +188,9 @@ def test_scratch_space_is_told_by_place() -> None:
         _node(1, scratch_bytes={"/tmp": GIB // 2, "/dev/shm": GIB}),
         _node(2, scratch_bytes={"/tmp": 2 * GIB, "/dev/shm": 32 << 20}),
     )
-    [scratch] = [e for e in checks.own_way(nodes, RANKS) if e.check == "temporary space"]
+    [scratch] = [
+        e for e in checks.sufficient_on_each_node(nodes, RANKS) if e.check == "temporary space"
+    ]
     assert scratch.text == ("node1: 512.00 MiB free in /tmp; node2: 32.00 MiB free in /dev/shm")
     assert (scratch.verdict, scratch.nodes) == ("warning", ("node1", "node2"))
 
@@ -182,7 +199,9 @@ RANKS = [RankFacts(host="node0", rank=rank, threads=4, core_mask="ff") for rank 
 
 
 def _devices(*nodes: NodeFacts) -> tuple[str, str]:
-    [found] = [e for e in checks.own_way(_nodes(*nodes), RANKS) if e.check == "devices"]
+    [found] = [
+        e for e in checks.sufficient_on_each_node(_nodes(*nodes), RANKS) if e.check == "devices"
+    ]
     return found.verdict, found.text
 
 
@@ -209,14 +228,14 @@ def test_threads_are_counted_against_the_cores_of_their_node(
         RankFacts(host="node0", rank=rank, threads=threads[rank], core_mask=masks[rank])
         for rank in range(2)
     ]
-    found = checks.own_way(_nodes(_node(0), _node(1)), ranks)
+    found = checks.sufficient_on_each_node(_nodes(_node(0), _node(1)), ranks)
     assert [each.verdict for each in found if each.check == "cores"] == [verdict]
 
 
 def test_cores_are_no_matter_beside_gpus() -> None:
     ranks = [RankFacts(host="node0", rank=0, threads=99, core_mask="1")]
     nodes = _nodes(_node(0, gpus="1 x H100, 80 GiB", gpu_count=1))
-    assert "cores" not in {each.check for each in checks.own_way(nodes, ranks)}
+    assert "cores" not in {each.check for each in checks.sufficient_on_each_node(nodes, ranks)}
 
 
 def test_the_code_is_that_of_the_files() -> None:
@@ -265,13 +284,13 @@ def test_a_clock_is_off_only_beyond_doubt() -> None:
 
 
 NAMES = {0: "node0", 8: "node1"}
-PLACE = {"place": "/runs", "exists": True}
+PLACE = {"place": "/runs"}
 
 
 def test_a_run_directory_that_rank_0_cannot_write() -> None:
     found = checks.run_directory(Probing(**PLACE, problem="Permission denied"), NAMES)
     assert (found.verdict, found.nodes) == ("FAILED", ("node0",))
-    assert found.text == "node0 cannot write into /runs (Permission denied)"
+    assert found.text == "node0: cannot write into /runs (Permission denied)"
 
 
 def test_what_could_not_be_removed_is_told() -> None:

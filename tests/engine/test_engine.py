@@ -205,7 +205,14 @@ def _expected(clipping: float) -> dict[str, torch.Tensor]:
     return dict(model.named_parameters())
 
 
-@pytest.mark.parametrize(("ranks", "accumulations"), [(1, (1, 3)), (2, (1, 3)), (3, (1, 2))])
+@pytest.mark.parametrize(
+    ("ranks", "accumulations"),
+    [
+        pytest.param(1, (1, 3), marks=pytest.mark.slow),
+        (2, (1, 3)),
+        pytest.param(3, (1, 2), marks=pytest.mark.slow),
+    ],
+)
 def test_updates_are_those_of_plain_torch_on_the_whole_batch(
     ranks: int, accumulations: tuple[int, int]
 ) -> None:

@@ -90,7 +90,14 @@ def _grow(world: World, engine: Any, config: BertConfig, zero_stage: int, precis
 
 
 @pytest.mark.parametrize(
-    ("zero_stage", "precision"), [(0, "fp32"), (0, "bf16"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
+    ("zero_stage", "precision"),
+    [
+        (0, "fp32"),
+        pytest.param(0, "bf16", marks=pytest.mark.slow),
+        pytest.param(1, "bf16", marks=pytest.mark.slow),
+        (2, "bf16"),
+        pytest.param(3, "bf16", marks=pytest.mark.slow),
+    ],
 )
 def test_ten_growths_leave_no_tensors(zero_stage: int, precision: str) -> None:
     for tensor_bytes in run_ranks(_grow_tiny, 2, zero_stage, precision):

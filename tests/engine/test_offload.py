@@ -54,7 +54,13 @@ def _grow_offloaded(world: World, zero_stage: int, precision: str) -> Any:
 
 @pytest.mark.parametrize(
     ("ranks", "zero_stage", "precision"),
-    [(2, 1, "bf16"), (2, 2, "fp32"), (3, 2, "bf16"), (3, 3, "fp32"), (2, 3, "bf16")],
+    [
+        pytest.param(2, 1, "bf16", marks=pytest.mark.slow),
+        (2, 2, "fp32"),
+        pytest.param(3, 2, "bf16", marks=pytest.mark.slow),
+        pytest.param(3, 3, "fp32", marks=pytest.mark.slow),
+        (2, 3, "bf16"),
+    ],
 )
 def test_growth_is_exact_and_training_goes_on(ranks: int, zero_stage: int, precision: str) -> None:
     before, after, norms, trained = run_ranks(_grow_offloaded, ranks, zero_stage, precision)[0]

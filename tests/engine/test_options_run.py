@@ -32,7 +32,10 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("kind", "zero_stage"),
-    [("full", 3), pytest.param("selective", 1, marks=pytest.mark.slow)],
+    [
+        pytest.param("full", 3, marks=pytest.mark.slow),
+        pytest.param("selective", 1, marks=pytest.mark.slow),
+    ],
 )
 def test_checkpointing_changes_no_loss(
     shards: Path, tmp_path: Path, kind: str, zero_stage: int

@@ -26,6 +26,7 @@ def _train(world: World, data: Path, work: Path, arm: str) -> None:
     train_arm(world, load_run_config(str(path), SMALL), work / path.stem, arm)
 
 
+@pytest.mark.slow
 def test_sharded_lamb_follows_and_lamb_on_flat_partitions_does_not(tmp_path: Path) -> None:
     data = tiny_shards(tmp_path)
     work = tmp_path / "work"

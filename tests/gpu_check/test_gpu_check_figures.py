@@ -259,6 +259,7 @@ def test_a_sanitizer_that_finds_errors_fails_the_part(
         gpu_sanitizer.sanitizer(ground)
 
 
+@pytest.mark.slow
 def test_every_kernel_is_launched_for_the_sanitizer() -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -89,10 +89,7 @@ def _losses(world: World, zero_stage: int, moments: Moments) -> list[float]:
 
 
 COVERING: list[tuple[int, Cases]] = [
-    (1, [(0, "carry"), (3, "reset")]),
-    (2, [(1, "carry"), (3, "carry")]),
-    (3, [(0, "reset"), (2, "carry")]),
-    (4, [(1, "reset"), (2, "carry")]),
+    (2, [(2, "carry"), (3, "reset")]),
 ]
 
 

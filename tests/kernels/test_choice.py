@@ -2,7 +2,6 @@
 
 import logging
 import sys
-from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -11,11 +10,9 @@ import torch
 from stacking_ds.config.sections import EngineSection
 from stacking_ds.errors import ConfigError
 from stacking_ds.kernels import registry
-from stacking_ds.kernels.attention.loops import attend_loops
-from stacking_ds.kernels.attention.sequences import Sequences
+from stacking_ds.kernels.attention.sequences import Sequences, attend_loops
 from stacking_ds.kernels.fp8 import linear_fp8
-from stacking_ds.kernels.library_forms import ApexOperations
-from stacking_ds.kernels.operations import Norm
+from stacking_ds.kernels.operations import ApexOperations, Norm
 from stacking_ds.kernels.registry import choose_compute, choose_operations
 from tests.bert_samples import TINY
 
@@ -32,7 +29,7 @@ def test_the_cpu_computes_by_torch_and_says_so(caplog: pytest.LogCaptureFixture)
 
 def test_checkpointing_and_fp8_come_from_the_recipe() -> None:
     section = EngineSection(activation_checkpointing="selective", fp8=True)
-    sizes = replace(TINY, hidden_size=32, intermediate_size=64)
+    sizes = TINY.changed(hidden_size=32, intermediate_size=64)
     chosen = choose_compute(section, CPU, sizes)
     assert chosen.activation_checkpointing == "selective"
     assert chosen.operations.linear is linear_fp8
@@ -56,7 +53,7 @@ def test_attention_is_chosen_for_the_precision_of_the_run(
 ) -> None:
     asked = []
     monkeypatch.setattr(registry, "choose_attention", lambda *arguments: asked.append(arguments))
-    sizes = replace(TINY, attention_probs_dropout_prob=0.1)
+    sizes = TINY.changed(attention_probs_dropout_prob=0.1)
     choose_compute(EngineSection(precision=precision), CPU, sizes)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     assert asked == [("auto", CPU, dtype, 6, 0.1)]

@@ -1,7 +1,6 @@
 """torch.compile computes what plain torch does, from one compilation for all layers and depths."""
 
 import shutil
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -31,7 +30,7 @@ def test_gradients_at_each_depth_and_length_from_one_compilation(position: str) 
     counters = torch._dynamo.utils.counters["stats"]
     graphs = []
     for depth in (1, 2, 4):
-        config = replace(TINY, num_hidden_layers=depth, layer_norm_position=position)
+        config = TINY.changed(num_hidden_layers=depth, layer_norm_position=position)
         for lengths in ((16, 5, 9), (16, 16), (7,)):
             found = _gradients(telling_model(config, compute=compute), lengths)
             for name, expected in _gradients(telling_model(config), lengths).items():

@@ -29,7 +29,7 @@ from stacking_ds.run import attempts
 RUNNER = """
 import json, os, subprocess, sys, time
 from pathlib import Path
-from stacking_ds import attempts
+from stacking_ds.run import attempts
 folder = Path({folder!r})
 arguments = sys.argv[1:]
 hostfile = Path(arguments[arguments.index("--hostfile") + 1])
@@ -60,7 +60,7 @@ for word, *rest in plan[0]:
 SAVES = """
 import signal, sys, time
 from pathlib import Path
-from stacking_ds import attempts
+from stacking_ds.run import attempts
 folder = Path({folder!r})
 def stop(*_):
     print("saving", flush=True)

@@ -1,7 +1,6 @@
 """The model is Hugging Face's BERT: same weights, same logits, losses and gradients."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
@@ -23,10 +22,10 @@ from tests.bert_samples import BATCHES, TINY, Batch, telling_model
 
 CONFIGS = {
     "tiny": TINY,
-    "one_layer_one_head": replace(TINY, num_hidden_layers=1, num_attention_heads=1),
-    "deep_many_heads": replace(TINY, num_hidden_layers=5, num_attention_heads=12),
-    "odd_sizes": replace(TINY, vocab_size=101, hidden_size=21, num_attention_heads=3),
-    "three_token_types": replace(TINY, type_vocab_size=3, layer_norm_eps=1e-5),
+    "one_layer_one_head": TINY.changed(num_hidden_layers=1, num_attention_heads=1),
+    "deep_many_heads": TINY.changed(num_hidden_layers=5, num_attention_heads=12),
+    "odd_sizes": TINY.changed(vocab_size=101, hidden_size=21, num_attention_heads=3),
+    "three_token_types": TINY.changed(type_vocab_size=3, layer_norm_eps=1e-5),
 }
 
 
@@ -132,7 +131,7 @@ def test_their_weights_in_our_model() -> None:
 
 @pytest.mark.parametrize("position", ["post", "pre"])
 def test_the_gathered_head_is_the_full_head_at_those_positions(position: str) -> None:
-    model = telling_model(replace(TINY, layer_norm_position=position))
+    model = telling_model(TINY.changed(layer_norm_position=position))
     batch = Batch(TINY, BATCHES["padded"])
     everywhere_TV, _ = model(*batch.inputs())
     masked_MV, _ = model(*batch.inputs(), batch.positions_M)
@@ -227,7 +226,7 @@ def test_the_tied_decoder_is_one_parameter() -> None:
 
 @pytest.mark.parametrize("position", ["post", "pre"])
 def test_bf16_runs_and_is_close(position: str) -> None:
-    config = replace(TINY, layer_norm_position=position, initializer_range=0.1)
+    config = TINY.changed(layer_norm_position=position, initializer_range=0.1)
     model, batch = telling_model(config), Batch(config, BATCHES["padded"])
     exact_MV, _ = model(*batch.inputs(), batch.positions_M)
     model = model.bfloat16()
@@ -244,7 +243,7 @@ def test_bf16_runs_and_is_close(position: str) -> None:
 
 @pytest.mark.parametrize("where", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
 def test_dropout_acts_in_training_only(where: str) -> None:
-    model, batch = telling_model(replace(TINY, **{where: 0.3})), Batch(TINY, BATCHES["full"])
+    model, batch = telling_model(TINY.changed(**{where: 0.3})), Batch(TINY, BATCHES["full"])
     torch.manual_seed(0)
     first, _ = model(*batch.inputs())
     second, _ = model(*batch.inputs())

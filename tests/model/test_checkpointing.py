@@ -1,7 +1,6 @@
 """Activation checkpointing computes again what it does not keep, and changes nothing."""
 
 from collections import Counter
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,8 +18,8 @@ from tests.ranks import run_ranks
 from tests.sharded import whole_state
 from tests.tiny import tiny_batch, tiny_config, tiny_loss, tiny_optimizer, tiny_settings
 
-CONFIG = replace(
-    TINY, num_hidden_layers=3, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2
+CONFIG = TINY.changed(
+    num_hidden_layers=3, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2
 )
 KINDS = ["none", "selective", "full"]
 positions = pytest.mark.parametrize("position", ["post", "pre"])
@@ -38,7 +37,7 @@ class _Calls(TorchDispatchMode):
 
 def _trained(kind: Any, position: Any) -> tuple[dict[str, torch.Tensor], Counter[str]]:
     """Every gradient of one step, and the operations that it took."""
-    config = replace(CONFIG, layer_norm_position=position)
+    config = CONFIG.changed(layer_norm_position=position)
     model = telling_model(config, compute=Compute(activation_checkpointing=kind))
     batch = Batch(config, (16, 5, 9))
     torch.manual_seed(3)
@@ -81,7 +80,7 @@ def test_nothing_is_computed_again_without_gradients(monkeypatch: pytest.MonkeyP
 
 
 def _state_after_steps(world: World, zero_stage: int, precision: str, kind: Any) -> Any:
-    config = replace(tiny_config(2), hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2)
+    config = tiny_config(2).changed(hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2)
     model = BertForPreTraining(config, seed=0, compute=Compute(activation_checkpointing=kind))
     settings = tiny_settings(zero_stage, precision, world.size)
     engine = build_engine(model, tiny_optimizer(model), settings)

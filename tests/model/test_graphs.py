@@ -5,7 +5,6 @@ outputs and gradients have fixed places, which each replay writes over.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -88,7 +87,7 @@ def _step(model: BertForPreTraining, lengths: tuple[int, ...], seed: int) -> tor
 def test_gradients_add_up_over_micro_steps_of_any_lengths(
     captured: list[int], position: str
 ) -> None:
-    config = replace(TINY, num_hidden_layers=3, layer_norm_position=position)
+    config = TINY.changed(num_hidden_layers=3, layer_norm_position=position)
     plain, graphed = telling_model(config), telling_model(config, compute=Compute(cuda_graphs=True))
     for seed, lengths in enumerate(LENGTHS):
         expected, found = _step(plain, lengths, seed), _step(graphed, lengths, seed)
@@ -110,7 +109,7 @@ def test_a_micro_batch_that_does_not_fit_runs_without(
 
 
 def test_evaluation_runs_without(captured: list[int]) -> None:
-    config = replace(TINY, hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3)
+    config = TINY.changed(hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3)
     plain, graphed = telling_model(config), telling_model(config, compute=Compute(cuda_graphs=True))
     inputs = Batch(TINY, (16, 5)).inputs()
     with torch.no_grad():
@@ -185,7 +184,7 @@ def test_where_there_are_none() -> None:
 
 @pytest.mark.gpu
 def test_on_a_gpu() -> None:
-    config = replace(TINY, hidden_size=64, num_attention_heads=1, num_hidden_layers=3)
+    config = TINY.changed(hidden_size=64, num_attention_heads=1, num_hidden_layers=3)
     section = EngineSection(precision="bf16", cuda_graphs=True)
     device = torch.device("cuda")
     graphed = telling_model(config, compute=choose_compute(section, device, config))

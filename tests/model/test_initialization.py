@@ -1,7 +1,5 @@
 """First values: their statistics, and that they depend on seed and name alone."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -61,7 +59,7 @@ def test_the_global_random_state_is_neither_read_nor_moved() -> None:
 
 
 def test_a_layer_starts_alike_at_any_depth() -> None:
-    shallow, deep = _tensors(CONFIG, seed=7), _tensors(replace(CONFIG, num_hidden_layers=5), seed=7)
+    shallow, deep = _tensors(CONFIG, seed=7), _tensors(CONFIG.changed(num_hidden_layers=5), seed=7)
     assert all(torch.equal(value, deep[name]) for name, value in shallow.items())
 
 

@@ -4,7 +4,6 @@ Triton interprets where there is no GPU, which is settled when it is imported: i
 in a process of its own.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -49,12 +48,13 @@ class TestTriton:
         pytest.importorskip("triton", reason="Triton is not installed")
         from stacking_ds.kernels.triton_operations import TritonOperations
 
-        config = replace(TINY, layer_norm_position=position)
+        config = TINY.changed(layer_norm_position=position)
         _require_close(
             _gradients(config, Compute(TritonOperations())), _gradients(config, Compute()), 1e-5
         )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(RUNS_TRITON or IS_OTHER_HALF, reason="Triton's test runs in this process")
 def test_triton_in_a_process_of_its_own() -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
@@ -63,7 +63,7 @@ def test_triton_in_a_process_of_its_own() -> None:
 
 # --------------------------------------------------------------------------- FP8
 
-WIDE = replace(TINY, hidden_size=32, intermediate_size=64)
+WIDE = TINY.changed(hidden_size=32, intermediate_size=64)
 FP8 = Operations(linear=linear_fp8)
 
 
@@ -71,7 +71,7 @@ FP8 = Operations(linear=linear_fp8)
 class TestFp8:
     @positions
     def test_gradients_are_near_those_of_torch(self, position: str) -> None:
-        config = replace(WIDE, layer_norm_position=position, initializer_range=0.1)
+        config = WIDE.changed(layer_norm_position=position, initializer_range=0.1)
         expected = _gradients(config, Compute())
         found = _gradients(config, Compute(FP8))
         _require_close(found, expected, 0.5)

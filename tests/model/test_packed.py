@@ -63,7 +63,9 @@ def test_packed_examples_have_the_losses_and_gradients_of_rows_of_their_own(
     losses, gradients, slots = [], [], []
     for packed in (False, True):
         data = PretrainingData(shards, "train", replace(options, packed=packed), seed=3)
-        (batch,) = data.step(0, data.num_rows, micro_batch_size=data.num_rows).micro_batches()
+        batch = (
+            data.step(0, data.num_rows, micro_batch_size=data.num_rows).micro_batches[0].to("cpu")
+        )
         model = telling_model(config)
         losses.append(_losses(model, batch))
         mlm_logits, nsp_logits = model(*batch.model_inputs)
@@ -86,7 +88,7 @@ def test_the_tokens_of_another_example_in_the_row_change_nothing(tmp_path: Path)
     shards = make_shards(tmp_path, DOCUMENTS)
     options = RowOptions(sequence_length=LENGTH, mlm_probability=0.3, packed=True)
     data = PretrainingData(shards, "train", options, seed=3)
-    (batch,) = data.step(0, data.num_rows, micro_batch_size=data.num_rows).micro_batches()
+    batch = data.step(0, data.num_rows, micro_batch_size=data.num_rows).micro_batches[0].to("cpu")
     model = telling_model(_config(shards))
     starts_E1 = batch.sequences.starts_E1.tolist()
     second = torch.zeros(len(batch.input_ids_T), dtype=torch.bool)

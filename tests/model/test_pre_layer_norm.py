@@ -1,7 +1,5 @@
 """A pre-LN model against pre-LN BERT written a second time, plainly."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -60,7 +58,7 @@ def _plain_pre_layer_norm(
 
 @pytest.mark.parametrize("lengths", BATCHES.values(), ids=BATCHES)
 def test_pre_layer_norm_equals_a_plain_reference(lengths: tuple[int, ...]) -> None:
-    config = replace(TINY, layer_norm_position="pre", num_hidden_layers=3)
+    config = TINY.changed(layer_norm_position="pre", num_hidden_layers=3)
     model, batch = telling_model(config), Batch(config, lengths)
     tensors = dict(model.named_parameters())
     unused = set(tensors)

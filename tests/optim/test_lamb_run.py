@@ -31,7 +31,14 @@ def reference(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-@pytest.mark.parametrize(("zero_stage", "ranks"), [(1, 3), (2, 2), (3, 2)])
+@pytest.mark.parametrize(
+    ("zero_stage", "ranks"),
+    [
+        pytest.param(1, 3, marks=pytest.mark.slow),
+        (2, 2),
+        pytest.param(3, 2, marks=pytest.mark.slow),
+    ],
+)
 def test_the_run_is_the_same_when_it_is_sharded(
     shards: Path, reference: Path, tmp_path: Path, zero_stage: int, ranks: int
 ) -> None:
@@ -45,6 +52,7 @@ def test_the_run_is_the_same_when_it_is_sharded(
                 assert ours[key] == pytest.approx(value, rel=1e-3), key
 
 
+@pytest.mark.slow
 def test_killed_after_a_boundary_it_ends_the_same(shards: Path, tmp_path: Path) -> None:
     config = small_recipe(tmp_path, shards, *LAMB, "engine.deepspeed=zero2")
     whole, broken = tmp_path / "whole", tmp_path / "broken"

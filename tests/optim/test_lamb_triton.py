@@ -318,7 +318,9 @@ def name_of(form: tuple[Any, dict[str, Any]]) -> str:
 class TestCompiled:
     __test__ = not INTERPRETED
 
-    @pytest.mark.parametrize("capability", [80, 90, 100])
+    @pytest.mark.parametrize(
+        "capability", [90, *(pytest.param(other, marks=pytest.mark.slow) for other in (80, 100))]
+    )
     @pytest.mark.parametrize("form", triton_lamb.FORMS, ids=name_of)
     def test_nothing_spills(self, form: Any, capability: int, tmp_path: Path) -> None:
         assert spills(compiled_form(form, capability).asm["cubin"], tmp_path) == (0, 0)
@@ -356,6 +358,7 @@ class TestCompiled:
             assert launched == expected
 
 
+@pytest.mark.slow
 class TestTheOtherHalf:
     __test__ = DEVICE.type == "cpu" and not IS_OTHER_HALF
 

@@ -1,7 +1,5 @@
 """Optimizers by name, from a recipe's section."""
 
-import math
-
 import pytest
 import torch
 from pydantic import ValidationError
@@ -51,16 +49,16 @@ def test_lamb_has_the_recipes_options_and_adapts_weights_alone() -> None:
     assert (bias["weight_decay"], bias["layer_adaptation"]) == (0.0, False)
     for group in (weight, bias):
         assert (group["lr"], group["betas"], group["eps"]) == (0.02, (0.8, 0.9), 1e-6)
-        assert (group["min_coeff"], group["max_coeff"]) == (0.01, 0.3)
+    assert optimizer.options == LambSection(min_coeff=0.01, max_coeff=0.3)
 
 
 def test_lamb_is_unbounded_unless_asked_and_adapts_biases_when_asked() -> None:
     optimizer = _build(
         nn.Linear(2, 3), name="lamb", learning_rate=0.02, lamb={"always_adapt": True}
     )
-    for group in optimizer.param_groups:
-        assert group["layer_adaptation"]
-        assert (group["min_coeff"], group["max_coeff"]) == (0.0, math.inf)
+    assert all(group["layer_adaptation"] for group in optimizer.param_groups)
+    assert isinstance(optimizer, Lamb)
+    assert (optimizer.options.min_coeff, optimizer.options.max_coeff) == (0.0, None)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from tests.runs import small_recipe
 
 _CODE = """
 import resource, sys
-from stacking_ds.host_memory import keep_freed_memory, return_freed_memory
+from stacking_ds.process.runtime import keep_freed_memory, return_freed_memory
 
 def resident():
     pages = int(open("/proc/self/statm").read().split()[1])

@@ -14,9 +14,9 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 _BEGIN = """
 import hashlib, os, signal, sys, time
-from stacking_ds import stop_request
-stop_request._SECONDS_TO_END = 0.3
-with stop_request.StopRequest() as request:
+from stacking_ds.process import stop_signals
+stop_signals._SECONDS_TO_END = 0.3
+with stop_signals.StopRequest() as request:
     ready = lambda: print('ready', flush=True)
     tell = lambda word: print(word, file=sys.stderr, flush=True)
 
@@ -78,7 +78,7 @@ def test_an_interrupt_ends_a_process_that_does_not_see_it() -> None:
 
 
 def test_a_second_interrupt_does_not_wait_for_the_first() -> None:
-    patient = "stop_request._SECONDS_TO_END = 60"
+    patient = "stop_signals._SECONDS_TO_END = 60"
     with _program(patient, "step_for_minutes()") as process:
         process.send_signal(signal.SIGINT)
         time.sleep(0.2)

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from stacking_ds.config.run import RunConfig
-from stacking_ds.data.batches import IGNORE_INDEX, Batch, RankStep
+from stacking_ds.data.batches import Batch, RankStep
 from stacking_ds.data.loader import PretrainingSteps
 from stacking_ds.distributed.world import World
+from stacking_ds.kernels.cross_entropy import IGNORE_INDEX
 from stacking_ds.model.bert import BertForPreTraining
 from stacking_ds.train.metrics import Interval, StepResult, TrainState
 from stacking_ds.train.plan import Job
@@ -47,7 +48,7 @@ def _train(world: World, config: RunConfig, run_dir: Path, steps: range, pairs: 
         found = original(self, number)
         if number not in steps:
             return found
-        micro_batches = [_without(batch, pairs=pairs) for batch in found.micro_batches()]
+        micro_batches = [_without(batch, pairs=pairs) for batch in found.micro_batches]
         return RankStep.of(micro_batches, found.real_tokens)
 
     PretrainingSteps.__getitem__ = step  # type: ignore[method-assign]
@@ -115,7 +116,7 @@ def _unknown_heldout(world: World, config: RunConfig, run_dir: Path) -> int:
         return [
             RankStep.of([_without(batch, pairs=True)], step.real_tokens)
             for step in found
-            for batch in step.micro_batches()
+            for batch in step.micro_batches
         ]
 
     Job.heldout_steps = steps  # type: ignore[method-assign]

@@ -41,7 +41,8 @@ def test_dropout_is_off_and_the_ranks_agree(tmp_path: Path) -> None:
     model = BertForPreTraining(job.model_config(2), seed=4).eval()
     total, right, targets = 0.0, 0, 0
     for rank_step in job.heldout_steps(0, 1, job.phases.at(0)):
-        for batch in rank_step.micro_batches():
+        for micro_batch in rank_step.micro_batches:
+            batch = micro_batch.to("cpu")
             with torch.no_grad():
                 logits, _ = model(*batch.model_inputs[:4])
             at_masks = logits[batch.mlm_positions_M].double()

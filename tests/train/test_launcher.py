@@ -52,6 +52,7 @@ def _launcher() -> list[str]:
         return [*LAUNCHER, "--master_port", str(free.getsockname()[1])]
 
 
+@pytest.mark.slow
 def test_the_launcher_trains_without_compiling_anything(shards: Path, tmp_path: Path) -> None:
     small_recipe(tmp_path, shards)
     run = tmp_path / "run"
@@ -66,6 +67,7 @@ def test_the_launcher_trains_without_compiling_anything(shards: Path, tmp_path: 
     assert not (tmp_path / "extensions").exists(), "a DeepSpeed op was built"
 
 
+@pytest.mark.slow
 def test_a_wrong_recipe_ends_the_launcher_with_one_sentence(shards: Path, tmp_path: Path) -> None:
     small_recipe(tmp_path, shards)
     job = _start(tmp_path, "--set", "optimizer.learning_rat=1", prefix=_launcher())

@@ -49,9 +49,9 @@ def reference(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("zero_stage", "world_size"),
     [
-        (1, 2),
+        pytest.param(1, 2, marks=pytest.mark.slow),
         (3, 3),
-        (2, 2),
+        pytest.param(2, 2, marks=pytest.mark.slow),
         pytest.param(0, 2, marks=slow),
         pytest.param(1, 6, marks=slow),
         pytest.param(2, 4, marks=slow),
@@ -114,7 +114,8 @@ def test_the_exported_model_has_the_trainers_heldout_loss(shards: Path, referenc
     total, targets = 0.0, 0
     job = Job.check(config)
     for rank_step in job.heldout_steps(0, 1, job.phases.at(0)):
-        for batch in rank_step.micro_batches():
+        for micro_batch in rank_step.micro_batches:
+            batch = micro_batch.to("cpu")
             lengths_E = batch.sequences.starts_E1.diff()
             ids_ES, types_ES = (
                 pad_sequence(values_T.split(lengths_E.tolist()), batch_first=True)
@@ -136,7 +137,7 @@ def test_the_exported_model_has_the_trainers_heldout_loss(shards: Path, referenc
 @pytest.mark.parametrize(
     ("stop", "at_step", "zero_stage"),
     [
-        ("term", 1, 1),  # inside the first stage
+        pytest.param("term", 1, 1, marks=pytest.mark.slow),  # inside the first stage
         ("kill", 4, 3),  # just across a boundary: the last checkpoint is before it
         pytest.param("term", 3, 2, marks=slow),  # asked to stop in the step that ends the stage
         pytest.param("kill", 8, 1, marks=slow),
@@ -253,6 +254,7 @@ def test_a_non_finite_loss_stops_before_the_weights_are_touched(
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == "step_00000004"
 
 
+@pytest.mark.slow
 def test_lines_of_metrics_have_no_holes_after_a_crash(shards: Path, tmp_path: Path) -> None:
     """Lines every 4 steps, checkpoints every 3: a checkpoint closes the line that is open."""
     config = small_recipe(tmp_path, shards, "logging.every_steps=4")
@@ -336,7 +338,10 @@ def test_a_refused_resume_changes_nothing(shards: Path, tmp_path: Path) -> None:
     assert str(shards) in before.decode()
 
 
-@pytest.mark.parametrize("moments", ["reset", pytest.param("carry", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "moments",
+    [pytest.param("reset", marks=pytest.mark.slow), pytest.param("carry", marks=pytest.mark.slow)],
+)
 def test_bf16_runs_through_all_stages(shards: Path, tmp_path: Path, moments: str) -> None:
     config = small_recipe(
         tmp_path, shards, "engine.precision=bf16", f"growth.moments={moments}", *DROPOUT

@@ -35,6 +35,7 @@ def _config(folder: Path, shards: Path, *overrides: str) -> RunConfig:
     return small_recipe(folder, shards, *PHASES, *overrides)
 
 
+@pytest.mark.slow
 def test_phases_train_the_same_at_any_zero_stage_and_rank_count(
     shards: Path, tmp_path: Path
 ) -> None:
@@ -57,7 +58,13 @@ def test_phases_train_the_same_at_any_zero_stage_and_rank_count(
 
 @pytest.mark.parametrize(
     "at_step",
-    [2, pytest.param(1, marks=slow), 7, pytest.param(5, marks=slow), pytest.param(9, marks=slow)],
+    [
+        pytest.param(2, marks=pytest.mark.slow),
+        pytest.param(1, marks=slow),
+        7,
+        pytest.param(5, marks=slow),
+        pytest.param(9, marks=slow),
+    ],
 )
 def test_a_run_stopped_anywhere_among_phases_ends_bit_for_bit_the_same(
     shards: Path, tmp_path: Path, at_step: int
@@ -154,6 +161,7 @@ def test_impossible_phases_are_refused_before_anything_starts(shards: Path, tmp_
         run_ranks(train_small, 1, large, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_another_micro_batch_of_a_phase_is_the_same_run(shards: Path, tmp_path: Path) -> None:
     config = _config(tmp_path, shards)
     run_ranks(train_until, 1, config, tmp_path / "run", "term", 3)

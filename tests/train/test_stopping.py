@@ -68,9 +68,11 @@ def _records(run_dir: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("name", "step", "saved"),
     [
-        ("metrics", 2, 2),  # the first evaluation
+        pytest.param("metrics", 2, 2, marks=pytest.mark.slow),  # the first evaluation
         ("grow", 4, 4),  # the first boundary
-        ("start", 0, None),  # nothing was trained, so there is nothing to save
+        pytest.param(
+            "start", 0, None, marks=pytest.mark.slow
+        ),  # nothing was trained, so there is nothing to save
     ],
 )
 def test_no_step_is_taken_after_a_stop(

@@ -25,7 +25,6 @@ from stacking_ds.data.shard_manifest import (
     MANIFEST_NAME,
     UNFINISHED_NAME,
     PrepareRequest,
-    Record,
     ShardFile,
     file_sha256,
 )
@@ -33,6 +32,7 @@ from stacking_ds.data.shard_writer import write_file
 from stacking_ds.data.tokenizer import load_vocabulary
 from stacking_ds.errors import DataError
 from stacking_ds.files import DamagedFileError, read_bytes
+from stacking_ds.records import Record
 
 _R = TypeVar("_R", bound=Record)
 _STARTED = "started.json"

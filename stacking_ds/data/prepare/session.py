@@ -15,10 +15,11 @@ from stacking_ds.data.prepare.unit import (
     UnitWriter,
 )
 from stacking_ds.data.prepare.work_plan import Corpus, InputFile, open_corpus
-from stacking_ds.data.shard_manifest import PrepareRequest, Record, file_sha256
+from stacking_ds.data.shard_manifest import PrepareRequest, file_sha256
 from stacking_ds.data.sources.documents import Reading, unreadable
 from stacking_ds.data.tokenizer import special_ids, vocabulary_sha256
 from stacking_ds.errors import DataError
+from stacking_ds.records import Record
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from stacking_ds.data.shard_manifest import Record, Rejected, ShardFile, SplitName
+from stacking_ds.data.shard_manifest import Rejected, ShardFile, SplitName
 from stacking_ds.data.shard_writer import ShardWriter, token_dtype
 from stacking_ds.data.shards import numbers
 from stacking_ds.data.sources.documents import (
@@ -27,6 +27,7 @@ from stacking_ds.data.sources.documents import (
 )
 from stacking_ds.data.tokenizer import UNCASED, Normalization, build_tokenizer
 from stacking_ds.errors import DataError
+from stacking_ds.records import Record
 
 # ---- WordPiece for millions of sentences: each word is looked up once, and all else is
 # arrays.

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stacking_ds.console import first_of
-from stacking_ds.data.shard_manifest import Record, SourceFile
+from stacking_ds.data.shard_manifest import SourceFile
 from stacking_ds.data.sources.documents import Item, Piece, Reader, Reading, Source, unreadable
 from stacking_ds.data.sources.kinds import SeenFiles, open_source
+from stacking_ds.records import Record
 
 _UNITS = 64
 _NAMED = 10

@@ -8,8 +8,9 @@ from typing import Any, Protocol
 import sentencex
 
 from stacking_ds.console import shortened
-from stacking_ds.data.shard_manifest import DocumentRule, Record, SplitName
+from stacking_ds.data.shard_manifest import DocumentRule, SplitName
 from stacking_ds.errors import DataError
+from stacking_ds.records import Record
 
 # ---- Cuts English text into sentences, without losing a character between them.
 

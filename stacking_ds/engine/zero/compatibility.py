@@ -1,9 +1,11 @@
-"""Is this the DeepSpeed whose private layout the package knows?
+"""Import DeepSpeed, refuse a version whose private layout the package does not know.
 
 Everything in `engine/zero` was read in, and tested with, one DeepSpeed release. Another one
-may keep the names and change their meaning, so it is refused before any number is moved.
+may keep the names and change their meaning, so it is refused before any number is moved. What
+the others use of DeepSpeed they import from here, so that it has been looked at before.
 """
 
+# ruff: noqa: E402 - DeepSpeed's insides are imported after its version has been looked at
 import os
 import pkgutil
 import sys
@@ -13,14 +15,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.utils import groups
 
 from stacking_ds.errors import ConfigError
 
 if not torch.cuda.is_available():  # DeepSpeed would warn, in every process, that it found none
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 with redirect_stdout(sys.stderr):  # for results alone; its logger keeps what it finds there
-    import deepspeed as deepspeed  # the others' too, after it has been looked at
+    import deepspeed as deepspeed
 
 
 PINNED_VERSION = "0.19.8"
@@ -130,6 +131,20 @@ def masters_of(engine: Any) -> Masters:
 
 require_pinned_deepspeed()
 
+from deepspeed.runtime import compiler as compiler
+from deepspeed.runtime.engine import DeepSpeedEngine as DeepSpeedEngine
+from deepspeed.runtime.zero import parameter_offload as parameter_offload
+from deepspeed.runtime.zero.partition_parameters import (
+    Init as Init,
+)
+from deepspeed.runtime.zero.partition_parameters import (
+    register_external_parameter as register_external_parameter,
+)
+from deepspeed.runtime.zero.partitioned_param_coordinator import (
+    PartitionedParameterCoordinator as PartitionedParameterCoordinator,
+)
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS as ZERO_SUPPORTED_OPTIMIZERS
+from deepspeed.utils import groups as groups
 
 # ---- Keep DeepSpeed on the process group of now.
 

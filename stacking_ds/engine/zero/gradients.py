@@ -5,9 +5,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
-from stacking_ds.engine.zero.compatibility import Masters, masters_of
+from stacking_ds.engine.zero.compatibility import ZERO_SUPPORTED_OPTIMIZERS, Masters, masters_of
 from stacking_ds.engine.zero.flat_buffers import flat_tensors, pieces
 from stacking_ds.sharding.fragments import Shard, Span
 

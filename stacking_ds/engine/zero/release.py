@@ -12,9 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from deepspeed.runtime.zero import parameter_offload
-from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
+from stacking_ds.engine.zero.compatibility import (
+    PartitionedParameterCoordinator,
+    parameter_offload,
+)
 from stacking_ds.engine.zero.flat_buffers import flat_tensors
 from stacking_ds.process.runtime import return_freed_memory
 

@@ -11,10 +11,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from deepspeed.runtime import compiler
-from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.zero.partition_parameters import Init, register_external_parameter
 
+from stacking_ds.engine.zero.compatibility import (
+    DeepSpeedEngine,
+    Init,
+    compiler,
+    register_external_parameter,
+)
 from stacking_ds.model.layer import GatheredWhole
 
 ValueOf = Callable[[str, torch.Size], torch.Tensor]

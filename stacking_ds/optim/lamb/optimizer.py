@@ -21,7 +21,7 @@ from typing import Any, get_args
 
 import torch
 
-from stacking_ds.config.sections import LambKernelName
+from stacking_ds.config.sections import LambKernelName, LambSection
 from stacking_ds.errors import ConfigError
 from stacking_ds.optim.groups import place_of
 from stacking_ds.optim.lamb.apex import ApexLamb
@@ -146,12 +146,7 @@ class Lamb(torch.optim.Optimizer):
         params: as for any torch optimizer; fp32.
         lr, betas, eps, weight_decay: as for AdamW; betas, eps and decay default to those of You et
             al. 2020, section 4 and code.
-        min_coeff, max_coeff: bounds of the trust ratio, by their names in DeepSpeed's FusedLamb;
-            none by default, as in the paper's experiments.
-        grad_pre_normalization: divide the gradient by its global 2-norm first, as NVLAMB does
-            (NVIDIA, "Pretraining BERT with Layer-wise Adaptive Learning Rates", 2019). Clipping
-            has no meaning then.
-        kernel: which form of the step runs; see `optim/lamb/optimizer.py`.
+        options: what LAMB has besides. `always_adapt` is said by the groups.
 
     Raises:
         ConfigError: a value out of range.
@@ -164,21 +159,12 @@ class Lamb(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         weight_decay: float = 0.01,
-        *,
-        min_coeff: float = 0.0,
-        max_coeff: float = math.inf,
-        grad_pre_normalization: bool = False,
-        kernel: LambKernelName = "auto",
+        options: LambSection | None = None,
     ) -> None:
         if not (lr >= 0 and eps > 0 and weight_decay >= 0 and all(0 <= b < 1 for b in betas)):
             raise ConfigError(
                 f"LAMB needs lr >= 0, eps > 0, weight_decay >= 0 and betas in [0, 1); got lr={lr}, "
                 f"eps={eps}, weight_decay={weight_decay}, betas={betas}"
-            )
-        if not 0 <= min_coeff <= max_coeff:
-            raise ConfigError(
-                f"LAMB needs 0 <= min_coeff <= max_coeff; got min_coeff={min_coeff}, "
-                f"max_coeff={max_coeff}"
             )
         defaults = {
             "lr": lr,
@@ -186,12 +172,9 @@ class Lamb(torch.optim.Optimizer):
             "eps": eps,
             "weight_decay": weight_decay,
             "layer_adaptation": True,
-            "min_coeff": min_coeff,
-            "max_coeff": max_coeff,
         }
         super().__init__(params, defaults)
-        self._normalize = grad_pre_normalization
-        self._kernel_name = kernel
+        self.options = options or LambSection()
         own = [p for group in self.param_groups for p in group["params"]]
         self._kernel: LambKernel | None = None
         whole = [Shard(p, (Span(str(index), index, 0, p.numel()),)) for index, p in enumerate(own)]
@@ -216,9 +199,9 @@ class Lamb(torch.optim.Optimizer):
         Raises:
             ConfigError: the kernel asked for cannot run on these shards.
         """
-        require_whole_tensors(self._kernel_name, sharded=add_over_ranks is not None)
+        require_whole_tensors(self.options.kernel, sharded=add_over_ranks is not None)
         self._know(shards, add_over_ranks, gradient_norm)
-        self._kernel = choose_kernel(self._kernel_name, shards[0].flat.device)
+        self._kernel = choose_kernel(self.options.kernel, shards[0].flat.device)
 
     def _know(
         self,
@@ -273,7 +256,7 @@ class Lamb(torch.optim.Optimizer):
     def _take(self, items: list[Item], gradients: list[torch.Tensor]) -> None:
         device = next(iter(self._shards.values())).flat.device
         if self._kernel is None:
-            self._kernel = choose_kernel(self._kernel_name, device)
+            self._kernel = choose_kernel(self.options.kernel, device)
         squares_2P = torch.zeros(2, len(self._names), dtype=torch.float64, device=device)
         if items:
             scale = self._gradient_scale(gradients)
@@ -313,7 +296,7 @@ class Lamb(torch.optim.Optimizer):
         one = torch.tensor(1.0)  # of a plain number torch would make a tensor for each count
         if states:
             torch._foreach_add_([state["step"] for state in states], [one] * len(states))
-        items, hypers = [], dict[tuple[int, int], Hyper]()
+        items, hypers, most = [], dict[tuple[int, int], Hyper](), self.options.max_coeff
         for (shard, group, _), state in zip(waiting, states, strict=True):
             key = id(group), int(state["step"].item())
             if key not in hypers:
@@ -324,15 +307,15 @@ class Lamb(torch.optim.Optimizer):
                     eps=group["eps"],
                     weight_decay=group["weight_decay"],
                     layer_adaptation=group["layer_adaptation"],
-                    min_coeff=group["min_coeff"],
-                    max_coeff=group["max_coeff"],
+                    min_coeff=self.options.min_coeff,
+                    max_coeff=math.inf if most is None else most,
                     step=key[1],
                 )
             items.append(Item(shard, state["exp_avg"], state["exp_avg_sq"], hypers[key]))
         return items
 
     def _gradient_scale(self, gradients: list[torch.Tensor]) -> torch.Tensor | None:
-        if not self._normalize:
+        if not self.options.grad_pre_normalization:
             return None
         if self._gradient_norm is None:
             norms = torch._foreach_norm(gradients, 2, torch.float64)
