@@ -21,8 +21,8 @@ from stacking_ds.run.metrics_file import read_metrics
 from stacking_ds.schedule.stages import Stage
 from stacking_ds.train import stage_engine
 from stacking_ds.train.loop import train
-from stacking_ds.train.plan import Job
-from stacking_ds.train.stage_engine import StageManager
+from stacking_ds.train.plan import open_plan
+from stacking_ds.train.stage_engine import StageEngine
 
 __all__ = ["heldout_losses", "table", "train_arm"]
 
@@ -31,17 +31,17 @@ ARMS = ("stacked", "random")
 
 def train_arm(world: World, config: RunConfig, run_dir: Path, arm: str) -> dict[int, float]:
     """Train one arm; the held-out MLM loss by step."""
-    grow = StageManager.grow
+    grow = StageEngine.grow
     if arm == "random":
-        StageManager.grow = _initialise_anew  # type: ignore[method-assign]
+        StageEngine.grow = _initialise_anew  # type: ignore[method-assign]
     try:
-        train(Job.check(config), world, run_dir)
+        train(open_plan(config, world.size), world, run_dir)
     finally:
-        StageManager.grow = grow  # type: ignore[method-assign]
+        StageEngine.grow = grow  # type: ignore[method-assign]
     return heldout_losses(run_dir)
 
 
-def _initialise_anew(manager: StageManager, old: Stage, new: Stage) -> None:
+def _initialise_anew(manager: StageEngine, old: Stage, new: Stage) -> None:
     manager.finish_save()
     manager.close()
     # another seed: first values depend on seed and name alone, and would be the old ones again

@@ -24,7 +24,6 @@ from stacking_ds.config.run import RunConfig
 from stacking_ds.config.sections import OptimizerSection
 from stacking_ds.distributed import process_group
 from stacking_ds.distributed.world import World
-from stacking_ds.engine.zero import gradients
 from stacking_ds.optim.groups import parameter_groups
 from stacking_ds.optim.lamb.optimizer import Lamb
 from stacking_ds.optim.optimizers import build_optimizer
@@ -32,7 +31,7 @@ from stacking_ds.run.metrics_file import read_metrics
 from stacking_ds.sharding.fragments import Shard, Span
 from stacking_ds.train import stage_engine
 from stacking_ds.train.loop import train
-from stacking_ds.train.plan import Job
+from stacking_ds.train.plan import open_plan
 
 __all__ = ["ARMS", "FlatPartitionLamb", "Run", "runs_in", "table", "train_arm", "write_recipe"]
 
@@ -67,12 +66,13 @@ class FlatPartitionLamb(Lamb):
         shards: Sequence[Shard],
         add_over_ranks: Callable[[torch.Tensor], None] | None,
         gradient_norm: Callable[[], torch.Tensor] | None,
+        is_same_on_all_ranks: Callable[[float], bool] | None = None,
     ) -> None:
         flat = [
             Shard(shard.flat, (Span(str(place), place, 0, shard.flat.numel()),), shard.low)
             for place, shard in enumerate(shards)
         ]
-        super().bind(flat, None, gradient_norm)
+        super().bind(flat, None, gradient_norm, is_same_on_all_ranks)
 
 
 def _flat_partition_lamb(
@@ -83,7 +83,6 @@ def _flat_partition_lamb(
     for group in parameter_groups(named_parameters, config.weight_decay):
         merged.setdefault(group["weight_decay"], {**group, "params": []})
         merged[group["weight_decay"]]["params"] += group["params"]
-    gradients.accept_under_zero(FlatPartitionLamb)
     return FlatPartitionLamb(
         list(merged.values()), lr=config.learning_rate, betas=config.betas, eps=config.eps
     )
@@ -115,7 +114,7 @@ def write_recipe(folder: Path, data: Path, arm: str, learning_rate: float) -> Pa
 def train_arm(world: World, config: RunConfig, run_dir: Path, arm: str) -> None:
     stage_engine.build_optimizer = ARMS[arm][3]  # type: ignore[assignment]
     try:
-        train(Job.check(config), world, run_dir)
+        train(open_plan(config, world.size), world, run_dir)
     finally:
         stage_engine.build_optimizer = build_optimizer
 

@@ -1,6 +1,32 @@
-"""Sizes, columns, and lists and values of any length, for people."""
+"""The console: lines that are said, sizes, columns and lists for people, names that are not UTF-8.
 
+Python keeps the bytes of a name that it cannot decode as lone surrogates, which nothing can print
+or keep in JSON.
+"""
+
+import io
+import os
+import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from stacking_ds.errors import ConfigError
+
+
+def say(text: str) -> None:
+    """Print to stdout at once. Where its reader has read enough (`| head`) the rest goes nowhere:
+    the exit code is still to come, and other ranks may wait."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def say_on_stderr(text: str) -> None:
+    """Print to stderr at once, or nowhere if the launcher or terminal that read it is gone."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def first_of(names: Sequence[object], most: int = 5, between: str = ", ") -> str:
@@ -47,3 +73,71 @@ def aligned(rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:
         ).rstrip()
         for row in rows
     ]
+
+
+def is_utf8(name: str | Path) -> bool:
+    """Whether the name can be written as text."""
+    try:
+        str(name).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def readable_name(name: str | Path) -> str:
+    """The name as a person may read it: what is not UTF-8 as `\\xe9`."""
+    content = str(name).encode("utf-8", errors="surrogatepass")
+    with_bytes = content if is_utf8(name) else os.fsencode(str(name))
+    return with_bytes.decode("utf-8", errors="backslashreplace")
+
+
+def check_names(words: Sequence[str]) -> None:
+    """Check the words of a command, and the directory it runs in.
+
+    Raises:
+        ConfigError: one of them is not UTF-8, or the directory is gone.
+    """
+    for word in words:
+        if not is_utf8(word):
+            raise ConfigError(
+                f"{readable_name(word)} is not UTF-8 (in the encoding "
+                f"{sys.getfilesystemencoding()} of this session); rename the file, or its folder, "
+                "to letters that are"
+            )
+    try:
+        here = os.getcwd()
+    except FileNotFoundError:
+        raise ConfigError("the working directory is gone; change to another one") from None
+    if not is_utf8(here):
+        raise ConfigError(
+            f"the name of the working directory {readable_name(here)} is not UTF-8; rename it, or "
+            "change to another one"
+        )
+
+
+def steady_streams() -> None:
+    """Make the standard streams take any text, and be there.
+
+    A character that the console's encoding lacks is written as `\\u2265`. A stream that was closed
+    leads nowhere: else the next file to be opened would get its number, and what is printed.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:
+            _fill(number)
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper) and name != "stdin":
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _fill(number: int) -> None:
+    """Opens the descriptor if it is closed."""
+    try:
+        os.fstat(number)
+    except OSError:
+        found = os.open(os.devnull, os.O_RDWR)
+        if found != number:
+            os.dup2(found, number)
+            os.close(found)
+        os.set_inheritable(number, True)

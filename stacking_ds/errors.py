@@ -1,35 +1,16 @@
 """The errors a user can meet. Each message says what, which value, where, and what to do."""
 
-import errno
 import os
 from pathlib import Path
 from typing import TypeVar
 
-from stacking_ds.console import shortened
-
 EXIT_FAILURE, EXIT_USER_ERROR, EXIT_NOT_FINITE, EXIT_LOST_RANK = 1, 2, 3, 4
+EXIT_INTERRUPTED = 130
 """What a program ends with."""
-
-_MENDABLE = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EEXIST,
-    errno.ELOOP,
-    errno.ENAMETOOLONG,
-}
 
 
 class UserError(ValueError):
     """Something the user can mend; programs print it as one sentence and exit with code 2."""
-
-    on_all_ranks = False
-    """True where every rank raises this same error, so that one of them may speak for all."""
 
 
 class ConfigError(UserError):
@@ -58,10 +39,16 @@ class UnreadableError(CheckpointError):
     or a file system fails."""
 
 
-class NonFiniteError(RuntimeError):
-    """The loss or the gradient became NaN or infinite; the weights were not updated with it."""
+class AgreedError(Exception):
+    """An error that every rank raises alike, so that one of them may speak for all.
 
-    on_all_ranks = True
+    It is of the class of what went wrong too: who catches a `CheckpointError` catches it on one
+    rank as on many.
+    """
+
+
+class NonFiniteError(AgreedError, RuntimeError):
+    """The loss or the gradient became NaN or infinite; the weights were not updated with it."""
 
 
 class LoaderError(RuntimeError):
@@ -71,14 +58,27 @@ class LoaderError(RuntimeError):
 class LostRankError(RuntimeError):
     """Another rank died, hangs or cannot be reached; the run can go on from its checkpoint."""
 
-    said_elsewhere = False
-    """True where another rank knows the same and says it."""
+
+class LostRankToldError(LostRankError):
+    """A lost rank that another rank knows of too, and tells of."""
 
 
-def is_mendable(error: OSError) -> bool:
-    """Is it the user's to mend (a full disk, a path, a permission)? What a file system does by
-    itself, a stale handle or an input/output error, may be gone at the next attempt."""
-    return error.errno in _MENDABLE
+def agreed(error: Exception) -> Exception:
+    """The same error as an `AgreedError`, for every rank to raise."""
+    if isinstance(error, AgreedError):
+        return error
+    try:
+        kind = _agreed_kind(type(error))
+    except TypeError:  # of a library, that has no subclasses
+        return _agreed_kind(RuntimeError)(f"{type(error).__name__}: {error}")
+    if isinstance(error, OSError):
+        return kind(error.errno, error.strerror, error.filename)
+    return kind.__new__(kind, *error.args)
+
+
+def _agreed_kind(kind: type[Exception]) -> type[Exception]:
+    # by the same name, which tracebacks and records give
+    return type(kind.__name__, (AgreedError, kind), {"__module__": kind.__module__})
 
 
 _Kind = TypeVar("_Kind", bound=UserError)
@@ -89,10 +89,3 @@ def unreadable(kind: type[_Kind], path: Path, error: OSError) -> _Kind:
     let us read."""
     reason = os.strerror(error.errno or 0)  # Arrow words it otherwise
     return kind(f"{path} cannot be read ({reason}); mend access to it and try again")
-
-
-def mended_by(error: OSError) -> str:
-    """The sentence for a mendable error: what it is, and what to do about it."""
-    if error.errno == errno.ENAMETOOLONG:
-        return f"{error.strerror}: '{shortened(str(error.filename))}'; choose a shorter one"
-    return f"{error}; make room, or mend paths and permissions"

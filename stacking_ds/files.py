@@ -1,15 +1,20 @@
-"""Small files that may be damaged: text, JSON and JSON lines, bounded in size and depth.
+"""Files read with a bound, and files and folders written whole or not at all.
 
 Only a regular file is read: a FIFO or a device in its place would be waited for, or never end. What
 cannot be read (a permission, a stale handle) stays an OSError; everything else is damage.
+
+What is written appears under its name when all of it is on disk, whatever moment the process is
+killed at or the machine loses power; what a killed process has left is under another name.
 """
 
 import errno
 import json
 import math
 import os
+import shutil
 import stat
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -196,3 +201,78 @@ def _object_of(line: bytes) -> dict[str, Any] | None:
     except ValueError:  # also what is not UTF-8
         return None
     return value if isinstance(value, dict) else None
+
+
+# --------------------------------------------------------------------------- writing
+
+
+def sync(path: Path) -> None:
+    """Have the file's contents, or the folder's entries, on disk before anything relies on it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # some network file systems cannot sync a folder, and need not
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_whole(
+    path: Path, content: str | bytes | memoryview, by_way_of: Path | None = None
+) -> None:
+    """Write the file `path`, or replace it, by way of another name on the same file system.
+
+    Its new name outlasts a crash of the machine once its folder is synced, which is the caller's to
+    do: several files may share one `sync`.
+
+    Args:
+        by_way_of: the other name; else it is hidden beside `path`.
+
+    Raises:
+        OSError: it cannot be written; `path` is as it was.
+    """
+    unfinished = by_way_of or path.with_name(f".{path.name}.partial")
+    try:
+        with open(unfinished, "wb", opener=without_waiting) as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except BaseException:
+        with suppress(OSError):
+            unfinished.unlink()
+        raise
+
+
+def replace_folder(partial: Path, folder: Path, previous: Path) -> None:
+    """Give the folder `partial`, all of which is on disk, the name `folder`. What had it is moved
+    to `previous`, for the caller to remove."""
+    if os.path.lexists(folder):
+        shutil.rmtree(previous, ignore_errors=True)
+        folder.rename(previous)
+    partial.rename(folder)
+    sync(folder.parent)
+
+
+@contextmanager
+def published(folder: Path) -> Iterator[Path]:
+    """A new hidden folder to fill with files; it becomes `folder`, in place of what is there, when
+    it is left. After an error nothing of it stays.
+
+    Raises:
+        OSError: it cannot be written; `folder` is as it was.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    previous = folder.with_name(f".{folder.name}.previous")
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for path in (*partial.iterdir(), partial):
+            sync(path)
+        replace_folder(partial, folder, previous)
+        shutil.rmtree(previous, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room

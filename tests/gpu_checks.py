@@ -14,17 +14,17 @@ import torch
 
 from stacking_ds.checkpoint import folders, load, manifest, save
 from stacking_ds.distributed.world import World
-from stacking_ds.engine.build import release_engine, take_step
+from stacking_ds.engine.build import advance, release_engine
 from stacking_ds.engine.zero import sharded_state
 from stacking_ds.growth.operators import layer_map
-from stacking_ds.growth.transfer import CarriedState, capture_engine, install_state
+from stacking_ds.growth.transfer import TrainingState, capture, install
 from stacking_ds.kernels.registry import DTYPES
 from stacking_ds.model.bert_config import BertConfig
 from stacking_ds.optim.lamb.optimizer import choose_kernel
 from stacking_ds.sharding.fragments import MASTER, MOMENTS
 from stacking_ds.train.from_checkpoint import load_model
 from stacking_ds.train.heldout import evaluate_heldout
-from stacking_ds.train.plan import Job
+from stacking_ds.train.plan import open_plan
 from tests.bert_samples import Batch, telling_model
 from tests.lamb_following import follow_unsharded
 from tests.runs import losses, metrics, small_recipe, train_small
@@ -64,7 +64,7 @@ def _train(world: World, engine: Any, steps: range) -> list[float]:
     for step in steps:
         loss = tiny_loss(engine, _batch(world, step), slice(None))
         engine.backward(loss)
-        take_step(engine)
+        advance(engine)
         found.append(float(loss.detach()))
     return found
 
@@ -103,10 +103,10 @@ def check_growth(world: World, zero_stage: int, precision: str) -> None:
     engine = _engine(world, zero_stage, precision, 2)
     _train(world, engine, range(2))
     before = whole_state(world, engine)
-    state = capture_engine(engine)
+    state = capture(engine)
     release_engine(engine)
     engine = _engine(world, zero_stage, precision, 4, seed=None)
-    install_state(engine, state, layer_map("stack", 2, 4), "carry", world)
+    install(state, engine, layer_map("stack", 2, 4), "carry", world)
     after = whole_state(world, engine)
     reference = tiny_model(4, seed=1)
     for name, parameter in reference.named_parameters():
@@ -142,7 +142,7 @@ def check_overflow(world: World, zero_stage: int) -> None:
     before, logits = whole_state(world, engine), _logits(world, engine)
     for skipped in (1, 2):  # DeepSpeed forgives the first overflow, and lowers its scale then
         engine.backward(1e30 * tiny_loss(engine, _batch(world, 2), slice(None)))
-        norm = take_step(engine)
+        norm = advance(engine)
         assert norm is not None
         assert not torch.tensor(norm).isfinite()
         assert (engine.skipped_steps, engine.global_steps) == (skipped, 2 + skipped)
@@ -189,12 +189,12 @@ def check_memory(world: World, zero_stage: int) -> None:
     for old, new in itertools.pairwise(depths):
         _train(world, engine, range(1))
         alive.append(_held_bytes(world))
-        state = capture_engine(engine)
+        state = capture(engine)
         release_engine(engine)
         del engine
         held.append(_held_bytes(world) - _state_bytes(world, state))
         engine = _engine(world, zero_stage, "bf16", new, seed=None)
-        install_state(engine, state, layer_map("stack", old, new), "carry", world)
+        install(state, engine, layer_map("stack", old, new), "carry", world)
         del state
     release_engine(engine)
     # the first release leaves what is made once in a process, such as a matmul's workspace
@@ -215,13 +215,13 @@ def _held_bytes(world: World) -> int:
     return sum(storages.values())
 
 
-def _state_bytes(world: World, state: CarriedState) -> int:
+def _state_bytes(world: World, state: TrainingState) -> int:
     """What of the state between two engines counts on this world's device."""
     kept = {weight.untyped_storage().data_ptr(): weight.untyped_storage().nbytes()
             for weight in state.weights.values()}  # fmt: skip
     if world.device.type == "cuda":
         return sum(kept.values())
-    copies = [view for fragment in state.captured.fragments for view in fragment.views.values()]
+    copies = [view for fragment in state.fragments for view in fragment.views.values()]
     return sum(kept.values()) + sum(view.nbytes for view in copies)
 
 
@@ -307,10 +307,10 @@ def check_run(
     assert (folder / "run" / "export" / "model.safetensors").is_file()
     found = folders.latest(folder / "run")
     assert found is not None
-    job = Job.check(config)
+    plan = open_plan(config)
     on_cpu = replace(world, device=torch.device("cpu"))
     expected = evaluate_heldout(
-        load_model(job, found), job.heldout_steps(0, 1, job.phases.at(0)), on_cpu
+        load_model(plan, found), plan.heldout_steps(0, 1, plan.phases.at(0)), on_cpu
     )
     last = metrics(folder / "run")[-1]
     assert last["eval/mlm_loss"] == pytest.approx(expected.mlm_loss, rel=RELATIVE_ERROR[precision])

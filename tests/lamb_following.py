@@ -12,7 +12,7 @@ from stacking_ds.engine.build import build_engine, release_engine
 from stacking_ds.engine.zero import gradients as engine_zero_gradients
 from stacking_ds.engine.zero import sharded_state
 from stacking_ds.growth.operators import layer_map, source_name
-from stacking_ds.growth.transfer import capture_engine, install_state
+from stacking_ds.growth.transfer import capture, install
 from stacking_ds.sharding.fragments import MASTER
 from tests.sharded import State, train_engine, whole_state
 from tests.tiny import tiny_model, tiny_optimizer, tiny_settings
@@ -141,10 +141,10 @@ def follow_unsharded(world: World, cases: Cases, **lamb: Any) -> list[Any]:
         model, optimizer = unsharded_lamb(2, **eps)
         _follow(world, engine, model, optimizer, range(STEPS))
         before = largest_differences(whole_state(world, engine), model)
-        state = capture_engine(engine)
+        state = capture(engine)
         release_engine(engine)
         engine = lamb_engine(world, zero_stage, precision, depth=4, seed=99, **options)
-        install_state(engine, state, layer_map("stack", 2, 4), "carry", world)
+        install(state, engine, layer_map("stack", 2, 4), "carry", world)
         model, optimizer = grown_by_hand(model, optimizer, 2, **eps)
         _follow(world, engine, model, optimizer, range(STEPS, STEPS + AFTER))
         statistics = engine.basic_optimizer.statistics()

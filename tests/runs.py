@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,18 @@ from stacking_ds.config.run import RunConfig
 from stacking_ds.distributed.world import World
 from stacking_ds.train import loop
 from stacking_ds.train.loop import train
-from stacking_ds.train.plan import Job
+from stacking_ds.train.plan import open_plan
+from stacking_ds.train.step import StepResult
 
-__all__ = ["losses", "metrics", "parameters", "small_recipe", "train_small", "train_until"]
+__all__ = [
+    "around_steps",
+    "losses",
+    "metrics",
+    "parameters",
+    "small_recipe",
+    "train_small",
+    "train_until",
+]
 
 _RECIPE: dict[str, Any] = {
     "name": "small",
@@ -57,22 +67,32 @@ def small_recipe(folder: Path, shards: Path, *overrides: str, name: str = "small
 
 def train_small(world: World, config: RunConfig, run_dir: Path, resume: bool = False) -> int:
     """Train on these ranks; the steps that are then completed."""
-    return train(Job.check(config), world, run_dir, resume=resume).step
+    return train(open_plan(config, world.size), world, run_dir, resume=resume).step
 
 
 def train_until(world: World, config: RunConfig, run_dir: Path, stop: str, at_step: int) -> int:
     """Train, and at `at_step` be asked to stop ("term") or die ("kill")."""
-    original = loop._Run.train_step
 
-    def step(run: Any, rank_step: Any) -> Any:
-        if run.state.step == at_step and world.rank == world.size - 1:
+    def step(completed: int, take: Callable[[], StepResult]) -> StepResult:
+        if completed == at_step and world.rank == world.size - 1:
             if stop == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(run, rank_step)
+        return take()
 
-    loop._Run.train_step = step  # type: ignore[method-assign]
+    around_steps(step)
     return train_small(world, config, run_dir)
+
+
+def around_steps(around: Callable[[int, Callable[[], StepResult]], StepResult]) -> None:
+    """From now on this process takes a step as `around(completed_steps, take)` does."""
+    original = loop.training_step
+
+    def step(*arguments: Any, **options: Any) -> StepResult:
+        completed: int = options["world"].pulse.step
+        return around(completed, lambda: original(*arguments, **options))
+
+    loop.training_step = step
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:

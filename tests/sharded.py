@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from stacking_ds.distributed.world import World
-from stacking_ds.engine.build import build_engine, take_step
+from stacking_ds.engine.build import advance, build_engine
 from stacking_ds.engine.zero import sharded_state
 from stacking_ds.sharding.fragments import Fragment
 from tests.tiny import SAMPLES, tiny_batch, tiny_loss, tiny_model, tiny_optimizer, tiny_settings
@@ -49,7 +49,7 @@ def _train_step(world: World, engine: Any, step: int, gas: int) -> tuple[float, 
         batch = {key: tensor.to(world.device) for key, tensor in tiny_batch(step).items()}
         part = tiny_loss(engine, batch, slice(first, first + share))
         engine.backward(part * world.size * gas)
-        norm = take_step(engine)
+        norm = advance(engine)
         assert (norm is None) == (micro_step < gas - 1)
         loss += part.item()
     return loss, norm

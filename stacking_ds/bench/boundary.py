@@ -19,7 +19,7 @@ from stacking_ds.bench.rivals import gather_whole, load_stock, save_stock, set_f
 from stacking_ds.bench.workload import Workload
 from stacking_ds.distributed.world import World
 from stacking_ds.engine.zero import sharded_state
-from stacking_ds.growth.transfer import capture_engine, install_state
+from stacking_ds.growth.transfer import capture, install
 from stacking_ds.sharding.fragments import MASTER
 
 # --------------------------------------------------------------------- the three ways
@@ -30,14 +30,14 @@ def _ours(crossing: Crossing, step_too: bool) -> None:
     ranks = LabelledWorld(world, crossing.sent)
     with crossing.measured():
         with crossing.phase("capture"):
-            state = capture_engine(crossing.engine)
+            state = capture(crossing.engine)
         with crossing.phase("release"):
             crossing.release()
         with crossing.phase("build"):
             crossing.engine = workload.new_engine(world)
         with crossing.phase("install"):
-            install_state(crossing.engine, state, workload.layer_map, "carry", ranks)
-    captured = [view for part in state.captured.fragments for view in part.views.values()]
+            install(state, crossing.engine, workload.layer_map, "carry", ranks)
+    captured = [view for part in state.fragments for view in part.views.values()]
     crossing.record.captured_bytes = touched_bytes([*captured, *state.weights.values()])
     del captured, state
     settle()

@@ -7,7 +7,7 @@ from stacking_ds.bench.targets import Target, grid
 
 Figures = Mapping[str, Any]
 
-# facts/performance.md, goals 2 and 6: otherwise hand-written kernels are not worth keeping
+# otherwise hand-written kernels are not worth keeping
 _SHARE_OF_COPY = 0.75
 _AGAINST_COMPILE = 1.0
 _PASSES = ("forward", "backward")

@@ -1,7 +1,6 @@
 """Start several ranks of one command on this machine, and wait for them without hanging."""
 
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -10,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stacking_ds.errors import UserError
-from stacking_ds.process.launcher_env import HYDRA_SIZE, OPEN_MPI_SIZE, by_srun
+from stacking_ds.process.launchers import HYDRA_SIZE, OPEN_MPI_SIZE, by_srun, free_port
 
 _POLL_SECONDS = 0.1
 _LINES_OF_A_FAILURE = 15
@@ -39,7 +38,7 @@ def run_on_ranks(arguments: Sequence[str], ranks: int) -> None:
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(free_port()),
     }
     if _gpus() < ranks:
         shared |= {
@@ -97,9 +96,3 @@ def _gpus() -> int:
     import torch  # takes seconds, and not every command needs it
 
     return torch.cuda.device_count()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -7,7 +7,6 @@ optimizer steps; their rate is in tokens, of which padding is none.
 import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from stacking_ds.bench.step_batch import StepBatch, case_batches, dense_batches
 from stacking_ds.bench.step_case import StepCase
 from stacking_ds.bench.step_clock import (
     Step,
-    Times,
     interleaved,
     matmul_peak,
     statistic_of,
@@ -248,7 +246,10 @@ def measure_accumulation(case: StepCase, how: How, world: World) -> dict[str, An
         if absent:
             raise ConfigError(f"gradient accumulation cannot be measured: {absent}")
         rounds = [
-            {name: _parts(steps[name], k, clock) for name, k in micro_steps_of.items()}
+            {
+                name: [clock(part)["seconds"] for part in step.parts()]
+                for name, step in steps.items()
+            }
             for _ in range(how.rounds)
         ]
     free(steps.values(), world.device)
@@ -264,10 +265,3 @@ def measure_accumulation(case: StepCase, how: How, world: World) -> dict[str, An
         "step_seconds": sum(least["many"]),
         "expected_seconds": (_MICRO_STEPS - 1) * micro_step + with_one,
     }
-
-
-def _parts(step: Any, micro_steps: int, clock: Callable[[Step], Times]) -> list[float]:
-    """Seconds of each micro-step, and of the update."""
-    step.begin()
-    parts: list[Step] = [partial(step.micro_step, index) for index in range(micro_steps)]
-    return [clock(part)["seconds"] for part in (*parts, step.update)]

@@ -3,6 +3,7 @@
 Shapes: B rows, S slots a row, T tokens, M masked positions.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,9 +12,11 @@ from numpy.typing import NDArray
 
 from stacking_ds.bench.step_case import StepCase
 from stacking_ds.data.batches import Batch
+from stacking_ds.distributed.world import World
 from stacking_ds.errors import ConfigError
 from stacking_ds.kernels.cross_entropy import IGNORE_INDEX
 from stacking_ds.model.bert import from_rows
+from stacking_ds.train.step import StepCounts
 
 _MASKED_SHARE = 0.15  # Devlin et al. 2019 §3.1
 _MASK_ID = 3
@@ -106,6 +109,19 @@ def make_batch(
             "next_sentence_label": nsp_B,
         },
         attended_tokens=float((lengths_B**2).sum() / lengths_B.sum()),
+    )
+
+
+def counts_of(batches: Sequence[StepBatch], world: World) -> StepCounts:
+    """Targets and tokens of these micro-batches over all ranks. A collective."""
+    return StepCounts(
+        *world.sum(
+            [
+                sum(batch.mlm_targets for batch in batches),
+                sum(batch.nsp_targets for batch in batches),
+                sum(batch.tokens for batch in batches),
+            ]
+        )
     )
 
 

@@ -12,19 +12,18 @@ from typing import Any, Protocol
 
 import torch
 
-from stacking_ds.bench.step_batch import StepBatch
+from stacking_ds.bench.step_batch import StepBatch, counts_of
 from stacking_ds.config.sections import EngineSection, KernelsName, OptimizerSection, Precision
 from stacking_ds.distributed.world import World
-from stacking_ds.engine.build import build_engine, release_engine, set_learning_rate, take_step
+from stacking_ds.engine.build import advance, build_engine, release_engine, set_learning_rate
 from stacking_ds.engine.ds_json import load_ds_config, resolve_ds_config
 from stacking_ds.engine.zero.compatibility import deepspeed
-from stacking_ds.kernels.operations import Operations
 from stacking_ds.kernels.registry import Compute, choose_compute
 from stacking_ds.model.bert import BertForPreTraining
 from stacking_ds.model.bert_config import BertConfig
-from stacking_ds.model.loss import PretrainingLoss, pretraining_loss
 from stacking_ds.model.parameters import first_value
 from stacking_ds.optim.optimizers import build_optimizer
+from stacking_ds.train.step import forward_backward, forward_loss, training_step
 
 _SEED = 0
 _OPTIMIZER = OptimizerSection(learning_rate=1e-4)
@@ -74,17 +73,6 @@ def our_compute(
     return choose_compute(section, device, config)
 
 
-def our_loss(
-    model: Callable[..., Any], batch: StepBatch, operations: Operations
-) -> PretrainingLoss:
-    """Of one micro-step; `model` is ours, or its engine."""
-    rows = batch.ours
-    mlm_logits_MV, nsp_logits_E2 = model(*rows.model_inputs)
-    return pretraining_loss(
-        mlm_logits_MV, rows.mlm_labels_M, nsp_logits_E2, rows.next_sentence_label_E, operations
-    )
-
-
 class OurStep:
     """As the trainer takes it."""
 
@@ -104,49 +92,37 @@ class OurStep:
         value_of = lambda name, shape: first_value(name, shape, _SEED, config.initializer_range)  # noqa: E731 - as in build_engine
         self._engine = build_engine(model, optimizer, settings, value_of)
         self.batches, self._world = batches, world
-        self._operations = compute.operations
 
     def __call__(self) -> float:
-        self.begin()
-        for index in range(len(self.batches)):
-            self.micro_step(index)
-        mlm_total, nsp_total = self._world.sum(self._sums.tolist())
-        self.update()
-        return _finite(mlm_total / self._mlm_targets + nsp_total / self._nsp_targets)
+        result = training_step(
+            self._engine,
+            [batch.ours for batch in self.batches],
+            counts_of(self.batches, self._world),
+            learning_rate=_OPTIMIZER.learning_rate,
+            seed=_SEED,
+            world=self._world,
+        )
+        assert result.loss is not None, "rows of a benchmark have targets"
+        return result.loss
 
     def parts(self) -> list[Callable[[], Any]]:
-        self.begin()
-        return [
-            *(partial(self.micro_step, index) for index in range(len(self.batches))),
-            self.update,
-        ]
-
-    def begin(self) -> None:
-        """What comes before the first micro-step."""
-        world, batches = self._world, self.batches
-        self._mlm_targets, self._nsp_targets, _ = world.sum([
-            sum(batch.mlm_targets for batch in batches),
-            sum(batch.nsp_targets for batch in batches),
-            sum(batch.tokens for batch in batches),
-        ])  # fmt: skip
+        """Each micro-step, and the update."""
         set_learning_rate(self._engine, _OPTIMIZER.learning_rate)
         torch.manual_seed(_SEED)
-        self._sums = torch.zeros(2, dtype=torch.float64, device=world.device)
-
-    def micro_step(self, index: int) -> None:
-        """Forward and backward."""
-        if index > 0:
-            take_step(self._engine)  # between micro-steps DeepSpeed only counts
-        mlm_sum, nsp_sum = our_loss(self._engine, self.batches[index], self._operations)
-        self._sums += torch.stack([mlm_sum.detach(), nsp_sum.detach()])
+        counts = counts_of(self.batches, self._world)
         scale = self._world.size * len(self.batches)
-        self._engine.backward(scale * (mlm_sum / self._mlm_targets + nsp_sum / self._nsp_targets))
 
-    def update(self) -> None:
-        """What comes after the last micro-step."""
-        norm = take_step(self._engine)
-        assert norm is not None, "the last micro-step did not complete a step"
-        _finite(norm)
+        def micro_step(index: int) -> None:
+            if index > 0:
+                advance(self._engine)
+            forward_backward(self._engine, self.batches[index].ours, counts, scale)
+
+        def update() -> None:
+            norm = advance(self._engine)
+            assert norm is not None, "the last micro-step did not complete a step"
+            _finite(norm)
+
+        return [*(partial(micro_step, index) for index in range(len(self.batches))), update]
 
     def release(self) -> None:
         engine, self._engine = self._engine, None
@@ -165,7 +141,7 @@ class PlainStep:
     ) -> None:
         self._model = BertForPreTraining(config, _SEED, compute).to(device)
         self._optimizer = build_optimizer(_OPTIMIZER, self._model.named_parameters())
-        self.batches, self._operations = batches, compute.operations
+        self.batches = batches
 
     def __call__(self) -> float:
         for part in self.parts():
@@ -180,7 +156,7 @@ class PlainStep:
         return [*(partial(self._micro_step, batch) for batch in self.batches), self._update]
 
     def _micro_step(self, batch: StepBatch) -> None:
-        mlm_sum, nsp_sum = our_loss(self._model, batch, self._operations)
+        mlm_sum, nsp_sum = forward_loss(self._model, batch.ours).loss
         loss = mlm_sum / self._mlm_targets + nsp_sum / self._nsp_targets
         self._total += loss.detach()
         loss.backward()  # type: ignore[no-untyped-call]

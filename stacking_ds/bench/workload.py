@@ -5,25 +5,27 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
+from stacking_ds.bench.step_batch import counts_of, make_batch
 from stacking_ds.config.mistakes import checked
 from stacking_ds.config.sections import OptimizerSection, Precision
 from stacking_ds.data.batches import split_batch
 from stacking_ds.distributed.world import World
-from stacking_ds.engine.build import build_engine, take_step
+from stacking_ds.engine.build import build_engine
 from stacking_ds.engine.ds_json import load_ds_config, resolve_ds_config
 from stacking_ds.engine.zero.compatibility import deepspeed
 from stacking_ds.engine.zero.sharded_state import seed_moments
 from stacking_ds.growth.operators import layer_map
-from stacking_ds.model.bert import BertForPreTraining, from_rows
+from stacking_ds.model.bert import BertForPreTraining
 from stacking_ds.model.bert_config import BertConfig
-from stacking_ds.model.loss import pretraining_loss
 from stacking_ds.model.parameters import first_value
 from stacking_ds.optim.optimizers import build_optimizer
+from stacking_ds.train.step import training_step
 
 _SEED = 0
-_MASKED_SHARE = 0.15
+_LEARNING_RATE = 1e-4
 _HEAD_SIZE = 64
 
 
@@ -131,36 +133,21 @@ class Workload:
         )
 
     def _train(self, engine: Any, world: World, micro_steps: int) -> None:
-        for micro_step in range(micro_steps):
+        rows = np.full(self._split(world)[0], self.sequence_length, dtype=np.int64)
+        batches = [
+            make_batch(rows, self.sequence_length, self.vocab_size, seed * world.size + world.rank)
+            for seed in range(micro_steps)
+        ]
+        training_step(
+            engine,
+            [batch.ours for batch in batches],
+            counts_of(batches, world),
+            learning_rate=_LEARNING_RATE,
             # the dropout of torch's own generator too, so that every old engine is the same
-            torch.manual_seed(_SEED + micro_step * world.size + world.rank)
-            batch = self._batch(self._split(world)[0], world.device)
-            rows = from_rows(*(batch[name] for name in _INPUTS))
-            mlm_logits, nsp_logits = engine(*rows, batch["mlm_positions"])
-            sums = pretraining_loss(
-                mlm_logits, batch["mlm_labels"], nsp_logits, batch["next_sentence_label"]
-            )
-            targets = batch["mlm_labels"].numel()
-            engine.backward(sums.mlm_sum / targets + sums.nsp_sum / len(nsp_logits))
-            take_step(engine)
-
-    def _batch(self, rows: int, device: torch.device) -> Mapping[str, torch.Tensor]:
-        shape = (rows, self.sequence_length)
-        masked = max(1, round(_MASKED_SHARE * rows * self.sequence_length))
-        positions = torch.randperm(rows * self.sequence_length)[:masked].sort().values
-        batch = {
-            "input_ids": torch.randint(0, self.vocab_size, shape),
-            "token_type_ids": torch.randint(0, 2, shape),
-            "attention_mask": torch.ones(shape, dtype=torch.bool),
-            "mlm_positions": positions,
-            "mlm_labels": torch.randint(0, self.vocab_size, (masked,)),
-            "next_sentence_label": torch.randint(0, 2, (rows,)),
-        }
-        return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-_INPUTS = ("input_ids", "token_type_ids", "attention_mask")
+            seed=_SEED + world.rank,
+            world=world,
+        )
 
 
 def _optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
-    return build_optimizer(OptimizerSection(learning_rate=1e-4), model.named_parameters())
+    return build_optimizer(OptimizerSection(learning_rate=_LEARNING_RATE), model.named_parameters())

@@ -6,7 +6,6 @@ RUN_DIR/checkpoints/latest                     the name of the newest folder, ch
                     .step_00000500.removed/    on its way out
 """
 
-import errno
 import os
 import re
 import shlex
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from stacking_ds.console import first_of, shortened
 from stacking_ds.errors import CheckpointError, UnreadableError, unreadable
-from stacking_ds.files import DamagedFileError, read_text
+from stacking_ds.files import DamagedFileError, read_text, replace_folder, sync, write_whole
 
 _NAME = re.compile(r"step_([0-9]{8,18})")
 _HIDDEN = re.compile(rf"\.{_NAME.pattern}\.(?:partial|removed)")
@@ -36,11 +35,6 @@ def _removed(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.removed")
 
 
-def _step_of(folder: Path) -> int | None:
-    found = _NAME.fullmatch(folder.name)
-    return int(found[1]) if found else None
-
-
 def step_of(folder: Path) -> int | None:
     """The step that a checkpoint's folder is named by, also a hidden one; None if by none."""
     found = _NAME.fullmatch(folder.name) or _HIDDEN.fullmatch(folder.name)
@@ -52,7 +46,7 @@ def _steps_in(root: Path) -> list[int]:
     UnreadableError: nobody knows what is in the folder.
     """
     try:
-        steps = [_step_of(path) for path in root.iterdir()]
+        steps = [step_of(path) for path in root.iterdir() if _NAME.fullmatch(path.name)]
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:  # not as `glob`, to which such a folder is empty
@@ -161,39 +155,18 @@ def publish(folder: Path, manifest: str) -> None:
     Whatever moment it is killed at, `latest` leads to a whole checkpoint.
     """
     partial, removed = partial_of(folder), _removed(folder)
-    path = partial / "manifest.json"
-    path.write_text(manifest, encoding="utf-8")
-    sync(path)
+    write_whole(partial / "manifest.json", manifest)
     sync(partial)
-    if folder.exists():  # saved again: `latest` may name it, so it stays readable until replaced
-        shutil.rmtree(removed, ignore_errors=True)
-        folder.rename(removed)
-    partial.rename(folder)
-    sync(folder.parent)
+    # saved again, `latest` may name the one before, which stays readable until it is replaced
+    replace_folder(partial, folder, removed)
     point_to(folder)
     shutil.rmtree(removed, ignore_errors=True)
 
 
 def point_to(folder: Path) -> None:
     """Have `latest` name the checkpoint `folder`, which is on disk before this returns."""
-    pointer = folder.with_name(".latest.partial")
-    pointer.write_text(folder.name + "\n", encoding="utf-8")
-    sync(pointer)
-    pointer.replace(folder.with_name("latest"))
+    write_whole(folder.with_name("latest"), folder.name + "\n")
     sync(folder.parent)
-
-
-def sync(path: Path) -> None:
-    """Have the file's contents, or the folder's entries, on disk before anything relies on it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # some network file systems cannot sync a folder, and need not
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def prune(run_dir: Path, *, keep_last: int, keep_steps: Collection[int]) -> None:
@@ -203,9 +176,10 @@ def prune(run_dir: Path, *, keep_last: int, keep_steps: Collection[int]) -> None
     newest = latest(run_dir)
     if newest is None:
         return
-    newest_step = _step_of(newest)
-    if newest_step is None:  # it is the one that a save of the same step left under another name
+    newest_step = step_of(newest)
+    if newest.name.startswith("."):  # what a save of the same step left under another name
         return
+    assert newest_step is not None
     # what lies beyond `latest` was given up by whoever went back to an earlier checkpoint
     steps = [step for step in saved_steps(run_dir) if step <= newest_step]
     for step in steps[: max(0, len(steps) - keep_last)]:

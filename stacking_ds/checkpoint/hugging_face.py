@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 
-from stacking_ds.checkpoint.folders import sync
 from stacking_ds.checkpoint.save import little_endian_bytes, safetensors_header
 from stacking_ds.console import first_of
 from stacking_ds.errors import CheckpointError, ConfigError, DataError
-from stacking_ds.files import is_count, read_json
+from stacking_ds.files import is_count, published, read_json
 from stacking_ds.model.bert import parameter_shapes
 from stacking_ds.model.bert_config import BertConfig
 
@@ -78,27 +77,20 @@ def export_to_hugging_face(
     out_dir = Path(os.path.realpath(out_dir))
     _check_replaceable(out_dir)
 
-    partial = out_dir.with_name(f".{out_dir.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # what a killed export may have left
+    longest_tokens = longest_tokens or config.max_position_embeddings
     try:
-        partial.mkdir(parents=True)
-        _write_weights(partial / "model.safetensors", tensors, config)
-        _write_json(partial / "config.json", _model_json(config, tokenizer))
-        _write_json(
-            partial / "tokenizer_config.json",
-            _tokenizer_json(tokenizer, longest_tokens or config.max_position_embeddings),
-        )
-        for name in ("tokenizer.json", "vocab.txt"):
-            shutil.copyfile(tokenizer_dir / name, partial / name)
-        for path in (*partial.iterdir(), partial):
-            sync(path)
-        _move_into_place(partial, out_dir)
+        with published(out_dir) as partial:
+            _write_weights(partial / "model.safetensors", tensors, config)
+            _write_json(partial / "config.json", _model_json(config, tokenizer))
+            _write_json(
+                partial / "tokenizer_config.json", _tokenizer_json(tokenizer, longest_tokens)
+            )
+            for name in ("tokenizer.json", "vocab.txt"):
+                shutil.copyfile(tokenizer_dir / name, partial / name)
     except OSError as error:
         raise ConfigError(
             f"cannot write the export {out_dir} ({error}); make room, or choose another folder"
         ) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_weights(
@@ -210,13 +202,3 @@ def _check_replaceable(out_dir: Path) -> None:
             f"{out_dir} holds something else than an export ({', '.join(foreign[:3])}); give "
             f"another folder"
         )
-
-
-def _move_into_place(partial: Path, out_dir: Path) -> None:
-    previous = out_dir.with_name(f".{out_dir.name}.previous")
-    if out_dir.exists():
-        shutil.rmtree(previous, ignore_errors=True)
-        out_dir.rename(previous)
-    partial.rename(out_dir)
-    sync(out_dir.parent)
-    shutil.rmtree(previous, ignore_errors=True)

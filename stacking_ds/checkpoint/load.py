@@ -250,35 +250,15 @@ def load(
     Raises:
         CheckpointError: a file that is missing or damaged, or the checkpoint of another model.
     """
-    failure: Exception | None = None
-    manifest = None
-    try:
-        manifest = read_manifest(folder)
-        _fill(folder, manifest, targets)
-    except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must learn of it
-        failure = error
-    if world is not None:
-        failures = [reason for reason in world.gather(failure and _text_of(failure)) if reason]
-        if failures:
-            damage = CheckpointError(failures[0])
-            damage.on_all_ranks = True
-            raise damage from failure
-    if failure is not None:
-        raise failure
-    assert manifest is not None
+    if world is None:
+        return _fill(folder, targets)
+    manifest: Manifest = world.on_all(lambda: _fill(folder, targets))
     return manifest
 
 
-def _text_of(error: Exception) -> str:
-    return str(error) or type(error).__name__
-
-
 @torch.no_grad()
-def _fill(
-    folder: Path,
-    manifest: Manifest,
-    targets: Sequence[Fragment],
-) -> None:
+def _fill(folder: Path, targets: Sequence[Fragment]) -> Manifest:
+    manifest = read_manifest(folder)
     require_shapes(folder, manifest, {target.name: target.shape for target in targets})
     reader = FragmentReader(folder, manifest)
     for target in targets:
@@ -287,6 +267,7 @@ def _fill(
                 reader.fill(view, key, target.name, target.start, target.stop)
             else:
                 view.zero_()
+    return manifest
 
 
 def require_shapes(folder: Path, manifest: Manifest, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -133,6 +133,11 @@ class Manifest(Contents):
         found = engine.get("precision") if isinstance(engine, dict) else None
         return found if isinstance(found, str) else None
 
+    @property
+    def fp16_loss_scale(self) -> float | None:
+        """The loss scale that fp16 has settled on; None at other precisions."""
+        return self.loss_scale if self.precision == "fp16" else None
+
     def tensors_of(self, rank: int) -> dict[str, int]:
         """The tensors in the file of `rank`, and how many elements each has."""
         found: dict[str, int] = {}

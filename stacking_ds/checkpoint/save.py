@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -26,7 +26,6 @@ from stacking_ds.checkpoint.folders import (
     named_by_latest,
     partial_of,
     publish,
-    sync,
 )
 from stacking_ds.checkpoint.manifest import (
     CHUNK_BYTES,
@@ -41,8 +40,7 @@ from stacking_ds.checkpoint.manifest import (
 from stacking_ds.console import first_of
 from stacking_ds.distributed.world import World
 from stacking_ds.errors import CheckpointError
-from stacking_ds.files import DamagedFileError
-from stacking_ds.growth.transfer import capture
+from stacking_ds.files import DamagedFileError, sync
 from stacking_ds.sharding.fragments import Fragment
 
 # ---- Write safetensors files: https://huggingface.co/docs/safetensors has the format.
@@ -96,8 +94,8 @@ def save(run_dir: Path, fragments: Sequence[Fragment], world: World, contents: C
         CheckpointError: on every rank, if one could not write; `latest` still names the previous
             checkpoint, which is untouched.
     """
-    owned = [fragment.owned_by(world.rank) for fragment in fragments]
-    saving = BackgroundSave(run_dir, capture(owned).fragments, world, contents)
+    owned = [fragment.owned_by(world.rank).on_host() for fragment in fragments]
+    saving = BackgroundSave(run_dir, owned, world, contents)
     saving.finish()
     return saving.folder
 
@@ -116,7 +114,7 @@ class BackgroundSave:
         """Start to write.
 
         Args:
-            fragments: host tensors that nobody writes to while the save lasts (`growth.capture`).
+            fragments: host tensors that nobody writes to while the save lasts (`Fragment.on_host`).
             afterwards: called on the first rank, in its thread, when the checkpoint is published.
         """
         self.folder = run_dir / "checkpoints" / folder_name(contents.step)
@@ -252,11 +250,9 @@ class BackgroundSave:
             for rank, reason in enumerate(self._world.gather(self._failure))
             if reason is not None
         ]
-        failure = CheckpointError(self._world.on_first(lambda: self._clean_up(reasons)))
-        failure.on_all_ranks = True
-        raise failure
+        self._world.on_first(lambda: self._clean_up(reasons))
 
-    def _clean_up(self, reasons: Sequence[str]) -> str:
+    def _clean_up(self, reasons: Sequence[str]) -> NoReturn:
         shutil.rmtree(partial_of(self.folder), ignore_errors=True)
         why = first_of(reasons, 3, "; ")
         try:
@@ -267,8 +263,12 @@ class BackgroundSave:
         except DamagedFileError as damage:
             newest, before = None, f"which one is the latest cannot be read ({damage.reason})"
         if newest == self.folder.name:
-            return f"{self.folder} was saved, but may not outlast a power failure ({why})"
-        return f"{self.folder} was not saved ({why}); {before}: make room or mend the file system"
+            raise CheckpointError(
+                f"{self.folder} was saved, but may not outlast a power failure ({why})"
+            )
+        raise CheckpointError(
+            f"{self.folder} was not saved ({why}); {before}: make room or mend the file system"
+        )
 
 
 def _checksums(path: Path) -> Iterator[str]:

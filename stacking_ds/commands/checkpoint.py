@@ -2,11 +2,12 @@
 
 import argparse
 import json
-import os
-import sys
 from pathlib import Path
 
-_DAMAGED = 2
+from stacking_ds.checkpoint.folders import choose, choose_all, point_to
+from stacking_ds.console import say
+from stacking_ds.errors import EXIT_USER_ERROR
+from stacking_ds.run import directory
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
@@ -53,53 +54,40 @@ def _list(options: argparse.Namespace) -> int:
     from stacking_ds.checkpoint.listing import listed, listing
 
     as_json = options.json
-    _say(json.dumps(listed(options.run_dir), indent=1) if as_json else listing(options.run_dir))
+    say(json.dumps(listed(options.run_dir), indent=1) if as_json else listing(options.run_dir))
     return 0
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from stacking_ds.checkpoint.folders import choose, choose_all
     from stacking_ds.checkpoint.listing import verify
 
-    if options.all:
-        folders = choose_all(options.run_dir)
-    else:
-        folders = [choose(options.run_dir, options.checkpoint)]
-    return 0 if verify(folders, _say) else _DAMAGED
+    run_dir = options.run_dir
+    folders = choose_all(run_dir) if options.all else [choose(run_dir, options.checkpoint)]
+    return 0 if verify(folders, say) else EXIT_USER_ERROR
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from stacking_ds.checkpoint.folders import choose
     from stacking_ds.checkpoint.listing import contents, parameter_lines
 
     found = choose(options.run_dir, options.checkpoint)
-    _say(contents(found))
+    say(contents(found))
     if options.parameters:
-        _say("")
+        say("")
         for line in parameter_lines(found):
-            _say(line)
+            say(line)
     return 0
 
 
 def _use(options: argparse.Namespace) -> int:
-    from stacking_ds.checkpoint.folders import choose, point_to
     from stacking_ds.checkpoint.listing import verify
-    from stacking_ds.run import directory
 
     run_dir = options.run_dir
     found = choose(run_dir, options.checkpoint)
     with directory.lock(run_dir, remedy="wait for it or stop it first"):
-        if not verify([found], _say):
-            return _DAMAGED
+        if not verify([found], say):
+            return EXIT_USER_ERROR
         point_to(found)
         if directory.mend_config(run_dir, found):
-            _say(f"{run_dir / 'config.yaml'} is written anew, from the manifest of {found.name}")
-    _say(f"`latest` names {found.name}: --resume goes on from it")
+            say(f"{run_dir / 'config.yaml'} is written anew, from the manifest of {found.name}")
+    say(f"`latest` names {found.name}: --resume goes on from it")
     return 0
-
-
-def _say(line: str) -> None:
-    try:
-        print(line, flush=True)
-    except BrokenPipeError:  # `| head` has read enough; the exit code is still to come
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, is_dataclass, replace
@@ -12,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
 
+from stacking_ds.config.mistakes import sentences
+from stacking_ds.config.recipe import load_run_config
+from stacking_ds.config.run import RunConfig
+from stacking_ds.config.sections import DataSection
+from stacking_ds.console import say
 from stacking_ds.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from stacking_ds.config.run import RunConfig
-    from stacking_ds.config.sections import DataSection
     from stacking_ds.data.inspection import Overlap
     from stacking_ds.data.shards import TokenShards
 
@@ -91,9 +93,9 @@ def _inspect(options: argparse.Namespace) -> int:
     for name, facts in _findings(options, shards, config, section, workers):
         found[name] = facts
         if not options.json:
-            _say(as_text(name, facts))
+            say(as_text(name, facts))
     if options.json:
-        _say(json.dumps(found, indent=1, default=_plain))
+        say(json.dumps(found, indent=1, default=_plain))
     _require_no_overlap(shards, found["overlap"])
     return 0
 
@@ -101,8 +103,8 @@ def _inspect(options: argparse.Namespace) -> int:
 def _findings(
     options: argparse.Namespace,
     shards: "TokenShards",
-    config: "RunConfig | None",
-    section: "DataSection",
+    config: RunConfig | None,
+    section: DataSection,
     workers: int,
 ) -> Iterator[tuple[str, Any]]:
     """Each part of the report by its name, as soon as it is known."""
@@ -158,19 +160,15 @@ def _layout(options: argparse.Namespace) -> int:
                 started = time.monotonic()
                 spec = RowOptions.of(section, length).layout(variant)
                 found = open_layout(split, spec, workers)
-                _say(
+                say(
                     f"{found.folder}: {found.num_rows:,} rows, {found.fill:.1%} full, "
                     f"{time.monotonic() - started:.1f} s"
                 )
     return 0
 
 
-def _recipe(options: argparse.Namespace) -> "tuple[RunConfig | None, DataSection]":
+def _recipe(options: argparse.Namespace) -> tuple[RunConfig | None, DataSection]:
     """The recipe, None if none is given, and how rows are to be made."""
-    from stacking_ds.config.mistakes import sentences
-    from stacking_ds.config.recipe import load_run_config
-    from stacking_ds.config.sections import DataSection
-
     names = ("sequence_length", "examples", "masking", "packing")
     plain = {name: getattr(options, name, None) for name in names}
     plain = {name: value for name, value in plain.items() if value is not None}
@@ -197,7 +195,7 @@ def _recipe(options: argparse.Namespace) -> "tuple[RunConfig | None, DataSection
     return config, config.data
 
 
-def _lengths(section: "DataSection", config: "RunConfig | None") -> list[int]:
+def _lengths(section: DataSection, config: RunConfig | None) -> list[int]:
     """The sequence lengths of all phases."""
     if config is None:
         return [section.sequence_length]
@@ -227,10 +225,3 @@ def _plain(value: Any) -> Any:
     assert is_dataclass(value)
     assert not isinstance(value, type)
     return asdict(value)
-
-
-def _say(text: str) -> None:
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:  # `| head` has read enough; the exit code is still to come
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

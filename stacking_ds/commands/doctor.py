@@ -3,14 +3,14 @@
 import argparse
 import json
 import os
-import sys
 import textwrap
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stacking_ds.console import join_names, plural
+from stacking_ds.console import join_names, plural, say
 from stacking_ds.errors import ConfigError
+from stacking_ds.files import write_whole
 
 if TYPE_CHECKING:
     from stacking_ds.distributed.world import World
@@ -70,7 +70,9 @@ def report(world: "World", options: argparse.Namespace) -> int:
     from stacking_ds.doctor.examination import examine
 
     world.on_first(lambda: _require_writable(options.json))
-    found = examine(world, options.recipe, options.set, options.run_dir, greet=_greet, say=_say)
+    found = examine(
+        world, options.recipe, options.set, options.run_dir, greet=_greet, say=_say_finding
+    )
     failed: bool = world.broadcast(found.failed)
     world.on_first(lambda: _write(options.json, found.to_record()))
     if world.is_first:
@@ -83,10 +85,10 @@ def report(world: "World", options: argparse.Namespace) -> int:
 
 def _greet(found: "Examination") -> None:
     counts = f"{plural(len(found.nodes), 'node')}, {plural(len(found.ranks), 'rank')}"
-    _print(f"{counts}: {join_names(list(found.nodes))}\n")
+    say(f"{counts}: {join_names(list(found.nodes))}\n")
 
 
-def _say(finding: "Finding") -> None:
+def _say_finding(finding: "Finding") -> None:
     lead = f"{finding.check:<{_CHECK_COLUMNS}}{finding.verdict:<{_VERDICT_COLUMNS}}"
     indent = " " * len(lead)
     lines = [lead + line for line in _wrapped(finding.text)[:1]]
@@ -94,14 +96,7 @@ def _say(finding: "Finding") -> None:
     if finding.remedy:
         first, *rest = _wrapped(f"-> {finding.remedy}")
         lines += [indent + first, *(f"{indent}   {line}" for line in rest)]
-    _print("\n".join(lines))
-
-
-def _print(text: str) -> None:
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:  # nobody reads on, but the other ranks wait for this one
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    say("\n".join(lines))
 
 
 def _wrapped(text: str) -> list[str]:
@@ -113,7 +108,7 @@ def _conclude(found: "Examination") -> None:
     verdicts = [finding.verdict for finding in found.findings]
     failed, warnings = verdicts.count("FAILED"), verdicts.count("warning")
     counts = [f"{failed:,} FAILED"] * (failed > 0) + [plural(warnings, "warning")] * (warnings > 0)
-    _print(f"\n{', '.join(counts) or 'all is well'}: {_meaning(found.failed)}")
+    say(f"\n{', '.join(counts) or 'all is well'}: {_meaning(found.failed)}")
 
 
 def _meaning(failed: bool) -> str:
@@ -133,10 +128,7 @@ def _require_writable(path: Path | None) -> None:
 def _write(path: Path | None, record: dict[str, Any]) -> None:
     if path is None:
         return
-    unfinished = path.with_name(f".{path.name}.unfinished")
     try:
-        unfinished.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        os.replace(unfinished, path)
+        write_whole(path, json.dumps(record, indent=1) + "\n")
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise ConfigError(f"cannot write --json {path} ({error.strerror})") from None

@@ -1,7 +1,18 @@
-"""`stacking-ds launch`."""
+"""`stacking-ds launch`, and `stacking-ds again` for batch scripts that restart a run themselves."""
 
 import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
+
+from stacking_ds.commands.train import add_train
+from stacking_ds.errors import UserError
+from stacking_ds.launch.restart_policy import decision_of_this_job, judge
+from stacking_ds.run.attempts import passed_over
+from stacking_ds.run.directory import run_dir_of
+
+_EXIT_AGAIN, _EXIT_NOT_AGAIN, _EXIT_COMPLETE = 0, 1, 3  # 2 is a UserError's
 
 
 def add_launch(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +58,10 @@ def add_launch(parser: argparse.ArgumentParser) -> None:
     )
     through.add_argument("--ssh-port", type=int, metavar="P")
     through.add_argument(
-        "--master-addr", metavar="A", help="of the first host, as the others see it; asked if not"
+        "--master-addr",
+        dest="master_address",
+        metavar="A",
+        help="of the first host, as the others see it; asked if not",
     )
     parser.add_argument(
         "--master-port", type=int, metavar="P", help="where ranks meet; a free one if not given"
@@ -62,24 +76,58 @@ def add_launch(parser: argparse.ArgumentParser) -> None:
 
 
 def _launch(options: argparse.Namespace) -> int:
-    from stacking_ds.launch.request import Request
+    from stacking_ds.launch.runner import LaunchRequest
     from stacking_ds.launch.supervise import supervise
 
-    command = options.arguments[1:] if options.arguments[:1] == ["--"] else options.arguments
-    return supervise(
-        Request(
-            command=tuple(command),
-            hostfile=options.hostfile,
-            ranks=options.ranks,
-            restarts=options.restarts,
-            min_nodes=options.min_nodes,
-            launcher=options.launcher,
-            launcher_args=options.launcher_args,
-            ssh_port=options.ssh_port,
-            master_address=options.master_addr,
-            master_port=options.master_port,
-            env=tuple(options.env),
-            stop_seconds=options.stop_seconds,
-            verbose=options.verbose,
-        )
+    words = options.arguments[1:] if options.arguments[:1] == ["--"] else options.arguments
+    known = {field.name for field in fields(LaunchRequest)}
+    named = {name: value for name, value in vars(options).items() if name in known}
+    named |= {"command": tuple(words), "run_dir": tracked_run(words), "env": tuple(options.env)}
+    return supervise(LaunchRequest(**named))
+
+
+def tracked_run(command: Sequence[str]) -> Path | None:
+    """The directory of the run that `command` trains; None for a command that trains none.
+
+    Raises:
+        UserError: its options, or the recipe that names the run, cannot be used.
+    """
+    if not command or command[0] != "train":
+        return None
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    add_train(parser)
+    try:
+        options, rest = parser.parse_known_args(command[1:])
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error}; see `stacking-ds train --help`") from None
+    if options.dry_run or {"-h", "--help"} & {*rest}:
+        return None
+    return run_dir_of(options)
+
+
+def add_again(parser: argparse.ArgumentParser) -> None:
+    """Give `parser` the options; it sets `command`, whose exit code is the answer."""
+    parser.description = (
+        f"Should a run that has ended be started again? Exit code {_EXIT_AGAIN}: yes; "
+        f"{_EXIT_NOT_AGAIN}: no, it has failed too often or a person has to mend something; "
+        f"{_EXIT_COMPLETE}: no, it is complete."
     )
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument(
+        "--exit-status",
+        type=int,
+        required=True,
+        metavar="N",
+        help="what the job ended with ($? in a batch script)",
+    )
+    parser.set_defaults(command=_again)
+
+
+def _again(options: argparse.Namespace) -> int:
+    if (damage := passed_over(options.run_dir)) is not None:
+        print(damage, file=sys.stderr)
+    decision = decision_of_this_job(options.run_dir) or judge(options.run_dir, options.exit_status)
+    print(decision.why)
+    if decision.outcome == "complete":
+        return _EXIT_COMPLETE
+    return _EXIT_AGAIN if decision.again else _EXIT_NOT_AGAIN

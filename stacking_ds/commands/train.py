@@ -2,28 +2,33 @@
 
 import argparse
 import os
-import sys
-import traceback
-from contextlib import suppress
 from datetime import timedelta
-from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from stacking_ds.errors import ConfigError, LostRankError, UserError
-from stacking_ds.process.exit import tell
-from stacking_ds.process.launcher_env import (
-    local_rank_from_environment,
+from stacking_ds.config.sections import ClusterSection
+from stacking_ds.console import say, say_on_stderr
+from stacking_ds.errors import AgreedError, ConfigError, UserError
+from stacking_ds.process.exit import exit_process
+from stacking_ds.process.launchers import (
+    is_first_of_node,
     rank_from_environment,
     world_size_from_environment,
 )
-from stacking_ds.process.runtime import keep_caches_on_node
+from stacking_ds.process.runtime import keep_caches_on_node, keep_freed_memory
 from stacking_ds.process.stop_signals import StopRequest
 from stacking_ds.run import attempts
-from stacking_ds.run.directory import add_run_options, config_of, run_dir_of
+from stacking_ds.run.directory import (
+    add_run_options,
+    check,
+    config_of,
+    require_shards,
+    run_dir_of,
+)
 
 if TYPE_CHECKING:
+    from stacking_ds.distributed.heartbeat import FailureDetector
     from stacking_ds.distributed.world import World
-    from stacking_ds.train.plan import CheckedRecipe, Job
+    from stacking_ds.train.plan import TrainingPlan
 
 
 def add_train(parser: argparse.ArgumentParser) -> None:
@@ -54,20 +59,14 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _dry_run(options: argparse.Namespace) -> int:
-    from stacking_ds.run import directory
-
-    check = _checked_recipe if options.without_data else _checked_job
-    checked = check(options, world_size_from_environment())
-    run_dir = run_dir_of(options, checked.config)
-    directory.check(run_dir, checked.config, resume=bool(options.resume))
+    plan = _opened(options, world_size_from_environment())
+    check(run_dir_of(options, plan.config), plan.config, resume=bool(options.resume))
     if rank_from_environment() == 0:
-        print(f"{checked.config.to_yaml()}\n{checked.draw()}")
+        print(f"{plan.config.to_yaml()}\n{plan.draw()}")
     return 0
 
 
 def _train_on_ranks(options: argparse.Namespace, request: StopRequest) -> int:
-    from stacking_ds.config.sections import ClusterSection
-
     cluster, refused = ClusterSection(), False
     try:
         cluster = config_of(options).cluster
@@ -84,90 +83,58 @@ def _train_on_ranks(options: argparse.Namespace, request: StopRequest) -> int:
         import stacking_ds.train.loop  # noqa: F401
     request.raise_if_interrupted()
     from stacking_ds.distributed import heartbeat, process_group
-    from stacking_ds.process.runtime import keep_freed_memory
 
-    places: list[Path] = []
     world = process_group.start(timedelta(seconds=cluster.timeout_seconds))
     if world.device.type == "cpu":
         keep_freed_memory()
     try:
-        with heartbeat.Watch(
+        with heartbeat.FailureDetector(
             world,
             timeout_seconds=cluster.timeout_seconds,
             silence_seconds=min(cluster.silence_seconds, cluster.timeout_seconds),
-            on_lost=lambda verdict: _note_lost(places, world, verdict),
-        ):
-            _train_in_world(options, world, request, places)
+        ) as detector:
+            _train_in_world(options, world, request, detector)
     except Exception as error:
-        if isinstance(error, LostRankError):
-            _note_lost(places, world, str(error))
-        if world.size > 1 and not heartbeat.is_raised_by_all(error):
-            _end_alone(error)
+        if world.size > 1 and not isinstance(error, AgreedError):
+            exit_process(error)
         raise
     finally:
         process_group.stop()
     return 0
 
 
-def _end_alone(error: Exception) -> NoReturn:
-    """Not by way of the interpreter's end, which may wait for collectives that nobody answers."""
-    code = tell(error)
-    with suppress(OSError):  # nobody may read any more
-        if code is None:
-            traceback.print_exception(error)
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(1 if code is None else code)
-
-
 def _train_in_world(
-    options: argparse.Namespace, world: "World", request: StopRequest, places: list[Path]
+    options: argparse.Namespace,
+    world: "World",
+    request: StopRequest,
+    detector: "FailureDetector",
 ) -> None:
-    job: Job = world.on_all(lambda: _checked_job(options, world.size))
+    plan: TrainingPlan = world.on_all(lambda: _opened(options, world.size))
     request.raise_if_interrupted()
     from stacking_ds.doctor.examination import require_alike
     from stacking_ds.train.loop import train
 
-    run_dir = run_dir_of(options, job.config)
-    require_alike(world, job, run_dir)
-    places.append(run_dir)
-    train(job, world, run_dir, resume=bool(options.resume), request=request)
+    run_dir = run_dir_of(options, plan.config)
+    require_alike(world, plan, run_dir)
     if world.is_first:
-        with suppress(OSError):  # a launcher that was told to stop reads no more
-            print(f"see `stacking-ds report {run_dir}`", flush=True)
+        detector.record = lambda verdict: attempts.ended(run_dir, "lost", world.pulse.step, verdict)
+    train(plan, world, run_dir, resume=bool(options.resume), request=request)
+    if world.is_first:
+        say(f"see `stacking-ds report {run_dir}`")
 
 
-def _checked_recipe(options: argparse.Namespace, world_size: int) -> "CheckedRecipe":
-    config = config_of(options)
-    from stacking_ds.train.plan import (
-        CheckedRecipe,  # seconds of imports, for a recipe that is right
-    )
-
-    recipe = CheckedRecipe.check(config)
-    recipe.require_ds_configs(world_size)
-    return recipe
-
-
-def _checked_job(options: argparse.Namespace, world_size: int) -> "Job":
-    from stacking_ds.run.directory import require_shards
-
-    config = config_of(options)
-    if options.recipe is None:
+def _opened(options: argparse.Namespace, world_size: int) -> "TrainingPlan":
+    config, with_data = config_of(options), not options.without_data
+    if with_data and options.recipe is None:
         require_shards(run_dir_of(options, config), config, "--set data.path=FOLDER")
-    from stacking_ds.train.plan import Job  # seconds of imports, for a recipe that is right
+    from stacking_ds.train.plan import open_plan  # seconds of imports, for a recipe that is right
 
-    job = Job.check(config)
-    job.require_ds_configs(world_size)
-    job.lay_out_rows(_say_on_first_of_node, len(os.sched_getaffinity(0)))
-    return job
-
-
-def _note_lost(places: list[Path], world: "World", verdict: str) -> None:
-    if world.is_first and places:
-        with suppress(OSError, UserError):
-            attempts.ended(places[0], "lost", world.pulse.step, verdict)
+    plan = open_plan(config, world_size, with_data=with_data)
+    if with_data:
+        plan.lay_out_rows(_say_on_first_of_node, len(os.sched_getaffinity(0)))
+    return plan
 
 
 def _say_on_first_of_node(message: str) -> None:
-    if local_rank_from_environment() == 0:
-        print(message, file=sys.stderr, flush=True)
+    if is_first_of_node():
+        say_on_stderr(message)

@@ -93,7 +93,7 @@ _REMEDY = {
 
 def find_layout(split: TokenSplit, spec: LayoutSpec) -> Layout | None:
     """The layout of `split` by `spec` if it is there, and whole."""
-    identity = _identity(split)
+    identity = rows_sha256(split)
     found = (_read(root / _name(split, spec, identity), spec, identity) for root in _roots(split))
     return next((layout for layout in found if layout is not None), None)
 
@@ -119,7 +119,8 @@ def require_documents(split: TokenSplit, spec: LayoutSpec) -> None:
         )
 
 
-def _identity(split: TokenSplit) -> str:
+def rows_sha256(split: TokenSplit) -> str:
+    """What identifies a split's rows: its documents, and the way rows are made of them."""
     text = f"{split.shards.split_sha256(split.name)} layout {LAYOUT_VERSION}"
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -149,7 +150,7 @@ def _read(folder: Path, spec: LayoutSpec, identity: str) -> Layout | None:
 
 
 def _make(split: TokenSplit, spec: LayoutSpec, workers: int) -> Layout:
-    identity = _identity(split)
+    identity = rows_sha256(split)
     refused: list[str] = []
     for root in _roots(split):
         folder = root / _name(split, spec, identity)

@@ -19,6 +19,7 @@ import pyarrow as pa
 from numpy.typing import DTypeLike, NDArray
 
 from stacking_ds.data.shard_manifest import ShardFile
+from stacking_ds.files import write_whole
 
 
 def token_dtype(vocab_size: int) -> DTypeLike:
@@ -102,30 +103,13 @@ def write_arrow(batch: pa.RecordBatch, path: Path, temporary: Path) -> tuple[int
 def write_file(path: Path, content: bytes | memoryview, temporary: Path) -> None:
     """Puts `content` at `path` whole or not at all, whatever happens to process or machine, by way
     of a file in the folder `temporary`, which must lie on the same file system."""
-    unfinished = temporary / f"{path.name}{_mark(os.getpid())}{uuid.uuid4().hex}"
-    try:
-        with unfinished.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_whole(path, content, temporary / f"{path.name}{_mark(os.getpid())}{uuid.uuid4().hex}")
 
 
 def remove_unfinished(temporary: Path, process: int) -> None:
     """Removes what `write_file` was writing in a process of this machine that is gone."""
     for path in temporary.glob(f"*{glob.escape(_mark(process))}*"):
         path.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes sure that renamed files bear their names after a crash of the machine."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _mark(process: int) -> str:

@@ -1,14 +1,20 @@
-"""Which ranks are missing, by what rank 0 has seen of them, and how to say it. Pure."""
+"""Lost ranks: which are missing, by what rank 0 has seen of them, and how to say it."""
 
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import psutil
+
+from stacking_ds.console import first_of
 
 _NAMED = 3
 _SHOWN_CHARACTERS = 300
 
 
 @dataclass(frozen=True)
-class Fate:
+class RankFailure:
     """What a rank said when it ended by an error."""
 
     rank: int
@@ -19,7 +25,7 @@ class Fate:
 
 
 @dataclass
-class Seen:
+class RankView:
     """A rank as rank 0 sees it; times are rank 0's, without its own pauses."""
 
     heard: float
@@ -32,7 +38,7 @@ class Seen:
     """Grows while it works by itself; 0 while it does not."""
     loading: bool = False
     """Whether it waits for a batch of its own loader."""
-    fate: Fate | None = None
+    failure: RankFailure | None = None
 
     def update(self, beats: int, moves: int, work: int, now: float) -> None:
         if beats != self.beats:
@@ -51,19 +57,19 @@ class Missing:
     ranks: tuple[int, ...]
 
 
-def who_is_missing(
-    ranks: Sequence[Seen], now: float, *, silence: float, timeout: float
+def find_missing(
+    ranks: Sequence[RankView], now: float, *, silence: float, timeout: float
 ) -> Missing | None:
     """The ranks that keep the others from going on; None while all is well.
 
     Who failed by itself comes before who is silent, who is silent before who waits for a batch or
     is stuck in work that the others wait for, or behind them.
     """
-    failed = [rank for rank, seen in enumerate(ranks) if seen.fate and not seen.fate.contact]
+    failed = [rank for rank, seen in enumerate(ranks) if seen.failure and not seen.failure.contact]
     if failed:
         return Missing("failed", tuple(failed))
     silent = [
-        rank for rank, seen in enumerate(ranks) if not seen.fate and now - seen.heard > silence
+        rank for rank, seen in enumerate(ranks) if not seen.failure and now - seen.heard > silence
     ]
     if silent:
         return Missing("silent", tuple(silent))
@@ -81,19 +87,17 @@ def who_is_missing(
 
 
 def sentence(
-    missing: Missing, ranks: Sequence[Seen], hosts: Sequence[str], now: float, step: int
+    missing: Missing, ranks: Sequence[RankView], hosts: Sequence[str], now: float, step: int
 ) -> str:
     """Ranks, nodes and the last step, for people. `step` is what rank 0 has completed: all ranks
     have, and what was last heard of a rank may be some steps old."""
     first = ranks[missing.ranks[0]]
-    names = [f"rank {rank} on {hosts[rank]}" for rank in missing.ranks[:_NAMED]]
-    more = len(missing.ranks) - len(names)
-    who = ", ".join(names) + (f" and {more} more" if more else "")
+    who = first_of([f"rank {rank} on {hosts[rank]}" for rank in missing.ranks], _NAMED)
     verb = "is" if len(missing.ranks) == 1 else "are"
     if missing.how == "failed":
-        assert first.fate is not None
-        why = " ".join(first.fate.why.split())[:_SHOWN_CHARACTERS]
-        return f"{who} failed after step {first.fate.step}: {why}"
+        assert first.failure is not None
+        why = " ".join(first.failure.why.split())[:_SHOWN_CHARACTERS]
+        return f"{who} failed after step {first.failure.step}: {why}"
     if missing.how == "silent":
         return (
             f"{who} {verb} gone or cut off: last heard of {now - first.heard:.0f} s ago, after "
@@ -115,3 +119,72 @@ def sentence(
         f"no rank has moved for {still:.0f} s after step {step}, and none is behind: the "
         f"network between them, or a collective of the engine, is stuck"
     )
+
+
+# --------------------------------------------------------------- time and work
+
+
+class AwakeClock:
+    """Seconds in which this process ran, as far as whoever calls `look` regularly can tell.
+
+    Who was away itself has heard nothing of the others, which are not silent for that.
+    """
+
+    def __init__(self, longest_gap_seconds: float) -> None:
+        """`longest_gap_seconds`: what is more between two looks is a pause, and does not count."""
+        self._longest = longest_gap_seconds
+        # one object, so that another thread never sees half of it
+        self._last = (time.monotonic(), 0.0)
+
+    def look(self) -> float:
+        """Call it every now and then, from one thread; what `now` says."""
+        self._last = (time.monotonic(), self.now())
+        return self._last[1]
+
+    def now(self) -> float:
+        looked, seconds = self._last
+        return seconds + min(time.monotonic() - looked, self._longest)
+
+
+class Progress:
+    """Counts the looks at which the work under way had got on; 0 while there is none.
+
+    What is stuck, in a file system that hangs say, takes no processor time at all.
+    """
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._seconds = 0.0
+        self._count = 0
+        self._others: set[int] = set()
+
+    def look(self, thread: threading.Thread | None) -> int:
+        if thread is None or not thread.is_alive():
+            self._thread = None
+            return 0
+        try:
+            children = psutil.Process().children(recursive=True)
+            if thread is not self._thread:
+                self._thread, self._count, self._seconds = thread, 1, 0.0
+                # a loader's processes look up now and then, whatever this thread does
+                self._others = {child.pid for child in children}
+            started_for_it = [child for child in children if child.pid not in self._others]
+            seconds = _processor_seconds(thread, started_for_it)
+        except (OSError, psutil.Error):
+            return max(1, self._count)
+        if seconds > self._seconds:
+            self._seconds = seconds
+            self._count += 1
+        return self._count
+
+
+def _processor_seconds(thread: threading.Thread, processes: list[psutil.Process]) -> float:
+    seconds = sum(
+        own.user_time + own.system_time
+        for own in psutil.Process().threads()
+        if own.id == thread.native_id
+    )
+    for process in processes:
+        times = process.cpu_times()
+        seconds += times.user + times.system
+    return float(seconds)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from stacking_ds.errors import UserError, is_mendable, mended_by
+from stacking_ds.errors import UserError, agreed
+from stacking_ds.process.exit import is_mendable, mended_by
 from stacking_ds.process.stop_signals import StopRequest
 
 # well below any time-out, so that who waits for a slow rank hears of it in between
@@ -19,7 +20,7 @@ _SECONDS_BETWEEN_WORDS = 5.0
 
 @dataclass
 class Pulse:
-    """How far this rank is; `Watch` compares it with the others'."""
+    """How far this rank is; `FailureDetector` compares it with the others'."""
 
     moves: int = 0
     """Counts what all ranks do alike: collectives entered, micro-batches begun. Who has fewer is
@@ -129,7 +130,7 @@ class World:
             while not done:
                 done, result, failure = self.broadcast(work.look() if work else None)
         if failure is not None:
-            raise _on_all_ranks(failure)
+            raise agreed(_sentence_of(failure)) from failure
         return result
 
     def on_all(self, action: Callable[[], Any]) -> Any:
@@ -145,10 +146,9 @@ class World:
                 done, result, failure = work.look()
         if not self.any(failure is not None):
             return result
-        if isinstance(failure, OSError):
-            failure = _sentence_of(failure)
-        told = None if failure is None else (type(failure), str(failure))
-        raise _failure_of_all(self.gather((socket.gethostname(), told)), failure)
+        own = failure and _sentence_of(failure)
+        told = own and (type(own), str(own))
+        raise agreed(_first_failure(self.gather((socket.gethostname(), told)), own)) from failure
 
 
 class _Work:
@@ -191,32 +191,23 @@ class _Work:
         return True, self._result, self._failure
 
 
-def _failure_of_all(
+def _first_failure(
     told: Sequence[tuple[str, tuple[type[Exception], str] | None]], own: Exception | None
 ) -> Exception:
     failed = [(rank, host, error) for rank, (host, error) in enumerate(told) if error]
     kinds = {error for _, _, error in failed}
     if own is not None and len(failed) == len(told) and len(kinds) == 1:
-        failure = own
-    else:
-        rank, host, (kind, text) = failed[0]
-        others = f" ({len(failed)} of {len(told)} ranks failed)" if len(failed) > 1 else ""
-        whose = f"rank {rank} on {host}: {text}{others}"
-        failure = kind(whose) if issubclass(kind, UserError) else RuntimeError(whose)
-    return _on_all_ranks(failure)
+        return own
+    rank, host, (kind, text) = failed[0]
+    others = f" ({len(failed)} of {len(told)} ranks failed)" if len(failed) > 1 else ""
+    whose = f"rank {rank} on {host}: {text}{others}"
+    return kind(whose) if issubclass(kind, UserError) else RuntimeError(whose)
 
 
-def _on_all_ranks(failure: Exception) -> Exception:
-    if isinstance(failure, OSError):
-        failure = _sentence_of(failure)
-    failure.on_all_ranks = True  # type: ignore[attr-defined]
-    return failure
-
-
-def _sentence_of(error: OSError) -> Exception:
-    if not is_mendable(error):
-        return error
-    return UserError(mended_by(error))
+def _sentence_of(error: Exception) -> Exception:
+    if isinstance(error, OSError) and is_mendable(error):
+        return UserError(mended_by(error))
+    return error
 
 
 # ---- All ranks stop at the same step, whichever of them was asked to.

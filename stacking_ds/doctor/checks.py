@@ -70,12 +70,14 @@ def by_name(facts: Sequence[NodeFacts]) -> dict[str, NodeFacts]:
     }
 
 
-def _at(nodes: Sequence[str], text: str, num_nodes: int) -> Clause:
-    """The clause with the nodes before it; none is named that is alone or where all have it."""
-    if num_nodes == 1 or not nodes:
-        return text, nodes
-    who = f"all {num_nodes:,} nodes" if len(nodes) == num_nodes else join_names(nodes)
-    return f"{who}: {text}", nodes
+def _at(nodes: Sequence[str], text: str, num_nodes: int) -> list[Clause]:
+    """The clause with the nodes before it, none if there are none; a node that is alone, and all
+    together, are not named."""
+    if not nodes:
+        return []
+    everywhere = f"all {num_nodes:,} nodes: " if num_nodes > 1 else ""
+    who = everywhere if len(nodes) == num_nodes else f"{join_names(nodes)}: "
+    return [(f"{who}{text}", nodes)]
 
 
 def _problems(problems: Mapping[str, str], num_nodes: int) -> list[Clause]:
@@ -83,7 +85,7 @@ def _problems(problems: Mapping[str, str], num_nodes: int) -> list[Clause]:
     by_text: dict[str, list[str]] = {}
     for node, problem in problems.items():
         by_text.setdefault(problem[:_SHOWN_CHARACTERS], []).append(node)
-    return [_at(nodes, problem, num_nodes) for problem, nodes in by_text.items()]
+    return [c for problem, nodes in by_text.items() for c in _at(nodes, problem, num_nodes)]
 
 
 def _by_value(values: Mapping[str, str]) -> list[tuple[str, list[str]]]:
@@ -172,7 +174,7 @@ def _room_for(what: str, need: Callable[[Collection[NodeFacts]], int]) -> Rule:
         text = f"{least} free at the run directory, {what} {readable_size(needed)}"
         most = max(node.run_bytes for node in nodes.values())
         takes = f", checkpoints take up to {readable_size(most)}" if most else ""
-        return f"{least} free{takes}", [_at(short, text, len(nodes))] if short else []
+        return f"{least} free{takes}", _at(short, text, len(nodes))
 
     return rule
 
@@ -184,8 +186,7 @@ def _scratch_space(nodes: Nodes, ranks: Sequence[RankFacts]) -> Judged:
         free = {n: f.scratch_bytes[place] for n, f in nodes.items() if place in f.scratch_bytes}
         shown.append(f"{readable_size(min(free.values()))} free in {place}")
         short = [name for name, size in free.items() if size < needed]
-        if short:
-            clauses.append(_at(short, shown[-1], len(nodes)))
+        clauses += _at(short, shown[-1], len(nodes))
     return ", ".join(shown), clauses
 
 
@@ -195,7 +196,7 @@ def _ranks_for_gpus(nodes: Nodes, ranks: Sequence[RankFacts]) -> Judged:
         return "", []
     first = nodes[over[0]]
     text = f"{plural(first.local_size, 'rank')} on {plural(first.gpu_count, 'GPU')}"
-    return "", [_at(over, text, len(nodes))]
+    return "", _at(over, text, len(nodes))
 
 
 def _cores(nodes: Nodes, ranks: Sequence[RankFacts]) -> Judged:
@@ -210,7 +211,7 @@ def _cores(nodes: Nodes, ranks: Sequence[RankFacts]) -> Judged:
     host = (busy or list(threads))[0]
     cores = plural(masks[host].bit_count(), "core")
     text = f"{plural(threads[host], 'thread')} of all ranks on {cores}"
-    return text, [_at(busy, text, len(nodes))] if busy else []
+    return text, _at(busy, text, len(nodes))
 
 
 def _open_files(nodes: Nodes, ranks: Sequence[RankFacts]) -> Judged:
@@ -219,8 +220,7 @@ def _open_files(nodes: Nodes, ranks: Sequence[RankFacts]) -> Judged:
         return "no limit", []
     least = min(limits.values())
     low = [name for name, limit in limits.items() if limit < _LEAST_OPEN_FILES]
-    clauses = [_at(low, f"a process may open {least:,}", len(nodes))] if low else []
-    return f"limit {least:,}", clauses
+    return f"limit {least:,}", _at(low, f"a process may open {least:,}", len(nodes))
 
 
 TABLE = (
@@ -335,7 +335,7 @@ def _findings(checks: Sequence[Check], nodes: Nodes, ranks: Sequence[RankFacts])
 def run_directory(probing: Probing, names: Mapping[int, str]) -> Finding:
     """Every node sees what rank 0 writes, and the other way round. `names`: by rank."""
     place, order = probing.place, names.values()
-    unwritten = f"cannot write into {place} ({probing.problem})"
+    unwritten = {names[0]: f"cannot write into {place} ({probing.problem})"}
     problems = {names[answer.rank]: answer.problem for answer in probing.answers if answer.problem}
     where = place if probing.exists else f"{place}, where it will be made"
     who = f"all {len(names):,} nodes see and write" if len(names) > 1 else "can be written"
@@ -345,7 +345,7 @@ def run_directory(probing: Probing, names: Mapping[int, str]) -> Finding:
         order,
         (
             "FAILED",
-            [_at([names[0]], unwritten, len(names))] if probing.problem else [],
+            _problems(unwritten if probing.problem else {}, len(names)),
             "choose another --run-dir, or mend its permissions or file system",
         ),
         (
@@ -397,7 +397,7 @@ def clocks(offsets: Mapping[str, tuple[float, float]]) -> Finding:
         offsets,
         (
             "warning",
-            [_at(off, text, len(offsets))] if off else [],
+            _at(off, text, len(offsets)),
             "keep the clocks of all nodes by NTP (`chronyc tracking`): times in logs and of files "
             "cannot be compared",
         ),
@@ -459,7 +459,7 @@ def matrix_products(measured: Sequence[Matmul], num_nodes: int) -> Finding:
         if each.flops_per_second < _SLOW * median:
             slow.setdefault(each.host, each)
     text = f"{_flops(least)} on rank {by_speed[0].rank:,}, the median is {_flops(median)}"
-    clauses = [_at(list(slow), text, num_nodes)] if slow else []
+    clauses = _at(list(slow), text, num_nodes)
     to = f"{_flops(least)} to " if len(measured) > 1 else ""
     return conclude(
         "matrix products",

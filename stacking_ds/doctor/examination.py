@@ -24,7 +24,7 @@ from stacking_ds.doctor.facts import (
 from stacking_ds.doctor.shared_folder import probe
 from stacking_ds.doctor.speed import Matmul, clock_offset, measure_all_reduce, measure_matmul
 from stacking_ds.errors import ConfigError
-from stacking_ds.train.plan import Job
+from stacking_ds.train.plan import TrainingPlan
 
 
 @dataclass
@@ -131,7 +131,7 @@ def _checks(
 # ------------------------------------------------------------------------ before a run
 
 
-def require_alike(world: World, job: Job, run_dir: Path) -> None:
+def require_alike(world: World, plan: TrainingPlan, run_dir: Path) -> None:
     """Make sure that all nodes have the same versions, code, recipe and data, and room at the run
     directory for a checkpoint: the part of the doctor that `train` runs by itself. A collective.
 
@@ -140,7 +140,7 @@ def require_alike(world: World, job: Job, run_dir: Path) -> None:
     """
     mine = None
     if world.speaks_for_node:
-        examinee = Examinee(run_dir, job.config, job.ds_json, job)
+        examinee = Examinee(run_dir, plan.config, plan.ds_json, plan)
         mine = alike_facts(world, examinee).model_dump(exclude={"code_files"})
     sent = world.gather_on_first(mine)
     world.on_first(lambda: _require(sent))

@@ -27,10 +27,10 @@ import stacking_ds
 from stacking_ds.config.recipe import ds_config_path, load_run_config
 from stacking_ds.config.run import RunConfig
 from stacking_ds.distributed.world import World
-from stacking_ds.engine.ds_json import load_ds_config
 from stacking_ds.errors import DataError
 from stacking_ds.records import Record
-from stacking_ds.train.plan import Job
+from stacking_ds.run.directory import default_run_dir
+from stacking_ds.train.plan import TrainingPlan, open_plan
 
 T = TypeVar("T")
 _PACKAGES = ("deepspeed", "numpy", "transformers", "tokenizers", "safetensors")
@@ -102,7 +102,7 @@ class Examinee:
     run_dir: Path | None = None
     config: RunConfig | None = None
     ds_json: Mapping[str, Any] | None = None
-    job: Job | None = None
+    plan: TrainingPlan | None = None
     problems: dict[str, str] = field(default_factory=dict)
 
 
@@ -115,11 +115,12 @@ def open_examinee(
         return found
     try:
         found.config = load_run_config(recipe, overrides)
-        if found.run_dir is None:
-            found.run_dir = Path("runs") / found.config.name
-        found.ds_json = load_ds_config(found.config.engine.deepspeed)
-        found.job = Job.check(found.config)
-        found.job.require_ds_configs(world_size)
+        found.run_dir = run_dir or default_run_dir(found.config)
+        plan = open_plan(found.config, with_data=False)
+        found.ds_json = plan.ds_json
+        plan.require_data()
+        found.plan = plan
+        plan.on_ranks(world_size)
     except Exception as error:  # noqa: BLE001 - the node reports it; the others must not wait
         is_data = isinstance(error, DataError | OSError)
         found.problems["data" if is_data else "recipe"] = _sentence(error)
@@ -132,9 +133,9 @@ def open_examinee(
 def alike_facts(world: World, examinee: Examinee) -> NodeFacts:
     """What has to be the same on all nodes, and the room at the run directory."""
     known = _Collecting(examinee.problems)
-    job, run_dir = examinee.job, examinee.run_dir
+    plan, run_dir = examinee.plan, examinee.run_dir
     code = known("code", _code) or {}
-    last_stage = job.schedule.stages[-1].index if job else 0
+    last_stage = plan.schedule.stages[-1].index if plan else 0
     return NodeFacts(
         host=socket.gethostname(),
         rank=world.rank,
@@ -143,9 +144,9 @@ def alike_facts(world: World, examinee: Examinee) -> NodeFacts:
         code_sha256=_sha256(json.dumps(code)) if code else "",
         code_files={name: digest[:12] for name, digest in code.items()},
         recipe=known("recipe", lambda: _recipe(examinee)) or {},
-        data=known("data", lambda: _data(job) if job else {}) or {},
-        checkpoint_bytes=_checkpoint_bytes(job, last_stage) if job else 0,
-        run_bytes=_run_bytes(job) if job else 0,
+        data=known("data", lambda: _data(plan) if plan else {}) or {},
+        checkpoint_bytes=_checkpoint_bytes(plan, last_stage) if plan else 0,
+        run_bytes=_run_bytes(plan) if plan else 0,
         free_bytes=known("disk space", lambda: _free_bytes_at(run_dir)),
         problems=known.problems,
     )
@@ -239,8 +240,8 @@ def _recipe(examinee: Examinee) -> dict[str, str]:
     return found
 
 
-def _data(job: Job) -> dict[str, str]:
-    return {"data": job.data_sha256, "vocabulary": job.shards.manifest.vocabulary_sha256}
+def _data(plan: TrainingPlan) -> dict[str, str]:
+    return {"data": plan.data_sha256, "vocabulary": plan.shards.manifest.vocabulary_sha256}
 
 
 def _sha256(text: str) -> str:
@@ -250,16 +251,16 @@ def _sha256(text: str) -> str:
 # ---------------------------------------------------------------------------- disks
 
 
-def _checkpoint_bytes(job: Job, stage_index: int) -> int:
-    depth = job.schedule.stages[stage_index].num_hidden_layers
-    return _BYTES_PER_PARAMETER * job.model_config(depth).num_parameters
+def _checkpoint_bytes(plan: TrainingPlan, stage_index: int) -> int:
+    depth = plan.schedule.stages[stage_index].num_hidden_layers
+    return _BYTES_PER_PARAMETER * plan.model_config(depth).num_parameters
 
 
-def _run_bytes(job: Job) -> int:
+def _run_bytes(plan: TrainingPlan) -> int:
     """The newest of the last stage, one more that is being written, and one of each boundary, which
     has the depth before it."""
-    each = [_checkpoint_bytes(job, stage.index) for stage in job.schedule.stages]
-    return (job.config.checkpoint.keep_last + 1) * each[-1] + sum(each[:-1])
+    each = [_checkpoint_bytes(plan, stage.index) for stage in plan.schedule.stages]
+    return (plan.config.checkpoint.keep_last + 1) * each[-1] + sum(each[:-1])
 
 
 def _kept_bytes(run_dir: Path | None) -> int:

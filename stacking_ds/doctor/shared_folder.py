@@ -12,7 +12,8 @@ import fcntl
 import secrets
 import shutil
 import time
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -141,23 +142,25 @@ def _heard(folder: Path, call: Probing, answer: Answer) -> Answer:
 
 
 def _appears(path: Path, token: str) -> bool:
-    deadline = time.monotonic() + _PATIENCE_SECONDS
-    while True:
-        try:
-            if path.read_text() == token:
-                return True
-        except OSError:
-            pass
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.1)
+    def is_there() -> bool:
+        with suppress(OSError):
+            return path.read_text() == token
+        return False
+
+    return _in_time(is_there, 0.1)
 
 
 def _remove(folder: Path) -> None:
-    # a network file system keeps what another node has only just closed for a moment
-    deadline = time.monotonic() + _PATIENCE_SECONDS
-    while folder.exists():
+    def is_gone() -> bool:
         shutil.rmtree(folder, ignore_errors=True)
-        if time.monotonic() > deadline:
-            return
-        time.sleep(0.05)
+        return not folder.exists()
+
+    # a network file system keeps what another node has only just closed for a moment
+    _in_time(is_gone, 0.05)
+
+
+def _in_time(done: Callable[[], bool], pause_seconds: float) -> bool:
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while not (reached := done()) and time.monotonic() <= deadline:
+        time.sleep(pause_seconds)
+    return reached

@@ -1,22 +1,20 @@
 """Measures clocks, small and large all-reduces and matrix products, in a few seconds."""
 
-import os
 import socket
 import statistics
-import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
+from stacking_ds.console import say_on_stderr
 from stacking_ds.distributed.world import World
 from stacking_ds.doctor.facts import WireRecord
 from stacking_ds.kernels.registry import DTYPES
 from stacking_ds.process.device import measure_matmul_peak, seconds_now
+from stacking_ds.process.exit import end_now
 
 _CLOCK_ROUNDS = 8
 _SMALL_BYTES = 4
@@ -98,9 +96,15 @@ def measure_all_reduce(world: World) -> AllReduce | None:
     small, large = (
         torch.zeros(size // 4, device=world.device) for size in (_SMALL_BYTES, large_bytes)
     )
-    with _ended_if_hanging():
+    # NCCL waits for long inside a call that nothing interrupts
+    timer = threading.Timer(_HANGING_SECONDS, _give_up)
+    timer.daemon = True
+    timer.start()
+    try:
         _all_reduce_seconds(small)
         _all_reduce_seconds(large)
+    finally:
+        timer.cancel()
     return AllReduce(
         ranks=world.size,
         latency_seconds=_median_seconds(world, small),
@@ -122,19 +126,6 @@ def _all_reduce_seconds(tensor: torch.Tensor) -> float:
     return seconds_now(tensor.device) - begun
 
 
-@contextmanager
-def _ended_if_hanging() -> Iterator[None]:
-    """End this process if the collectives inside do not: NCCL waits for long inside a call that
-    nothing interrupts."""
-    timer = threading.Timer(_HANGING_SECONDS, _give_up)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
 def _give_up() -> None:
     message = (
         f"stacking-ds: error: [{socket.gethostname()}] an all-reduce over all ranks has not ended "
@@ -142,5 +133,5 @@ def _give_up() -> None:
         f"nodes, set NCCL_SOCKET_IFNAME to the interface that joins them, and read what "
         f"NCCL_DEBUG=INFO says"
     )
-    print(message, file=sys.stderr, flush=True)
-    os._exit(_FAILED)
+    say_on_stderr(message)
+    end_now(_FAILED)

@@ -4,7 +4,6 @@ import logging
 import math
 import sys
 import warnings
-import zlib
 from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
@@ -23,7 +22,7 @@ from stacking_ds.engine.zero import (
 from stacking_ds.engine.zero.compatibility import deepspeed
 from stacking_ds.errors import ConfigError
 from stacking_ds.kernels.registry import DTYPES
-from stacking_ds.optim.lamb.optimizer import Lamb
+from stacking_ds.optim.optimizers import ShardedOptimizer
 
 
 def build_engine(
@@ -42,7 +41,7 @@ def build_engine(
 
     Raises:
         ConfigError: another DeepSpeed than the pinned one, a precision this device lacks, or
-            values or a LAMB kernel that differ between ranks.
+            values or a form of the optimizer's step that differ between ranks.
     """
     compatibility.require_pinned_deepspeed()
     low_precision = next((k for k in ("bf16", "fp16") if ds_config.get(k, {}).get("enabled")), None)
@@ -52,7 +51,8 @@ def build_engine(
     _prepare_process(show_log=asks_for_log(ds_config))
     start.import_muon()
     compatibility.follow_process_group()
-    gradients.accept_under_zero(Lamb)
+    if isinstance(optimizer, ShardedOptimizer):
+        gradients.accept_under_zero(type(optimizer))
     checked = _Checksum(value_of) if value_of is not None else None
     dtype = DTYPES[low_precision or "fp32"]
     with sharded_state.without_stepping(optimizer):
@@ -70,18 +70,13 @@ def build_engine(
     release.return_free_pages()  # what the parameters had before DeepSpeed flattened them
     sharded_state.reset_moments(engine)
     sharded_state.mend_loss_scaling(engine)
-    if isinstance(optimizer, Lamb):
+    if isinstance(optimizer, ShardedOptimizer):
         optimizer.bind(
             gradients.shards(engine),
             gradients.adder_over_ranks(engine),
             gradients.gradient_norm_at_step(engine),
+            _same_on_all_ranks,
         )
-        if not _same_on_all_ranks(zlib.crc32(optimizer.kernel.encode())):
-            raise ConfigError(
-                f"the ranks would take LAMB's step by different kernels (this one by "
-                f"{optimizer.kernel}) and drift apart: install the same torch and Triton on all "
-                f"nodes, or name one that all have as optimizer.lamb.kernel"
-            )
     if low_precision and value_of is not None:
         # DeepSpeed took the masters from the rounded weights; those are right already
         sharded_state.write_masters(engine, value_of)
@@ -93,7 +88,7 @@ def release_engine(engine: Any) -> None:
 
     The caller drops its references to the model first.
     """
-    if isinstance(engine.basic_optimizer, Lamb):
+    if isinstance(engine.basic_optimizer, ShardedOptimizer):
         engine.basic_optimizer.unbind()
     left = release.release(engine)
     if left and sys.exc_info()[0] is None:  # an error's traceback holds on to its frames
@@ -104,7 +99,7 @@ def release_engine(engine: Any) -> None:
         )
 
 
-def take_step(engine: Any) -> float | None:
+def advance(engine: Any) -> float | None:
     """`engine.step()` after each `engine.backward`.
 
     Returns the global 2-norm of the gradient, before clipping, when this completed an optimizer

@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 
 from stacking_ds.errors import StageError
-from stacking_ds.model.parameters import split_at_layer
+from stacking_ds.model.bert_config import split_at_layer
 
 
 def _stack(old_depth: int, new_depth: int) -> tuple[int, ...]:

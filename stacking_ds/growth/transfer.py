@@ -1,7 +1,10 @@
-"""Carry masters and moments from one engine's fragments to those of a deeper one.
+"""The boundary between two stages: capture the old engine's state, grow it, install it.
 
-    old engine ──capture──> host copies of this rank's fragments ──install──> new engine
-                                 (named and repeated by the layer map, never copied as a whole)
+    old engine ──capture──> TrainingState ──────install──────> new engine, deeper
+    masters, moments         on the host     named and repeated   masters, moments, low-precision
+    count, loss scale                        by the layer map     weights, count, loss scale
+
+A checkpoint is written from the same captured state. No rank ever holds a whole model.
 
 A copied layer has its source's shape, and every layer has parameter groups of its own, so at the
 same world size and ZeRO stage what a rank needs of a new layer is what it held of the old one:
@@ -10,7 +13,7 @@ nothing is communicated but the checksums. Where the layouts differ only what di
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,89 +31,122 @@ _STATISTICS = 3  # count, sum, sum of squares
 
 
 @dataclass(frozen=True)
-class CapturedState:
-    """This rank's fragments in host memory of their own, independent of any engine."""
+class TrainingState:
+    """This rank's part of the state of training, while there is no engine."""
 
     fragments: tuple[Fragment, ...]
+    """Host copies of masters and moments."""
+    optimizer_step: int
+    """The optimizer's own count, which its bias correction needs."""
+    loss_scale: float
+    """The factor fp16 has settled on; a new engine would skip its first steps to find it again."""
+    weights: Mapping[str, torch.Tensor]
+    """At ZeRO 1 and 2 the low-precision weights, whole on every rank: the old engine's own tensors
+    on its device, which stay for as long as this does. Without them every rank would have to send
+    its share of them to all others."""
 
-    @property
-    def has_moments(self) -> bool:
-        return any(key != MASTER for fragment in self.fragments for key in fragment.views)
 
+def capture(engine: Any, answering_rank: int | None = None) -> TrainingState:
+    """Copy to the host what `engine` knows and the next one needs, so that it can be released.
 
-def capture(fragments: Iterable[Fragment]) -> CapturedState:
-    """Copy the fragments' values to host memory, so that their engine can be released."""
-    return CapturedState(
-        tuple(
-            replace(
-                fragment,
-                views={key: _host_copy(view) for key, view in fragment.views.items()},
-            )
-            for fragment in fragments
-        )
+    With `answering_rank`, that rank's, only of the elements that it answers for, which is all that
+    a checkpoint needs; a boundary needs all that a rank holds. No communication.
+    """
+    held = sharded_state.fragments(engine)
+    if answering_rank is not None:
+        held = [fragment.owned_by(answering_rank) for fragment in held]
+    return TrainingState(
+        fragments=tuple(fragment.on_host() for fragment in held),
+        optimizer_step=sharded_state.optimizer_step(engine),
+        loss_scale=sharded_state.loss_scale(engine),
+        weights=sharded_state.whole_weights(engine),
     )
 
 
-def _host_copy(view: torch.Tensor) -> torch.Tensor:
-    return torch.empty(view.shape, dtype=view.dtype, device="cpu").copy_(view.detach())
-
-
-@torch.no_grad()
 def install(
-    targets: Sequence[Fragment],
-    captured: CapturedState,
+    state: TrainingState,
+    engine: Any,
     layers: Sequence[int] | None,
     moments: Moments,
     world: Ranks,
 ) -> None:
-    """Write the captured values into the live fragments `targets` of the new engine.
-
-    Every rank calls it. It sends one small all-reduce of checksums, and the elements, if any,
-    that a rank needs and another one has. With moments "carry" the targets must have moments if
-    the captured state has; with "reset" those they have become zero. The caller refreshes the
-    low-precision copies afterwards.
+    """Make `engine`, new and of another depth or ZeRO stage, go on from `state`. A collective.
 
     Args:
         layers: for each new layer the old one it copies (`operators.layer_map`); None where the
             depth stays.
 
     Raises:
+        StageError: on every rank, if the state that arrived anywhere is not the one the growth
+            operator predicts.
+    """
+    if moments == "carry" and state.optimizer_step:
+        sharded_state.seed_moments(engine, state.optimizer_step)
+    fill(sharded_state.fragments(engine), state.fragments, layers, moments, world)
+    weights = sharded_state.whole_weights(engine)
+    if _same_dtype(weights, state.weights):
+        names = {name: source_name(name, layers) for name in weights}
+        sharded_state.write_whole_weights(
+            engine, {name: state.weights[source] for name, source in names.items()}
+        )
+        _check_weights(engine, world)
+    else:
+        sharded_state.refresh(engine)
+    sharded_state.set_loss_scale(engine, state.loss_scale)
+
+
+@torch.no_grad()
+def fill(
+    targets: Sequence[Fragment],
+    held: Sequence[Fragment],
+    layers: Sequence[int] | None,
+    moments: Moments,
+    world: Ranks,
+) -> None:
+    """Write the values `held` on the host into the live fragments `targets` of the new engine.
+
+    Every rank calls it. It sends one small all-reduce of checksums, and the elements, if any,
+    that a rank needs and another one has. With moments "carry" the targets must have moments if
+    `held` has; with "reset" those they have become zero. The caller refreshes the low-precision
+    copies afterwards.
+
+    Raises:
         StageError: on every rank, if the new model has a parameter that the old one cannot fill,
             or if what arrived anywhere is not what the layer map predicts (count, sum and sum of
             squares of every parameter over all ranks).
     """
-    carried = moments == "carry" and captured.has_moments
     keys = sorted({key for target in targets for key in target.views})
+    has_moments = any(key != MASTER for fragment in held for key in fragment.views)
+    carried = moments == "carry" and has_moments
     assert not carried or len(keys) > 1, "seed the moments of the new engine first"
     filled = keys if carried else [MASTER]
-    sources = _sources(targets, captured, layers)
+    sources = _sources(targets, held, layers)
     for target in targets:
         copy_own(target, sources[target.name], filled)
         for key in keys:
             if key not in filled:
                 target.views[key].zero_()
     exchange(targets, sources, filled, world)
-    totals = world.sum(
-        [*_statistics(targets, filled, world), *_statistics(captured.fragments, filled, world)]
-    )
-    _compare(targets, captured, layers, filled, totals)
+    totals = world.sum([*_statistics(targets, filled, world), *_statistics(held, filled, world)])
+    _compare(targets, held, layers, filled, totals)
 
 
 def _sources(
-    targets: Sequence[Fragment], captured: CapturedState, layers: Sequence[int] | None
+    targets: Sequence[Fragment], held: Sequence[Fragment], layers: Sequence[int] | None
 ) -> dict[str, Fragment]:
     """For each new parameter this rank's fragment of the old one that it copies."""
-    held = {fragment.name: fragment for fragment in captured.fragments}
+    by_name = {fragment.name: fragment for fragment in held}
     found = {}
     for target in targets:
         name = source_name(target.name, layers)
-        if name not in held or held[name].shape != target.shape:
-            there = f"has {name} as {held[name].shape}" if name in held else f"has no {name}"
+        source = by_name.get(name)
+        if source is None or source.shape != target.shape:
+            there = f"has {name} as {source.shape}" if source else f"has no {name}"
             raise StageError(
                 f"{target.name} {target.shape} cannot be grown: the old model {there}; stages may "
                 f"differ in depth alone"
             )
-        found[target.name] = held[name]
+        found[target.name] = source
     return found
 
 
@@ -142,14 +178,14 @@ def _sums(view: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
 
 def _compare(
     targets: Sequence[Fragment],
-    captured: CapturedState,
+    held: Sequence[Fragment],
     layers: Sequence[int] | None,
     keys: Sequence[str],
     totals: Sequence[float],
 ) -> None:
     values = iter(zip(*[iter(totals)] * _STATISTICS, strict=True))
     arrived = {(target.name, key): next(values) for target in targets for key in keys}
-    left = {(fragment.name, key): next(values) for fragment in captured.fragments for key in keys}
+    left = {(fragment.name, key): next(values) for fragment in held for key in keys}
     for target in targets:
         source = source_name(target.name, layers)
         for key in keys:
@@ -170,66 +206,6 @@ def _equal(found: Sequence[float], expected: Sequence[float]) -> bool:
         and abs(found[1] - total) <= _TOLERANCE * scale
         and abs(found[2] - squares) <= _TOLERANCE * squares
     )
-
-
-# ---- The sharded state across a boundary: off one engine, into the next.
-
-
-@dataclass(frozen=True)
-class CarriedState:
-    """What a boundary carries while there is no engine."""
-
-    captured: CapturedState
-    """Host copies of this rank's masters and moments."""
-    optimizer_step: int
-    """The optimizer's own count, which its bias correction needs."""
-    loss_scale: float
-    """The factor fp16 has settled on; a new engine would skip its first steps to find it again."""
-    weights: Mapping[str, torch.Tensor]
-    """At ZeRO 1 and 2 the low-precision weights, whole on every rank: the old engine's own tensors
-    on its device, which stay for as long as this does. Without them every rank would have to send
-    its share of them to all others."""
-
-
-def capture_engine(engine: Any, captured: CapturedState | None = None) -> CarriedState:
-    """Take from `engine` what the next one needs, so that it can be released. No communication.
-
-    `captured` is the host copy of the fragments where the caller has just made one.
-    """
-    return CarriedState(
-        captured=captured or capture(sharded_state.fragments(engine)),
-        optimizer_step=sharded_state.optimizer_step(engine),
-        loss_scale=sharded_state.loss_scale(engine),
-        weights=sharded_state.whole_weights(engine),
-    )
-
-
-def install_state(
-    engine: Any,
-    state: CarriedState,
-    layers: Sequence[int] | None,
-    moments: Moments,
-    world: Ranks,
-) -> None:
-    """Make `engine`, new and of another depth or ZeRO stage, go on from `state`. A collective.
-
-    Raises:
-        StageError: on every rank, if the state that arrived anywhere is not the one the growth
-            operator predicts.
-    """
-    if moments == "carry" and state.optimizer_step:
-        sharded_state.seed_moments(engine, state.optimizer_step)
-    install(sharded_state.fragments(engine), state.captured, layers, moments, world)
-    weights = sharded_state.whole_weights(engine)
-    if _same_dtype(weights, state.weights):
-        names = {name: source_name(name, layers) for name in weights}
-        sharded_state.write_whole_weights(
-            engine, {name: state.weights[source] for name, source in names.items()}
-        )
-        _check_weights(engine, world)
-    else:
-        sharded_state.refresh(engine)
-    sharded_state.set_loss_scale(engine, state.loss_scale)
 
 
 def _check_weights(engine: Any, world: Ranks) -> None:

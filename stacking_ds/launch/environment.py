@@ -15,10 +15,6 @@ from pathlib import Path
 
 from stacking_ds.errors import ConfigError, UserError
 
-# ---- What may pass the shells of other hosts: plain words; a command that is more becomes
-# one.
-
-
 ENCODED = "--encoded"
 
 _PLAIN = re.compile(r"[A-Za-z0-9_@+=:,./-]+", re.ASCII)
@@ -58,8 +54,10 @@ def decode_arguments(word: str) -> list[str]:
 
 
 def require_plain(word: str, what: str, remedy: str) -> None:
-    """Raises:
-    ConfigError: a shell on another host could read `word` as something else than it is.
+    """Make sure that the shells of other hosts read `word` as it is.
+
+    Raises:
+        ConfigError: one could read it as something else; `remedy` says what to do.
     """
     if not _PLAIN.fullmatch(word):
         raise ConfigError(
@@ -87,8 +85,7 @@ def hosts_environment(
 
     Args:
         given: what the person asked for, as of `parse_assignments`.
-        python: this interpreter, whose programs come first in PATH: one of another version built
-            elsewhere would have every host compile again what it finds.
+        python: this interpreter.
         own: the launcher's own environment.
         launcher: pdsh or openmpi.
 
@@ -96,14 +93,20 @@ def hosts_environment(
         ConfigError: a file has a line that sets no variable, or a value cannot reach the ranks.
     """
     found = {**_of_files(own.get("DS_ENV_FILE", ".deepspeed_env")), **given}
-    path = [os.path.dirname(python), *own.get("PATH", os.defpath).split(os.pathsep)]
-    defaults = {"PATH": os.pathsep.join(dict.fromkeys(path))}
+    defaults = {"PATH": search_path(python, own)}
     if "DS_ACCELERATOR" in own:
         defaults["DS_ACCELERATOR"] = own["DS_ACCELERATOR"]
     variables = {**defaults, **found}
     for name, value in {**_sent_anyway(own), **variables}.items():
         require_exportable(name, value, launcher)
     return variables
+
+
+def search_path(python: str, own: Mapping[str, str]) -> str:
+    """PATH with the programs of this interpreter first: those of another version built elsewhere
+    would have every host compile again what it finds."""
+    folders = [os.path.dirname(python), *own.get("PATH", os.defpath).split(os.pathsep)]
+    return os.pathsep.join(dict.fromkeys(folders))
 
 
 def secret_names(given: Mapping[str, str], own: Mapping[str, str]) -> list[str]:
@@ -158,8 +161,10 @@ def _assignment(text: str, where: str) -> dict[str, str]:
 
 
 def require_exportable(name: str, value: str, launcher: str) -> None:
-    """Raises:
-    ConfigError: the variable would reach the ranks as something else.
+    """Make sure that the variable reaches the ranks of other hosts as it is.
+
+    Raises:
+        ConfigError: it would arrive as something else.
     """
     trouble = None
     if _READ_BY_SHELLS.search(value):

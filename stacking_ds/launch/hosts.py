@@ -1,18 +1,25 @@
-"""One command on many hosts at once by ssh, each with a time limit."""
+"""Hosts of a job: the hostfile, a command on all of them by ssh, and the census of an attempt's
+processes, on all hosts and on this machine."""
 
 import ipaddress
+import json
 import re
 import subprocess
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import stacking_ds
+from stacking_ds.console import first_of
 from stacking_ds.errors import ConfigError
 from stacking_ds.files import DamagedFileError, read_text
+from stacking_ds.launch.sweep import Action, Found, sweep
 
-# ---- The hosts of a job and their ranks: `name slots=N`, one a line.
-
+PACKAGE_FOLDER = Path(stacking_ds.__file__).parents[1]
+SSH_OPTIONS = "-o ServerAliveInterval=5 -o ServerAliveCountMax=3 -o BatchMode=yes"
+"""For whoever starts ssh: else it waits for ever for a host whose cable was pulled."""
 
 _LINE = re.compile(r"(\S+)\s+slots=(\d{1,6})", re.ASCII)
 # what an editor leaves at the start of a file and nobody sees
@@ -90,20 +97,13 @@ def draw_hostfile(hosts: Sequence[Host]) -> str:
     return "".join(f"{host.name} slots={host.slots}\n" for host in hosts)
 
 
-# ---- One command on many hosts at once by ssh, each with a time limit.
-
+# --------------------------------------------------------------------------------- ssh
 
 _AT_ONCE = 64
-_OPTIONS = (
-    *("-o", "BatchMode=yes"),
-    *("-o", "ConnectTimeout=5"),
-    *("-o", "ServerAliveInterval=5"),
-    *("-o", "ServerAliveCountMax=3"),
-)
 
 
 @dataclass(frozen=True)
-class Answer:
+class SshResult:
     """What a host answered; `trouble` is None where the command ended with exit code 0."""
 
     host: str
@@ -113,7 +113,7 @@ class Answer:
 
 def run_on_hosts(
     hosts: Sequence[str], command: str, *, port: int | None, seconds: float
-) -> list[Answer]:
+) -> list[SshResult]:
     """Run `command` on every host; the answers in the order of the hosts.
 
     Args:
@@ -126,11 +126,11 @@ def run_on_hosts(
         return list(pool.map(lambda host: _run(host, command, port, seconds), hosts))
 
 
-def _run(host: str, command: str, port: int | None, seconds: float) -> Answer:
+def _run(host: str, command: str, port: int | None, seconds: float) -> SshResult:
     at_port = [] if port is None else ["-p", str(port)]
     try:
         done = subprocess.run(
-            ["ssh", *_OPTIONS, *at_port, "--", host, command],
+            ["ssh", *SSH_OPTIONS.split(), "-o", "ConnectTimeout=5", *at_port, "--", host, command],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -140,10 +140,78 @@ def _run(host: str, command: str, port: int | None, seconds: float) -> Answer:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return Answer(host, "", f"no answer in {seconds:.0f} s")
+        return SshResult(host, "", f"no answer in {seconds:.0f} s")
     except FileNotFoundError:
-        return Answer(host, "", "there is no ssh on this machine")
+        return SshResult(host, "", "there is no ssh on this machine")
     if done.returncode == 0:
-        return Answer(host, done.stdout, None)
+        return SshResult(host, done.stdout, None)
     said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    return Answer(host, done.stdout, said)
+    return SshResult(host, done.stdout, said)
+
+
+# ------------------------------------------------------------------------------ census
+
+
+@dataclass(frozen=True)
+class ProcessCount:
+    """The marked processes by host (this machine is ""), and the hosts that did not say."""
+
+    found: dict[str, Found]
+    silent: dict[str, str]
+
+    @property
+    def processes(self) -> int:
+        return sum(found.processes for found in self.found.values())
+
+    @property
+    def ranks(self) -> set[int]:
+        return {rank for found in self.found.values() for rank in found.ranks}
+
+    def places(self) -> str:
+        """Hosts with processes, for people."""
+        return first_of(
+            [host or "this machine" for host, found in self.found.items() if found.processes]
+        )
+
+
+class Census:
+    """Asks the same hosts about the same marker again and again."""
+
+    def __init__(
+        self, hosts: Sequence[str], marker: str, *, port: int | None, seconds: float
+    ) -> None:
+        self._hosts, self._marker = list(hosts), marker
+        self._port, self._seconds = port, seconds
+
+    def take(self, action: Action = "count") -> ProcessCount:
+        """Do `action` (see `sweep`) everywhere, at once; what was found before it."""
+        found, silent = {}, {}
+        if self._hosts:
+            command = (
+                f"env PYTHONPATH={PACKAGE_FOLDER} {sys.executable} -P -m stacking_ds.launch.sweep "
+                f"{self._marker} --action {action}"
+            )
+            for answer in run_on_hosts(
+                self._hosts, command, port=self._port, seconds=self._seconds
+            ):
+                heard = _read(answer)
+                if heard is None:
+                    silent[answer.host] = answer.trouble or f"it said {answer.output[:80]!r}"
+                else:
+                    found[answer.host] = heard
+        # last, since a runner that is killed takes the way to the other hosts with it; and a rank
+        # is asked to stop once, which it was already if this machine is one of the hosts
+        asking = self._hosts and action in ("stop-ranks", "stop")
+        found[""] = sweep(self._marker, "count" if asking else action)
+        return ProcessCount(found, silent)
+
+
+def _read(answer: SshResult) -> Found | None:
+    if answer.trouble is not None:
+        return None
+    try:
+        # what a shell's start-up files print comes before
+        raw = json.loads(answer.output.strip().splitlines()[-1])
+        return Found(int(raw["processes"]), tuple(raw["ranks"]))
+    except (ValueError, LookupError, TypeError):
+        return None

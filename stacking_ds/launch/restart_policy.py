@@ -1,9 +1,7 @@
-"""Should a run be started again? By the records of its attempts, and one verdict more in them."""
+"""Restart policy: is a run to be started again, by the records of its attempts."""
 
-import argparse
 import itertools
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,17 +9,7 @@ from pathlib import Path
 from stacking_ds.checkpoint.folders import latest, step_of
 from stacking_ds.errors import EXIT_USER_ERROR, CheckpointError, UnreadableError
 from stacking_ds.process.stop_signals import STOP_SIGNALS
-from stacking_ds.run.attempts import (
-    ATTEMPTS_FILE,
-    End,
-    Record,
-    add,
-    last_end,
-    passed_over,
-    read_records,
-)
-
-_EXIT_AGAIN, _EXIT_NOT_AGAIN, _EXIT_COMPLETE = 0, 1, 3  # 2 is a UserError's
+from stacking_ds.run.attempts import ATTEMPTS_FILE, End, Record, add, last_end, read_records
 
 _MOST_UNSAVED = 9
 # a shell and srun add 128, Python puts a minus before it
@@ -29,8 +17,8 @@ _ASKED_TO_STOP = {code for number in STOP_SIGNALS for code in (128 + number, -nu
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Should the run be started again?"""
+class RestartDecision:
+    """Whether to start the run again, and why."""
 
     again: bool
     why: str
@@ -39,19 +27,19 @@ class Verdict:
     where a signal that asks to stop has ended it."""
 
 
-def judge(run_dir: Path, exit_status: int, *, since: int = 0) -> Verdict:
-    """Should the run be started again? The verdict is recorded too.
+def judge(run_dir: Path, exit_status: int, *, since: int = 0) -> RestartDecision:
+    """Decide whether to restart a run, and record the decision.
 
-    One that was stopped is; one that failed is, unless it has failed so before: twice at the same
-    step, or three times without a newer checkpoint. What a person has to mend is not tried again.
-    After a verdict of "no" a person has taken over, and failures are counted anew. An attempt that
-    was asked to stop before it could save says nothing of the run: it is neither.
+    Restart one that was stopped, or that failed, unless it failed twice at one step or three times
+    without a newer checkpoint. What a person has to mend is not tried again. After a decision of
+    "no" a person has taken over, and failures are counted anew. An attempt that was asked to stop
+    before it could save says nothing of the run: it is neither.
 
     Args:
         run_dir: the run's directory, which need not be there yet.
         exit_status: of the command, or of the launcher around it; 0 alone proves nothing.
         since: the number of records there were when the attempt was started, where that is known;
-            what was recorded before the last verdict is never taken for this attempt's.
+            what was recorded before the last decision is never taken for this attempt's.
 
     Raises:
         UserError: the records cannot be read or written.
@@ -62,7 +50,8 @@ def judge(run_dir: Path, exit_status: int, *, since: int = 0) -> Verdict:
     end = _by_exit_status(last_end(run_dir, own), exit_status)
     saved = None
     try:
-        saved = _step_to_go_on_from(run_dir)
+        if (newest := latest(run_dir)) is not None:
+            saved = step_of(newest)
     except UnreadableError:
         raise
     except CheckpointError as damage:  # the next attempt would be refused for it
@@ -71,14 +60,9 @@ def judge(run_dir: Path, exit_status: int, *, since: int = 0) -> Verdict:
     again, why = _decide(end, saved, _failures(records), _unsaved(records))
     # a folder that is no run's, perhaps given by mistake, is left alone
     if again or (run_dir / ATTEMPTS_FILE).exists() or (run_dir / "config.yaml").exists():
-        verdict = {"event": "judged", "again": again, "why": why, "step": end.step}
-        add(run_dir, {**verdict, "outcome": end.outcome, "saved": saved, **_this_job()})
-    return Verdict(again, why, end.outcome)
-
-
-def _step_to_go_on_from(run_dir: Path) -> int | None:
-    found = latest(run_dir)
-    return None if found is None else step_of(found)
+        decision = {"event": "judged", "again": again, "why": why, "step": end.step}
+        add(run_dir, {**decision, "outcome": end.outcome, "saved": saved, **_this_job()})
+    return RestartDecision(again, why, end.outcome)
 
 
 def _by_exit_status(end: End | None, exit_status: int) -> End:
@@ -95,7 +79,7 @@ def _by_exit_status(end: End | None, exit_status: int) -> End:
 
 
 def _failures(records: Sequence[Record]) -> list[Record]:
-    """The verdicts on failures that still count: since the run last went well, or was given up."""
+    """The decisions on failures that still count: since the run last went well, or was given up."""
     failures: list[Record] = []
     for record in records:
         if record["event"] == "judged" and record["outcome"] == "stopped_unsaved":
@@ -110,8 +94,8 @@ def _failures(records: Sequence[Record]) -> list[Record]:
 
 def _unsaved(records: Sequence[Record]) -> int:
     """How often in a row, up to now, a run was stopped before it could save anything."""
-    verdicts = [record["outcome"] for record in records if record["event"] == "judged"]
-    return len(list(itertools.takewhile("stopped_unsaved".__eq__, reversed(verdicts))))
+    outcomes = [record["outcome"] for record in records if record["event"] == "judged"]
+    return len(list(itertools.takewhile("stopped_unsaved".__eq__, reversed(outcomes))))
 
 
 def _decide(
@@ -154,39 +138,8 @@ def _same_place(last: Record, end: End, saved: int | None) -> bool:
     return "killed" not in (last["outcome"], end.outcome) or last["saved"] == saved
 
 
-# --------------------------------------------------------------------------- command
-
-
-def add_again(parser: argparse.ArgumentParser) -> None:
-    """Give `parser` the options; it sets `command`, whose exit code is the answer."""
-    parser.description = (
-        f"Should a run that has ended be started again? Exit code {_EXIT_AGAIN}: yes; "
-        f"{_EXIT_NOT_AGAIN}: no, it has failed too often or a person has to mend something; "
-        f"{_EXIT_COMPLETE}: no, it is complete."
-    )
-    parser.add_argument("run_dir", type=Path)
-    parser.add_argument(
-        "--exit-status",
-        type=int,
-        required=True,
-        metavar="N",
-        help="what the job ended with ($? in a batch script)",
-    )
-    parser.set_defaults(command=_again)
-
-
-def _again(options: argparse.Namespace) -> int:
-    if (damage := passed_over(options.run_dir)) is not None:
-        print(damage, file=sys.stderr)
-    verdict = verdict_of_this_job(options.run_dir) or judge(options.run_dir, options.exit_status)
-    print(verdict.why)
-    if verdict.outcome == "complete":
-        return _EXIT_COMPLETE
-    return _EXIT_AGAIN if verdict.again else _EXIT_NOT_AGAIN
-
-
-def verdict_of_this_job(run_dir: Path) -> Verdict | None:
-    """The verdict on what this SLURM job did, if it has been given: a `launch` in the job's
+def decision_of_this_job(run_dir: Path) -> RestartDecision | None:
+    """The decision on what this SLURM job did, if it has been taken: a `launch` in the job's
     script has judged before the script asks.
 
     Raises:
@@ -196,7 +149,7 @@ def verdict_of_this_job(run_dir: Path) -> Verdict | None:
     job = _this_job()
     if last["event"] != "judged" or job["job"] is None or any(last[key] != job[key] for key in job):
         return None
-    return Verdict(last["again"], last["why"], last["outcome"])
+    return RestartDecision(last["again"], last["why"], last["outcome"])
 
 
 def _this_job() -> dict[str, str | None]:

@@ -1,10 +1,12 @@
-"""DeepSpeed's runner: its command line, its environment and its files for one attempt."""
+"""DeepSpeed's runner for one attempt: what a person asked for, and from it the runner's command
+line, environment and files."""
 
 import os
 import shlex
-import socket
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from stacking_ds.errors import ConfigError
@@ -13,13 +15,14 @@ from stacking_ds.launch.environment import (
     hosts_environment,
     parse_assignments,
     passable,
+    require_plain,
+    search_path,
 )
-from stacking_ds.launch.hosts import Host, draw_hostfile
-from stacking_ds.launch.request import Request
+from stacking_ds.launch.hosts import PACKAGE_FOLDER, SSH_OPTIONS, Host, draw_hostfile
 from stacking_ds.launch.sweep import MARKER_VARIABLE
+from stacking_ds.process.launchers import free_port
 
-# without them pdsh, and mpirun, wait for ever for a host whose cable was pulled
-_SSH = "-o ServerAliveInterval=5 -o ServerAliveCountMax=3 -o BatchMode=yes"
+# else mpirun waits for ever for a host whose cable was pulled
 _MPI_KEEPALIVE = (
     *("--mca", "oob_tcp_keepalive_time", "10"),
     *("--mca", "oob_tcp_keepalive_intvl", "5"),
@@ -27,38 +30,154 @@ _MPI_KEEPALIVE = (
 )
 
 
-def prepare_on_hosts(
-    request: Request,
+@dataclass(frozen=True)
+class Timeouts:
+    """How long things are waited for."""
+
+    pause_seconds: float = 5.0
+    """Between a failed attempt and the next."""
+    survivors_seconds: float = 10.0
+    """For what is left of an attempt that ended by itself."""
+    probe_seconds: float = 20.0
+    """For a host to answer at all."""
+    sweep_seconds: float = 30.0
+    """For a host to say what runs on it."""
+    look_seconds: float = 2.0
+    """Between two looks at all hosts that are to be clear, or at the run's records."""
+    end_seconds: float = 30.0
+    """For all processes to end once the run's records say that it has ended."""
+    count_seconds: float = 60.0
+    """Between two counts of the ranks while all seems well."""
+
+
+@dataclass(frozen=True)
+class LaunchRequest:
+    """Options of `launch`. Either `hostfile` or `ranks` is given."""
+
+    command: tuple[str, ...]
+    run_dir: Path | None = None
+    """That of the run which `command` trains; None if it trains none."""
+    hostfile: Path | None = None
+    ranks: int | None = None
+    restarts: int = 0
+    min_nodes: int | None = None
+    launcher: str = "pdsh"
+    launcher_args: str = ""
+    ssh_port: int | None = None
+    master_address: str | None = None
+    master_port: int | None = None
+    env: tuple[str, ...] = ()
+    stop_seconds: float | None = None
+    verbose: bool = False
+    runner: tuple[str, ...] = (sys.executable, "-m", "deepspeed.launcher.runner")
+    timeouts: Timeouts = Timeouts()
+
+    def check(self) -> None:
+        """Find what can be found wrong before any host is asked.
+
+        Raises:
+            ConfigError: an option that cannot be used, or a program that is not there.
+        """
+        if not self.command or self.command[0].startswith("-"):
+            raise ConfigError(
+                "launch what? Write the command behind the options, such as `stacking-ds launch "
+                "--hostfile hosts train --recipe bert_base_stacking`"
+            )
+        if self.command[0] == "launch":
+            raise ConfigError("launch cannot launch itself; write the command of the ranks")
+        if "RANK" in os.environ:
+            raise ConfigError(
+                f"launch starts all ranks, and is itself rank {os.environ['RANK']} of another "
+                f"launcher; start it once, or unset RANK"
+            )
+        if (self.hostfile is None) == (self.ranks is None):
+            raise ConfigError("give either --hostfile FILE or --ranks N (on this machine)")
+        if self.restarts < 0:
+            raise ConfigError(f"--restarts {self.restarts} must be 0 or more")
+        if self.ranks is not None and self.ranks < 1:
+            raise ConfigError(f"--ranks {self.ranks} must be 1 or more")
+        parse_assignments(self.env)
+        if self.hostfile is None:
+            if self.min_nodes is not None:
+                raise ConfigError("--min-nodes is for --hostfile; leave it out with --ranks")
+        else:
+            self._check_for_hosts()
+
+    def _check_for_hosts(self) -> None:
+        same = "use one without them on all hosts"
+        require_plain(os.getcwd(), "the working directory", same)
+        require_plain(sys.executable, "the interpreter", same)
+        require_plain(str(PACKAGE_FOLDER), "the folder of the package", same)
+        try:
+            shlex.split(self.launcher_args)
+        except ValueError as error:
+            raise ConfigError(
+                f"--launcher-args {self.launcher_args!r} cannot be split into words ({error}); "
+                f"close its quotes"
+            ) from None
+        program = {"pdsh": "pdsh", "openmpi": "mpirun"}[self.launcher]
+        other = {"pdsh": "openmpi", "openmpi": "pdsh"}[self.launcher]
+        if shutil.which(program) is None:
+            raise ConfigError(
+                f"--launcher {self.launcher} needs {program}, which is not in PATH here; install "
+                f"it, or try --launcher {other}"
+            )
+
+
+def prepare(
+    request: LaunchRequest,
     command: Sequence[str],
     hosts: Sequence[Host],
     folder: Path,
     marker: str,
     own: Mapping[str, str],
 ) -> tuple[list[str], dict[str, str]]:
-    """Command line and environment of the runner that starts `command` on `hosts`.
+    """Command line and environment of the runner that starts `command` on `hosts`; on this machine,
+    where ranks inherit this process's environment, if there are none.
 
     Args:
-        folder: where its files are written; it has to stay until the runner has ended.
+        folder: for the runner's files; it has to stay until the runner has ended.
         marker: what the processes of this attempt are known by.
         own: this process's environment.
 
     Raises:
-        ConfigError: a variable cannot reach the hosts.
+        ConfigError: a variable cannot reach the hosts, or fewer GPUs are visible here than ranks.
     """
-    variables = hosts_environment(
-        parse_assignments(request.env), python=sys.executable, own=own, launcher=request.launcher
-    )
-    variables[MARKER_VARIABLE] = marker
+    given = parse_assignments(request.env)
     hostfile, variables_file = folder / "hosts", folder / "environment"
-    hostfile.write_text(draw_hostfile(hosts), encoding="utf-8")
-    variables_file.write_text(draw_environment(variables), encoding="utf-8")
+    environment = {**own, MARKER_VARIABLE: marker}
+    if hosts:
+        variables = hosts_environment(
+            given, python=sys.executable, own=own, launcher=request.launcher
+        )
+        variables[MARKER_VARIABLE] = marker
+        hostfile.write_text(draw_hostfile(hosts), encoding="utf-8")
+        variables_file.write_text(draw_environment(variables), encoding="utf-8")
+        ssh = f"{own.get('PDSH_SSH_ARGS_APPEND', '')} {SSH_OPTIONS}".strip()
+        environment |= {"DS_ENV_FILE": str(variables_file), "PDSH_SSH_ARGS_APPEND": ssh}
+        where, level, words = _through_launcher(request), "warning", passable(command)
+    else:
+        path = search_path(sys.executable, own)
+        environment = {**own, "PATH": path, **given, MARKER_VARIABLE: marker}
+        # it would warn that there is no hostfile, which is as it should be
+        where, level, words = _gpus(request.ranks or 1, environment), "error", list(command)
     arguments = [
         *request.runner,
-        *("--hostfile", str(hostfile)),
+        *("--hostfile", str(hostfile)),  # in any case, or it would look for /job/hostfile
+        *where,
+        *("--master_port", str(request.master_port or free_port())),
+        *("--log_level", "info" if request.verbose else level),
+        "--no_local_rank",  # the environment says it
+        *("--module", "stacking_ds", *words),
+    ]
+    return arguments, environment
+
+
+def _through_launcher(request: LaunchRequest) -> list[str]:
+    arguments = [
         "--force_multi",  # one host that is left need not be this machine
         "--no_ssh_check",
         *("--launcher", request.launcher),
-        *_options(request, "warning"),
     ]
     if request.ssh_port is not None:
         arguments += ["--ssh_port", str(request.ssh_port)]
@@ -66,25 +185,10 @@ def prepare_on_hosts(
         arguments += ["--master_addr", request.master_address]
     if launcher_args := _launcher_args(request):
         arguments.append(f"--launcher_args={launcher_args}")  # the value begins with a dash
-    environment = {
-        **own,
-        MARKER_VARIABLE: marker,
-        "DS_ENV_FILE": str(variables_file),
-        "PDSH_SSH_ARGS_APPEND": f"{own.get('PDSH_SSH_ARGS_APPEND', '')} {_SSH}".strip(),
-    }
-    return [*arguments, "--module", "stacking_ds", *passable(command)], environment
+    return arguments
 
 
-def _options(request: Request, level: str) -> list[str]:
-    port = request.master_port or _free_port()
-    return [
-        *("--master_port", str(port)),
-        *("--log_level", "info" if request.verbose else level),
-        "--no_local_rank",  # the environment says it
-    ]
-
-
-def _launcher_args(request: Request) -> str:
+def _launcher_args(request: LaunchRequest) -> str:
     given = shlex.split(request.launcher_args)
     if request.launcher != "openmpi":
         return shlex.join(given)
@@ -93,38 +197,13 @@ def _launcher_args(request: Request) -> str:
         own.append("--allow-run-as-root")
     if "plm_rsh_args" not in given:
         port = "" if request.ssh_port is None else f" -p {request.ssh_port}"
-        own += ["--mca", "plm_rsh_args", f"{_SSH}{port}"]
+        own += ["--mca", "plm_rsh_args", f"{SSH_OPTIONS}{port}"]
     return shlex.join([*own, *given])
 
 
-def prepare_local(
-    request: Request, command: Sequence[str], folder: Path, marker: str, own: Mapping[str, str]
-) -> tuple[list[str], dict[str, str]]:
-    """The same for ranks on this machine, which inherit this process's environment.
-
-    Raises:
-        ConfigError: fewer GPUs are visible than there are ranks.
-    """
-    assert request.ranks is not None
-    given = parse_assignments(request.env)
-    environment = {**own, **given, MARKER_VARIABLE: marker}
-    if "PATH" not in given:
-        path = [os.path.dirname(sys.executable), *own.get("PATH", os.defpath).split(os.pathsep)]
-        environment["PATH"] = os.pathsep.join(dict.fromkeys(path))
-    # it would say that there is no hostfile, which is as it should be
-    options = _options(request, "error")
-    arguments = [
-        *request.runner,
-        *("--hostfile", str(folder / "none")),  # not the /job/hostfile it would look for
-        *_places(request.ranks, environment),
-        *options,
-    ]
-    return [*arguments, "--module", "stacking_ds", *command], environment
-
-
-def _places(ranks: int, environment: Mapping[str, str]) -> list[str]:
-    """Which GPUs the ranks take. DeepSpeed ignores CUDA_VISIBLE_DEVICES where it is told a number,
-    and then takes the first ones, which may be somebody else's."""
+def _gpus(ranks: int, environment: Mapping[str, str]) -> list[str]:
+    """Options for the GPUs that ranks take. DeepSpeed ignores CUDA_VISIBLE_DEVICES where it is told
+    a number, and then takes the first ones, which may be somebody else's."""
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")
     if not visible or environment.get("DS_ACCELERATOR") == "cpu":
         return ["--num_gpus", str(ranks)]
@@ -140,9 +219,3 @@ def _places(ranks: int, environment: Mapping[str, str]) -> list[str]:
             f"{len(numbers)}; name more, or start fewer ranks"
         )
     return ["--include", f"localhost:{','.join(numbers[:ranks])}"]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])

@@ -1,4 +1,4 @@
-"""Find, ask to stop or kill, on one host, all processes that a launch has started.
+"""Sweeps one host: finds, asks to stop or kills all processes that a launch has started.
 
 Every process of a launch carries its marker in the environment. `python -m
 stacking_ds.launch.sweep MARKER` prints how many there are, and which ranks, as JSON.
@@ -17,13 +17,14 @@ from typing import Literal
 
 import psutil
 
+from stacking_ds.process.launchers import HYDRA_RANK, OPEN_MPI_RANK
+
 MARKER_VARIABLE = "STACKING_DS_LAUNCH"
 
 Action = Literal["count", "stop-ranks", "stop", "kill"]
 ACTIONS: tuple[Action, ...] = ("count", "stop-ranks", "stop", "kill")
 
-# DeepSpeed's launcher, and Open MPI's, tell a process its rank; MPICH's too
-_RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+_RANKS = ("RANK", OPEN_MPI_RANK, HYDRA_RANK)
 _PATIENCE_SECONDS = 5.0
 
 

@@ -1,6 +1,16 @@
-"""The sizes of a BERT, and what follows from them by arithmetic."""
+"""Sizes of a BERT and what follows from them by arithmetic, and the names of its layers."""
+
+import re
 
 from stacking_ds.config.sections import Depth, ModelSection, VocabularySize
+
+_OF_LAYER = re.compile(r"(|.*\.)(encoder\.layer\.)(\d+)(\..*)")
+
+
+def split_at_layer(name: str) -> tuple[str, int, str] | None:
+    """What stands before and behind the layer's number, and the number; None outside the layers."""
+    found = _OF_LAYER.fullmatch(name)
+    return None if found is None else (f"{found[1]}{found[2]}", int(found[3]), found[4])
 
 
 class BertConfig(ModelSection):

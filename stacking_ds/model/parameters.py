@@ -5,7 +5,6 @@ whatever the depth of the model around it.
 """
 
 import hashlib
-import re
 from collections.abc import Mapping
 
 import torch
@@ -16,7 +15,6 @@ from stacking_ds.errors import CheckpointError
 # ---- Our parameter names and Hugging Face's: the one table of what differs.
 
 
-_OF_LAYER = re.compile(r"(|.*\.)(encoder\.layer\.)(\d+)(\..*)")
 WORD_EMBEDDINGS = "bert.embeddings.word_embeddings.weight"
 
 # Hugging Face's second name -> the name under which we, and Hugging Face too, keep the values.
@@ -24,12 +22,6 @@ TIED_AT_HUGGING_FACE = {
     "cls.predictions.decoder.weight": WORD_EMBEDDINGS,
     "cls.predictions.decoder.bias": "cls.predictions.bias",
 }
-
-
-def split_at_layer(name: str) -> tuple[str, int, str] | None:
-    """What stands before and behind the layer's number, and the number; None outside the layers."""
-    found = _OF_LAYER.fullmatch(name)
-    return None if found is None else (f"{found[1]}{found[2]}", int(found[3]), found[4])
 
 
 def to_hugging_face(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from stacking_ds.model.parameters import split_at_layer
+from stacking_ds.model.bert_config import split_at_layer
 
 OUTSIDE = "outside"
 _LAYER_PLACE = "layer."

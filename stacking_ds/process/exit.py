@@ -1,81 +1,131 @@
-"""How a program ends: each error as a sentence, said once, and an exit code."""
+"""Process exit: each error as a sentence, said once, and an exit code.
 
+No other module ends a process by `os._exit`.
+"""
+
+import errno
 import multiprocessing
 import os
 import sys
 import threading
+import traceback
+from contextlib import suppress
+from typing import NoReturn
 
+from stacking_ds.console import say_on_stderr, shortened
 from stacking_ds.errors import (
     EXIT_FAILURE,
+    EXIT_INTERRUPTED,
     EXIT_LOST_RANK,
     EXIT_NOT_FINITE,
     EXIT_USER_ERROR,
+    AgreedError,
     LoaderError,
     LostRankError,
+    LostRankToldError,
     NonFiniteError,
     UserError,
-    is_mendable,
-    mended_by,
 )
-from stacking_ds.process.launcher_env import local_rank_from_environment, rank_from_environment
-from stacking_ds.process.stop_signals import INTERRUPTED
+from stacking_ds.process.launchers import is_first_of_node, marked, rank_from_environment
 
-# ---- Worker processes that end when the process that started them does.
+_MENDABLE = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+}
+
+
+def end_now(code: int) -> NoReturn:
+    """End the process at once, from any thread of it: its main thread may be stuck, and the
+    interpreter's own end would wait for it."""
+    os._exit(code)
 
 
 def end_with_parent() -> None:
-    """Call it in a process of `multiprocessing`'s. Nobody else ends a worker that hears no signals;
-    it would wait for work, or for who takes it, for ever."""
+    """End this process of `multiprocessing`'s when the one that started it ends. Nobody else ends a
+    worker that hears no signals; it would wait for work, or for who takes it, for ever."""
     parent = multiprocessing.parent_process()
 
     def wait() -> None:
         if parent is not None:
             parent.join()
-            os._exit(1)
+            end_now(EXIT_FAILURE)
 
     threading.Thread(target=wait, name="parent", daemon=True).start()
 
 
-def tell(error: BaseException) -> int | None:
-    """Say the error as a sentence, on rank 0 if all ranks have it, else on the rank that has it;
-    the exit code. None for an error that is no user's, whose traceback says more.
+def exit_process(error: Exception) -> NoReturn:
+    """Report the error and end the process, not by way of the interpreter's end, which may wait
+    for collectives that nobody answers."""
+    code = report_error(error)
+    with suppress(OSError):  # nobody may read any more
+        if code is None:
+            traceback.print_exception(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    end_now(EXIT_FAILURE if code is None else code)
+
+
+def report_error(error: BaseException) -> int | None:
+    """Print the error as a sentence, on rank 0 if all ranks have it, else on the rank that has it;
+    the exit code. None for an unexpected error, which is to keep its traceback.
 
     0 done (or stopped when asked), 1 a process of the loader is lost, 2 something the user can
     mend, 3 a loss that is not finite, 4 another rank is lost, 130 interrupted.
     """
-    everywhere = getattr(error, "on_all_ranks", False)
-    if isinstance(error, UserError):
-        _say(f"stacking-ds: error: {error}", everywhere)
-        return EXIT_USER_ERROR
-    if isinstance(error, OSError) and is_mendable(error):
-        _say(f"stacking-ds: error: {mended_by(error)}", everywhere)
-        return EXIT_USER_ERROR
-    if isinstance(error, NonFiniteError):
-        _say(f"stacking-ds: error: {error}", everywhere)
-        return EXIT_NOT_FINITE
-    if isinstance(error, LoaderError):
-        _say(f"stacking-ds: error: {error}", everywhere)
-        return EXIT_FAILURE
-    if isinstance(error, LostRankError):
-        if not error.said_elsewhere and _first_of_node():
-            _say(f"stacking-ds: error: {error}", False)
-        return EXIT_LOST_RANK
     if isinstance(error, KeyboardInterrupt):
-        _say("stacking-ds: interrupted", True)
-        return INTERRUPTED
-    return None
+        _say_on_first("stacking-ds: interrupted")
+        return EXIT_INTERRUPTED
+    if isinstance(error, OSError) and is_mendable(error):
+        code, text = EXIT_USER_ERROR, mended_by(error)
+    else:
+        found = next((code for kind, code in _CODES if isinstance(error, kind)), None)
+        if found is None:
+            return None
+        code, text = found, str(error)
+    sentence = f"stacking-ds: error: {text}"
+    if isinstance(error, AgreedError):
+        _say_on_first(sentence)
+    elif not isinstance(error, LostRankError) or _tells_of_lost_rank(error):
+        say_on_stderr(marked(sentence))
+    return code
 
 
-def _first_of_node() -> bool:
-    # on rank 0's own node, rank 0 may be the one that is lost
-    return local_rank_from_environment() == 0 or rank_from_environment() == 1
+_CODES = (
+    (UserError, EXIT_USER_ERROR),
+    (NonFiniteError, EXIT_NOT_FINITE),
+    (LoaderError, EXIT_FAILURE),
+    (LostRankError, EXIT_LOST_RANK),
+)
 
 
-def _say(message: str, everywhere: bool) -> None:
-    rank = rank_from_environment()
-    if rank == 0 or not everywhere:
-        prefix = "" if rank == 0 else f"[rank {rank}] "
-        try:
-            print(prefix + message, file=sys.stderr, flush=True)
-        except OSError:  # the launcher that read it is gone
-            return
+def _say_on_first(sentence: str) -> None:
+    if rank_from_environment() == 0:
+        say_on_stderr(sentence)
+
+
+def _tells_of_lost_rank(error: LostRankError) -> bool:
+    # one rank of each node; on rank 0's own, rank 0 may be the one that is lost
+    speaks = is_first_of_node() or rank_from_environment() == 1
+    return speaks and not isinstance(error, LostRankToldError)
+
+
+def is_mendable(error: OSError) -> bool:
+    """Is it the user's to mend (a full disk, a path, a permission)? What a file system does by
+    itself, a stale handle or an input/output error, may be gone at the next attempt."""
+    return error.errno in _MENDABLE
+
+
+def mended_by(error: OSError) -> str:
+    """The sentence for a mendable error: what it is, and what to do about it."""
+    if error.errno == errno.ENAMETOOLONG:
+        return f"{error.strerror}: '{shortened(str(error.filename))}'; choose a shorter one"
+    return f"{error}; make room, or mend paths and permissions"

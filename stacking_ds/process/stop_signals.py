@@ -18,11 +18,12 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any, Literal
 
-from stacking_ds.process.launcher_env import local_rank_from_environment, rank_from_environment
+from stacking_ds.errors import EXIT_INTERRUPTED
+from stacking_ds.process.exit import end_now
+from stacking_ds.process.launchers import is_first_of_node, marked
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 """What launchers, schedulers and terminals send to every process of a run."""
-INTERRUPTED = 130
 
 _SAME_PRESS_SECONDS = 1.0  # launchers pass a Ctrl-C on as SIGTERM, which may come first
 _SECONDS_TO_END = 10.0  # for an interrupt that the main thread does not see, or takes too long over
@@ -152,11 +153,8 @@ class _Asked:
 
 
 def _say(message: str) -> None:
-    """On rank 0, and on the first rank of any other node, whose own terminal or log it may be."""
-    if local_rank_from_environment() == 0:
-        rank = rank_from_environment()
-        prefix = "" if rank == 0 else f"[rank {rank}] "
-        line = f"{prefix}stacking-ds: {message}\n"
+    if is_first_of_node():
+        line = marked(f"stacking-ds: {message}\n")
         with suppress(OSError, ValueError):  # closed, or the terminal is gone
             # not by way of a buffer that the main thread may hold; below its progress bars
             os.write(2, ("\n" + line if sys.stderr.isatty() else line).encode())
@@ -164,7 +162,7 @@ def _say(message: str) -> None:
 
 def _end() -> None:
     _say("interrupted")
-    os._exit(INTERRUPTED)
+    end_now(EXIT_INTERRUPTED)
 
 
 _forgetting: list[bool] = []

@@ -1,4 +1,4 @@
-"""What became of each attempt at a run.
+"""Attempts at a run: records of when each began, how it ended, and what was judged of it.
 
 RUN_DIR/attempts.jsonl    one JSON object a line, only ever added to
     begun     rank 0 has entered the run
@@ -12,7 +12,7 @@ import json
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,36 +29,18 @@ Outcome = Literal["complete", "stopped", "user_error", "not_finite", "lost", "fa
 _OUTCOMES = frozenset(get_args(Outcome))
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_count_or_none(value: Any) -> bool:
-    return value is None or is_count(value)
-
-
-def _is_text_or_none(value: Any) -> bool:
-    return value is None or isinstance(value, str)
-
-
-def _is_flag(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-_KEYS: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {
-    "begun": {"step": is_count},
-    "ended": {"outcome": _is_text, "step": is_count, "message": _is_text},
+_COUNT, _TEXT, _FLAG, _NONE = "count", "text", "flag", "none"
+_KEYS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "begun": {"step": (_COUNT,)},
+    "ended": {"outcome": (_TEXT,), "step": (_COUNT,), "message": (_TEXT,)},
     "judged": {
-        "again": _is_flag,
-        "why": _is_text,
-        "outcome": _is_text,
-        "step": _is_count_or_none,
-        "saved": _is_count_or_none,
-        "job": _is_text_or_none,
-        "restart_count": _is_text_or_none,
+        "again": (_FLAG,),
+        **dict.fromkeys(("why", "outcome"), (_TEXT,)),
+        **dict.fromkeys(("step", "saved"), (_COUNT, _NONE)),
+        **dict.fromkeys(("job", "restart_count"), (_TEXT, _NONE)),
     },
 }
-"""What a record of each event has to hold, and of which kind."""
+"""What a record of each event has to hold, and of which kinds it may be."""
 
 _LONGEST_MESSAGE = 2000
 
@@ -165,8 +147,14 @@ def _is_record(found: Mapping[str, Any]) -> bool:
     event = found.get("event")
     keys = _KEYS.get(event) if isinstance(event, str) else None
     return keys is not None and all(
-        key in found and is_right(found[key]) for key, is_right in keys.items()
+        key in found and _kind(found[key]) in kinds for key, kinds in keys.items()
     )
+
+
+def _kind(value: Any) -> str | None:
+    if is_count(value):
+        return _COUNT
+    return {str: _TEXT, bool: _FLAG, type(None): _NONE}.get(type(value))
 
 
 def passed_over(run_dir: Path) -> str | None:

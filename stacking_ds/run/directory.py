@@ -1,7 +1,8 @@
-"""A run's directory: whose it is, and what is in it.
+"""A run's directory: whose it is, its lock, its recipe, its tokenizer.
 
 RUN_DIR/config.yaml      the resolved recipe
-        tokenizer/       of the training data, for the export
+        tokenizer/       of the training data, so that the export needs no token shards, and
+                         SHA256SUMS of its files, for `sha256sum -c`
         metrics.jsonl    one JSON object a line
         train.log        the same for people
         tensorboard/     the same for TensorBoard
@@ -15,24 +16,41 @@ import errno
 import fcntl
 import logging
 import os
+import shutil
 import socket
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from stacking_ds.checkpoint.folders import folder_name, latest, saved_steps, sync, use_command
+from stacking_ds.checkpoint.folders import folder_name, latest, saved_steps, use_command
 from stacking_ds.config.recipe import load_run_config
 from stacking_ds.config.run import RunConfig, changed_keys
 from stacking_ds.console import first_of
-from stacking_ds.data.shard_manifest import MANIFEST_NAME
-from stacking_ds.errors import CheckpointError, ConfigError, DataError, UnreadableError, unreadable
-from stacking_ds.files import DamagedFileError, read_bytes, read_text, without_waiting
+from stacking_ds.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    UnreadableDataError,
+    UnreadableError,
+    agreed,
+    unreadable,
+)
+from stacking_ds.files import (
+    DamagedFileError,
+    published,
+    read_bytes,
+    read_text,
+    sync,
+    without_waiting,
+    write_whole,
+)
 from stacking_ds.run.attempts import ATTEMPTS_FILE
 
-if TYPE_CHECKING:  # it brings torch along, for seconds
+if TYPE_CHECKING:  # they bring seconds of imports along
+    from stacking_ds.data.shards import TokenShards
     from stacking_ds.distributed.world import World
 
 
@@ -42,6 +60,7 @@ _NO_LOCKS = {errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK}
 logger = logging.getLogger("stacking_ds")
 
 _CONFIG, _UNFINISHED, _LOCK = "config.yaml", "config.tmp", ".lock"
+_TOKENIZER, _SUMS, _VOCABULARY = "tokenizer", "SHA256SUMS", "vocab.txt"
 
 
 def check(run_dir: Path, config: RunConfig, *, resume: bool) -> None:
@@ -190,11 +209,8 @@ def write_config(run_dir: Path, config: RunConfig) -> None:
     Raises:
         ConfigError: it cannot be written.
     """
-    unfinished = run_dir / _UNFINISHED
     try:
-        unfinished.write_text(config.to_yaml(), encoding="utf-8")
-        sync(unfinished)
-        os.replace(unfinished, run_dir / _CONFIG)
+        write_whole(run_dir / _CONFIG, config.to_yaml(), run_dir / _UNFINISHED)
         sync(run_dir)
     except OSError as error:
         raise _not_writable(run_dir, error) from None
@@ -214,19 +230,16 @@ def require_shared(run_dir: Path, world: "World") -> None:
         with suppress(OSError):
             os.listdir(run_dir.parent)
         time.sleep(0.1)
-    blind = [
-        f"rank {rank} on {host}"
-        for rank, (host, sees) in enumerate(world.gather((socket.gethostname(), sees)))
-        if not sees
-    ]
+    told = world.gather((socket.gethostname(), sees))
+    blind = [f"rank {rank} on {host}" for rank, (host, sees) in enumerate(told) if not sees]
     if blind:
-        error = ConfigError(
-            f"{len(blind)} of {world.size} ranks (first: {blind[0]}) do not see the run directory "
-            f"{run_dir} that rank 0 has written to; give a --run-dir on a file system that all "
-            f"nodes share"
+        raise agreed(
+            ConfigError(
+                f"{len(blind)} of {world.size} ranks (first: {blind[0]}) do not see the run "
+                f"directory {run_dir} that rank 0 has written to; give a --run-dir on a file "
+                f"system that all nodes share"
+            )
         )
-        error.on_all_ranks = True
-        raise error
 
 
 def _not_writable(run_dir: Path, error: OSError) -> ConfigError:
@@ -271,6 +284,8 @@ def require_shards(run_dir: Path, config: RunConfig, option: str) -> None:
     """Raises:
     DataError: the token shards are not where the run's recipe says; `option` says where.
     """
+    from stacking_ds.data.shard_manifest import MANIFEST_NAME  # brings numpy along
+
     # what is there and cannot be read, or is no file, is for who reads it to say
     if not os.path.lexists(Path(config.data.path) / MANIFEST_NAME):
         raise DataError(
@@ -311,15 +326,95 @@ def _newest_first(run_dir: Path) -> list[Path]:
 
 
 def _config_in(found: Path) -> RunConfig | None:
-    from stacking_ds.checkpoint.listing import config_of
-    from stacking_ds.checkpoint.manifest import read_manifest
+    from stacking_ds.checkpoint import listing, manifest
 
     with suppress(CheckpointError):
-        return config_of(read_manifest(found))
+        return listing.config_of(manifest.read_manifest(found))
     return None
 
 
-# ---- Which run a `train` is about: the words of its command line that say so.
+# ------------------------------------------------------------------ its tokenizer
+
+
+def keep_tokenizer(run_dir: Path, shards: "TokenShards") -> None:
+    """Copy the tokenizer of the shards into the run, whole or not at all, unless it is there.
+
+    What a start with another vocabulary left, which saved nothing, is replaced.
+
+    Raises:
+        DataError: what is there cannot be read.
+        OSError: the run's directory cannot be written.
+    """
+    folder = run_dir / _TOKENIZER
+    sums = {file.name: file.sha256 for file in shards.manifest.vocabulary_files}
+    if dict(_kept_sums(folder)) == sums:
+        return
+    with published(folder) as partial:
+        for name in sums:
+            shutil.copyfile(shards.folder / name, partial / name)
+        lines = "".join(f"{sha256}  {name}\n" for name, sha256 in sums.items())
+        (partial / _SUMS).write_text(lines, encoding="utf-8")
+
+
+def choose_tokenizer(
+    run_dir: Path, config: RunConfig, vocabulary_sha256: str, data: Path | None
+) -> Path:
+    """The folder with the verified tokenizer of a model that was trained on this vocabulary.
+
+    It is that of the prepared folder `data` if one is given, else the run's own. A run of a version
+    that kept none has it beside its shards.
+
+    Raises:
+        DataError: it is missing, damaged or cannot be read.
+        CheckpointError: it is another vocabulary's.
+    """
+    from stacking_ds.data import shard_manifest  # brings numpy along
+
+    if data is None and (run_dir / _TOKENIZER).is_dir():
+        folder, sums = run_dir / _TOKENIZER, dict(_kept_sums(run_dir / _TOKENIZER))
+        remedy = f"delete {folder}, so that the one beside the shards is taken, or give --data"
+    else:
+        folder = data or Path(config.data.path)
+        remedy = "give the prepared folder with --data"
+        if data is None and not os.path.lexists(folder / shard_manifest.MANIFEST_NAME):
+            raise DataError(
+                f"{run_dir} keeps no tokenizer of its own, and its token shards are not in "
+                f"{folder}; {remedy}"
+            )
+        manifest = shard_manifest.read_manifest(folder)
+        sums = {file.name: file.sha256 for file in manifest.vocabulary_files}
+    for name, sha256 in sums.items():
+        path = folder / name
+        try:
+            found = shard_manifest.file_sha256(path)
+        except (FileNotFoundError, DamagedFileError):
+            found = "missing"
+        except OSError as error:
+            raise unreadable(UnreadableDataError, path, error) from None
+        if found != sha256:
+            raise DataError(f"{path} is missing or damaged; {remedy}")
+    if sums.get(_VOCABULARY) != vocabulary_sha256:
+        raise CheckpointError(
+            f"{run_dir} was trained with another vocabulary than that of {folder}; {remedy}"
+        )
+    return folder
+
+
+def _kept_sums(folder: Path) -> Iterator[tuple[str, str]]:
+    path = folder / _SUMS
+    try:
+        text = read_text(path)
+    except (FileNotFoundError, NotADirectoryError, DamagedFileError):
+        return  # as if they were those of nothing
+    except OSError as error:
+        raise unreadable(UnreadableDataError, path, error) from None
+    for line in text.splitlines():
+        sha256, _, name = line.partition("  ")
+        if name == Path(name).name:
+            yield name, sha256
+
+
+# ---------------------------------------------- the options that say which run it is
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -356,7 +451,12 @@ def run_dir_of(options: argparse.Namespace, config: RunConfig | None = None) -> 
             name cannot be used.
     """
     named = _named(options)
-    return named or Path("runs") / (config or config_of(options)).name
+    return named or default_run_dir(config or config_of(options))
+
+
+def default_run_dir(config: RunConfig) -> Path:
+    """Where the run of a recipe lives unless the command line says otherwise."""
+    return Path("runs") / config.name
 
 
 def config_of(options: argparse.Namespace) -> RunConfig:

@@ -1,11 +1,28 @@
-"""`metrics.jsonl`: what is read of it again, past lines that are damaged."""
+"""`metrics.jsonl`: reading it again, past damaged lines, and one rule that says whether its run has
+learned or diverged.
+
+All in nats of MLM loss. F is what word frequencies alone give on the held-out targets
+(`eval/unigram_mlm_loss`), ln V what a blind guess over the vocabulary gives
+(`eval/uniform_mlm_loss`), "learned" how far the lowest held-out loss so far is below F.
+
+        ln V + 1  --------------------  a held-out loss above: diverged
+               F  --------------------  not below, and never was: no better than word frequencies
+F - learned / 2   - - - - - - - - - -   risen above, by 0.2 or more: diverged
+     F - learned  ____________________  the lowest so far
+
+and diverged as well: a held-out loss that is not finite, and a train loss 2 above its lowest line.
+Where the train loss of the same line is below F - learned / 2, the held-out loss has risen for
+another reason: the model overfits.
+"""
 
 import json
+import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from stacking_ds.errors import CheckpointError, UnreadableError, unreadable
 from stacking_ds.files import (
@@ -16,6 +33,7 @@ from stacking_ds.files import (
     open_regular,
     parse_json,
     read_json_lines,
+    write_whole,
 )
 
 METRICS_FILE = "metrics.jsonl"
@@ -92,10 +110,178 @@ def drop_after(run_dir: Path, completed_steps: int) -> str | None:
     passed_over = PassedOver(path)
     lines = read_metrics(run_dir, passed_over)
     kept = [line for line in lines if line["step"] <= completed_steps]
-    temporary = path.with_suffix(".tmp")
     try:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, path)
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
     except OSError as error:  # a full disk is told of without a path
         raise OSError(error.errno, error.strerror, str(path)) from None
     return passed_over.sentence
+
+
+# ------------------------------------------------------------------------ judging
+
+_ABOVE_BLIND_NATS = 1.0  # fresh weights are up to half of it above ln V
+_LOST_SHARE, _LOST_NATS = 0.5, 0.2  # a boundary that works costs a tenth
+_TRAIN_RISE_NATS = 2.0  # a line may be of one small batch
+
+State = Literal[
+    "not evaluated", "learning", "no better than word frequencies", "overfitted", "diverged"
+]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What the losses say, up to some step."""
+
+    state: State
+    why: str
+    """With the numbers, for people."""
+    remedy: str = ""
+
+    @property
+    def has_diverged(self) -> bool:
+        return self.state == "diverged"
+
+    @property
+    def sentence(self) -> str:
+        return f"{self.state}: {self.why}{self.remedy}"
+
+    @property
+    def warning(self) -> str | None:
+        """What has to be known of a model of that step; None if there is nothing to warn of."""
+        if self.state in ("learning", "not evaluated"):
+            return None
+        verb = "is" if self.state == "no better than word frequencies" else "has"
+        return f"the run {verb} {self.sentence}"
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    step: int
+    stage: int
+    depth: int
+    loss: float
+    floor: float
+
+    @property
+    def excess(self) -> float:
+        return self.loss - self.floor
+
+
+class Course:
+    """The losses of a run, line after line."""
+
+    def __init__(self, lines: Iterable[Mapping[str, Any]] = ()) -> None:
+        self._by_heldout = Judgement("not evaluated", "no held-out loss yet")
+        self._by_training: Judgement | None = None
+        self._lowest: _Evaluation | None = None
+        self._before: _Evaluation | None = None
+        """The one before the first that was diverged, if there was one."""
+        self._at_boundary = False
+        self._lowest_train: tuple[float, int] | None = None
+        for line in lines:
+            self.add(line)
+
+    @property
+    def judgement(self) -> Judgement:
+        if self._by_heldout.has_diverged or self._by_training is None:
+            return self._by_heldout
+        return self._by_training
+
+    def add(self, line: Mapping[str, Any]) -> Judgement:
+        """Take in one more line, and judge anew; what it lacks says nothing."""
+        step, train = _count(line, "step"), _number(line, "train/mlm_loss")
+        if train is not None:
+            self._by_training = self._of_training(train, step)
+            if self._lowest_train is None or train < self._lowest_train[0]:
+                self._lowest_train = train, step
+        loss, floor = _number(line, "eval/mlm_loss"), _number(line, "eval/unigram_mlm_loss")
+        if loss is None and "eval/mlm_loss" in line:
+            self._by_heldout = Judgement(
+                "diverged", f"held-out MLM loss is not finite at step {step}", _LOWER
+            )
+        elif loss is not None and floor is not None:
+            depth = _count(line, "num_hidden_layers")
+            found = _Evaluation(step, _count(line, "stage"), depth, loss, floor)
+            self._by_heldout = self._of_heldout(found, train, _number(line, _BLIND))
+            if not self._by_heldout.has_diverged:
+                self._before, self._at_boundary = found, False
+            if self._lowest is None or found.excess < self._lowest.excess:
+                self._lowest = found
+        return self.judgement
+
+    def _of_training(self, train: float, step: int) -> Judgement | None:
+        if self._lowest_train is None or train <= self._lowest_train[0] + _TRAIN_RISE_NATS:
+            return None
+        lowest, then = self._lowest_train
+        why = f"train MLM loss is {train:,.3f} at step {step}, and was {lowest:.3f} at step {then}"
+        return Judgement("diverged", why, _LOWER)
+
+    def _of_heldout(
+        self, found: _Evaluation, train: float | None, blind: float | None
+    ) -> Judgement:
+        learned = max(0.0, -self._lowest.excess) if self._lowest else 0.0
+        lost = found.excess + learned
+        told = f"held-out MLM loss is {found.loss:,.3f} at step {found.step}"
+        is_high = blind is not None and found.loss > blind + _ABOVE_BLIND_NATS
+        if is_high or (learned > 0 and lost > max(_LOST_SHARE * learned, _LOST_NATS)):
+            if train is not None and train - found.floor < -_LOST_SHARE * learned:
+                why = f"{told}, and train MLM loss {train:.3f}"
+                return Judgement("overfitted", why, "; train on more text, or for fewer steps")
+            return self._diverged(found, told, blind if is_high else None)
+        compared = f"{told}, and that of word frequencies alone {found.floor:.3f}"
+        if found.excess < 0:
+            return Judgement("learning", compared)
+        return Judgement("no better than word frequencies", compared)
+
+    def _diverged(self, found: _Evaluation, told: str, blind: float | None) -> Judgement:
+        before = self._before
+        if before is not None and not self._by_heldout.has_diverged:
+            self._at_boundary = before.stage < found.stage  # a stage ends with an evaluation
+        if before is not None and self._at_boundary:
+            return Judgement(
+                "diverged",
+                f"{told}, and was {before.loss:.3f} at step {before.step}, before it grew from "
+                f"{before.depth} to {found.depth} layers; word frequencies alone give "
+                f"{found.floor:.3f}",
+                ". The boundary threw it back: train again with a lower optimizer.learning_rate, "
+                "schedule.at_boundary=rewarm, or a stage in between",
+            )
+        if blind is not None:
+            return Judgement(
+                "diverged", f"{told}, and a blind guess over the vocabulary has {blind:.3f}", _LOWER
+            )
+        assert self._lowest is not None
+        return Judgement(
+            "diverged",
+            f"{told}, and was {self._lowest.loss:.3f} at step {self._lowest.step}; word "
+            f"frequencies alone give {found.floor:.3f}",
+            _LOWER,
+        )
+
+
+_BLIND = "eval/uniform_mlm_loss"
+_LOWER = (
+    "; train again with a lower optimizer.learning_rate, more schedule.warmup_steps or "
+    "optimizer.max_grad_norm=1"
+)
+
+
+def judge(lines: Iterable[Mapping[str, Any]]) -> Judgement:
+    """What the lines of `metrics.jsonl`, in their order, say of the run up to the last of them."""
+    return Course(lines).judgement
+
+
+def finite_or_none(value: Any) -> Any:
+    """`value` as JSON has it, which knows no NaN and no infinity: None in their place."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _count(line: Mapping[str, Any], name: str) -> int:
+    return int(_number(line, name) or 0)
+
+
+def _number(line: Mapping[str, Any], name: str) -> float | None:
+    value = line.get(name)
+    if isinstance(value, int | float) and math.isfinite(value):
+        return float(value)
+    return None

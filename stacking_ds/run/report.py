@@ -8,8 +8,7 @@ from stacking_ds.console import aligned
 from stacking_ds.errors import CheckpointError, UserError
 from stacking_ds.files import PassedOver, is_count, is_number
 from stacking_ds.run import attempts, directory
-from stacking_ds.run.divergence import judge
-from stacking_ds.run.metrics_file import METRICS_FILE, read_metrics
+from stacking_ds.run.metrics_file import METRICS_FILE, judge, read_metrics
 from stacking_ds.schedule.stages import Stage
 
 _COLUMNS = (

@@ -8,7 +8,7 @@ to `engine/zero` alone.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -89,6 +89,14 @@ class Fragment:
             key: view[low - self.start : high - self.start] for key, view in self.views.items()
         }
         return Fragment(self.name, self.shape, low, high, views, self.cut)
+
+    def on_host(self) -> "Fragment":
+        """The same elements in host memory of their own, independent of any engine."""
+        views = {
+            key: torch.empty(view.shape, dtype=view.dtype, device="cpu").copy_(view.detach())
+            for key, view in self.views.items()
+        }
+        return replace(self, views=views)
 
 
 @dataclass(frozen=True)

@@ -14,18 +14,17 @@ from stacking_ds.errors import CheckpointError
 from stacking_ds.model.bert import BertForPreTraining, parameter_shapes
 from stacking_ds.model.bert_config import BertConfig
 from stacking_ds.model.parameters import WORD_EMBEDDINGS
-from stacking_ds.run import kept_tokenizer
-from stacking_ds.run.divergence import judge
-from stacking_ds.run.metrics_file import read_metrics
+from stacking_ds.run import directory
+from stacking_ds.run.metrics_file import judge, read_metrics
 from stacking_ds.train.heldout import HeldOut, evaluate_heldout
-from stacking_ds.train.plan import Job
+from stacking_ds.train.plan import TrainingPlan
 
 
-def load_model(job: Job, found: Path) -> BertForPreTraining:
+def load_model(plan: TrainingPlan, found: Path) -> BertForPreTraining:
     """The fp32 model of a checkpoint, on the CPU."""
     manifest = checkpoint_manifest.read_manifest(found)
-    job.require_vocabulary(manifest.vocabulary_sha256, found)
-    config = _model_config(found, manifest, job.config, job.shards.manifest.vocab_size)
+    plan.require_vocabulary(manifest.vocabulary_sha256, found)
+    config = _model_config(found, manifest, plan.config, plan.shards.manifest.vocab_size)
     model = BertForPreTraining(config, seed=0)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
@@ -53,12 +52,12 @@ def _model_config(
     return config
 
 
-def run_heldout(job: Job, found: Path, world: World) -> HeldOut:
+def run_heldout(plan: TrainingPlan, found: Path, world: World) -> HeldOut:
     """Held-out losses of a checkpoint in fp32, over the same pass as during training."""
-    model = load_model(job, found).to(world.device)
+    model = load_model(plan, found).to(world.device)
     last_step = checkpoint_manifest.read_manifest(found).step - 1
-    phase = job.phases.at(max(last_step, 0))
-    return evaluate_heldout(model, job.heldout_steps(world.rank, world.size, phase), world)
+    phase = plan.phases.at(max(last_step, 0))
+    return evaluate_heldout(model, plan.heldout_steps(world.rank, world.size, phase), world)
 
 
 def export_run(
@@ -74,7 +73,7 @@ def export_run(
     that of the prepared folder `data`; token shards are not needed.
     """
     manifest = checkpoint_manifest.read_manifest(found)
-    tokenizer = kept_tokenizer.choose(run_dir, config, manifest.vocabulary_sha256, data)
+    tokenizer = directory.choose_tokenizer(run_dir, config, manifest.vocabulary_sha256, data)
     table = manifest.parameters.get(WORD_EMBEDDINGS)
     vocab_size = table.shape[0] if table is not None and table.shape else 1
     model = _model_config(found, manifest, config, vocab_size)
@@ -99,13 +98,13 @@ def warning_of(run_dir: Path, found: Path) -> str | None:
         return f"whether the model has learned is not known: {error}"
 
 
-def is_export_due(job: Job, run_dir: Path) -> bool:
+def is_export_due(plan: TrainingPlan, run_dir: Path) -> bool:
     """Whether a run that has come to its end is still to be exported, as its recipe asks for."""
-    return job.config.checkpoint.export_at_end and not (run_dir / "export").exists()
+    return plan.config.checkpoint.export_at_end and not (run_dir / "export").exists()
 
 
-def export_if_missing(job: Job, run_dir: Path) -> str | None:
+def export_if_missing(plan: TrainingPlan, run_dir: Path) -> str | None:
     """Export the finished run, as its recipe asks for; what was done, for people, if anything."""
-    if not is_export_due(job, run_dir):
+    if not is_export_due(plan, run_dir):
         return None
-    return f"exported for Hugging Face: {export_run(job.config, run_dir, choose(run_dir))}"
+    return f"exported for Hugging Face: {export_run(plan.config, run_dir, choose(run_dir))}"

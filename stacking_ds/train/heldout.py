@@ -10,10 +10,10 @@ import torch
 from stacking_ds.data.batches import RankStep
 from stacking_ds.distributed.world import World
 from stacking_ds.errors import DataError, NonFiniteError
-from stacking_ds.model.loss import pretraining_loss
-from stacking_ds.run.divergence import finite_or_none
+from stacking_ds.run.metrics_file import finite_or_none
 from stacking_ds.schedule.phases import Phase
-from stacking_ds.train.plan import Job
+from stacking_ds.train.plan import TrainingPlan
+from stacking_ds.train.step import forward_loss
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class HeldOut:
 class HeldOutPasses:
     """The held-out rows of a run for this rank, kept once they are made."""
 
-    def __init__(self, job: Job, world: World) -> None:
-        self._job, self._world = job, world
+    def __init__(self, plan: TrainingPlan, world: World) -> None:
+        self._plan, self._world = plan, world
         self._rows: dict[tuple[int, int], list[RankStep]] = {}
         self._unigram_loss: dict[int, float] = {}
 
@@ -64,19 +64,19 @@ class HeldOutPasses:
         """Those of one pass in the phase's sequence length, with what word frequencies alone give
         on the same targets, and what a blind guess does; nothing where there is no target. A
         collective."""
-        job, world, length = self._job, self._world, phase.sequence_length
+        plan, world, length = self._plan, self._world, phase.sequence_length
         key = (length, phase.micro_batch_size)
         if key not in self._rows:
-            self._rows[key] = job.heldout_steps(world.rank, world.size, phase)
+            self._rows[key] = plan.heldout_steps(world.rank, world.size, phase)
         if not world.any(any(step.mlm_targets for step in self._rows[key])):
             return {}
         if length not in self._unigram_loss:
-            self._unigram_loss[length] = world.on_first(lambda: job.unigram_loss(phase))
+            self._unigram_loss[length] = world.on_first(lambda: plan.unigram_loss(phase))
         found = evaluate_heldout(model, self._rows[key], world).metrics()
         return {
             **found,
             "eval/unigram_mlm_loss": self._unigram_loss[length],
-            "eval/uniform_mlm_loss": math.log(job.shards.manifest.vocab_size),
+            "eval/uniform_mlm_loss": math.log(plan.shards.manifest.vocab_size),
         }
 
 
@@ -89,19 +89,11 @@ def evaluate_heldout(model: Any, steps: Iterable[RankStep], world: World) -> Hel
     """
     sums = torch.zeros(6, dtype=torch.float64, device=world.device)
     model.eval()
-    operations = getattr(model, "module", model).compute.operations
     for rank_step in steps:
         for micro_batch in rank_step.micro_batches:
             world.pulse.move()
             batch = micro_batch.to(world.device)
-            mlm_logits_MV, nsp_logits_E2 = model(*batch.model_inputs)
-            loss = pretraining_loss(
-                mlm_logits_MV,
-                batch.mlm_labels_M,
-                nsp_logits_E2,
-                batch.next_sentence_label_E,
-                operations,
-            )
+            loss, mlm_logits_MV, nsp_logits_E2 = forward_loss(model, batch)
             sums += torch.stack(
                 [
                     loss.mlm_sum.double(),

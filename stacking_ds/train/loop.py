@@ -24,28 +24,26 @@ from stacking_ds.data.loader import load_steps
 from stacking_ds.data.prefetch import Patience
 from stacking_ds.data.rereading import Rereading
 from stacking_ds.distributed.world import StopFlag, World
-from stacking_ds.engine.build import set_learning_rate, take_step
-from stacking_ds.errors import CheckpointError, NonFiniteError, StageError
+from stacking_ds.errors import CheckpointError, NonFiniteError, StageError, agreed
 from stacking_ds.kernels.registry import DTYPES, choose_compute
-from stacking_ds.model.loss import pretraining_loss
 from stacking_ds.process.device import measure_matmul_peak, peak_memory_gib
 from stacking_ds.process.stop_signals import StopRequest
-from stacking_ds.run.log import RunLog
 from stacking_ds.schedule.phases import Phase
 from stacking_ds.schedule.stages import Stage
 from stacking_ds.train.from_checkpoint import export_if_missing, is_export_due
 from stacking_ds.train.heldout import HeldOutPasses
-from stacking_ds.train.metrics import Interval, StepResult, TrainState, metrics_line
-from stacking_ds.train.plan import Job
+from stacking_ds.train.metrics import Interval, TrainState, metrics_line
+from stacking_ds.train.plan import TrainingPlan
 from stacking_ds.train.resume import claim, enter
-from stacking_ds.train.sinks import Monitor
-from stacking_ds.train.stage_engine import StageManager
+from stacking_ds.train.sinks import Monitor, RunLog
+from stacking_ds.train.stage_engine import StageEngine
+from stacking_ds.train.step import StepCounts, StepResult, training_step
 
 _LOOK_SECONDS = 1.0
 
 
 def train(
-    job: Job,
+    plan: TrainingPlan,
     world: World,
     run_dir: Path,
     *,
@@ -69,46 +67,45 @@ def train(
     with ExitStack() as held:
         log = held.enter_context(RunLog()) if world.is_first else None
         compute = world.on_all(
-            lambda: choose_compute(job.config.engine, world.device, job.config.model)
+            lambda: choose_compute(plan.config.engine, world.device, plan.config.model)
         )
         request = request or held.enter_context(StopRequest())
-        found, state, attempt = enter(job, world, run_dir, resume, held)
-        stages = StageManager(job, world, compute)
+        found, state, attempt = enter(plan, world, run_dir, resume, held)
+        stages = StageEngine(plan, world, compute)
         held.callback(stages.close)
-        if state.step < job.schedule.total_steps:
-            stages.begin(found, job.schedule.stages[state.stage_index])
+        if state.step < plan.schedule.total_steps:
+            stages.begin(found, plan.schedule.stages[state.stage_index])
         # all that may be refused has been looked at: what is written goes back to `found` only now
-        monitor = held.enter_context(_claimed(job, world, run_dir, state.step, log))
+        monitor = held.enter_context(_claimed(plan, world, run_dir, state.step, log))
         attempt.begin()
-        first_step, unfinished = state.step, state.step < job.schedule.total_steps
+        first_step, unfinished = state.step, state.step < plan.schedule.total_steps
         rereading = held.enter_context(
             Rereading(
-                job.shards,
-                job.train_data.values(),
+                plan.shards,
+                plan.train_data.values(),
                 # not for a run that has long been finished
                 enabled=world.is_first
                 and found is not None
-                and (unfinished or is_export_due(job, run_dir)),
+                and (unfinished or is_export_due(plan, run_dir)),
             )
         )
         if unfinished:
             if found is not None:
                 monitor.say(f"resumed from {found}")
-            run = _Run(job, world, stages, run_dir, state, monitor, request, rereading, started)
+            run = _Run(plan, world, stages, run_dir, state, monitor, request, rereading, started)
             try:
                 run.train()
             except (NonFiniteError, StageError) as error:
-                error.on_all_ranks = True
                 with suppress(CheckpointError):
                     run.stages.finish_save()  # it is good
-                raise
+                raise agreed(error) from None
         else:
             monitor.say(f"{run_dir} is complete at step {state.step}; re-using it")
-        if state.step == job.schedule.total_steps:
+        if state.step == plan.schedule.total_steps:
             attempt.complete = _read_to_the_end(world, rereading, StopFlag(world, request))
             if attempt.complete:
                 world.on_first(lambda: rereading.require_whole(first_step))
-                _conclude(job, world, run_dir, monitor)
+                _conclude(plan, world, run_dir, monitor)
             else:
                 monitor.say(
                     f"stopped at step {state.step}, its last, while the data are still being read "
@@ -118,12 +115,12 @@ def train(
 
 
 def _claimed(
-    job: Job, world: World, run_dir: Path, completed_steps: int, log: RunLog | None
+    plan: TrainingPlan, world: World, run_dir: Path, completed_steps: int, log: RunLog | None
 ) -> Monitor:
     """Make the directory this run's, and open what is written in it. A collective."""
-    damage = claim(job, world, run_dir, completed_steps)
+    damage = claim(plan, world, run_dir, completed_steps)
     monitor = Monitor(
-        run_dir, job.schedule, completed_steps=completed_steps, enabled=world.is_first, log=log
+        run_dir, plan.schedule, completed_steps=completed_steps, enabled=world.is_first, log=log
     )
     if damage is not None:
         monitor.say(damage)
@@ -139,10 +136,10 @@ def _read_to_the_end(world: World, rereading: Rereading, stop: StopFlag) -> bool
     return True
 
 
-def _conclude(job: Job, world: World, run_dir: Path, monitor: Monitor) -> None:
+def _conclude(plan: TrainingPlan, world: World, run_dir: Path, monitor: Monitor) -> None:
     monitor.conclude()
     # if this is where the run is cut off, the next call makes up for it
-    exported = world.on_first(lambda: export_if_missing(job, run_dir))
+    exported = world.on_first(lambda: export_if_missing(plan, run_dir))
     if exported is not None:
         monitor.say(exported)
 
@@ -150,9 +147,9 @@ def _conclude(job: Job, world: World, run_dir: Path, monitor: Monitor) -> None:
 class _Run:
     def __init__(
         self,
-        job: Job,
+        plan: TrainingPlan,
         world: World,
-        stages: StageManager,
+        stages: StageEngine,
         run_dir: Path,
         state: TrainState,
         monitor: Monitor,
@@ -160,23 +157,23 @@ class _Run:
         rereading: Rereading,
         started: float,
     ) -> None:
-        self.job, self.world, self.run_dir = job, world, run_dir
+        self.plan, self.world, self.run_dir = plan, world, run_dir
         self.state, self.monitor, self.request = state, monitor, request
         self.rereading, self.first_step = rereading, state.step
         self.clock_start = started - state.wall_seconds
         self.stages = stages
-        self.heldout = HeldOutPasses(job, world)
+        self.heldout = HeldOutPasses(plan, world)
         self.interval = Interval()
 
     # ---------------------------------------------------------------- the story
 
     def train(self) -> None:
-        present = self.job.schedule.stages[self.state.stage_index]
+        present = self.plan.schedule.stages[self.state.stage_index]
         self.monitor.say(_ground(self.world))
-        self.monitor.say(self.job.draw())
+        self.monitor.say(self.plan.draw())
         self.request.hold_all()
         stop = StopFlag(self.world, self.request)
-        for stage in self.job.schedule.remaining(self.state.step):
+        for stage in self.plan.schedule.remaining(self.state.step):
             if stage.index > present.index:
                 self.cross_boundary(present, stage)
                 present = stage
@@ -189,7 +186,7 @@ class _Run:
         started = time.perf_counter()
         self.stages.grow(old, new)
         self.state.enter(new.index, time.perf_counter() - started)
-        growth = self.job.config.growth
+        growth = self.plan.config.growth
         self.monitor.say(
             f"boundary at step {self.state.step}: {old.num_hidden_layers} -> "
             f"{new.num_hidden_layers} layers by {growth.operator}, moments {growth.moments}, "
@@ -199,7 +196,7 @@ class _Run:
     def train_stage(self, stage: Stage, stop: StopFlag) -> bool:
         """Train to the end of `stage`; False if asked to stop before."""
         self.monitor.stage(stage, self.state.step)
-        for phase, end_step in self.job.phases.between(self.state.step, stage.end_step):
+        for phase, end_step in self.plan.phases.between(self.state.step, stage.end_step):
             self.stages.enter_phase(stage, phase)
             if 0 < phase.start_step == self.state.step:
                 self.monitor.say(f"phase {phase.index} at step {self.state.step}: {phase.shape}")
@@ -210,7 +207,7 @@ class _Run:
                     rank_step = next(batches)
                     self.world.pulse.loading = False
                     waited = time.perf_counter() - started
-                    result = self.train_step(rank_step)
+                    result = self.advance(rank_step)
                     self.count(result, phase, time.perf_counter() - started, waited)
                     if not self.after_step(stage, phase, end_step, stop):
                         return False
@@ -221,7 +218,7 @@ class _Run:
 
         A phase ends as a stage does, at `end_step`, but without a checkpoint of its own.
         """
-        config, step = self.job.config, self.state.step
+        config, step = self.plan.config, self.state.step
         at_end, stopping = step == stage.end_step, stop.agreed()
         self.stages.poll_save(self.interval.seconds / self.interval.steps)
         if stopping:
@@ -234,7 +231,7 @@ class _Run:
             found = self.evaluate(phase) if evaluating else {}
             self.record(stage, phase, found)
             self.require_finite("held-out loss", sum(found.values()))
-        finished = step == self.job.schedule.total_steps
+        finished = step == self.plan.schedule.total_steps
         if evaluating and not stopping and not finished:
             stopping = stop.agreed()  # an evaluation may have taken as long as many steps
             saving = saving or stopping
@@ -242,15 +239,11 @@ class _Run:
             self.save(stage, wait=finished or stopping)
         return not stopping or finished
 
-    def train_step(self, rank_step: RankStep) -> StepResult:
-        """One optimizer step on one global batch.
-
-        The loss is MLM sum / MLM targets + NSP sum / NSP targets, with the counts of the *global*
-        batch. DeepSpeed averages gradients over ranks and micro-steps; the scale undoes that. A
-        batch without targets of one kind trains on the other; one without any is passed over.
-        """
-        step, engine = self.state.step, self.stages.engine
-        mlm_targets, nsp_targets, tokens, damaged = self.world.sum(
+    def advance(self, rank_step: RankStep) -> StepResult:
+        """One step on this rank's share of a global batch; damage that another thread has found
+        in the data ends the run on all ranks."""
+        step, world = self.state.step, self.world
+        *counts, damaged = world.sum(
             [
                 rank_step.mlm_targets,
                 rank_step.nsp_targets,
@@ -259,48 +252,23 @@ class _Run:
             ]
         )
         if damaged:
-            self.world.on_first(lambda: self.rereading.require_whole(self.first_step))
-        learning_rate = self.job.learning_rates.at(step)
-        if not mlm_targets + nsp_targets:  # the same on all ranks
-            return StepResult(None, None, 0, round(tokens), 0.0, learning_rate)
-        set_learning_rate(engine, learning_rate)
-        # dropout is a function of (seed, step, rank), so nothing of it has to be saved
-        torch.manual_seed(derive_key(self.job.config.seed, step, self.world.rank).item())
-        sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
-        scale = self.world.size * self.stages.accumulation_steps
-        for index, micro_batch in enumerate(rank_step.micro_batches):
-            self.world.pulse.move()
-            if index > 0:
-                take_step(engine)  # between micro-steps DeepSpeed only counts
-            batch = micro_batch.to(self.world.device)
-            mlm_logits_MV, nsp_logits_E2 = engine(*batch.model_inputs)
-            mlm_sum, nsp_sum = pretraining_loss(
-                mlm_logits_MV,
-                batch.mlm_labels_M,
-                nsp_logits_E2,
-                batch.next_sentence_label_E,
-                self.stages.operations,
-            )
-            sums += torch.stack([mlm_sum.detach(), nsp_sum.detach()])
-            loss = mlm_sum / max(mlm_targets, 1) + nsp_sum / max(nsp_targets, 1)
-            engine.backward(scale * loss)
-        mlm_total, nsp_total = self.world.sum(sums.tolist())
-        mlm_loss = mlm_total / mlm_targets if mlm_targets else None
-        nsp_loss = nsp_total / nsp_targets if nsp_targets else None
-        self.require_finite("loss", (mlm_loss or 0.0) + (nsp_loss or 0.0))
-        grad_norm = take_step(engine)
-        assert grad_norm is not None
-        if self.job.config.engine.precision != "fp16":  # there loss scaling skips such steps
-            self.require_finite("gradient norm", grad_norm)
-        return StepResult(
-            mlm_loss, nsp_loss, round(mlm_targets), round(tokens), grad_norm, learning_rate
+            world.on_first(lambda: self.rereading.require_whole(self.first_step))
+        return training_step(
+            self.stages.engine,
+            rank_step.micro_batches,
+            StepCounts(*counts),
+            learning_rate=self.plan.learning_rates.at(step),
+            # dropout is a function of (seed, step, rank), so nothing of it has to be saved
+            seed=derive_key(self.plan.config.seed, step, world.rank).item(),
+            world=world,
+            require_finite=self.require_finite,
         )
 
     # ----------------------------------------------------- what happens around it
 
     def require_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
-            stage = self.job.schedule.stages[self.state.stage_index]
+            stage = self.plan.schedule.stages[self.state.stage_index]
             raise NonFiniteError(
                 f"the {what} is {value} after {self.state.step} steps (stage {stage.index}, "
                 f"{stage.num_hidden_layers} layers); nothing is saved after that. Start again "
@@ -310,12 +278,12 @@ class _Run:
 
     def batches(self, phase: Phase, end_step: int) -> closing[Any]:
         """An iterator over this rank's share of the steps up to `end_step`."""
-        request, seconds = self.request, self.job.config.cluster.timeout_seconds
+        request, seconds = self.request, self.plan.config.cluster.timeout_seconds
         return closing(
             load_steps(
-                self.job.training_steps(self.world.rank, self.world.size, phase),
+                self.plan.training_steps(self.world.rank, self.world.size, phase),
                 range(self.state.step, end_step),
-                workers=self.job.config.data.loader_workers,
+                workers=self.plan.config.data.loader_workers,
                 pin_memory=self.world.device.type == "cuda",
                 patience=Patience(seconds, lambda: request.made),
             )
@@ -341,16 +309,14 @@ class _Run:
             metrics_line(
                 self.state,
                 self.interval,
+                phase,
                 num_hidden_layers=stage.num_hidden_layers,
-                phase=phase.index,
-                sequence_length=phase.sequence_length,
-                flops_per_token=self.job.model_config(stage.num_hidden_layers).flops_per_token(
-                    self.job.train_data[phase.sequence_length].mean_attended_slots,
+                flops_per_token=self.plan.model_config(stage.num_hidden_layers).flops_per_token(
+                    self.plan.train_data[phase.sequence_length].mean_attended_slots,
                     self.interval.mlm_targets / max(self.interval.tokens, 1),
                 ),
                 peak_flops_per_second=self.peak_flops_per_second,
-                slots_per_step=phase.slots_per_step,
-                remaining_work=self.job.work(self.state.step),
+                remaining_work=self.plan.work(self.state.step),
                 extra={**memory, **optimizer, **evaluation},
             ),
             histograms,
@@ -359,7 +325,7 @@ class _Run:
 
     @cached_property
     def peak_flops_per_second(self) -> float:
-        dtype = DTYPES[self.job.config.engine.precision]
+        dtype = DTYPES[self.plan.config.engine.precision]
         return self.world.sum([measure_matmul_peak(self.world.device, dtype)])[0]
 
     def evaluate(self, phase: Phase) -> dict[str, float]:

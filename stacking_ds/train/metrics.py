@@ -5,6 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from stacking_ds.schedule.phases import Phase
+from stacking_ds.train.step import StepResult
+
 
 @dataclass
 class TrainState:
@@ -33,7 +36,7 @@ class TrainState:
         self.stage_index, self.boundary_seconds = stage_index, boundary_seconds
         self.stage_tokens, self.stage_train_seconds = 0, 0.0
 
-    def count(self, result: "StepResult", samples: int, seconds: float) -> None:
+    def count(self, result: StepResult, samples: int, seconds: float) -> None:
         """One more completed step."""
         self.step += 1
         self.samples_seen += samples
@@ -42,27 +45,6 @@ class TrainState:
         self.stage_train_seconds += seconds
         self.skipped_steps += not math.isfinite(result.grad_norm)
         self.empty_steps += result.loss is None
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """One step over all ranks; losses are means over the global batch's targets, in nats."""
-
-    mlm_loss: float | None
-    """None where no token could be masked."""
-    nsp_loss: float | None
-    """None where examples are no sentence pairs."""
-    mlm_targets: int
-    tokens: int
-    grad_norm: float
-    learning_rate: float
-
-    @property
-    def loss(self) -> float | None:
-        """The sum of the two, as far as the batch has targets; None where it has none at all, so
-        that nothing was computed."""
-        found = [loss for loss in (self.mlm_loss, self.nsp_loss) if loss is not None]
-        return sum(found) if found else None
 
 
 @dataclass
@@ -106,13 +88,11 @@ class Interval:
 def metrics_line(
     state: TrainState,
     interval: Interval,
+    phase: Phase,
     *,
     num_hidden_layers: int,
-    phase: int,
-    sequence_length: int,
     flops_per_token: float,
     peak_flops_per_second: float,
-    slots_per_step: int,
     remaining_work: int,
     extra: Mapping[str, float],
 ) -> dict[str, Any]:
@@ -121,19 +101,18 @@ def metrics_line(
     Args:
         flops_per_token: model FLOPs (forward and backward) of a real token.
         peak_flops_per_second: measured matmul peak of all ranks together.
-        slots_per_step: token slots of a step, padding included.
         remaining_work: layers times slots, summed over the steps to come; a step's time is taken
             to grow with their product.
         extra: further metrics, e.g. of an evaluation.
     """
     tokens_per_second = interval.tokens / interval.seconds
-    work = interval.steps * num_hidden_layers * slots_per_step
+    work = interval.steps * num_hidden_layers * phase.slots_per_step
     return {
         "step": state.step,
         "stage": state.stage_index,
         "num_hidden_layers": num_hidden_layers,
-        "phase": phase,
-        "sequence_length": sequence_length,
+        "phase": phase.index,
+        "sequence_length": phase.sequence_length,
         "samples_seen": state.samples_seen,
         "tokens_seen": state.tokens_seen,
         **interval.means(),

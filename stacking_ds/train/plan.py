@@ -1,9 +1,8 @@
-"""A recipe and its data, checked as far as one process can before any rank meets another.
+"""The training plan: recipe, schedules, DeepSpeed JSON and data, checked and resolved once.
 
-Whatever is wrong with the recipe, the shards or the DeepSpeed JSON shows here, in seconds.
+Whatever is wrong with one of them shows here, in seconds, without another rank.
 """
 
-import hashlib
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -17,8 +16,7 @@ from numpy.typing import NDArray
 from stacking_ds.config.run import RunConfig
 from stacking_ds.data.batches import RankStep, split_batch
 from stacking_ds.data.loader import EvaluationSteps, PretrainingData, PretrainingSteps, RowOptions
-from stacking_ds.data.row_store import require_documents
-from stacking_ds.data.rows import LAYOUT_VERSION
+from stacking_ds.data.row_store import require_documents, rows_sha256
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.data.unigram import unigram_log_probabilities, unigram_mlm_loss
 from stacking_ds.engine.ds_json import load_ds_config, resolve_ds_config
@@ -26,51 +24,70 @@ from stacking_ds.errors import CheckpointError, ConfigError
 from stacking_ds.growth.operators import layer_map
 from stacking_ds.kernels.fp8 import require_fp8_sizes
 from stacking_ds.model.bert_config import BertConfig
-from stacking_ds.optim.lamb.optimizer import require_whole_tensors
+from stacking_ds.optim.optimizers import require_optimizer
 from stacking_ds.schedule.learning_rate import LearningRateSchedule
 from stacking_ds.schedule.phases import Phase, PhaseSchedule
 from stacking_ds.schedule.stages import StageSchedule
 
 
+def open_plan(
+    config: RunConfig, world_size: int | None = None, *, with_data: bool = True
+) -> "TrainingPlan":
+    """Open and validate everything that `config` names.
+
+    Args:
+        world_size: the ranks to train on; None where no engine will be built.
+        with_data: False where the token shards may not be there yet.
+
+    Raises:
+        StageError: depths that do not grow, or that the growth operator cannot reach.
+        ConfigError: a learning-rate schedule, model or DeepSpeed JSON that cannot be used.
+        DataError: shards that are missing or damaged, or splits with too few documents.
+    """
+    schedule = config.stage_schedule()
+    depths = [stage.num_hidden_layers for stage in schedule.stages]
+    for old_depth, new_depth in itertools.pairwise(depths):
+        layer_map(config.growth.operator, old_depth, new_depth)
+    if config.engine.fp8:
+        require_fp8_sizes(config.model.hidden_size, config.model.intermediate_size)
+    plan = TrainingPlan(
+        config=config,
+        schedule=schedule,
+        phases=config.phase_schedule(),
+        learning_rates=config.learning_rates(),
+        ds_json=load_ds_config(config.engine.deepspeed),
+    )
+    if world_size is not None:
+        plan = plan.on_ranks(world_size)
+    if with_data:
+        plan.require_data()
+    return plan
+
+
 @dataclass(frozen=True)
-class CheckedRecipe:
-    """What a recipe alone says of a run, checked; see `CheckedRecipe.check`."""
+class TrainingPlan:
+    """What a run trains on, how long, and how fast it learns; see `open_plan`."""
 
     config: RunConfig
     schedule: StageSchedule
     phases: PhaseSchedule
     learning_rates: LearningRateSchedule
     ds_json: dict[str, Any]
+    """As it is written, each "auto" still to be filled in."""
+    ds_configs: tuple[dict[str, Any], ...] = ()
+    """The DeepSpeed configuration of each phase, on the ranks that the plan was opened for."""
 
-    @classmethod
-    def check(cls, config: RunConfig) -> "CheckedRecipe":
-        """Validate what needs no data, which may not be there yet.
-
-        Raises:
-            StageError: depths that do not grow, or that the growth operator cannot reach.
-            ConfigError: a learning-rate schedule, model or DeepSpeed JSON that cannot be used.
-        """
-        schedule = config.stage_schedule()
-        depths = [stage.num_hidden_layers for stage in schedule.stages]
-        for old_depth, new_depth in itertools.pairwise(depths):
-            layer_map(config.growth.operator, old_depth, new_depth)
-        if config.engine.fp8:
-            require_fp8_sizes(config.model.hidden_size, config.model.intermediate_size)
-        return CheckedRecipe(
-            config=config,
-            schedule=schedule,
-            phases=config.phase_schedule(),
-            learning_rates=config.learning_rates(),
-            ds_json=load_ds_config(config.engine.deepspeed),
-        )
-
-    def ds_config(self, world_size: int, phase: Phase) -> dict[str, Any]:
-        """The DeepSpeed configuration for this many ranks in a phase.
+    def on_ranks(self, world_size: int) -> "TrainingPlan":
+        """The plan with what DeepSpeed is told in each phase on so many ranks.
 
         Raises:
             ConfigError: recipe and DeepSpeed JSON disagree; all disagreements in one message. Or a
             LAMB kernel, or CUDA graphs, that the ZeRO stage rules out.
         """
+        found = tuple(self._resolve(world_size, phase) for phase in self.phases.phases)
+        return replace(self, ds_configs=found)
+
+    def _resolve(self, world_size: int, phase: Phase) -> dict[str, Any]:
         config = self.config
         micro_batch_size, accumulation_steps = split_batch(
             phase.global_batch_size, world_size, phase.micro_batch_size
@@ -90,54 +107,38 @@ class CheckedRecipe:
                 f"engine.cuda_graphs=true needs weights that stay where they are, which ZeRO 3 "
                 f"({config.engine.deepspeed}) moves: choose ZeRO 0, 1 or 2, or turn it off"
             )
-        if config.optimizer.lamb is not None:
-            require_whole_tensors(config.optimizer.lamb.kernel, sharded=zero_stage > 0)
+        require_optimizer(config.optimizer, sharded=zero_stage > 0)
         return resolved
-
-    def require_ds_configs(self, world_size: int) -> None:
-        """Check the DeepSpeed configuration of every phase; raises what `ds_config` does."""
-        for phase in self.phases.phases:
-            self.ds_config(world_size, phase)
 
     def draw(self) -> str:
         """Stages, phases and learning rate as text."""
         return f"{self.schedule.draw()}\n{self.phases.draw()}\n{self.learning_rates.draw()}"
 
+    # ------------------------------------------------------------------ the data
 
-@dataclass(frozen=True)
-class Job(CheckedRecipe):
-    """What a run trains on, how long, and how fast it learns; see `Job.check`."""
+    @cached_property
+    def shards(self) -> TokenShards:
+        """What the recipe's data.path holds; opened once."""
+        return TokenShards.open(Path(self.config.data.path))
 
-    shards: TokenShards
-    train_data: Mapping[int, PretrainingData]
-    """By sequence length."""
+    @cached_property
+    def train_data(self) -> Mapping[int, PretrainingData]:
+        """By sequence length."""
+        lengths = sorted({phase.sequence_length for phase in self.phases.phases})
+        return {
+            length: PretrainingData(
+                self.shards, "train", RowOptions.of(self.config.data, length), seed=self.config.seed
+            )
+            for length in lengths
+        }
 
-    @classmethod
-    def check(cls, config: RunConfig) -> "Job":
-        """Open and validate everything that `config` names.
-
-        Raises:
-            StageError: depths that do not grow, or that the growth operator cannot reach.
-            ConfigError: a learning-rate schedule, model or DeepSpeed JSON that cannot be used.
-            DataError: shards that are missing or damaged, or splits with too few documents.
+    def require_data(self) -> None:
+        """Raises:
+        DataError: shards that are missing or damaged, or splits with too few documents.
         """
-        recipe = CheckedRecipe.check(config)
-        shards = TokenShards.open(Path(config.data.path))
-        phases = recipe.phases.phases
-        job = cls(
-            **vars(recipe),
-            shards=shards,
-            train_data={
-                length: PretrainingData(
-                    shards, "train", RowOptions.of(config.data, length), seed=config.seed
-                )
-                for length in sorted({phase.sequence_length for phase in phases})
-            },
-        )
-        spec = job.train_data[phases[0].sequence_length].options.layout(0)
-        require_documents(shards.split("train"), spec)
-        require_documents(shards.split("heldout"), spec)
-        return job
+        spec = self.train_data[self.phases.phases[0].sequence_length].options.layout(0)
+        require_documents(self.shards.split("train"), spec)
+        require_documents(self.shards.split("heldout"), spec)
 
     def lay_out_rows(self, say: Callable[[str], None], workers: int = 1) -> None:
         """Make the rows that the run will read, where they are not there; `say` is told first.
@@ -168,11 +169,10 @@ class Job(CheckedRecipe):
             **self.config.model.model_dump(),
         )
 
-    @cached_property
+    @property
     def data_sha256(self) -> str:
         """What identifies the training data: the documents, and the way rows are made of them."""
-        identity = f"{self.shards.split_sha256('train')} layout {LAYOUT_VERSION}"
-        return hashlib.sha256(identity.encode()).hexdigest()
+        return rows_sha256(self.shards.split("train"))
 
     def require_vocabulary(self, vocabulary_sha256: str, checkpoint: Path) -> None:
         """Raises:

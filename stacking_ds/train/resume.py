@@ -14,20 +14,21 @@ from typing import Any
 
 from stacking_ds.checkpoint import folders
 from stacking_ds.checkpoint import manifest as checkpoint_manifest
-from stacking_ds.distributed.heartbeat import is_lost_contact
+from stacking_ds.distributed.process_group import is_lost_contact
 from stacking_ds.distributed.world import World
-from stacking_ds.errors import CheckpointError, NonFiniteError, UserError, is_mendable
-from stacking_ds.run import attempts, directory, kept_tokenizer
+from stacking_ds.errors import CheckpointError, NonFiniteError, UserError
+from stacking_ds.process.exit import is_mendable
+from stacking_ds.run import attempts, directory
 from stacking_ds.run.metrics_file import drop_after
 from stacking_ds.schedule.stages import StageSchedule
 from stacking_ds.train.metrics import TrainState
-from stacking_ds.train.plan import Job
+from stacking_ds.train.plan import TrainingPlan
 
 _TO_END_SECONDS = 15.0
 
 
 def enter(
-    job: Job, world: World, run_dir: Path, resume: bool, held: ExitStack
+    plan: TrainingPlan, world: World, run_dir: Path, resume: bool, held: ExitStack
 ) -> tuple[Path | None, TrainState, "Attempt"]:
     """Lock the run directory for this job; the newest checkpoint in it, its state, and what is
     recorded of this attempt until `held` is closed.
@@ -43,39 +44,39 @@ def enter(
             here for a new run, by `Rereading` for one that goes on).
         ConfigError: the directory cannot be written, or is not the same on all nodes.
     """
-    world.on_first(lambda: _lock_on_first(job, run_dir, resume, held))
+    world.on_first(lambda: _lock_on_first(plan, run_dir, resume, held))
     attempt = held.enter_context(Attempt(run_dir, world))
     found: Path | None
-    found, state = world.on_first(lambda: _look_on_first(job, run_dir))
+    found, state = world.on_first(lambda: _look_on_first(plan, run_dir))
     world.pulse.step = state.step
     directory.require_shared(run_dir, world)
     return found, state, attempt
 
 
-def _lock_on_first(job: Job, run_dir: Path, resume: bool, held: ExitStack) -> None:
-    directory.check(run_dir, job.config, resume=resume)
+def _lock_on_first(plan: TrainingPlan, run_dir: Path, resume: bool, held: ExitStack) -> None:
+    directory.check(run_dir, plan.config, resume=resume)
     # what is left of an attempt that was killed, or cut off the network, ends by itself within this
-    patience = job.config.cluster.silence_seconds + _TO_END_SECONDS if resume else 0.0
+    patience = plan.config.cluster.silence_seconds + _TO_END_SECONDS if resume else 0.0
     forget = partial(directory.forget_if_empty, run_dir, made_by_lock=not run_dir.exists())
     held.enter_context(directory.lock(run_dir, patience))
     held.callback(forget)
     # a job that was waited for may have made the directory its own
-    directory.check(run_dir, job.config, resume=resume)
+    directory.check(run_dir, plan.config, resume=resume)
 
 
-def _look_on_first(job: Job, run_dir: Path) -> tuple[Path | None, TrainState]:
+def _look_on_first(plan: TrainingPlan, run_dir: Path) -> tuple[Path | None, TrainState]:
     found = folders.latest(run_dir)
     if found is not None:
-        return found, _state_of(found, job)
+        return found, _state_of(found, plan)
     # every byte, once: damaged shards are better known before the first hour than after
-    job.shards.verify_once()
-    for data in job.train_data.values():
+    plan.shards.verify_once()
+    for data in plan.train_data.values():
         for _ in data.verifying():
             pass
     return None, TrainState()
 
 
-def claim(job: Job, world: World, run_dir: Path, completed_steps: int) -> str | None:
+def claim(plan: TrainingPlan, world: World, run_dir: Path, completed_steps: int) -> str | None:
     """Make the directory this run's: drop the metrics of steps that will be taken again, write the
     recipe, and the tokenizer that it will be exported with. A collective.
 
@@ -86,37 +87,37 @@ def claim(job: Job, world: World, run_dir: Path, completed_steps: int) -> str | 
         CheckpointError: its metrics are no regular file; nothing is written then.
         ConfigError: the directory cannot be written.
     """
-    damage: str | None = world.on_first(lambda: _claim_on_first(job, run_dir, completed_steps))
+    damage: str | None = world.on_first(lambda: _claim_on_first(plan, run_dir, completed_steps))
     return damage
 
 
-def _claim_on_first(job: Job, run_dir: Path, completed_steps: int) -> str | None:
+def _claim_on_first(plan: TrainingPlan, run_dir: Path, completed_steps: int) -> str | None:
     damage = drop_after(run_dir, completed_steps)
     # before anything else that a start leaves: by it the directory is known to be a run's
-    directory.write_config(run_dir, job.config.with_absolute_paths())
-    kept_tokenizer.keep(run_dir, job.shards)
+    directory.write_config(run_dir, plan.config.with_absolute_paths())
+    directory.keep_tokenizer(run_dir, plan.shards)
     with suppress(OSError):  # of a run that was killed at its very end, no save comes any more
         folders.prune(
             run_dir,
-            keep_last=job.config.checkpoint.keep_last,
-            keep_steps=job.schedule.boundaries,
+            keep_last=plan.config.checkpoint.keep_last,
+            keep_steps=plan.schedule.boundaries,
         )
     return damage
 
 
-def _state_of(found: Path, job: Job) -> TrainState:
+def _state_of(found: Path, plan: TrainingPlan) -> TrainState:
     manifest = checkpoint_manifest.read_manifest(found)
-    job.require_vocabulary(manifest.vocabulary_sha256, found)
-    if manifest.data_sha256 != job.data_sha256:
+    plan.require_vocabulary(manifest.vocabulary_sha256, found)
+    if manifest.data_sha256 != plan.data_sha256:
         raise CheckpointError(
-            f"{found} was trained on other token shards than those in {job.config.data.path}, or "
+            f"{found} was trained on other token shards than those in {plan.config.data.path}, or "
             f"by a version of stacking_ds that makes other rows of them; set data.path to the "
             f"run's own, go back to that version, or start another run"
         )
     try:
         found_state: dict[str, Any] = manifest.train_state
         state = TrainState(**found_state)
-        _require_sense(state, manifest, job.schedule)
+        _require_sense(state, manifest, plan.schedule)
     except (TypeError, ValueError) as error:
         raise CheckpointError(
             f"{found / 'manifest.json'} is damaged or of another version ({error}); "

@@ -17,8 +17,6 @@ from stacking_ds.distributed.world import World
 from stacking_ds.engine.build import build_engine, release_engine
 from stacking_ds.engine.zero.sharded_state import (
     fragments,
-    loss_scale,
-    optimizer_step,
     refresh,
     seed_moments,
     set_loss_scale,
@@ -26,22 +24,15 @@ from stacking_ds.engine.zero.sharded_state import (
 from stacking_ds.engine.zero.start import ValueOf
 from stacking_ds.errors import CheckpointError
 from stacking_ds.growth.operators import layer_map
-from stacking_ds.growth.transfer import (
-    CapturedState,
-    capture,
-    capture_engine,
-    install_state,
-)
-from stacking_ds.kernels.operations import Operations
+from stacking_ds.growth.transfer import TrainingState, capture, install
 from stacking_ds.kernels.registry import Compute
 from stacking_ds.model.bert import BertForPreTraining
 from stacking_ds.model.parameters import first_value
-from stacking_ds.optim.lamb.optimizer import TRUST_RATIOS, Lamb, adapted_ratios, lamb_metrics
-from stacking_ds.optim.optimizers import build_optimizer
+from stacking_ds.optim.optimizers import ShardedOptimizer, build_optimizer
 from stacking_ds.process.runtime import return_freed_memory
 from stacking_ds.schedule.phases import Phase
 from stacking_ds.schedule.stages import Stage
-from stacking_ds.train.plan import Job
+from stacking_ds.train.plan import TrainingPlan
 
 _MOST_FAILED_SAVES = 2
 _STOP_SECONDS = 30.0  # deepspeed/launcher/launch.py, terminate_process_tree
@@ -49,11 +40,11 @@ _STOP_SECONDS = 30.0  # deepspeed/launcher/launch.py, terminate_process_tree
 logger = logging.getLogger("stacking_ds")
 
 
-class StageManager:
+class StageEngine:
     """Owns the engine of the present stage. All methods but `close` are collectives."""
 
-    def __init__(self, job: Job, world: World, compute: Compute) -> None:
-        self._job = job
+    def __init__(self, plan: TrainingPlan, world: World, compute: Compute) -> None:
+        self._plan = plan
         self._world = world
         self._compute = compute
         self._ds_config: dict[str, Any] = {}
@@ -62,18 +53,8 @@ class StageManager:
         self._failed_saves = 0  # in a row
         self._warned = False
         self._step_seconds = 0.0
-        self._captured: CapturedState | None = None
+        self._captured: TrainingState | None = None
         """The host copy that the save at a stage's end made, for the boundary that follows."""
-
-    @property
-    def operations(self) -> Operations:
-        """What the model computes with; its loss is to be computed so too."""
-        return self._compute.operations
-
-    @property
-    def accumulation_steps(self) -> int:
-        """The micro-steps of a step in the present phase."""
-        return int(self._ds_config["gradient_accumulation_steps"])
 
     def begin(self, found: Path | None, stage: Stage) -> None:
         """An engine of the stage's depth, with the state of the checkpoint `found` if there is one.
@@ -89,10 +70,10 @@ class StageManager:
 
     def start(self, stage: Stage) -> None:
         """An engine of the stage's depth with freshly initialised weights."""
-        config = self._job.config
+        config = self._plan.config
         self._build(
             stage,
-            self._job.phases.at(stage.start_step),
+            self._plan.phases.at(stage.start_step),
             lambda name, shape: first_value(
                 name, shape, config.seed, config.model.initializer_range
             ),
@@ -104,9 +85,9 @@ class StageManager:
         Raises:
             ConfigError: recipe and DeepSpeed JSON disagree; all disagreements in one message.
         """
-        config = self._job.config
-        self._ds_config = self._job.ds_config(self._world.size, phase)
-        model_config = self._job.model_config(stage.num_hidden_layers)
+        config = self._plan.config
+        self._ds_config = self._plan.ds_configs[phase.index]
+        model_config = self._plan.model_config(stage.num_hidden_layers)
         model = BertForPreTraining(model_config, seed=None, compute=self._compute)
         optimizer = build_optimizer(config.optimizer, model.named_parameters())
         self.engine = build_engine(model, optimizer, self._ds_config, value_of)
@@ -117,14 +98,14 @@ class StageManager:
         Raises:
             StageError: the state that arrived is not the one the growth operator predicts.
         """
-        growth = self._job.config.growth
+        growth = self._plan.config.growth
         layers = layer_map(growth.operator, old.num_hidden_layers, new.num_hidden_layers)
-        self._rebuild(new, self._job.phases.at(new.start_step), layers, growth.moments)
+        self._rebuild(new, self._plan.phases.at(new.start_step), layers, growth.moments)
 
     def enter_phase(self, stage: Stage, phase: Phase) -> None:
         """Replace the engine by one for the phase's batch, unless it is that already. Weights and
         moments stay as they are."""
-        if self._job.ds_config(self._world.size, phase) != self._ds_config:
+        if self._plan.ds_configs[phase.index] != self._ds_config:
             self._rebuild(stage, phase, None, "carry")
 
     def _rebuild(
@@ -132,11 +113,10 @@ class StageManager:
     ) -> None:
         """Another engine that starts from this one's state by the map of `layers`."""
         return_freed_memory()  # what steps have left is as much as the copy that is made now
-        state = capture_engine(self.engine, self._captured)
-        self._captured = None
+        state = self._captured or capture(self.engine)
         self._release()
         self._build(stage, phase)
-        install_state(self.engine, state, layers, moments, self._world)
+        install(state, self.engine, layers, moments, self._world)
         # the step that comes is the likeliest to fail, for want of memory, and what it would fork,
         # the loader's workers, would keep the captured state for the length of the stage
         del state
@@ -153,24 +133,22 @@ class StageManager:
                 previous checkpoint is untouched.
         """
         self.finish_save()
-        growing = train_state["step"] == stage.end_step < self._job.schedule.total_steps
-        held = fragments(self.engine)
-        # a checkpoint needs what this rank answers for, a boundary all that it holds
-        captured = capture(held if growing else [f.owned_by(self._world.rank) for f in held])
-        self._captured = captured if growing else None
+        growing = train_state["step"] == stage.end_step < self._plan.schedule.total_steps
+        state = capture(self.engine, None if growing else self._world.rank)
+        self._captured = state if growing else None
         contents = checkpoint_manifest.Contents(
             step=train_state["step"],
-            optimizer_step=optimizer_step(self.engine),
-            loss_scale=loss_scale(self.engine),
+            optimizer_step=state.optimizer_step,
+            loss_scale=state.loss_scale,
             num_hidden_layers=stage.num_hidden_layers,
             zero_stage=self._ds_config["zero_optimization"].get("stage", 0),
-            vocabulary_sha256=self._job.shards.manifest.vocabulary_sha256,
-            data_sha256=self._job.data_sha256,
+            vocabulary_sha256=self._plan.shards.manifest.vocabulary_sha256,
+            data_sha256=self._plan.data_sha256,
             train_state=train_state,
-            config=self._job.config.with_absolute_paths().model_dump(mode="json"),
+            config=self._plan.config.with_absolute_paths().model_dump(mode="json"),
         )
         self._saving = checkpoint_save.BackgroundSave(
-            run_dir, captured.fragments, self._world, contents, lambda: self._prune(run_dir)
+            run_dir, state.fragments, self._world, contents, lambda: self._prune(run_dir)
         )
         if wait:
             self._saving.finish()
@@ -224,9 +202,9 @@ class StageManager:
         )
 
     def _prune(self, run_dir: Path) -> None:
-        keep_last = self._job.config.checkpoint.keep_last
+        keep_last = self._plan.config.checkpoint.keep_last
         try:
-            folders.prune(run_dir, keep_last=keep_last, keep_steps=self._job.schedule.boundaries)
+            folders.prune(run_dir, keep_last=keep_last, keep_steps=self._plan.schedule.boundaries)
         except OSError as error:
             # the new checkpoint is safe, so what is in the way of tidying up must not end the run
             logger.warning("old checkpoints stay for now: %s", error)
@@ -234,23 +212,21 @@ class StageManager:
     def restore(self, found: Path, stage: Stage) -> None:
         """An engine of the stage's depth with the state of the checkpoint `found`."""
         manifest = self._world.on_first(lambda: checkpoint_manifest.read_manifest(found))
-        self._build(stage, self._job.phases.at(manifest.step))
+        self._build(stage, self._plan.phases.at(manifest.step))
         if manifest.optimizer_step:
             seed_moments(self.engine, manifest.optimizer_step)
         load.load(found, fragments(self.engine), world=self._world)
         refresh(self.engine)
-        if manifest.precision == "fp16":
-            set_loss_scale(self.engine, manifest.loss_scale)
+        if manifest.fp16_loss_scale is not None:
+            set_loss_scale(self.engine, manifest.fp16_loss_scale)
 
     def optimizer_metrics(self) -> tuple[dict[str, float], dict[str, list[float]]]:
-        """Metrics and histograms of the last step that the optimizer itself knows: LAMB's, unless
-        loss scaling skipped that step."""
+        """Metrics and histograms of the last step that the optimizer itself knows, unless loss
+        scaling skipped that step."""
         optimizer = self.engine.basic_optimizer
-        stepped = isinstance(optimizer, Lamb) and self.engine.was_step_applied()
-        found = optimizer.statistics() if stepped else None
-        if found is None:
-            return {}, {}
-        return lamb_metrics(found), {TRUST_RATIOS: adapted_ratios(found)}
+        if isinstance(optimizer, ShardedOptimizer) and self.engine.was_step_applied():
+            return optimizer.metrics()
+        return {}, {}
 
     def close(self) -> None:
         """Release the engine and its memory, and leave a checkpoint under way to itself. No
@@ -260,6 +236,7 @@ class StageManager:
         self._release()
 
     def _release(self) -> None:
+        self._captured = None
         if self.engine is not None:
             engine, self.engine = self.engine, None
             release_engine(engine)

@@ -13,7 +13,7 @@ from stacking_ds.bench.workload import Workload
 from stacking_ds.cli import main
 from stacking_ds.distributed.world import World
 from stacking_ds.engine.build import release_engine
-from stacking_ds.growth.transfer import capture_engine, install_state
+from stacking_ds.growth.transfer import capture, install
 from stacking_ds.model.bert_config import BertConfig
 from tests.ranks import run_ranks
 
@@ -100,12 +100,12 @@ def _change_zero_stage(world: World) -> dict[str, int]:
     """Grow from ZeRO 3 to ZeRO 1; what this rank sent."""
     old, new = _WORKLOAD, replace(_WORKLOAD, zero_stage=1)
     engine = old.old_engine(world)
-    state = capture_engine(engine)
+    state = capture(engine)
     release_engine(engine)
     engine = new.new_engine(world)
     with BytesSent() as sent:
         ranks = LabelledWorld(world, sent)
-        install_state(engine, state, old.layer_map, "carry", ranks)
+        install(state, engine, old.layer_map, "carry", ranks)
     return dict(sent.by_label)
 
 

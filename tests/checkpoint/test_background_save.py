@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,15 +27,15 @@ from stacking_ds.checkpoint import manifest as checkpoint_manifest
 from stacking_ds.checkpoint.save import BackgroundSave
 from stacking_ds.config.run import RunConfig
 from stacking_ds.distributed.world import World
-from stacking_ds.errors import CheckpointError, NonFiniteError, UserError
-from stacking_ds.growth import transfer
-from stacking_ds.growth.transfer import capture
+from stacking_ds.errors import AgreedError, CheckpointError, NonFiniteError, UserError
 from stacking_ds.sharding.fragments import MASTER, Fragment
-from stacking_ds.train import loop
+from stacking_ds.train import stage_engine
+from stacking_ds.train.stage_engine import StageEngine
+from stacking_ds.train.step import StepResult
 from tests.checkpoints import Alone, contents, plain_fragments, rank_fragments, save_state
 from tests.prose import tiny_shards
 from tests.ranks import RankError, run_ranks
-from tests.runs import losses, parameters, small_recipe, train_small
+from tests.runs import around_steps, losses, parameters, small_recipe, train_small
 
 slow = pytest.mark.slow
 ONE_STAGE = ("stages.0.steps=12", "checkpoint.every_steps=4", "checkpoint.keep_last=9")
@@ -63,8 +63,12 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Gate]:
     gate.open.set()
 
 
+def _on_host(fragments: Iterable[Fragment]) -> tuple[Fragment, ...]:
+    return tuple(fragment.on_host() for fragment in fragments)
+
+
 def _start(run_dir: Path, step: int, fragments: tuple[Fragment, ...] | None = None) -> Any:
-    fragments = fragments or capture(plain_fragments(value=step)).fragments
+    fragments = fragments or _on_host(plain_fragments(value=step))
     return BackgroundSave(run_dir, fragments, Alone(), contents(step))
 
 
@@ -118,7 +122,7 @@ def test_only_the_work_of_the_threads_is_counted(
 def test_what_is_written_is_what_was_captured(tmp_path: Path, gate: _Gate, captured: bool) -> None:
     """Training changes the live state before it is written; without the copy that would show."""
     live = plain_fragments(value=1.0)
-    saving = _start(tmp_path, 1, capture(live).fragments if captured else tuple(live))
+    saving = _start(tmp_path, 1, _on_host(live) if captured else tuple(live))
     for fragment in live:
         for view in fragment.views.values():
             view.add_(100)
@@ -128,7 +132,7 @@ def test_what_is_written_is_what_was_captured(tmp_path: Path, gate: _Gate, captu
 
 
 def test_the_captured_state_is_let_go_when_it_is_written(tmp_path: Path) -> None:
-    captured = capture(plain_fragments()).fragments
+    captured = _on_host(plain_fragments())
     view = weakref.ref(captured[0].views[MASTER])
     saving = _start(tmp_path, 1, captured)
     del captured
@@ -140,7 +144,7 @@ def test_the_captured_state_is_let_go_when_it_is_written(tmp_path: Path) -> None
 
 def test_what_comes_afterwards_comes_after_publication(tmp_path: Path) -> None:
     found = []
-    fragments = capture(plain_fragments()).fragments
+    fragments = _on_host(plain_fragments())
     saving = BackgroundSave(
         tmp_path,
         fragments,
@@ -353,12 +357,11 @@ def _train_while_writing(world: World, config: RunConfig, run_dir: Path) -> list
     """The checkpoint of step 4 is not written before step 7 is done."""
     events: list[str] = []
     seventh = threading.Event()
-    take_step = loop._Run.train_step
 
-    def step(run: Any, rank_step: Any) -> Any:
-        result = take_step(run, rank_step)
-        events.append(f"step {run.state.step + 1}")
-        if run.state.step + 1 == 7:
+    def step(completed: int, take: Callable[[], StepResult]) -> StepResult:
+        result = take()
+        events.append(f"step {completed + 1}")
+        if completed + 1 == 7:
             seventh.set()
         return result
 
@@ -368,7 +371,7 @@ def _train_while_writing(world: World, config: RunConfig, run_dir: Path) -> list
         save_file(tensors, path)
         events.append(f"written {path.parent.name}")
 
-    loop._Run.train_step = step  # type: ignore[method-assign]
+    around_steps(step)
     save.save_file = write
     train_small(world, config, run_dir)
     return events
@@ -405,18 +408,19 @@ def _train_with_a_full_disk(
 ) -> tuple[str, str]:
     if world.rank == 1:
         _full_at(steps)
-    take_step = loop._Run.train_step
 
-    def step(run: Any, rank_step: Any) -> Any:
-        if run.state.step + 1 == stop_at and world.is_first:
+    def step(completed: int, take: Callable[[], StepResult]) -> StepResult:
+        if completed + 1 == stop_at and world.is_first:
             os.kill(os.getpid(), signal.SIGTERM)
-        return take_step(run, rank_step)
+        return take()
 
-    loop._Run.train_step = step  # type: ignore[method-assign]
+    around_steps(step)
     try:
         train_small(world, config, run_dir)
     except UserError as error:
-        return type(error).__name__, str(error) if error.on_all_ranks else "one rank's error"
+        return type(error).__name__, str(error) if isinstance(
+            error, AgreedError
+        ) else "one rank's error"
     return "done", ""
 
 
@@ -452,14 +456,12 @@ def test_a_run_that_can_save_nothing_ends(shards: Path, tmp_path: Path) -> None:
 
 
 def _run_out_of_memory(world: World, config: RunConfig, run_dir: Path, at_step: int) -> str:
-    take_step = loop._Run.train_step
-
-    def step(run: Any, rank_step: Any) -> Any:
-        if run.state.step + 1 == at_step:
+    def step(completed: int, take: Callable[[], StepResult]) -> StepResult:
+        if completed + 1 == at_step:
             raise torch.OutOfMemoryError("the deeper model does not fit")
-        return take_step(run, rank_step)
+        return take()
 
-    loop._Run.train_step = step  # type: ignore[method-assign]
+    around_steps(step)
     _write_slowly(1.0)
     with pytest.raises(torch.OutOfMemoryError):
         train_small(world, config, run_dir)
@@ -484,7 +486,7 @@ def _save_beside_a_slow_rank(world: World, run_dir: Path) -> str:
 def _seconds_beside_a_slow_rank(world: World, run_dir: Path) -> float:
     if world.rank == 1:
         _write_slowly(1.0)
-    captured = capture(rank_fragments(world, 1.0)).fragments
+    captured = _on_host(rank_fragments(world, 1.0))
     saved = contents(1).model_copy(update={"optimizer_step": 0})  # there are no moments
     saving = BackgroundSave(run_dir, captured, world, saved)
     saving.finish()
@@ -550,21 +552,19 @@ def _train_until(
 ) -> str:
     """Something happens in `at_step`, when the checkpoint before it is still being written."""
     _write_slowly(seconds)
-    take_step = loop._Run.train_step
 
-    def step(run: Any, rank_step: Any) -> Any:
-        if run.state.step + 1 == at_step:
-            assert run.stages._saving is not None
-            assert not run.stages._saving.over
+    def step(completed: int, take: Callable[[], StepResult]) -> StepResult:
+        if completed + 1 == at_step:
+            assert list((run_dir / "checkpoints").glob(".step_*")), "a save is under way"
             if how == "not finite":
                 raise NonFiniteError("the loss is nan")
             if world.rank == world.size - 1:
                 if how == "killed":
                     os.kill(os.getpid(), signal.SIGKILL)
                 raise RuntimeError("a broken rank")
-        return take_step(run, rank_step)
+        return take()
 
-    loop._Run.train_step = step  # type: ignore[method-assign]
+    around_steps(step)
     try:
         train_small(world, config, run_dir)
     except NonFiniteError as error:
@@ -609,14 +609,14 @@ from stacking_ds.checkpoint import save
 from stacking_ds.cli import main
 from stacking_ds.train import loop
 
-take_step = loop._Run.train_step
+take_step = loop.training_step
 
-def step(run, rank_step):
-    if run.state.step == 5:
+def step(*arguments, world, **options):
+    if world.pulse.step == 5:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1)
-    return take_step(run, rank_step)
+    return take_step(*arguments, world=world, **options)
 
 def write(tensors, path):
     if "00000004" in str(path):
@@ -624,7 +624,7 @@ def write(tensors, path):
     save_file(tensors, path)
 
 save_file, save.save_file = save.save_file, write
-loop._Run.train_step = step
+loop.training_step = step
 save._PATIENCE_SECONDS = 0.5
 sys.exit(main(sys.argv[1:]))
 """
@@ -651,10 +651,17 @@ def test_an_interrupted_process_ends_though_a_save_is_under_way(
 
 
 def _train_with_one_copy(world: World, config: RunConfig, run_dir: Path) -> None:
-    def refuse(fragments: Any) -> None:
+    grow = StageEngine.grow
+
+    def refuse(engine: Any) -> None:
         raise AssertionError("the save has copied this already")
 
-    transfer.capture = refuse  # type: ignore[assignment]
+    def grow_without(*arguments: Any) -> None:
+        before, stage_engine.capture = stage_engine.capture, refuse  # type: ignore[assignment]
+        grow(*arguments)
+        stage_engine.capture = before
+
+    StageEngine.grow = grow_without  # type: ignore[method-assign]
     train_small(world, config, run_dir)
 
 

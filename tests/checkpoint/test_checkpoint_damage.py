@@ -12,7 +12,7 @@ import torch
 from stacking_ds.checkpoint import folders, load, save
 from stacking_ds.checkpoint import manifest as checkpoint_manifest
 from stacking_ds.distributed.world import World
-from stacking_ds.errors import CheckpointError
+from stacking_ds.errors import AgreedError, CheckpointError
 from stacking_ds.sharding.fragments import MASTER, MOMENTS, Cut, Fragment
 from tests.checkpoints import plain_fragments, rank_fragments, save_state
 from tests.ranks import run_ranks
@@ -278,7 +278,7 @@ def _load_on_ranks(world: World, run_dir: Path) -> str:
     try:
         load.load(folder, rank_fragments(world, 0.0), world=world)
     except CheckpointError as error:
-        return str(error) if error.on_all_ranks else "on this rank alone"
+        return str(error) if isinstance(error, AgreedError) else "on this rank alone"
     return "no error"
 
 

@@ -27,7 +27,7 @@ from stacking_ds.model.bert import BertForPreTraining, from_rows, parameter_shap
 from stacking_ds.model.bert_config import BertConfig
 from stacking_ds.sharding.fragments import MASTER, Cut, Fragment
 from stacking_ds.train.from_checkpoint import export_run
-from stacking_ds.train.plan import Job
+from stacking_ds.train.plan import TrainingPlan, open_plan
 from tests.prose import documents, tiny_shards
 from tests.ranks import run_ranks
 from tests.runs import small_recipe
@@ -373,11 +373,11 @@ def _anonymous_mib() -> float:
     return int(status.split("RssAnon:")[1].split()[0]) / 1024
 
 
-def _save_deep(world: World, job: Job, run_dir: Path) -> tuple[float, float]:
+def _save_deep(world: World, plan: TrainingPlan, run_dir: Path) -> tuple[float, float]:
     """MiB of a saved model, and of its largest parameter."""
     fragments = [
         Fragment(name, shape, 0, numel, {MASTER: torch.zeros(numel)}, Cut(numel, numel))
-        for name, shape in parameter_shapes(job.model_config(24)).items()
+        for name, shape in parameter_shapes(plan.model_config(24)).items()
         for numel in [math.prod(shape)]
     ]
     save.save(
@@ -389,8 +389,8 @@ def _save_deep(world: World, job: Job, run_dir: Path) -> tuple[float, float]:
             optimizer_step=0,
             num_hidden_layers=24,
             zero_stage=0,
-            vocabulary_sha256=job.shards.manifest.vocabulary_sha256,
-            data_sha256=job.data_sha256,
+            vocabulary_sha256=plan.shards.manifest.vocabulary_sha256,
+            data_sha256=plan.data_sha256,
             train_state={"step": 1},
             config={},
         ),
@@ -399,7 +399,7 @@ def _save_deep(world: World, job: Job, run_dir: Path) -> tuple[float, float]:
     return sum(mib), max(mib)
 
 
-def _export(_: World, job: Job, run_dir: Path) -> float:
+def _export(_: World, plan: TrainingPlan, run_dir: Path) -> float:
     """MiB by which exporting raises this process's memory at its peak."""
     before, peak, over = _anonymous_mib(), 0.0, threading.Event()
 
@@ -410,15 +410,15 @@ def _export(_: World, job: Job, run_dir: Path) -> float:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    export_run(job.config, run_dir, choose(run_dir))
+    export_run(plan.config, run_dir, choose(run_dir))
     over.set()
     watcher.join()
     return peak - before
 
 
 def test_exporting_a_run_needs_memory_for_a_parameter_and_not_for_a_model(tmp_path: Path) -> None:
-    job = Job.check(small_recipe(tmp_path, tiny_shards(tmp_path), *DEEP))
-    model_mib, largest_mib = run_ranks(_save_deep, 1, job, tmp_path / "run")[0]
-    risen_mib = run_ranks(_export, 1, job, tmp_path / "run")[0]
+    plan = open_plan(small_recipe(tmp_path, tiny_shards(tmp_path), *DEEP))
+    model_mib, largest_mib = run_ranks(_save_deep, 1, plan, tmp_path / "run")[0]
+    risen_mib = run_ranks(_export, 1, plan, tmp_path / "run")[0]
     assert model_mib > 70 * largest_mib
     assert risen_mib < 10 * largest_mib

@@ -23,8 +23,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextmanager
 def _other_code_on(hosts: Hosts, node: str, folder: Path) -> Iterator[None]:
     """A checkout that was not brought up to date on one node."""
-    source = REPOSITORY / "stacking_ds" / "text_table.py"
-    old = folder / "text_table.py"
+    source = REPOSITORY / "stacking_ds" / "console.py"
+    old = folder / "console.py"
     old.write_text(source.read_text() + "\n# an older version\n")
     assert hosts.run(node, ["mount", "--bind", old, source]).returncode == 0
     try:

@@ -204,8 +204,13 @@ def test_a_checkpoint_whose_loss_is_not_finite_is_null_in_json(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = HeldOut(math.inf, 0.0, math.nan, 0.5, 235)
-    monkeypatch.setattr("stacking_ds.cli._job_of", lambda *_: None)
-    monkeypatch.setattr("stacking_ds.checkpoint.folders.choose", lambda *_: Path("step_00000004"))
+    for place in (
+        "commands.results.read_config",
+        "commands.results.require_shards",
+        "train.plan.open_plan",
+    ):
+        monkeypatch.setattr(f"stacking_ds.{place}", lambda *_: None)
+    monkeypatch.setattr("stacking_ds.commands.results.choose", lambda *_: Path("step_00000004"))
     monkeypatch.setattr("stacking_ds.train.from_checkpoint.run_heldout", lambda *_: found)
     assert main(["evaluate", "run"]) == 3
     said = capsys.readouterr()

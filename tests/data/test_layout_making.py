@@ -22,7 +22,7 @@ from stacking_ds.data.row_store import find_layout, open_layout
 from stacking_ds.data.rows import LAYOUT_VERSION, LayoutSpec
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.errors import DataError
-from stacking_ds.train.plan import Job
+from stacking_ds.train.plan import open_plan
 from tests.runs import small_recipe
 from tests.token_shards import make_shards
 
@@ -169,20 +169,20 @@ def test_a_job_lays_out_both_splits_before_its_ranks_meet_and_says_so(tmp_path):
     shards = make_shards(tmp_path / "shards", DOCUMENTS * 4)
     phases = "phases=[{from_step: 5, sequence_length: 24}]"
     config = small_recipe(tmp_path, shards.folder, phases, "data.variants=3")
-    job, said = Job.check(config), []
+    plan, said = open_plan(config), []
     assert not (shards.folder / "layouts").exists()
-    job.lay_out_rows(said.append)
+    plan.lay_out_rows(said.append)
     names = [line.partition(", ")[2].partition(", once")[0] for line in said]
     # a run of so few steps does not reach the second variant
     assert names == [
         f"{split} pairs-{length}-single-0" for length in (24, 32) for split in ("train", "heldout")
     ]
     before = sorted((shards.folder / "layouts").rglob("*"))
-    for phase in job.phases.phases:
-        assert job.heldout_steps(0, 1, phase)
+    for phase in plan.phases.phases:
+        assert plan.heldout_steps(0, 1, phase)
     assert sorted((shards.folder / "layouts").rglob("*")) == before
     said.clear()
-    Job.check(config).lay_out_rows(said.append)
+    open_plan(config).lay_out_rows(said.append)
     assert said == []
 
 

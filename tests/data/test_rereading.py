@@ -11,18 +11,18 @@ import pytest
 from stacking_ds.data import rereading, rows, shards
 from stacking_ds.data.rereading import Rereading
 from stacking_ds.errors import DataError, UnreadableDataError
-from stacking_ds.train.plan import Job
+from stacking_ds.train.plan import TrainingPlan, open_plan
 from tests.prose import tiny_shards
 from tests.runs import small_recipe
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+def plan(tmp_path_factory: pytest.TempPathFactory) -> TrainingPlan:
     folder = tmp_path_factory.mktemp("shards")
-    job = Job.check(small_recipe(folder, tiny_shards(folder)))
-    for data in job.train_data.values():
+    plan = open_plan(small_recipe(folder, tiny_shards(folder)))
+    for data in plan.train_data.values():
         data.layout(0)
-    return job
+    return plan
 
 
 @pytest.fixture(autouse=True)
@@ -34,8 +34,8 @@ def log(
     return caplog
 
 
-def _again(job: Job) -> Rereading:
-    return Rereading(job.shards, job.train_data.values(), enabled=True)
+def _again(plan: TrainingPlan) -> Rereading:
+    return Rereading(plan.shards, plan.train_data.values(), enabled=True)
 
 
 def _wait(reading: Rereading) -> None:
@@ -59,17 +59,17 @@ def _failing(module: Any, monkeypatch: pytest.MonkeyPatch, number: int, times: i
     monkeypatch.setattr(module, "file_sha256", read)
 
 
-def test_whole_data_are_read_to_their_end(job: Job) -> None:
-    with _again(job) as reading:
+def test_whole_data_are_read_to_their_end(plan: TrainingPlan) -> None:
+    with _again(plan) as reading:
         _wait(reading)
         reading.require_whole(0)
-    assert not Rereading(job.shards, [], enabled=False).goes_on(60.0)
+    assert not Rereading(plan.shards, [], enabled=False).goes_on(60.0)
 
 
 @pytest.mark.parametrize("module", [shards, rows])
-def test_damage_is_found(job: Job, monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
+def test_damage_is_found(plan: TrainingPlan, monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
     monkeypatch.setattr(module, "file_sha256", lambda path: "0" * 64)
-    with _again(job) as reading:
+    with _again(plan) as reading:
         _wait(reading)
         assert reading.failed
         with pytest.raises(DataError, match=r"arrow.*; what was trained after step 7.* the damage"):
@@ -79,7 +79,7 @@ def test_damage_is_found(job: Job, monkeypatch: pytest.MonkeyPatch, module: Any)
 @pytest.mark.parametrize("module", [shards, rows])
 @pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EACCES])
 def test_what_cannot_be_read_is_no_damage_and_tried_again(
-    job: Job,
+    plan: TrainingPlan,
     monkeypatch: pytest.MonkeyPatch,
     log: pytest.LogCaptureFixture,
     module: Any,
@@ -87,7 +87,7 @@ def test_what_cannot_be_read_is_no_damage_and_tried_again(
 ) -> None:
     monkeypatch.setattr(rereading, "_SECONDS_BETWEEN_TRIES", 0.01)
     _failing(module, monkeypatch, number, times=3)
-    with _again(job) as reading:
+    with _again(plan) as reading:
         assert reading.thread is not None
         reading.thread.join(30)
         reading.require_whole(0)
@@ -97,10 +97,10 @@ def test_what_cannot_be_read_is_no_damage_and_tried_again(
 
 
 def test_the_end_of_a_run_does_not_wait_for_what_cannot_be_read(
-    job: Job, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+    plan: TrainingPlan, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
 ) -> None:
     _failing(rows, monkeypatch, errno.ESTALE, times=1000)
-    with _again(job) as reading:
+    with _again(plan) as reading:
         _wait(reading)
         reading.require_whole(0)
     assert log.messages[-1].startswith("the data were not read again to their end: ")
@@ -108,9 +108,9 @@ def test_the_end_of_a_run_does_not_wait_for_what_cannot_be_read(
 
 
 def test_rows_that_cannot_be_read_are_not_to_be_deleted(
-    job: Job, monkeypatch: pytest.MonkeyPatch
+    plan: TrainingPlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    [data] = job.train_data.values()
+    [data] = plan.train_data.values()
     _failing(rows, monkeypatch, errno.EACCES, times=1)
     with pytest.raises(UnreadableDataError, match=r"cannot be read \(Permission denied\); mend"):
         list(data.verifying())

@@ -4,8 +4,7 @@ import time
 
 import pytest
 
-from stacking_ds.distributed.heartbeat import AwakeClock
-from stacking_ds.distributed.lost_ranks import Missing, Seen, sentence, who_is_missing
+from stacking_ds.distributed.lost_ranks import AwakeClock, Missing, RankView, find_missing, sentence
 
 
 def test_a_pause_of_its_own_hardly_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,8 +24,8 @@ def test_a_pause_of_its_own_hardly_counts(monkeypatch: pytest.MonkeyPatch) -> No
     assert clock.look() == 16.0
 
 
-def _ranks(*loading: bool) -> list[Seen]:
-    return [Seen(heard=50.0, moved=1.0, moves=5, loading=one) for one in loading]
+def _ranks(*loading: bool) -> list[RankView]:
+    return [RankView(heard=50.0, moved=1.0, moves=5, loading=one) for one in loading]
 
 
 @pytest.mark.parametrize(
@@ -41,8 +40,8 @@ def test_who_waits_for_a_batch_is_told_from_a_network_that_is_stuck(
     loading: tuple[bool, ...], missing: Missing
 ) -> None:
     ranks = _ranks(*loading)
-    assert who_is_missing(ranks, 51.0, silence=45.0, timeout=60.0) is None
-    assert who_is_missing(ranks, 62.0, silence=45.0, timeout=60.0) == missing
+    assert find_missing(ranks, 51.0, silence=45.0, timeout=60.0) is None
+    assert find_missing(ranks, 62.0, silence=45.0, timeout=60.0) == missing
 
 
 def test_the_sentence_names_the_loader() -> None:

@@ -10,22 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from stacking_ds.distributed.heartbeat import Watch
+from stacking_ds.distributed.heartbeat import FailureDetector
 from stacking_ds.distributed.world import World
-from stacking_ds.errors import EXIT_LOST_RANK, ConfigError, LostRankError
+from stacking_ds.errors import EXIT_LOST_RANK, AgreedError, ConfigError, LostRankError
 from tests.ranks import run_ranks, spawn_ranks
 
 RANKS, BAD, STEP = 3, 2, 5
 HOST = socket.gethostname()
 
 
-def _watch(world: World, timeout: float = 600.0, silence: float = 3.0) -> Watch:
-    return Watch(
-        world,
-        timeout_seconds=timeout,
-        silence_seconds=silence,
-        on_lost=lambda verdict: print(f"told: {verdict}", flush=True),
-    )
+def _watch(world: World, timeout: float = 600.0, silence: float = 3.0) -> FailureDetector:
+    detector = FailureDetector(world, timeout_seconds=timeout, silence_seconds=silence)
+    detector.record = lambda verdict: print(f"told: {verdict}", flush=True)
+    return detector
 
 
 def _steps(world: World, harm: Callable[[], None]) -> None:
@@ -195,9 +192,8 @@ def test_work_that_gets_on_may_take_longer_than_the_time_out() -> None:
 
 
 def _deaf(world: World) -> None:
-    with Watch(
-        world, timeout_seconds=5.0, silence_seconds=3.0, on_lost=lambda verdict: time.sleep(1000)
-    ):
+    with _watch(world, timeout=5.0) as detector:
+        detector.record = lambda verdict: time.sleep(1000)
         _steps(world, lambda: time.sleep(1000))
 
 
@@ -237,7 +233,7 @@ def _same_error(world: World) -> str:
         with _watch(world):
             world.on_all(fail)
     except ConfigError as error:
-        return f"{error} {error.on_all_ranks}"
+        return f"{error} {isinstance(error, AgreedError)}"
     return "nothing"
 
 
@@ -253,7 +249,7 @@ def _one_fails(world: World) -> str:
     try:
         world.on_all(fail)
     except ConfigError as error:
-        return f"{error} {error.on_all_ranks}"
+        return f"{error} {isinstance(error, AgreedError)}"
     return "nothing"
 
 

@@ -3,14 +3,20 @@
 import os
 from typing import Any
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stacking_ds.distributed import launchers
-from stacking_ds.distributed.launchers import complete_environment, first_host, slurm_environment
 from stacking_ds.errors import ConfigError
-from stacking_ds.process.launcher_env import rank_from_environment, world_size_from_environment
+from stacking_ds.process import launchers
+from stacking_ds.process.launchers import (
+    complete_environment,
+    first_host,
+    rank_from_environment,
+    slurm_environment,
+    world_size_from_environment,
+)
 
 # of `srun` in a batch job of three nodes, the first two with two tasks
 STEP = {
@@ -138,13 +144,11 @@ def _node(monkeypatch: pytest.MonkeyPatch, name_is: str, interfaces: dict[str, s
 
     monkeypatch.setattr(launchers.socket, "gethostbyname", lambda name: name_is)
     monkeypatch.setattr(
-        launchers.psutil,
+        psutil,
         "net_if_addrs",
         lambda: {name: [address(text)] for name, text in interfaces.items()},
     )
-    monkeypatch.setattr(
-        launchers.psutil, "net_if_stats", lambda: {name: _Stats() for name in interfaces}
-    )
+    monkeypatch.setattr(psutil, "net_if_stats", lambda: {name: _Stats() for name in interfaces})
 
 
 def test_a_name_that_leads_to_loopback_is_mended_where_the_choice_is_clear(

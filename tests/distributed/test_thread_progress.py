@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from stacking_ds.distributed.heartbeat import Progress
+from stacking_ds.distributed.lost_ranks import Progress
 
 
 @contextmanager

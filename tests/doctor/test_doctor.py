@@ -23,8 +23,8 @@ from stacking_ds.config.run import RunConfig
 from stacking_ds.distributed.world import World
 from stacking_ds.doctor import facts, shared_folder, speed
 from stacking_ds.doctor.examination import require_alike
-from stacking_ds.errors import ConfigError
-from stacking_ds.train.plan import Job
+from stacking_ds.errors import AgreedError, ConfigError
+from stacking_ds.train.plan import open_plan
 from tests.ranks import run_ranks
 from tests.runs import small_recipe
 from tests.token_shards import make_shards
@@ -357,7 +357,7 @@ def _refused(world: World, cluster: Path, arguments: tuple[str, ...]) -> tuple[s
     try:
         _visit(world, cluster, arguments=arguments)
     except ConfigError as error:
-        return str(error), error.on_all_ranks
+        return str(error), isinstance(error, AgreedError)
     return "", False
 
 
@@ -384,9 +384,9 @@ def _start_train(
             fault()
     world = replace(world, local_rank=world.rank % 2, local_size=2)
     try:
-        require_alike(world, Job.check(config), Path("../run"))
+        require_alike(world, open_plan(config), Path("../run"))
     except ConfigError as error:
-        return str(error), error.on_all_ranks
+        return str(error), isinstance(error, AgreedError)
     return "", False
 
 
@@ -402,8 +402,8 @@ def test_nodes_that_differ_may_not_start(cluster: Path) -> None:
     faults = (_another_torch, _another_trainer, _a_full_disk)
     results = run_ranks(_start_train, 4, cluster, config, faults)
     assert len(set(results)) == 1, "the same on every rank"
-    message, on_all_ranks = results[0]
-    assert on_all_ranks
+    message, is_agreed = results[0]
+    assert is_agreed
     assert "versions: node1: torch 2.12.0, node0 2." in message
     assert "code: node1: stacking_ds " in message
     assert "data: node1: data " in message

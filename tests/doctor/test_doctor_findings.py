@@ -15,7 +15,7 @@ from stacking_ds.doctor.checks import Finding
 from stacking_ds.doctor.facts import NodeFacts, RankFacts, nearest_existing
 from stacking_ds.doctor.shared_folder import Answer, Probing
 from stacking_ds.doctor.speed import AllReduce, Matmul
-from stacking_ds.train.plan import Job
+from stacking_ds.train.plan import open_plan
 from tests.runs import small_recipe
 from tests.token_shards import make_shards
 
@@ -175,10 +175,10 @@ def test_room_for_one_checkpoint_and_for_all(
 def test_what_checkpoints_take_is_what_is_kept_of_them(tmp_path: Path) -> None:
     shards = tmp_path / "shards"
     make_shards(shards, [[5, 6, 7]] * 12)
-    job = Job.check(small_recipe(tmp_path, shards, "checkpoint.keep_last=3"))
-    one, two, four = (12 * job.model_config(depth).num_parameters for depth in (1, 2, 4))
-    assert facts._checkpoint_bytes(job, 2) == four
-    assert facts._run_bytes(job) == one + two + (3 + 1) * four
+    plan = open_plan(small_recipe(tmp_path, shards, "checkpoint.keep_last=3"))
+    one, two, four = (12 * plan.model_config(depth).num_parameters for depth in (1, 2, 4))
+    assert facts._checkpoint_bytes(plan, 2) == four
+    assert facts._run_bytes(plan) == one + two + (3 + 1) * four
 
 
 def test_scratch_space_is_told_by_place() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stacking_ds.distributed.world import World
-from stacking_ds.engine.build import build_engine, release_engine, set_learning_rate, take_step
+from stacking_ds.engine.build import advance, build_engine, release_engine, set_learning_rate
 from stacking_ds.engine.ds_json import load_ds_config, resolve_ds_config
 from stacking_ds.engine.zero import sharded_state
 from stacking_ds.errors import ConfigError
@@ -248,7 +248,7 @@ def _not_finite(world: World, cases: list[tuple[int, str]]) -> Any:
         before = whole_state(world, engine)
         scale = float("nan") if world.rank == 0 else 1.0  # one rank's trouble is everyone's
         engine.backward(tiny_loss(engine, tiny_batch(1), slice(0, 1)) * scale)
-        norm = take_step(engine)
+        norm = advance(engine)
         after = whole_state(world, engine)
         train_engine(world, engine, range(1, 2))
         found.append((before, norm, after, sharded_state.optimizer_step(engine)))

@@ -14,7 +14,7 @@ from stacking_ds.distributed.world import World
 from stacking_ds.engine.build import build_engine, release_engine
 from stacking_ds.engine.zero import sharded_state
 from stacking_ds.growth.operators import layer_map
-from stacking_ds.growth.transfer import capture_engine, install_state
+from stacking_ds.growth.transfer import capture, install
 from stacking_ds.model.bert import BertForPreTraining
 from stacking_ds.model.bert_config import BertConfig
 from tests.ranks import run_ranks
@@ -79,13 +79,13 @@ def _grow_tiny(world: World, zero_stage: int, precision: str) -> list[int]:
 def _grow(world: World, engine: Any, config: BertConfig, zero_stage: int, precision: str) -> Any:
     """The boundary of a run: the new model has no values before they are installed."""
     old_depth = engine.module.config.num_hidden_layers
-    state = capture_engine(engine)
+    state = capture(engine)
     release_engine(engine)
     model = BertForPreTraining(config, seed=None)
     settings = tiny_settings(zero_stage, precision, world.size)
     engine = build_engine(model, tiny_optimizer(model), settings)
     layers = layer_map("stack", old_depth, config.num_hidden_layers)
-    install_state(engine, state, layers, "carry", world)
+    install(state, engine, layers, "carry", world)
     return engine
 
 

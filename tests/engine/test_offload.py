@@ -14,7 +14,7 @@ from stacking_ds.engine.ds_settings import section_problems
 from stacking_ds.engine.zero import sharded_state
 from stacking_ds.errors import ConfigError
 from stacking_ds.growth.operators import layer_map, source_name
-from stacking_ds.growth.transfer import capture_engine, install_state
+from stacking_ds.growth.transfer import capture, install
 from stacking_ds.sharding.fragments import MASTER, MOMENTS
 from tests.ranks import run_ranks
 from tests.sharded import train_engine, whole_state
@@ -41,10 +41,10 @@ def _grow_offloaded(world: World, zero_stage: int, precision: str) -> Any:
     assert all(f.views[MASTER].device.type == "cpu" for f in sharded_state.fragments(engine))
     train_engine(world, engine, range(3))
     before = whole_state(world, engine)
-    state = capture_engine(engine)
+    state = capture(engine)
     release_engine(engine)
     engine = _offloaded(world, zero_stage, precision, 4, seed=99)
-    install_state(engine, state, layer_map("stack", 2, 4), "carry", world)
+    install(state, engine, layer_map("stack", 2, 4), "carry", world)
     after = whole_state(world, engine)
     norms = train_engine(world, engine, range(3, 5))
     trained = whole_state(world, engine)

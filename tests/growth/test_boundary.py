@@ -8,11 +8,11 @@ import torch
 
 from stacking_ds.checkpoint import load, save
 from stacking_ds.distributed.world import World
-from stacking_ds.engine.build import release_engine, take_step
+from stacking_ds.engine.build import advance, release_engine
 from stacking_ds.engine.zero import sharded_state
 from stacking_ds.errors import StageError
 from stacking_ds.growth.operators import layer_map, source_name
-from stacking_ds.growth.transfer import capture_engine, install_state
+from stacking_ds.growth.transfer import capture, install
 from stacking_ds.sharding.fragments import MASTER, MOMENTS
 from tests.checkpoints import contents
 from tests.ranks import run_ranks
@@ -25,14 +25,14 @@ LAYERS = layer_map("stack", 2, 4)
 def _weights_gone_wrong(world: World) -> str:
     engine = start_engine(world, 1, "bf16")
     train_engine(world, engine, range(1))
-    state = capture_engine(engine)
+    state = capture(engine)
     release_engine(engine)
     if world.rank == 1:
         for weight in state.weights.values():
             weight.mul_(1.5)
     engine = start_engine(world, 1, "bf16", depth=4)
     with pytest.raises(StageError) as caught:
-        install_state(engine, state, LAYERS, "carry", world)
+        install(state, engine, LAYERS, "carry", world)
     return str(caught.value)
 
 
@@ -51,13 +51,13 @@ def _grow_in_fp16(world: World, zero_stage: int) -> Any:
     train_engine(world, engine, range(1))
     for _ in range(2):  # DeepSpeed forgives the first overflow, and lowers its scale then
         engine.backward(1e30 * tiny_loss(engine, tiny_batch(1), slice(None)))
-        take_step(engine)
+        advance(engine)
     assert engine.skipped_steps == 2
     before, scale = whole_state(world, engine), sharded_state.loss_scale(engine)
-    state = capture_engine(engine)
+    state = capture(engine)
     release_engine(engine)
     engine = start_engine(world, zero_stage, "fp16", depth=4, seed=99)
-    install_state(engine, state, LAYERS, "carry", world)
+    install(state, engine, LAYERS, "carry", world)
     assert sharded_state.loss_scale(engine) == scale < 256.0
     assert sharded_state.optimizer_step(engine) == 1
     after = whole_state(world, engine)
@@ -90,10 +90,10 @@ def _grow_after_restoring(world: World, run_dir: Path) -> Any:
     load.load(folder, sharded_state.fragments(engine), world=world)
     sharded_state.refresh(engine)
     before = whole_state(world, engine)
-    state = capture_engine(engine)
+    state = capture(engine)
     release_engine(engine)
     engine = start_engine(world, 1, "bf16", depth=4, seed=99)
-    install_state(engine, state, LAYERS, "carry", world)
+    install(state, engine, LAYERS, "carry", world)
     weights = {name: weight.clone() for name, weight in sharded_state.whole_weights(engine).items()}
     release_engine(engine)
     return before, weights

@@ -11,7 +11,7 @@ import torch
 from stacking_ds.distributed.world import World
 from stacking_ds.engine.build import release_engine
 from stacking_ds.growth.operators import layer_map
-from stacking_ds.growth.transfer import Moments, capture_engine, install_state
+from stacking_ds.growth.transfer import Moments, capture, install
 from tests.ranks import run_ranks
 from tests.sharded import start_engine, train_losses
 from tests.tiny import tiny_batch, tiny_loss, tiny_model, tiny_optimizer
@@ -79,10 +79,10 @@ def _losses(world: World, zero_stage: int, moments: Moments) -> list[float]:
     engine = start_engine(world, zero_stage, depth=DEPTHS[0])
     losses = train_losses(world, engine, _steps(0))
     for stage, (old, new) in enumerate(itertools.pairwise(DEPTHS), 1):
-        state = capture_engine(engine)
+        state = capture(engine)
         release_engine(engine)
         engine = start_engine(world, zero_stage, depth=new, seed=99)
-        install_state(engine, state, layer_map("stack", old, new), moments, world)
+        install(state, engine, layer_map("stack", old, new), moments, world)
         losses += train_losses(world, engine, _steps(stage))
     release_engine(engine)
     return losses

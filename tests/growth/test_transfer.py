@@ -11,7 +11,7 @@ from stacking_ds.engine.build import release_engine
 from stacking_ds.engine.zero import sharded_state
 from stacking_ds.errors import StageError
 from stacking_ds.growth.operators import layer_map
-from stacking_ds.growth.transfer import Moments, capture, capture_engine, install, install_state
+from stacking_ds.growth.transfer import Moments, capture, fill, install
 from stacking_ds.sharding import reshard
 from stacking_ds.sharding.fragments import MASTER, MOMENTS, Cut, Fragment
 from tests.ranks import run_ranks
@@ -47,26 +47,26 @@ def _layer(index: int) -> str:
 
 def test_captured_values_are_the_hosts_own() -> None:
     live = _fragment("w", [1.0, 2.0])
-    captured = capture([live])
+    captured = live.on_host()
     live.views[MASTER].zero_()
-    assert captured.fragments[0].views[MASTER].tolist() == [1.0, 2.0]
+    assert captured.views[MASTER].tolist() == [1.0, 2.0]
 
 
 def test_copies_are_written_by_name_and_are_not_aliases() -> None:
-    captured = capture([_fragment(_layer(0), [1.0, 2.0]), _fragment(_layer(1), [3.0, 4.0])])
+    held = [_fragment(_layer(0), [1.0, 2.0]), _fragment(_layer(1), [3.0, 4.0])]
     targets = [_fragment(_layer(index), [0.0, 0.0]) for index in range(4)]
-    install(targets, captured, layer_map("stack", 2, 4), "carry", _Alone())
+    fill(targets, held, layer_map("stack", 2, 4), "carry", _Alone())
     assert [target.views[MASTER].tolist() for target in targets] == [[1, 2], [3, 4], [1, 2], [3, 4]]
     assert targets[3].views["exp_avg"].tolist() == [30, 40]
     targets[0].views[MASTER].fill_(9.0)
     assert targets[2].views[MASTER].tolist() == [1, 2]
-    assert captured.fragments[0].views[MASTER].tolist() == [1, 2]
+    assert held[0].views[MASTER].tolist() == [1, 2]
 
 
 def test_reset_moments_become_zero() -> None:
-    captured = capture([_fragment("w", [1.0, 2.0])])
+    held = [_fragment("w", [1.0, 2.0])]
     target = _fragment("w", [7.0, 7.0])
-    install([target], captured, None, "reset", _Alone())
+    fill([target], held, None, "reset", _Alone())
     assert target.views[MASTER].tolist() == [1, 2]
     assert target.views["exp_avg"].tolist() == [0, 0]
 
@@ -80,7 +80,7 @@ def test_reset_moments_become_zero() -> None:
 )
 def test_another_model_cannot_be_grown(held: Fragment, what: str) -> None:
     with pytest.raises(StageError, match=what):
-        install([_fragment("w", [0.0] * 4)], capture([held]), None, "carry", _Alone())
+        fill([_fragment("w", [0.0] * 4)], [held], None, "carry", _Alone())
 
 
 class _Elsewhere(_Alone):
@@ -94,10 +94,10 @@ class _Elsewhere(_Alone):
 
 
 def test_what_goes_wrong_on_another_rank_is_an_error_here() -> None:
-    captured = capture([_fragment("w", [1.0, 2.0])])
+    held = [_fragment("w", [1.0, 2.0])]
     for statistic in (0, 1, 2):
         with pytest.raises(StageError, match="exp_avg of w did not arrive whole"):
-            install([_fragment("w", [0.0, 0.0])], captured, None, "carry", _Elsewhere(statistic))
+            fill([_fragment("w", [0.0, 0.0])], held, None, "carry", _Elsewhere(statistic))
 
 
 # ------------------------------------------------------------------ on engines
@@ -114,10 +114,10 @@ def _grow(world: World, zero_stage: int, precision: str, moments: Moments) -> An
     for old, new in itertools.pairwise(DEPTHS):
         train_engine(world, engine, range(1))
         before = whole_state(world, engine)
-        state = capture_engine(engine)
+        state = capture(engine)
         release_engine(engine)
         engine = start_engine(world, zero_stage, precision, depth=new, seed=99)
-        install_state(engine, state, layer_map("stack", old, new), moments, world)
+        install(state, engine, layer_map("stack", old, new), moments, world)
         tied = engine.module.cls.predictions.decoder.weight
         assert tied is engine.module.bert.embeddings.word_embeddings.weight
         after = whole_state(world, engine)
@@ -204,11 +204,11 @@ def _move(world: World, old: tuple[int, str], new: tuple[int, str], bucket_eleme
     engine = start_engine(world, *old, depth=2)
     train_engine(world, engine, range(1))
     before = whole_state(world, engine)
-    state = capture_engine(engine)
+    state = capture(engine)
     release_engine(engine)
     engine = start_engine(world, *new, depth=4, seed=99)
     counted = _Counting(world)
-    install_state(engine, state, layer_map("stack", 2, 4), "carry", counted)
+    install(state, engine, layer_map("stack", 2, 4), "carry", counted)
     after = whole_state(world, engine)
     logits = _logits(engine)
     train_engine(world, engine, range(1))

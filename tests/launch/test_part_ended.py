@@ -4,11 +4,12 @@ import time
 
 import pytest
 
-from stacking_ds.launch.attempt import Count, PartEnded
-from stacking_ds.launch.request import Patience
+from stacking_ds.launch.hosts import ProcessCount
+from stacking_ds.launch.runner import Timeouts
+from stacking_ds.launch.supervise import PartEnded
 from stacking_ds.launch.sweep import Found
 
-PATIENCE = Patience(look_seconds=2, end_seconds=20, count_seconds=60)
+TIMEOUTS = Timeouts(look_seconds=2, end_seconds=20, count_seconds=60)
 
 
 class _Hosts:
@@ -18,16 +19,16 @@ class _Hosts:
         self.now, self.there, self.ended = 1000.0, {0, 1, 2, 3}, False
         self.silent: set[str] = set()
         monkeypatch.setattr(time, "monotonic", lambda: self.now)
-        self.watched = PartEnded(self, lambda: self.ended, PATIENCE)  # type: ignore[arg-type]
+        self.watched = PartEnded(self, lambda: self.ended, TIMEOUTS)  # type: ignore[arg-type]
 
-    def take(self) -> Count:
+    def take(self) -> ProcessCount:
         silent = dict.fromkeys(self.silent, "no answer in 30 s")
         found = {"": Found(0, ())}
         for host, own in [("node1", {0, 1}), ("node2", {2, 3})]:
             if host not in silent:
                 ranks = tuple(sorted(self.there & own))
                 found[host] = Found(len(ranks), ranks)
-        return Count(found, silent)
+        return ProcessCount(found, silent)
 
     def after(self, seconds: float) -> str | None:
         """What is said in so many seconds of looking."""

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
+from stacking_ds.commands.launch import tracked_run
 from stacking_ds.errors import ConfigError, UserError
 from stacking_ds.launch.environment import decode_arguments
 from stacking_ds.launch.hosts import Host
-from stacking_ds.launch.request import Request, tracked_run, with_resume
-from stacking_ds.launch.runner import prepare_local, prepare_on_hosts
+from stacking_ds.launch.runner import LaunchRequest, prepare
+from stacking_ds.launch.supervise import with_resume
 from stacking_ds.launch.sweep import MARKER_VARIABLE
 from tests.runs import small_recipe
 
@@ -35,13 +36,13 @@ def on_hosts(
     own: dict[str, str] | None = None,
     **options: Any,
 ) -> tuple[list[str], dict[str, str]]:
-    request = Request(command, hostfile=Path("hosts"), **options)
-    return prepare_on_hosts(request, command, HOSTS, folder, "f00d", own or OWN)
+    request = LaunchRequest(command, hostfile=Path("hosts"), **options)
+    return prepare(request, command, HOSTS, folder, "f00d", own or OWN)
 
 
 def local(ranks: int, folder: Path, **own: str) -> tuple[list[str], dict[str, str]]:
-    request = Request(TRAIN, ranks=ranks, env=("A=b c",))
-    return prepare_local(request, TRAIN, folder, "f00d", {**OWN, **own})
+    request = LaunchRequest(TRAIN, ranks=ranks, env=("A=b c",))
+    return prepare(request, TRAIN, [], folder, "f00d", {**OWN, **own})
 
 
 def test_pdsh(tmp_path: Path, deepspeed_runner: Any) -> None:
@@ -167,7 +168,7 @@ def test_gpus_that_cannot_be_taken_are_an_error(tmp_path: Path, visible: str, sa
 )
 def test_impossible_requests_are_sentences(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        Request(**{"command": TRAIN, "ranks": 2, **options}).check()
+        LaunchRequest(**{"command": TRAIN, "ranks": 2, **options}).check()
 
 
 @pytest.mark.parametrize(("launcher", "program"), [("pdsh", "pdsh"), ("openmpi", "mpirun")])
@@ -176,7 +177,7 @@ def test_a_launcher_that_is_not_installed_is_a_sentence(
 ) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ConfigError, match=f"needs {program}, .* try --launcher"):
-        Request(TRAIN, hostfile=Path("hosts"), launcher=launcher).check()
+        LaunchRequest(TRAIN, hostfile=Path("hosts"), launcher=launcher).check()
 
 
 def test_a_folder_that_hosts_shells_would_read_is_a_sentence(
@@ -186,19 +187,19 @@ def test_a_folder_that_hosts_shells_would_read_is_a_sentence(
     odd.mkdir()
     monkeypatch.chdir(odd)
     with pytest.raises(ConfigError, match=r"working directory '.*/my work' has characters"):
-        Request(TRAIN, hostfile=Path("hosts")).check()
-    Request(TRAIN, ranks=1).check()
+        LaunchRequest(TRAIN, hostfile=Path("hosts")).check()
+    LaunchRequest(TRAIN, ranks=1).check()
 
 
 def test_arguments_for_the_launcher_have_to_be_words() -> None:
     with pytest.raises(ConfigError, match="close its quotes"):
-        Request(TRAIN, hostfile=Path("hosts"), launcher_args="'a").check()
+        LaunchRequest(TRAIN, hostfile=Path("hosts"), launcher_args="'a").check()
 
 
 def test_a_launcher_is_not_started_by_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(ConfigError, match="is itself rank 1"):
-        Request(TRAIN, ranks=1).check()
+        LaunchRequest(TRAIN, ranks=1).check()
 
 
 @pytest.mark.parametrize(

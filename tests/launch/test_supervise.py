@@ -20,9 +20,8 @@ from stacking_ds.commands.launch import add_launch
 from stacking_ds.errors import ConfigError, UserError
 from stacking_ds.launch import restart_policy
 from stacking_ds.launch import supervise as supervise_module
-from stacking_ds.launch.attempt import StopSignals
-from stacking_ds.launch.request import Patience, Request
-from stacking_ds.launch.supervise import supervise
+from stacking_ds.launch.runner import LaunchRequest, Timeouts
+from stacking_ds.launch.supervise import StopSignals, supervise
 from stacking_ds.run import attempts
 
 # reads what this attempt is to do, writes down how it was started, and does it
@@ -120,12 +119,15 @@ class Cluster:
     def launch(self, *, hosts: bool = True, command: str = "train", **options: Any) -> int:
         where: dict[str, Any] = {"hostfile": self.hostfile} if hosts else {"ranks": 1}
         words = (command, "--recipe", "base", "--run-dir", str(self.run))
-        patience = Patience(
+        timeouts = Timeouts(
             pause_seconds=0.1, survivors_seconds=0.5, sweep_seconds=20, look_seconds=0.2
         )
         runner = (sys.executable, str(self.folder / "runner.py"))
+        run_dir = self.run if command == "train" else None
         return supervise(
-            Request(words, **where, **{"runner": runner, "patience": patience, **options})
+            LaunchRequest(
+                words, run_dir, **where, **{"runner": runner, "timeouts": timeouts, **options}
+            )
         )
 
     def signal_when(self, name: str, *numbers: signal.Signals) -> threading.Thread:
@@ -244,7 +246,7 @@ def test_a_failed_run_is_resumed_on_the_hosts_that_are_left(
     cluster.plan(failure(4), COMPLETE)
     judge = restart_policy.judge
 
-    def node2_dies_too(*arguments: Any, **options: Any) -> restart_policy.Verdict:
+    def node2_dies_too(*arguments: Any, **options: Any) -> restart_policy.RestartDecision:
         cluster.dead("node2")
         return judge(*arguments, **options)
 
@@ -350,8 +352,8 @@ def test_survivors_that_end_by_themselves_are_waited_for(
         "(folder / 'up').write_text(''); time.sleep(1); (folder / 'ended').write_text('')"
     )
     cluster.plan([("child", "slow", 0), *failure(4)])
-    patience = Patience(survivors_seconds=20, sweep_seconds=20, look_seconds=0.2)
-    assert cluster.launch(hosts=False, patience=patience) == 1
+    timeouts = Timeouts(survivors_seconds=20, sweep_seconds=20, look_seconds=0.2)
+    assert cluster.launch(hosts=False, timeouts=timeouts) == 1
     assert (cluster.folder / "ended").exists()
     assert "killed" not in capsys.readouterr().err
 
@@ -366,9 +368,9 @@ def test_a_host_that_does_not_say_is_told_and_not_waited_for(
         'case "$2 $3" in *sweep*node2*|node2*sweep*) exec sleep 60;; esac\nexec sh -c "$3"\n',
     )
     cluster.plan(failure(4))
-    patience = Patience(survivors_seconds=0.1, sweep_seconds=2, look_seconds=0.1)
+    timeouts = Timeouts(survivors_seconds=0.1, sweep_seconds=2, look_seconds=0.1)
     started = time.monotonic()
-    assert cluster.launch(patience=patience) == 1
+    assert cluster.launch(timeouts=timeouts) == 1
     assert time.monotonic() - started < 20
     assert "node2 does not say what still runs there (no answer in 2 s)" in capsys.readouterr().err
 
@@ -514,16 +516,16 @@ def test_a_stop_between_attempts_ends_it(
     cluster.plan(failure(4), COMPLETE)
     judge = restart_policy.judge
 
-    def judged(*arguments: Any, **options: Any) -> restart_policy.Verdict:
+    def judged(*arguments: Any, **options: Any) -> restart_policy.RestartDecision:
         verdict = judge(*arguments, **options)
         (cluster.folder / "judged").write_text("")
         return verdict
 
     monkeypatch.setattr(restart_policy, "judge", judged)
     thread = cluster.signal_when("judged", signal.SIGTERM)
-    patience = Patience(pause_seconds=60, survivors_seconds=0.1, look_seconds=0.1)
+    timeouts = Timeouts(pause_seconds=60, survivors_seconds=0.1, look_seconds=0.1)
     started = time.monotonic()
-    assert cluster.launch(hosts=False, restarts=5, patience=patience) == 0
+    assert cluster.launch(hosts=False, restarts=5, timeouts=timeouts) == 0
     assert time.monotonic() - started < 20
     thread.join()
     assert len(cluster.seen()) == 1
@@ -541,9 +543,9 @@ def test_the_persons_signal_handlers_come_back(cluster: Cluster) -> None:
 
 
 def test_the_command_begins_where_the_options_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    requests: list[Request] = []
+    requests: list[LaunchRequest] = []
 
-    def keep(request: Request) -> int:
+    def keep(request: LaunchRequest) -> int:
         requests.append(request)
         return 0
 
@@ -552,11 +554,12 @@ def test_the_command_begins_where_the_options_end(monkeypatch: pytest.MonkeyPatc
     add_launch(parser)
     words = "--hostfile h --restarts 3 --min-nodes 2 --env A=1 --env B=2 --launcher-args=-x -v"
     for dashes in ("", " --"):
-        options = parser.parse_args(f"{words}{dashes} train --recipe base --env C=3".split())
+        options = parser.parse_args(f"{words}{dashes} train --run-dir r --env C=3".split())
         assert options.command(options) == 0
     for request in requests:
-        assert request == Request(
-            command=("train", "--recipe", "base", "--env", "C=3"),
+        assert request == LaunchRequest(
+            command=("train", "--run-dir", "r", "--env", "C=3"),
+            run_dir=Path("r"),
             hostfile=Path("h"),
             restarts=3,
             min_nodes=2,

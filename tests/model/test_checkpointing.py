@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stacking_ds.distributed.world import World
-from stacking_ds.engine.build import build_engine, release_engine, take_step
+from stacking_ds.engine.build import advance, build_engine, release_engine
 from stacking_ds.kernels.registry import Compute
 from stacking_ds.model import layer
 from stacking_ds.model.bert import BertForPreTraining
@@ -87,7 +87,7 @@ def _state_after_steps(world: World, zero_stage: int, precision: str, kind: Any)
     for step in range(3):
         torch.manual_seed(7 * step + world.rank)
         engine.backward(tiny_loss(engine, tiny_batch(step), slice(None)))
-        take_step(engine)
+        advance(engine)
     state = whole_state(world, engine)
     release_engine(engine)
     return state

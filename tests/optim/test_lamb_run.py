@@ -9,7 +9,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from stacking_ds.optim.lamb.optimizer import Lamb, LambStatistics, lamb_metrics
-from stacking_ds.train.stage_engine import StageManager
+from stacking_ds.train.stage_engine import StageEngine
 from tests.prose import tiny_shards
 from tests.ranks import RankError, run_ranks
 from tests.runs import losses, metrics, parameters, small_recipe, train_small, train_until
@@ -107,7 +107,7 @@ def test_a_step_that_was_skipped_has_none_of_them() -> None:
     weight.grad = torch.ones(2)
     optimizer = Lamb([weight])
     optimizer.step()
-    manager = object.__new__(StageManager)
+    manager = object.__new__(StageEngine)
     for applied in (True, False):
         manager.engine = SimpleNamespace(
             basic_optimizer=optimizer, was_step_applied=lambda applied=applied: applied

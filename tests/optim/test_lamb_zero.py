@@ -17,7 +17,7 @@ from stacking_ds.engine.zero import gradients as engine_zero_gradients
 from stacking_ds.engine.zero import sharded_state
 from stacking_ds.engine.zero.compatibility import Masters
 from stacking_ds.growth.operators import layer_map
-from stacking_ds.growth.transfer import capture_engine, install_state
+from stacking_ds.growth.transfer import capture, install
 from stacking_ds.sharding.fragments import MASTER, MOMENTS
 from tests.checkpoints import contents
 from tests.lamb_following import (
@@ -120,11 +120,11 @@ def _end_to_end(world: World, zero_stage: int, options: dict[str, Any]) -> Any:
     engine = lamb_engine(world, zero_stage, **options)
     gas = options.get("gas", 1)
     norms = train_engine(world, engine, range(STEPS), gas)
-    state = capture_engine(engine)
+    state = capture(engine)
     before = whole_state(world, engine)
     release_engine(engine)
     engine = lamb_engine(world, zero_stage, **options, depth=4, seed=99)
-    install_state(engine, state, layer_map("stack", 2, 4), "carry", world)
+    install(state, engine, layer_map("stack", 2, 4), "carry", world)
     train_engine(world, engine, range(STEPS, STEPS + AFTER), gas)
     after = whole_state(world, engine)
     release_engine(engine)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from stacking_ds.cli import main
+from stacking_ds.commands import train
 from stacking_ds.distributed import process_group
-from stacking_ds.process import runtime
 from stacking_ds.train import loop
 from tests.prose import tiny_shards
 from tests.runs import small_recipe
@@ -64,7 +64,7 @@ def test_training_on_a_cpu_keeps_it(
     monkeypatch.setattr(
         process_group, "start", lambda timeout: replace(start(timeout), device=torch.device(device))
     )
-    monkeypatch.setattr(runtime, "keep_freed_memory", lambda: called.append("kept"))
+    monkeypatch.setattr(train, "keep_freed_memory", lambda: called.append("kept"))
     monkeypatch.setattr(loop, "train", lambda *given, **options: called.append("trained"))
     recipe = ["--recipe", str(tmp_path / "small.yaml"), "--run-dir", str(tmp_path / "run")]
     assert main(["train", *recipe]) == 0

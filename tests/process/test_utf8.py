@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from stacking_ds.cli import main
-from stacking_ds.process.utf8 import check_names, is_utf8, readable_name
+from stacking_ds.console import check_names, is_utf8, readable_name
 
 LATIN = os.fsdecode(b"caf\xe9")
 COMMANDS = {
@@ -78,7 +78,7 @@ def run(code, redirection="", **environment):
     """What a Python program of one line ends with, and prints."""
     line = f'exec "$0" -c "$1" {redirection}'
     return subprocess.run(
-        ["bash", "-c", line, sys.executable, f"from stacking_ds.process.utf8 import *\n{code}"],
+        ["bash", "-c", line, sys.executable, f"from stacking_ds.console import *\n{code}"],
         env={**os.environ, **environment},
         capture_output=True,
         check=False,

@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stacking_ds.checkpoint.folders import latest
+from stacking_ds.commands.launch import add_again
 from stacking_ds.errors import CheckpointError, UserError
-from stacking_ds.launch.restart_policy import add_again, judge
+from stacking_ds.launch.restart_policy import judge
 from stacking_ds.run import attempts
 from stacking_ds.run.attempts import ATTEMPTS_FILE, begun, ended
 

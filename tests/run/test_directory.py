@@ -14,9 +14,9 @@ from stacking_ds.config.run import RunConfig
 from stacking_ds.distributed.world import World
 from stacking_ds.errors import CheckpointError, ConfigError
 from stacking_ds.launch import restart_policy
-from stacking_ds.run import attempts, directory, kept_tokenizer
+from stacking_ds.run import attempts, directory
 from stacking_ds.train import resume
-from stacking_ds.train.plan import Job
+from stacking_ds.train.plan import open_plan
 from tests.prose import tiny_shards
 from tests.ranks import run_ranks
 from tests.runs import small_recipe
@@ -83,45 +83,44 @@ def test_the_tokenizer_is_that_of_the_last_start(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     first, second = (tmp_path / name for name in "ab")
-    jobs = []
+    plans = []
     for folder, size in ((first, 200), (second, 300)):
         folder.mkdir()
         shards = tiny_shards(folder, vocab_size=size)
-        jobs.append(Job.check(small_recipe(folder, shards)))
-        kept_tokenizer.keep(run_dir, jobs[-1].shards)
-    job = jobs[-1]
-    sha256 = job.shards.manifest.vocabulary_sha256
-    kept = kept_tokenizer.choose(run_dir, job.config, sha256, None)
+        plans.append(open_plan(small_recipe(folder, shards)))
+        directory.keep_tokenizer(run_dir, plans[-1].shards)
+    plan = plans[-1]
+    sha256 = plan.shards.manifest.vocabulary_sha256
+    kept = directory.choose_tokenizer(run_dir, plan.config, sha256, None)
     assert kept == run_dir / "tokenizer"
     before = (kept / "vocab.txt").stat()
-    kept_tokenizer.keep(run_dir, job.shards)
+    directory.keep_tokenizer(run_dir, plan.shards)
     assert (kept / "vocab.txt").stat() == before, "what is there is not written again"
     (kept / "SHA256SUMS").unlink()
-    kept_tokenizer.keep(run_dir, job.shards)
-    assert kept_tokenizer.choose(run_dir, job.config, sha256, None) == kept
+    directory.keep_tokenizer(run_dir, plan.shards)
+    assert directory.choose_tokenizer(run_dir, plan.config, sha256, None) == kept
 
 
 @pytest.mark.parametrize("name", ["config.tmp", "vocab.txt", "SHA256SUMS"])
 def test_a_start_that_finds_the_disk_full_leaves_a_directory_that_can_be_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    job = Job.check(small_recipe(tmp_path, tiny_shards(tmp_path)))
+    plan = open_plan(small_recipe(tmp_path, tiny_shards(tmp_path)))
     run_dir = tmp_path / "run"
     run_dir.mkdir()
 
-    def full(path: Path) -> None:
-        if path.name == name:
+    def full(descriptor: int) -> None:
+        if Path(os.readlink(f"/proc/self/fd/{descriptor}")).name == name:
             raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(directory, "sync", full)
-        patched.setattr(kept_tokenizer, "sync", full)
+        patched.setattr(os, "fsync", full)
         with pytest.raises((OSError, ConfigError), match="No space left"):
-            resume._claim_on_first(job, run_dir, 0)
+            resume._claim_on_first(plan, run_dir, 0)
     assert {path.name for path in run_dir.iterdir()} <= {"config.yaml", "config.tmp"}
-    directory.check(run_dir, job.config, resume=True)
-    resume._claim_on_first(job, run_dir, 0)
-    directory.check(run_dir, job.config, resume=True)
+    directory.check(run_dir, plan.config, resume=True)
+    resume._claim_on_first(plan, run_dir, 0)
+    directory.check(run_dir, plan.config, resume=True)
 
 
 def test_somebody_elses_folder_or_file_is_refused(config: RunConfig, tmp_path: Path) -> None:
@@ -159,7 +158,7 @@ def test_a_job_that_waited_does_not_take_over_the_run_of_the_one_before(tmp_path
     shards = tiny_shards(tmp_path)
     run_dir = tmp_path / "run"
     first = directory.lock(run_dir)
-    other = Job.check(small_recipe(tmp_path, shards, "seed=77"))
+    other = open_plan(small_recipe(tmp_path, shards, "seed=77"))
 
     def leave_a_run() -> None:
         directory.write_config(run_dir, small_recipe(tmp_path, shards))

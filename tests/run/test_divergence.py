@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from stacking_ds.run.divergence import Course, judge
+from stacking_ds.run.metrics_file import Course, judge
 
 FLOOR = 6.415  # of word frequencies in the demo, with a vocabulary of 4,096
 

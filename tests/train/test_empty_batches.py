@@ -13,8 +13,9 @@ from stacking_ds.data.loader import PretrainingSteps
 from stacking_ds.distributed.world import World
 from stacking_ds.kernels.cross_entropy import IGNORE_INDEX
 from stacking_ds.model.bert import BertForPreTraining
-from stacking_ds.train.metrics import Interval, StepResult, TrainState
-from stacking_ds.train.plan import Job
+from stacking_ds.train.metrics import Interval, TrainState
+from stacking_ds.train.plan import TrainingPlan, open_plan
+from stacking_ds.train.step import StepResult
 from tests.prose import tiny_shards
 from tests.ranks import run_ranks
 from tests.runs import losses, metrics, parameters, small_recipe, train_small
@@ -67,7 +68,7 @@ def test_a_batch_without_targets_counts_and_is_passed_over(
     assert ["train/loss" in line for line in lines] == [True, False, False, True]
     assert [line["optim/empty_steps"] for line in lines] == [0, 1, 2, 2]
     assert [line["samples_seen"] for line in lines] == [10, 20, 30, 40]
-    rates = Job.check(config).learning_rates
+    rates = open_plan(config).learning_rates
     assert [line["optim/learning_rate"] for line in lines] == [rates.at(n) for n in range(4)]
     said = (run_dir / "train.log").read_text()
     assert said.count("step 2 is passed over: nothing in its batch can be predicted") == 1
@@ -80,7 +81,7 @@ def test_a_run_of_such_batches_leaves_the_weights_as_they_were(
     config = small_recipe(tmp_path, shards, STEPS)
     run_ranks(_train, 1, config, tmp_path / "run", range(4), False)
     assert not any("train/loss" in line for line in metrics(tmp_path / "run"))
-    initial = BertForPreTraining(Job.check(config).model_config(1), seed=config.seed)
+    initial = BertForPreTraining(open_plan(config).model_config(1), seed=config.seed)
     saved = parameters(tmp_path / "run")
     assert all(torch.equal(saved[name], value) for name, value in initial.named_parameters())
 
@@ -109,9 +110,9 @@ def test_means_are_over_the_steps_that_have_a_loss() -> None:
 
 
 def _unknown_heldout(world: World, config: RunConfig, run_dir: Path) -> int:
-    original = Job.heldout_steps
+    original = TrainingPlan.heldout_steps
 
-    def steps(self: Job, *arguments: Any) -> list[RankStep]:
+    def steps(self: TrainingPlan, *arguments: Any) -> list[RankStep]:
         found = original(self, *arguments)
         return [
             RankStep.of([_without(batch, pairs=True)], step.real_tokens)
@@ -119,7 +120,7 @@ def _unknown_heldout(world: World, config: RunConfig, run_dir: Path) -> int:
             for batch in step.micro_batches
         ]
 
-    Job.heldout_steps = steps  # type: ignore[method-assign]
+    TrainingPlan.heldout_steps = steps  # type: ignore[method-assign]
     return train_small(world, config, run_dir)
 
 

@@ -9,17 +9,17 @@ from stacking_ds.config.run import RunConfig
 from stacking_ds.distributed.world import World
 from stacking_ds.model.bert import BertForPreTraining
 from stacking_ds.train.heldout import HeldOut, evaluate_heldout
-from stacking_ds.train.plan import Job
+from stacking_ds.train.plan import open_plan
 from tests.prose import tiny_shards
 from tests.ranks import run_ranks
 from tests.runs import small_recipe
 
 
 def _evaluate(world: World, config: RunConfig) -> tuple[HeldOut, bool]:
-    job = Job.check(config)
-    model = BertForPreTraining(job.model_config(2), seed=4)
+    plan = open_plan(config)
+    model = BertForPreTraining(plan.model_config(2), seed=4)
     result = evaluate_heldout(
-        model, job.heldout_steps(world.rank, world.size, job.phases.at(0)), world
+        model, plan.heldout_steps(world.rank, world.size, plan.phases.at(0)), world
     )
     return result, model.training
 
@@ -37,10 +37,10 @@ def test_dropout_is_off_and_the_ranks_agree(tmp_path: Path) -> None:
         assert result.nsp_loss == pytest.approx(alone.nsp_loss, rel=1e-6)
         assert result.mlm_accuracy == alone.mlm_accuracy
 
-    job = Job.check(config)
-    model = BertForPreTraining(job.model_config(2), seed=4).eval()
+    plan = open_plan(config)
+    model = BertForPreTraining(plan.model_config(2), seed=4).eval()
     total, right, targets = 0.0, 0, 0
-    for rank_step in job.heldout_steps(0, 1, job.phases.at(0)):
+    for rank_step in plan.heldout_steps(0, 1, plan.phases.at(0)):
         for micro_batch in rank_step.micro_batches:
             batch = micro_batch.to("cpu")
             with torch.no_grad():

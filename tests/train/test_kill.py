@@ -21,7 +21,7 @@ from stacking_ds.distributed.world import World
 from stacking_ds.sharding.fragments import Fragment
 from stacking_ds.train import loop
 from stacking_ds.train.heldout import HeldOutPasses
-from stacking_ds.train.stage_engine import StageManager
+from stacking_ds.train.stage_engine import StageEngine
 from tests.prose import tiny_shards
 from tests.ranks import RankError, run_ranks
 from tests.runs import losses, small_recipe, train_small
@@ -49,13 +49,13 @@ def _train_traced(
     """Train, and write down what this rank is at, one line a change; the seconds it took."""
     with (traces / f"rank_{world.rank}").open("a", buffering=1) as trace:
         for owner, name, phase in [
-            (loop._Run, "train_step", "step"),
+            (loop, "training_step", "step"),
             (HeldOutPasses, "metrics", "evaluation"),
             (loop, "export_if_missing", "export"),
-            (StageManager, "start", "start"),
-            (StageManager, "restore", "restoring"),
-            (StageManager, "save", "save"),
-            (StageManager, "grow", "boundary"),
+            (StageEngine, "start", "start"),
+            (StageEngine, "restore", "restoring"),
+            (StageEngine, "save", "save"),
+            (StageEngine, "grow", "boundary"),
         ]:
             setattr(owner, name, _traced(getattr(owner, name), phase, trace))
         world.barrier()

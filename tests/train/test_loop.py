@@ -14,8 +14,8 @@ from stacking_ds.data.prepare.preparation import prepare
 from stacking_ds.distributed.world import World
 from stacking_ds.errors import NonFiniteError, UserError
 from stacking_ds.run import directory
-from stacking_ds.train import loop
-from stacking_ds.train.plan import Job
+from stacking_ds.train import loop, step
+from stacking_ds.train.plan import open_plan
 from tests.prose import tiny_shards, write_text
 from tests.ranks import RankError, run_ranks
 from tests.runs import (
@@ -112,8 +112,8 @@ def test_the_exported_model_has_the_trainers_heldout_loss(shards: Path, referenc
     assert model.config.num_hidden_layers == 4
     config = small_recipe(reference.parent, shards, "engine.deepspeed=zero0")
     total, targets = 0.0, 0
-    job = Job.check(config)
-    for rank_step in job.heldout_steps(0, 1, job.phases.at(0)):
+    plan = open_plan(config)
+    for rank_step in plan.heldout_steps(0, 1, plan.phases.at(0)):
         for micro_batch in rank_step.micro_batches:
             batch = micro_batch.to("cpu")
             lengths_E = batch.sequences.starts_E1.diff()
@@ -214,17 +214,17 @@ def test_other_shards_do_not_continue_a_run(shards: Path, tmp_path: Path) -> Non
 
 def _with_a_bad_loss(world: World, config: RunConfig, run_dir: Path) -> tuple[str, str, bool]:
     """At step 5 the last rank's loss is NaN; are the weights those from before the step?"""
-    original = loop.pretraining_loss
+    original = step.pretraining_loss
     before: dict[str, torch.Tensor] = {}
     untouched: list[bool] = []
-    train_step = loop._Run.train_step
+    take = loop.training_step
 
-    def step(run: Any, rank_step: Any) -> Any:
-        module = run.stages.engine.module
-        if run.state.step == 5:
+    def watched(engine: Any, *arguments: Any, **options: Any) -> Any:
+        module = engine.module
+        if world.pulse.step == 5:
             before.update({n: p.clone() for n, p in module.named_parameters()})
         try:
-            return train_step(run, rank_step)
+            return take(engine, *arguments, **options)
         except NonFiniteError:
             now = dict(module.named_parameters())
             untouched.append(all(torch.equal(now[name], value) for name, value in before.items()))
@@ -235,8 +235,8 @@ def _with_a_bad_loss(world: World, config: RunConfig, run_dir: Path) -> tuple[st
         bad = bool(before) and world.rank == world.size - 1
         return sums._replace(mlm_sum=sums.mlm_sum * float("nan")) if bad else sums
 
-    loop._Run.train_step = step  # type: ignore[method-assign]
-    loop.pretraining_loss = loss
+    loop.training_step = watched
+    step.pretraining_loss = loss
     kind, message = _error_of(world, config, run_dir, False)
     return kind, message, untouched == [True]
 

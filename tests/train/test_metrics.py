@@ -4,7 +4,9 @@ import math
 
 import pytest
 
-from stacking_ds.train.metrics import Interval, StepResult, TrainState, metrics_line
+from stacking_ds.schedule.phases import PhaseSchedule
+from stacking_ds.train.metrics import Interval, TrainState, metrics_line
+from stacking_ds.train.step import StepResult
 
 
 def _result(mlm_loss: float, tokens: int, grad_norm: float = 1.0) -> StepResult:
@@ -32,12 +34,10 @@ def test_a_line_is_the_mean_of_its_steps() -> None:
     line = metrics_line(
         state,
         interval,
+        PhaseSchedule.from_shapes([(0, 8, 4, 4), (1, 16, 10, 4)]).phases[1],
         num_hidden_layers=2,
-        phase=1,
-        sequence_length=16,
         flops_per_token=1e6,
         peak_flops_per_second=1e9,
-        slots_per_step=160,
         remaining_work=12 * 160,
         extra={"eval/mlm_loss": 5.0},
     )

@@ -7,7 +7,7 @@ import torch
 
 from stacking_ds.config.run import RunConfig
 from stacking_ds.errors import ConfigError, StageError
-from stacking_ds.train.plan import Job
+from stacking_ds.train.plan import open_plan
 from tests.prose import tiny_shards
 from tests.ranks import RankError, run_ranks
 from tests.runs import losses, metrics, parameters, small_recipe, train_small, train_until
@@ -155,7 +155,7 @@ def test_impossible_phases_are_refused_before_anything_starts(shards: Path, tmp_
             small_recipe(tmp_path, shards, f"phases={phases}")
     late = small_recipe(tmp_path, shards, "phases=[{from_step: 10, micro_batch_size: 2}]")
     with pytest.raises(StageError, match=r"from_step=10 is not before the end of the run at step"):
-        Job.check(late)
+        open_plan(late)
     large = small_recipe(tmp_path, shards, "phases=[{from_step: 5, global_batch_size: 100000}]")
     with pytest.raises(RankError, match="fewer than one global batch of 100000"):
         run_ranks(train_small, 1, large, tmp_path / "run")

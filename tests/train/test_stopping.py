@@ -24,14 +24,15 @@ from stacking_ds.run import directory
 from stacking_ds.train import loop, stage_engine
 from stacking_ds.train.heldout import HeldOutPasses
 from stacking_ds.train.loop import train
-from stacking_ds.train.plan import Job
-from stacking_ds.train.stage_engine import StageManager
+from stacking_ds.train.plan import open_plan
+from stacking_ds.train.stage_engine import StageEngine
+from stacking_ds.train.step import StepResult
 from tests.prose import tiny_shards
 from tests.ranks import run_ranks
-from tests.runs import losses, metrics, small_recipe, train_small
+from tests.runs import around_steps, losses, metrics, small_recipe, train_small
 
 RANKS = 2
-_OWNERS = {"metrics": HeldOutPasses, "grow": StageManager, "start": StageManager}
+_OWNERS = {"metrics": HeldOutPasses, "grow": StageEngine, "start": StageEngine}
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,7 @@ def _asked_before(world: World, config: RunConfig, run_dir: Path) -> int:
     with StopRequest() as request:
         if world.is_first:
             os.kill(os.getpid(), signal.SIGUSR1)
-        return train(Job.check(config), world, run_dir, request=request).step
+        return train(open_plan(config, world.size), world, run_dir, request=request).step
 
 
 def test_a_stop_that_was_asked_for_before_the_run_began_holds(shards: Path, tmp_path: Path) -> None:
@@ -145,7 +146,7 @@ def _cannot_be_built(world: World, config: RunConfig, run_dir: Path, error: Exce
     def begin(*arguments: Any) -> None:
         raise error
 
-    StageManager.begin = begin  # type: ignore[method-assign]
+    StageEngine.begin = begin  # type: ignore[method-assign]
     with pytest.raises(type(error)):
         train_small(world, config, run_dir, resume=True)
     return "raised"
@@ -181,17 +182,17 @@ def _slow_saves(
     world: World, config: RunConfig, run_dir: Path, step: float, save: float, grace: float
 ) -> int:
     stage_engine._STOP_SECONDS = grace
-    take_step, write = loop._Run.train_step, checkpoint_save.save_file
+    write = checkpoint_save.save_file
 
-    def slow_step(run: Any, rank_step: Any) -> Any:
+    def slow_step(completed: int, take: Callable[[], StepResult]) -> StepResult:
         time.sleep(step)
-        return take_step(run, rank_step)
+        return take()
 
     def slow_write(tensors: Any, path: Path) -> None:
         time.sleep(save)
         write(tensors, path)
 
-    loop._Run.train_step = slow_step  # type: ignore[method-assign]
+    around_steps(slow_step)
     checkpoint_save.save_file = slow_write
     return train_small(world, config, run_dir)
 
@@ -216,14 +217,12 @@ def test_saves_that_a_launcher_would_cut_off_are_warned_of_once(
 
 
 def _fails(world: World, config: RunConfig, run_dir: Path, error: Exception) -> str:
-    original = loop._Run.train_step
-
-    def step(run: Any, rank_step: Any) -> Any:
-        if run.state.step == 5:
+    def step(completed: int, take: Callable[[], StepResult]) -> StepResult:
+        if completed == 5:
             raise error
-        return original(run, rank_step)
+        return take()
 
-    loop._Run.train_step = step  # type: ignore[method-assign]
+    around_steps(step)
     with pytest.raises(type(error)):
         train_small(world, config, run_dir)
     return "raised"

@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-from stacking_ds.console import shortened
+from stacking_ds.console import is_utf8, readable_name, shortened
 from stacking_ds.data.prepare.first_look import text_paths
 from stacking_ds.data.prepare.work_plan import Corpus, say_what_is_left_out
 from stacking_ds.data.shard_manifest import DocumentRule
 from stacking_ds.errors import DataError
-from stacking_ds.process.utf8 import is_utf8, readable_name
 
 # several times the largest that anybody trains; the library aborts when it makes room for more
 _LARGEST_VOCABULARY = 2**20

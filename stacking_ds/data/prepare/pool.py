@@ -25,6 +25,7 @@ from stacking_ds.data.prepare.folder import UnfinishedFolder
 from stacking_ds.data.prepare.session import Job, Session
 from stacking_ds.data.shard_writer import remove_unfinished
 from stacking_ds.errors import DataError, UserError
+from stacking_ds.process.exit import end_now
 
 # ---- Several processes that do units, and what becomes of them.
 
@@ -172,7 +173,7 @@ def main() -> None:
 def _listen(lines: "queue.Queue[str]") -> None:
     for line in sys.stdin:
         lines.put(line)
-    os._exit(0)
+    end_now(0)
 
 
 def _do(session: Session, number: int, answers: TextIO) -> None:

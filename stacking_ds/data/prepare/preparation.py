@@ -28,10 +28,11 @@ from stacking_ds.data.shard_manifest import (
     DocumentRule,
     PrepareRequest,
 )
-from stacking_ds.data.shard_writer import sync_folder, write_file
+from stacking_ds.data.shard_writer import write_file
 from stacking_ds.data.sources.documents import MAX_DOCUMENT_BYTES, Reading
 from stacking_ds.data.tokenizer import vocabulary_sha256
 from stacking_ds.errors import DataError
+from stacking_ds.files import sync
 
 logger = logging.getLogger("stacking_ds")
 
@@ -297,7 +298,7 @@ class _Run:
             train=train,
             heldout=heldout,
         )
-        sync_folder(folder.path)
+        sync(folder.path)
         write_file(folder.path / MANIFEST_NAME, manifest.to_json().encode(), folder.temporary)
         folder.remove_notes()
         return manifest

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from stacking_ds.console import is_utf8, readable_name
 from stacking_ds.data.shard_manifest import SplitName
 from stacking_ds.data.sources import embedded
 from stacking_ds.data.sources.documents import (
@@ -44,7 +45,6 @@ from stacking_ds.data.sources.tables import (
 from stacking_ds.data.sources.text_files import TextFile, cut_text_file
 from stacking_ds.errors import DataError
 from stacking_ds.files import DamagedFileError
-from stacking_ds.process.utf8 import is_utf8, readable_name
 
 _LINE_SUFFIXES = (".txt", ".jsonl", ".ndjson")
 # in a folder these may as well be notes about the data

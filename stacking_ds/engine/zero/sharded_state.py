@@ -9,7 +9,8 @@ import torch
 from stacking_ds.engine.zero.compatibility import Masters, masters_of
 from stacking_ds.engine.zero.flat_buffers import flat_tensors, pieces
 from stacking_ds.engine.zero.start import ValueOf
-from stacking_ds.sharding.fragments import MASTER, MOMENTS, Fragment
+from stacking_ds.optim.optimizers import state_names
+from stacking_ds.sharding.fragments import MASTER, Fragment
 
 # ---- The factor fp16 multiplies the loss by, so that small gradients do not vanish.
 
@@ -54,13 +55,13 @@ def fragments(engine: Any) -> list[Fragment]:
     Moments are among the views once they exist (after the first step or `seed_moments`). No
     communication.
     """
-    state = engine.basic_optimizer.state
+    state, names = engine.basic_optimizer.state, state_names(engine.basic_optimizer)
     replicated = masters_of(engine) in _REPLICATED
     found = []
     for piece in pieces(engine):
-        moments = state.get(piece.flat, {})
+        own = state.get(piece.flat, {})
         views = {MASTER: piece.view(piece.flat)}
-        views.update({key: piece.view(moments[key]) for key in MOMENTS if key in moments})
+        views.update({key: piece.view(own[key]) for key in names if key in own})
         found.append(
             Fragment(piece.name, piece.shape, piece.start, piece.stop, views, piece.cut, replicated)
         )
@@ -87,7 +88,7 @@ def seed_moments(engine: Any, step: int) -> None:
         count = torch.tensor(float(step), device=flat.device if on_device else "cpu")
         optimizer.state[flat] = {
             "step": count,
-            **{key: torch.zeros_like(flat) for key in MOMENTS},
+            **{key: torch.zeros_like(flat) for key in state_names(optimizer)},
         }
     _relink(engine)
 

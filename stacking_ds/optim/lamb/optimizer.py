@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import statistics
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -27,7 +28,7 @@ from stacking_ds.optim.groups import place_of
 from stacking_ds.optim.lamb.apex import ApexLamb
 from stacking_ds.optim.lamb.blocked import BlockedLamb
 from stacking_ds.optim.lamb.contract import Hyper, Item, LambKernel, ReferenceLamb, trust_ratio
-from stacking_ds.sharding.fragments import Shard, Span
+from stacking_ds.sharding.fragments import MOMENTS, Shard, Span
 
 # ---- Which form of the LAMB step runs: the one asked for, or the fastest that can.
 
@@ -152,6 +153,8 @@ class Lamb(torch.optim.Optimizer):
         ConfigError: a value out of range.
     """
 
+    state_names = MOMENTS
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -185,23 +188,24 @@ class Lamb(torch.optim.Optimizer):
         shards: Sequence[Shard],
         add_over_ranks: Callable[[torch.Tensor], None] | None,
         gradient_norm: Callable[[], torch.Tensor] | None,
+        is_same_on_all_ranks: Callable[[float], bool] | None = None,
     ) -> None:
-        """Step on `shards` from now on, which every rank lists with the same spans in order.
-
-        Args:
-            shards: what the engine put in place of the parameters, whole. A span is empty where
-                this rank holds nothing of a parameter.
-            add_over_ranks: sums a tensor over the ranks, in place; None where every rank holds
-                whole parameters.
-            gradient_norm: the global 2-norm of the gradients that `step` is about to get; None
-                where one call of `step` gets all of them, which are then enough to know it.
+        """As `optimizers.ShardedOptimizer` says.
 
         Raises:
-            ConfigError: the kernel asked for cannot run on these shards.
+            ConfigError: the kernel asked for cannot run on these shards, or other ranks have
+                chosen another one.
         """
         require_whole_tensors(self.options.kernel, sharded=add_over_ranks is not None)
         self._know(shards, add_over_ranks, gradient_norm)
         self._kernel = choose_kernel(self.options.kernel, shards[0].flat.device)
+        number = zlib.crc32(self.kernel.encode())
+        if is_same_on_all_ranks is not None and not is_same_on_all_ranks(number):
+            raise ConfigError(
+                f"the ranks would take LAMB's step by different kernels (this one by "
+                f"{self.kernel}) and drift apart: install the same torch and Triton on all "
+                f"nodes, or name one that all have as optimizer.lamb.kernel"
+            )
 
     def _know(
         self,
@@ -226,7 +230,7 @@ class Lamb(torch.optim.Optimizer):
         return type(self._kernel).__name__ if self._kernel is not None else ""
 
     def unbind(self) -> None:
-        """Let go of every tensor, so that a released engine's memory comes back."""
+        """Let go of every tensor."""
         self._shards, self._waiting = {}, []
         self._last = self._kernel = None
         self._add_over_ranks = self._gradient_norm = None
@@ -326,6 +330,13 @@ class Lamb(torch.optim.Optimizer):
         return torch.where(norm > 0, 1 / norm, torch.ones_like(norm))
 
     # ------------------------------------------------------------------ what is told of it
+
+    def metrics(self) -> tuple[dict[str, float], dict[str, list[float]]]:
+        """Of the last step: norms and trust ratios, and all of these as a histogram."""
+        found = self.statistics()
+        if found is None:
+            return {}, {}
+        return lamb_metrics(found), {TRUST_RATIOS: adapted_ratios(found)}
 
     def statistics(self) -> LambStatistics | None:
         """Norms and ratios of the last completed step; None before the first."""

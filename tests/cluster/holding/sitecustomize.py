@@ -41,18 +41,21 @@ def _before(owner: Any, name: str, hold: Any) -> None:
     original = getattr(owner, name)
 
     def held(self: Any, *arguments: Any, **options: Any) -> Any:
-        hold(self, *arguments)
+        hold(self, *arguments, **options)
         return original(self, *arguments, **options)
 
     setattr(owner, name, held)
 
 
 def _patch_trainer(module: ModuleType) -> None:
-    _before(module._Run, "train_step", lambda run, *_: _hold("step", run.state.step + 1))
+    def hold(*_: Any, world: Any, **__: Any) -> None:
+        _hold("step", world.pulse.step + 1)
+
+    _before(module, "training_step", hold)
 
 
 def _patch_stages(module: ModuleType) -> None:
-    _before(module.StageManager, "grow", lambda _, old, new: _hold("boundary", new.start_step))
+    _before(module.StageEngine, "grow", lambda _, old, new: _hold("boundary", new.start_step))
 
 
 def _patch_saves(module: ModuleType) -> None:
