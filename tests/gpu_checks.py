@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from stacking_ds.checkpoint import folders, load, manifest, save
+from stacking_ds.checkpoint import folders, load, manifest
 from stacking_ds.distributed.world import World
 from stacking_ds.engine.build import advance, release_engine
 from stacking_ds.engine.zero import sharded_state
@@ -26,10 +26,11 @@ from stacking_ds.train.from_checkpoint import load_model
 from stacking_ds.train.heldout import evaluate_heldout
 from stacking_ds.train.plan import open_plan
 from tests.bert_samples import Batch, telling_model
+from tests.checkpoints import save_now
 from tests.lamb_following import follow_unsharded
 from tests.runs import losses, metrics, small_recipe, train_small
 from tests.sharded import start_engine, whole_state
-from tests.tiny import tiny_batch, tiny_loss, tiny_model, tiny_optimizer
+from tests.tiny import tiny_batch, tiny_inputs, tiny_loss, tiny_model, tiny_optimizer
 
 __all__ = [
     "RELATIVE_ERROR",
@@ -72,7 +73,7 @@ def _train(world: World, engine: Any, steps: range) -> list[float]:
 def _logits(world: World, model: Any) -> torch.Tensor:
     batch = _batch(world, 7)
     with torch.no_grad():
-        mlm_logits, _ = model(batch["input_ids"], batch["token_type_ids"], batch["attention_mask"])
+        mlm_logits, _ = model(*tiny_inputs(batch))
     return mlm_logits.float()
 
 
@@ -246,11 +247,11 @@ def check_padding(world: World, precision: str) -> None:
     batch = Batch(config, (128, 77, 3, 2))
     model = telling_model(config).eval()
     with torch.no_grad():
-        expected = model(*batch.inputs)[0][batch.mask_BS]
+        expected = model(*batch.inputs())[0]
         model.to(world.device, DTYPES[precision])
-        ids_BS, types_BS, mask_BS = (tensor.to(world.device) for tensor in batch.inputs)
-        found = model(ids_BS, types_BS, mask_BS)[0][mask_BS]
-        other = model(ids_BS.where(mask_BS, 5), types_BS, mask_BS)[0][mask_BS]
+        found = model(*batch.inputs(world.device))[0]
+        batch.ids_BS = batch.ids_BS.where(batch.mask_BS, 5)
+        other = model(*batch.inputs(world.device))[0]
     assert relative_error(found.float(), expected) < RELATIVE_ERROR[precision]
     assert torch.equal(found, other)
 
@@ -263,7 +264,7 @@ def check_checkpoint(world: World, folder: Path, zero_stage: int, precision: str
     engine = _engine(world, zero_stage, precision, 2)
     _train(world, engine, range(2))
     saved = whole_state(world, engine)
-    found = save.save(
+    found = save_now(
         folder,
         sharded_state.fragments(engine),
         world,
