@@ -14,8 +14,6 @@ from typing import Any
 
 from stacking_ds.console import shortened
 
-# ---- What each setting of a DeepSpeed JSON may be: its type and its bounds.
-
 
 @dataclass(frozen=True)
 class Rule:
