@@ -1,4 +1,4 @@
-"""A trained model as a folder that Hugging Face's `transformers` loads."""
+"""Exports a trained model as a folder that Hugging Face's `transformers` loads."""
 
 import json
 import os
@@ -157,18 +157,8 @@ def _model_json(config: BertConfig, tokenizer: dict[str, Any]) -> dict[str, Any]
     return {
         "architectures": ["BertForPreTraining"],
         "model_type": "bert",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "intermediate_size": config.intermediate_size,
+        **config.for_hugging_face(),
         "hidden_act": "gelu",
-        "hidden_dropout_prob": config.hidden_dropout_prob,
-        "attention_probs_dropout_prob": config.attention_probs_dropout_prob,
-        "max_position_embeddings": config.max_position_embeddings,
-        "type_vocab_size": config.type_vocab_size,
-        "initializer_range": config.initializer_range,
-        "layer_norm_eps": config.layer_norm_eps,
         "pad_token_id": tokenizer["model"]["vocab"]["[PAD]"],
         "tie_word_embeddings": True,
     }

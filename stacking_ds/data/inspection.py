@@ -1,11 +1,13 @@
-"""What a prepared folder holds: its documents, duplicates and sentences, and do its splits overlap.
+"""Numbers of a prepared folder: its documents, duplicates and sentences, whether its
+splits overlap, the rows it makes, how often a recipe reads it, and examples as text.
 
-Everything is read in pieces from the mapped files, so that memory does not grow with the text. The
-results are plain records: `inspect_commands` prints them for people or as JSON.
+Everything is read in pieces from the mapped files, so that memory does not grow with the text.
+`inspect_report` prints these records for people, `--json` for programs.
 
-Shapes: D documents, S sentences, T tokens.
+Shapes: D documents, S sentences, T tokens, R rows.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -46,9 +48,6 @@ class LengthBin:
     count: int
 
 
-# -------------------------------------------------------------------------- folder
-
-
 @dataclass(frozen=True)
 class FolderFacts:
     """What the manifest says of the folder as a whole. `size_bytes` counts shards, lists of
@@ -71,12 +70,7 @@ class FolderFacts:
 def folder_facts(shards: TokenShards, every_byte_verified: bool) -> FolderFacts:
     """The facts of an opened folder."""
     manifest = shards.manifest
-    splits = (manifest.train, manifest.heldout)
-    files = [*manifest.vocabulary_files]
-    size_bytes = sum(file.size_bytes for file in files)
-    for split in splits:
-        size_bytes += split.duplicates.size_bytes + sum(file.size_bytes for file in split.shards)
-    tokens = sum(file.tokens for split in splits for file in split.shards)
+    tokens = sum(file.tokens for file in (*manifest.train.shards, *manifest.heldout.shards))
     return FolderFacts(
         folder=str(shards.folder),
         every_byte_verified=every_byte_verified,
@@ -84,15 +78,12 @@ def folder_facts(shards: TokenShards, every_byte_verified: bool) -> FolderFacts:
         vocabulary_sha256=manifest.vocabulary_sha256,
         normalization=manifest.request.normalization,
         licence=manifest.licence,
-        size_bytes=size_bytes,
+        size_bytes=sum(file.size_bytes for file in shards.files),
         text_bytes=manifest.text_bytes,
         bytes_per_token=manifest.text_bytes / max(tokens, 1),
         sources=manifest.sources,
         rejected=manifest.rejected,
     )
-
-
-# ---------------------------------------------------------------------- documents
 
 
 @dataclass(frozen=True)
@@ -360,14 +351,9 @@ def readings(config: RunConfig, rows_by_length: Mapping[int, RowFacts]) -> Readi
                 slots=rows * phase.sequence_length,
             )
         )
-    return Readings(
-        phases=tuple(phases),
-        steps=steps,
-        rows=sum(phase.rows for phase in phases),
-        epochs=sum(phase.epochs for phase in phases),
-        tokens=sum(phase.tokens for phase in phases),
-        slots=sum(phase.slots for phase in phases),
-    )
+    names = ("rows", "epochs", "tokens", "slots")
+    sums = {name: sum(getattr(phase, name) for phase in phases) for name in names}
+    return Readings(phases=tuple(phases), steps=steps, **sums)
 
 
 # ---- Training examples as text, with what is masked in view.
@@ -401,25 +387,24 @@ def shown_examples(data: PretrainingData, count: int) -> list[ShownExample]:
     rows = min(count, data.num_rows)
     if rows < 1:
         return []
-    (batch,) = data.step(0, rows, micro_batch_size=rows).micro_batches
     vocabulary = data.shards.vocabulary
-    return _shown(batch, vocabulary, build_tokenizer(vocabulary).decoder)[:count]
+    decoder = build_tokenizer(vocabulary).decoder
+    row_by_row = data.step(0, rows, micro_batch_size=1).micro_batches
+    shown: list[ShownExample] = []
+    for row, batch in enumerate(row_by_row):
+        shown += _shown(row, batch, vocabulary, decoder)
+    return shown[:count]
 
 
 def _shown(
-    batch: Batch, vocabulary: Sequence[str], decoder: decoders.Decoder
+    row: int, batch: Batch, vocabulary: Sequence[str], decoder: decoders.Decoder
 ) -> list[ShownExample]:
-    length = batch.input_ids_BS.shape[1]
+    """The examples of one row."""
     labels = dict(zip(batch.mlm_positions_M.tolist(), batch.mlm_labels_M.tolist(), strict=True))
-    ids, types = batch.input_ids_BS.flatten().tolist(), batch.token_type_ids_BS.flatten().tolist()
-    shown = []
-    for start, label in zip(
-        batch.first_positions_E.tolist(), batch.next_sentence_label_E.tolist(), strict=True
-    ):
-        row = start // length
-        owner_S = batch.attention_mask_BS[row]
-        number = int(owner_S[start % length])
-        stop = start + int((owner_S == number).sum())
+    ids, types = batch.input_ids_T.tolist(), batch.token_type_ids_T.tolist()
+    bounds = itertools.pairwise(batch.sequences.starts_E1.tolist())
+    shown: list[ShownExample] = []
+    for (start, stop), label in zip(bounds, batch.next_sentence_label_E.tolist(), strict=True):
         has_second = types[stop - 1] == 1
         middle = types.index(1, start) if has_second else stop
         # [CLS] A [SEP] is [start, middle), B [SEP] is [middle, stop)
@@ -428,9 +413,9 @@ def _shown(
         shown.append(
             ShownExample(
                 row=row,
-                example=number,
-                examples_in_row=int(owner_S.max()),
-                row_fill=float((owner_S > 0).double().mean()),
+                example=len(shown) + 1,
+                examples_in_row=len(batch.next_sentence_label_E),
+                row_fill=len(ids) / batch.sequences.slots,
                 first=decoder.decode(first),
                 second=decoder.decode(second) if has_second else None,
                 follows=None if label == IGNORE_INDEX else label == 0,
