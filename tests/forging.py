@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from stacking_ds.checkpoint.manifest import checksum
 from stacking_ds.data.rows import RECORD_NAME
-from stacking_ds.data.shard_manifest import MANIFEST_NAME
+from stacking_ds.data.shard_files import MANIFEST_NAME
 
 __all__ = ["ODD_VALUES", "Change", "forge_arrow", "forge_header", "forge_manifest", "places", "put"]
 

@@ -5,8 +5,7 @@ import json
 import numpy as np
 
 from stacking_ds.cli import main
-from stacking_ds.data.shard_manifest import MANIFEST_NAME, file_sha256, read_manifest
-from stacking_ds.data.shard_writer import ShardWriter
+from stacking_ds.data.shard_files import MANIFEST_NAME, ShardWriter, file_sha256, read_manifest
 from stacking_ds.data.tokenizer import vocabulary_sha256
 from tests.runs import small_recipe
 from tests.token_shards import make_shards

@@ -6,12 +6,15 @@ which sentence follows which.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from stacking_ds.data.prepare.preparation import prepare
+from stacking_ds.data.prepare import preparation
+from stacking_ds.data.prepare.folder import PrepareOptions
+from stacking_ds.data.prepare.preparation import Prepared
 
-__all__ = ["documents", "tiny_shards", "write_text"]
+__all__ = ["documents", "prepare", "tiny_shards", "write_text"]
 
 _PEOPLE = {
     "she": "anna clara edith freda greta hilda irene julia laura maria nora olive",
@@ -75,6 +78,20 @@ def write_text(path: Path, count: int, *, seed: int = 0) -> Path:
     texts = (text.replace("\n", " ") for text in documents(count, seed=seed))
     path.write_text("".join(f"{text}\n\n" for text in texts), "utf-8")
     return path
+
+
+def prepare(
+    sources: str | Sequence[str],
+    out_dir: Path,
+    *,
+    progress: Any = lambda _: None,
+    say: Any = preparation.logger.info,
+    **options: Any,
+) -> Prepared:
+    """`prepare` with these options in words."""
+    names = (sources,) if isinstance(sources, str) else tuple(sources)
+    asked = PrepareOptions(names, out_dir, **options)
+    return preparation.prepare(asked, progress=progress, say=say)
 
 
 def tiny_shards(tmp_path: Path, *, vocab_size: int = 512, documents: int = 200) -> Path:

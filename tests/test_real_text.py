@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from stacking_ds.config.recipe import load_run_config
-from stacking_ds.data.prepare.preparation import prepare
+from tests.prose import prepare
 from tests.ranks import run_ranks
 from tests.runs import losses, metrics, train_small
 

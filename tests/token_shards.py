@@ -7,16 +7,17 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from stacking_ds.data.shard_manifest import (
+from stacking_ds.data.shard_files import (
     MANIFEST_NAME,
     DataManifest,
     DuplicatesFile,
     PrepareRequest,
+    ShardWriter,
     SplitManifest,
     VocabularyFile,
     file_sha256,
+    write_arrow,
 )
-from stacking_ds.data.shard_writer import ShardWriter, write_arrow
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.data.tokenizer import SPECIAL_TOKENS, vocabulary_sha256
 

@@ -67,13 +67,15 @@ def _measure(
     options: argparse.Namespace, parts: tuple[str, ...], folder: Path
 ) -> Mapping[str, dict[str, Any]]:
     from stacking_ds.bench import data
+    from stacking_ds.data.prepare.folder import PrepareOptions
     from stacking_ds.data.prepare.preparation import prepare
     from stacking_ds.data.shards import TokenShards
 
     workers, rounds = options.workers, options.rounds
     corpus = data.Corpus.write(options.sources, folder / "text")
     first = folder / "first"
-    prepare(corpus.files("whole"), first, vocabulary=options.vocab, vocab_size=_VOCAB_SIZE)
+    sources = corpus.files("whole")
+    prepare(PrepareOptions(sources, first, vocabulary=options.vocab, vocab_size=_VOCAB_SIZE))
     vocabulary, shards = first / "vocab.txt", TokenShards.open(first)
     measures = {
         "prepare": lambda: data.measure_prepare(corpus, vocabulary, workers, rounds, folder),

@@ -1,22 +1,16 @@
-"""Where layouts lie, and how they are made: beside the shards, or in the user's cache where these
-cannot be written. Whoever needs one that is not there makes it, once for all processes of a node.
+"""Layouts on disk, made once for all processes of a node: beside the shards, or in the user's cache
+where these cannot be written.
+
+Shapes: E examples.
 """
 
-import atexit
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
-import signal
-import traceback
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from functools import partial
-from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 import filelock
@@ -27,6 +21,7 @@ from pydantic import ValidationError
 
 from stacking_ds.data.counter_random import derive_key
 from stacking_ds.data.examples import Examples, cut_documents, cut_pairs, read_passages
+from stacking_ds.data.pool import WorkerDiedError, do_in_workers
 from stacking_ds.data.rows import (
     LAYOUT_VERSION,
     RECORD_NAME,
@@ -35,15 +30,10 @@ from stacking_ds.data.rows import (
     LayoutSpec,
     PartRecord,
 )
-from stacking_ds.data.shard_writer import write_arrow, write_file
+from stacking_ds.data.shard_files import write_arrow, write_file
 from stacking_ds.data.shards import TokenSplit
 from stacking_ds.errors import DataError
 from stacking_ds.files import DamagedFileError, read_bytes
-from stacking_ds.process.exit import end_with_parent
-from stacking_ds.process.stop_signals import STOP_SIGNALS
-
-# ---- Which examples share a row, so that hardly a slot stays empty.
-
 
 Integers = NDArray[np.int64]
 
@@ -82,8 +72,6 @@ def pack(slots_E: Integers, sequence_length: int) -> tuple[Integers, Integers]:
 _TOKENS_PER_PART = 2**24
 _KEY = 20190524
 _Group = tuple[int, range]
-_Parts = dict[int, PartRecord]
-_Write = Callable[[_Group], PartRecord]
 _REMEDY = {
     "train": "prepare more text (in .txt files a blank line ends a document)",
     "heldout": "prepare the data again with a higher --heldout-fraction, or with more documents in "
@@ -216,84 +204,16 @@ def _publish(building: Path, folder: Path, record: LayoutRecord) -> Layout:
 def _write_parts(
     folder: Path, split: TokenSplit, spec: LayoutSpec, workers: int
 ) -> list[PartRecord]:
-    write = partial(_write_part, folder, split, spec)
     groups = list(enumerate(_groups(split)))
     if workers == 1 or len(groups) == 1:
-        return [write(group) for group in groups]
-    parts = _write_in_processes(write, groups, min(workers, len(groups)))
-    return [parts[number] for number, _ in groups]
-
-
-def _write_in_processes(write: _Write, groups: Sequence[_Group], workers: int) -> _Parts:
-    """Each process writes every `workers`-th part; not a pool, which cannot end processes that
-    hear no SIGTERM, and waits for them where the program is interrupted."""
-    context = multiprocessing.get_context("spawn")
-    processes: dict[Connection, SpawnProcess] = {}
-
-    def end() -> None:
-        for process in processes.values():
-            process.kill()
-
-    atexit.register(end)  # this may be a thread which the interpreter's end does not interrupt
+        return [_write_part(folder, split, spec, group) for group in groups]
     try:
-        with _stop_signals_blocked():
-            for first in range(workers):
-                answer, theirs = context.Pipe(duplex=False)
-                process = context.Process(
-                    target=_work, args=(theirs, write, groups[first::workers]), daemon=True
-                )
-                process.start()
-                processes[answer] = process
-                theirs.close()  # so that the process's death closes the pipe
-        return _collect(processes)
-    finally:
-        end()
-        atexit.unregister(end)
-        for answer, process in processes.items():
-            process.join()
-            answer.close()
-
-
-def _collect(answers: Iterable[Connection]) -> _Parts:
-    parts: _Parts = {}
-    waiting = list(answers)
-    while waiting:
-        for answer in wait(waiting):
-            assert isinstance(answer, Connection)
-            waiting.remove(answer)
-            try:
-                found: _Parts | Exception = answer.recv()
-            except EOFError:
-                raise DataError(
-                    "a process that lays out rows was killed, as when memory runs out; run "
-                    "`stacking-ds data layout` with fewer --workers"
-                ) from None
-            if isinstance(found, Exception):
-                raise found
-            parts.update(found)
-    return parts
-
-
-def _work(answer: Connection, write: _Write, groups: Sequence[_Group]) -> None:
-    end_with_parent()
-    try:
-        answer.send({group[0]: write(group) for group in groups})
-    except Exception as error:  # noqa: BLE001 - raised in the parent
-        error.add_note(traceback.format_exc())
-        answer.send(error)
-
-
-@contextmanager
-def _stop_signals_blocked() -> Iterator[None]:
-    """What is started meanwhile never hears of them: SLURM and Ctrl-C signal every process, and
-    what a stop means is for the parent to say. A handler would come too late, after the imports."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        resource_tracker.ensure_running()  # which unblocks some when it has to start
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return do_in_workers(partial(partial, _write_part, folder, split, spec), groups, workers)
+    except WorkerDiedError as died:
+        raise DataError(
+            f"a process that lays out rows {died.how}; run `stacking-ds data layout` with fewer "
+            "--workers"
+        ) from died
 
 
 def _groups(split: TokenSplit) -> list[range]:
@@ -311,7 +231,9 @@ def _groups(split: TokenSplit) -> list[range]:
     return groups
 
 
-def _write_part(folder: Path, split: TokenSplit, spec: LayoutSpec, group: _Group) -> PartRecord:
+def _write_part(
+    folder: Path, split: TokenSplit, spec: LayoutSpec, group: _Group, report: object = None
+) -> PartRecord:
     number, shards = group
     examples = _examples(split, spec, number, shards)
     offsets = np.arange(len(examples) + 1)

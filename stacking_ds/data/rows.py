@@ -1,6 +1,6 @@
 """The rows of a split: which examples stand in each, fixed once and memory-mapped.
 
-A layout is a pure function of the shards and a `LayoutSpec`; `layout_store` makes and finds it.
+A layout is a pure function of the shards and a `LayoutSpec`; `row_store` makes and finds it.
 
     SHARDS/layouts/pairs-512-packed-0-train-…/{layout.json, part-00000.arrow, ...}
 
@@ -23,7 +23,7 @@ from pydantic import Field
 
 from stacking_ds.config.sections import DataSection, ExampleKind
 from stacking_ds.data.examples import Examples, concatenate
-from stacking_ds.data.shard_manifest import (
+from stacking_ds.data.shard_files import (
     Count,
     FileName,
     Positive,

@@ -1,4 +1,4 @@
-"""Read a DeepSpeed JSON."""
+"""Read a DeepSpeed JSON, fill in its `"auto"`, and refuse what contradicts the recipe."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -56,9 +56,6 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key in found if keys.count(key) > 1)
         raise _TwiceError(f"{shortened(twice)} is written twice; keep one")
     return found
-
-
-# ---- Fill a DeepSpeed JSON's `"auto"`, and refuse what contradicts the recipe.
 
 
 @dataclass(frozen=True)

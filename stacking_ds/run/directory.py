@@ -283,7 +283,7 @@ def require_shards(run_dir: Path, config: RunConfig, option: str) -> None:
     """Raises:
     DataError: the token shards are not where the run's recipe says; `option` says where.
     """
-    from stacking_ds.data.shard_manifest import MANIFEST_NAME  # brings numpy along
+    from stacking_ds.data.shard_files import MANIFEST_NAME  # brings numpy along
 
     # what is there and cannot be read, or is no file, is for who reads it to say
     if not os.path.lexists(Path(config.data.path) / MANIFEST_NAME):
@@ -367,7 +367,7 @@ def choose_tokenizer(
         DataError: it is missing, damaged or cannot be read.
         CheckpointError: it is another vocabulary's.
     """
-    from stacking_ds.data import shard_manifest  # brings numpy along
+    from stacking_ds.data import shard_files  # brings numpy along
 
     if data is None and (run_dir / _TOKENIZER).is_dir():
         folder, sums = run_dir / _TOKENIZER, dict(_kept_sums(run_dir / _TOKENIZER))
@@ -375,17 +375,17 @@ def choose_tokenizer(
     else:
         folder = data or Path(config.data.path)
         remedy = "give the prepared folder with --data"
-        if data is None and not os.path.lexists(folder / shard_manifest.MANIFEST_NAME):
+        if data is None and not os.path.lexists(folder / shard_files.MANIFEST_NAME):
             raise DataError(
                 f"{run_dir} keeps no tokenizer of its own, and its token shards are not in "
                 f"{folder}; {remedy}"
             )
-        manifest = shard_manifest.read_manifest(folder)
+        manifest = shard_files.read_manifest(folder)
         sums = {file.name: file.sha256 for file in manifest.vocabulary_files}
     for name, sha256 in sums.items():
         path = folder / name
         try:
-            found = shard_manifest.file_sha256(path)
+            found = shard_files.file_sha256(path)
         except (FileNotFoundError, DamagedFileError):
             found = "missing"
         except OSError as error:

@@ -9,15 +9,15 @@ import pytest
 
 from stacking_ds.cli import main
 from stacking_ds.data.prepare.first_look import look_at, odd_documents
-from stacking_ds.data.prepare.preparation import prepare
 from stacking_ds.data.prepare.work_plan import open_corpus
-from stacking_ds.data.shard_manifest import read_manifest
+from stacking_ds.data.shard_files import read_manifest
 from stacking_ds.data.sources import lines
 from stacking_ds.data.sources.documents import Reading
 from stacking_ds.data.sources.lines import start_of
 from stacking_ds.errors import DataError
 from stacking_ds.files import open_regular
 from tests import prose
+from tests.prose import prepare
 
 TEXTS = [" ".join(text.split()) for text in prose.documents(120, seed=3)]
 

@@ -15,7 +15,7 @@ from stacking_ds.config.sections import DataSection
 from stacking_ds.data.loader import PretrainingData
 from stacking_ds.data.row_store import find_layout, open_layout
 from stacking_ds.data.rows import LayoutSpec
-from stacking_ds.data.shard_manifest import MANIFEST_NAME
+from stacking_ds.data.shard_files import MANIFEST_NAME
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.errors import DataError
 from tests.forging import ODD_VALUES, Change, forge_arrow, places, put

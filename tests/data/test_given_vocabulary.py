@@ -19,7 +19,7 @@ from tokenizers import (
     trainers,
 )
 
-from stacking_ds.data.given_vocabulary import read_vocabulary
+from stacking_ds.data.prepare.vocabulary import read_vocabulary
 from stacking_ds.data.tokenizer import (
     SPECIAL_TOKENS,
     UNCASED,

@@ -203,7 +203,7 @@ def test_rows_of_another_length_have_other_masks(tmp_path):
 
 # ------------------------------------------------------------------ in many processes
 
-# Workers import this too; each waits with a part in hand until it may go on.
+# Workers import this too, for `write_when_told`: each waits with a part in hand until it may go on.
 _MAKER = """
 import os, signal, sys, threading, time
 from pathlib import Path
@@ -211,8 +211,7 @@ from stacking_ds.data import row_store
 from stacking_ds.data.rows import LayoutSpec
 from stacking_ds.data.shards import TokenShards
 
-folder, threaded, held = Path(sys.argv[1]), sys.argv[2] == "thread", sys.argv[3] == "held"
-write = row_store._write_part
+folder, write = Path(__file__).parent, row_store._write_part
 
 def write_when_told(*arguments):
     (folder / f"worker-{os.getpid()}").touch()
@@ -227,13 +226,13 @@ def make():
     made = row_store.open_layout(TokenShards.open(folder / "shards").split("train"), spec, 2)
     print(made.num_rows, len(made.record.parts))
 
-if __name__ == "__main__":
+def main(threaded, held):
     row_store._TOKENS_PER_PART, row_store._write_part = 400, write_when_told
-    if held:
+    if held == "held":
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
     (folder / "ready").touch()
-    if threaded:
+    if threaded == "thread":
         maker = threading.Thread(target=make, daemon=True)
         maker.start()
         while maker.is_alive():
@@ -265,12 +264,12 @@ class _Maker:
         make_shards(folder / "shards", DOCUMENTS * 10, documents_per_shard=3)
         (folder / "maker.py").write_text(_MAKER)
         self.process = subprocess.Popen(
-            [sys.executable, folder / "maker.py", folder, *words],
+            [sys.executable, "-c", "import maker, sys; maker.main(*sys.argv[1:])", *words],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+            env={**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{Path(__file__).parents[2]}"},
         )
 
     @property
@@ -345,7 +344,10 @@ def test_a_worker_that_is_killed_is_told_of_and_ends_the_others(tmp_path):
         os.kill(maker.workers[0], signal.SIGKILL)
         status, _, complained = maker.ended()
         assert status == 1
-        assert "a process that lays out rows was killed, as when memory runs out" in complained
+        assert (
+            "a process that lays out rows was killed by SIGKILL, as when memory runs out"
+            in complained
+        )
         _until(lambda: not any(map(_lives, maker.workers)))
         left = [path.name for path in (tmp_path / "shards" / "layouts").iterdir()]
         assert not any("tmp" in name for name in left)

@@ -10,15 +10,16 @@ import pytest
 
 from stacking_ds.cli import main
 from stacking_ds.data.prepare.finish import finish_splits
-from stacking_ds.data.prepare.learned_vocabulary import VocabularySample
-from stacking_ds.data.prepare.preparation import prepare
+from stacking_ds.data.prepare.folder import PrepareOptions
 from stacking_ds.data.prepare.unit import document_hash, words_of
+from stacking_ds.data.prepare.vocabulary import VocabularySample
 from stacking_ds.data.prepare.work_plan import make_plan, open_corpus
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.data.sources.documents import Reading, split_sentences
 from stacking_ds.data.tokenizer import UNCASED, build_tokenizer, train_wordpiece
 from stacking_ds.errors import DataError
 from tests import prose
+from tests.prose import prepare
 
 
 def content(folder):
@@ -368,9 +369,10 @@ def test_the_vocabulary_is_learned_from_the_start_of_every_unit_and_not_from_wha
     plan = make_plan(corpus, Reading(), 10_000)
     assert len(plan.units) > 5
 
-    def sample(characters, limit=2**62):
-        options = {"hash_limit": limit, "bad_documents": "refuse", "report": lambda *_: None}
-        return VocabularySample(corpus, plan, Reading(), characters=characters, **options)
+    options = PrepareOptions((source,), tmp_path / "out", heldout_fraction=0.25)
+
+    def sample(characters):
+        return VocabularySample(corpus, plan, options, lambda *_: None, characters)
 
     train = [text for text in texts if document_hash(words_of(text)) >= 2**62]
     assert 40 < len(train) < 75

@@ -12,14 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from stacking_ds.cli import main
-from stacking_ds.data import shard_writer
+from stacking_ds.data import shard_files
 from stacking_ds.data.prepare import finish
-from stacking_ds.data.prepare.preparation import prepare
 from stacking_ds.data.prepare.unit import Rejections
-from stacking_ds.data.shard_manifest import read_manifest
+from stacking_ds.data.shard_files import read_manifest
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.errors import DataError
 from tests import prose
+from tests.prose import prepare
 
 TEXTS = list(prose.documents(12, seed=4))
 GOOD = [json.dumps({"text": text}).encode() + b"\n" for text in TEXTS]
@@ -263,8 +263,8 @@ def test_no_space_left_is_said_in_one_sentence(command, tmp_path, capsys, monkey
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         write_file(path, content, temporary)
 
-    write_file = shard_writer.write_file
-    monkeypatch.setattr(shard_writer, "write_file", full)
+    write_file = shard_files.write_file
+    monkeypatch.setattr(shard_files, "write_file", full)
     assert main(command(tmp_path / "good.txt")) == 2
     assert (
         "out cannot be written: No space left on device; what is finished is kept (0 of 2 units): "
@@ -276,7 +276,7 @@ def test_interrupted_by_the_keyboard(command, tmp_path, capsys, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(shard_writer, "write_arrow", interrupt)
+    monkeypatch.setattr(shard_files, "write_arrow", interrupt)
     assert main(command(tmp_path / "good.txt")) == 130
     monkeypatch.undo()
     assert main(command(tmp_path / "good.txt")) == 0

@@ -7,11 +7,12 @@ import pytest
 
 from stacking_ds.cli import main
 from stacking_ds.commands import prepare as commands_prepare
-from stacking_ds.data.prepare.preparation import Progress, prepare
+from stacking_ds.data.prepare.preparation import PrepareProgress
 from stacking_ds.data.sources import text_files
 from stacking_ds.data.tokenizer import SPECIAL_TOKENS
 from stacking_ds.errors import DataError
 from tests import prose
+from tests.prose import prepare
 
 
 def test_a_zipped_document_is_measured_in_text(tmp_path):
@@ -97,12 +98,12 @@ def test_work_of_an_earlier_run_is_no_speed_of_this_one(tmp_path, monkeypatch, c
     monkeypatch.setattr(commands_prepare.time, "monotonic", lambda: next(clock))
     display = commands_prepare._Display()
     for source_bytes in (10_000_000, 60_000_000, 100_000_000):
-        display(Progress("shards", 5, source_bytes, 200_000_000, kept_bytes=60_000_000))
+        display(PrepareProgress("shards", 5, source_bytes, 200_000_000, kept_bytes=60_000_000))
     said = capsys.readouterr().err.splitlines()
     assert "at 0.0 MB/s" in said[0]
     assert "100.0 of 200.0 MB at 0." in said[-1]
     assert "50%" in said[-1]
-    display(Progress("vocabulary", 1, 9_000_000, None))
-    display(Progress("vocabulary", 1, 2_000_000, None))  # the second time through
-    display(Progress("vocabulary", 1, 4_000_000, None))
+    display(PrepareProgress("vocabulary", 1, 9_000_000, None))
+    display(PrepareProgress("vocabulary", 1, 2_000_000, None))  # the second time through
+    display(PrepareProgress("vocabulary", 1, 4_000_000, None))
     assert "4.0 MB at 0.0 MB/s" in capsys.readouterr().err.splitlines()[-1]

@@ -15,13 +15,13 @@ import psutil
 import pytest
 
 from stacking_ds.cli import main
-from stacking_ds.data.prepare.preparation import prepare
-from stacking_ds.data.shard_manifest import read_manifest
+from stacking_ds.data.shard_files import read_manifest
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.data.sources.documents import split_sentences
 from stacking_ds.data.tokenizer import build_tokenizer
 from stacking_ds.errors import DataError
 from tests import prose
+from tests.prose import prepare
 
 ROOT = Path(__file__).parents[2]
 # several units, several chunks a unit
@@ -73,7 +73,7 @@ KILLED_EVERYWHERE = """
     import hashlib, os, shutil, signal, sys
     from pathlib import Path
     from stacking_ds.data.sources.documents import split_sentences
-    from stacking_ds.data.prepare.preparation import prepare
+    from tests.prose import prepare
 
     import pandas  # pyarrow does, and it takes long
     split_sentences("Loads the rules. Once.")
@@ -129,7 +129,7 @@ def test_killed_at_each_rename_and_flush_the_folder_is_the_same(corpus, tmp_path
 IN_WORKERS = """
     import sys
     from pathlib import Path
-    from stacking_ds.data.prepare.preparation import prepare
+    from tests.prose import prepare
     options = eval(sys.argv[3])
     def progress(now):
         print(now.task, now.documents, flush=True)
@@ -253,7 +253,7 @@ def test_sources_that_change_meanwhile_are_noticed(corpus, expected, tmp_path):
 def workers():
     # other tests have left pytest a fork server and its like
     mine = psutil.Process().children()
-    return [child for child in mine if "stacking_ds.data.prepare.pool" in child.cmdline()]
+    return [child for child in mine if "stacking_ds.data.pool" in child.cmdline()]
 
 
 def test_what_was_begun_with_other_lines_is_not_gone_on_with(tmp_path):
@@ -312,7 +312,7 @@ def test_workers_die_with_their_parent_and_load_no_torch(corpus, tmp_path):
 
 
 def test_an_idle_worker_ends_when_nobody_writes_to_it():
-    worker = "from stacking_ds.data.prepare.pool import main; main()"
+    worker = "from stacking_ds.data.pool import main; main()"
     with subprocess.Popen([sys.executable, "-c", worker], cwd=ROOT, stdin=subprocess.PIPE) as idle:
         idle.stdin.close()
         try:
@@ -352,7 +352,7 @@ def test_every_sentence_of_every_document_is_there(corpus, tmp_path):
 MEASURED = """
     import resource, sys
     from pathlib import Path
-    from stacking_ds.data.prepare.preparation import prepare
+    from tests.prose import prepare
     prepare(sys.argv[1], Path(sys.argv[2]), vocabulary=Path(sys.argv[3]), unit_bytes=2**30,
             shard_characters=2**20)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

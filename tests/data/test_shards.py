@@ -6,10 +6,10 @@ import pickle
 import numpy as np
 import pytest
 
-from stacking_ds.data.prepare.preparation import prepare
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.errors import DataError
 from tests import prose
+from tests.prose import prepare
 from tests.token_shards import make_shards
 
 

@@ -9,13 +9,12 @@ import torch
 from transformers import BertForPreTraining as HuggingFaceBert
 
 from stacking_ds.config.run import RunConfig
-from stacking_ds.data.prepare.preparation import prepare
 from stacking_ds.distributed.world import World
 from stacking_ds.errors import NonFiniteError, UserError
 from stacking_ds.run import directory
 from stacking_ds.train import loop, step
 from stacking_ds.train.plan import open_plan
-from tests.prose import tiny_shards, write_text
+from tests.prose import prepare, tiny_shards, write_text
 from tests.ranks import RankError, run_ranks
 from tests.runs import (
     losses,

@@ -1,4 +1,4 @@
-"""When all units are done: find the documents that occur twice, and say so in files."""
+"""Finishes the splits when all units are done: finds duplicates, and lists them in files."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,16 +9,15 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from stacking_ds.data.prepare.unit import SPLITS
-from stacking_ds.data.shard_manifest import (
+from stacking_ds.data.prepare.folder import SPLITS, PrepareOptions
+from stacking_ds.data.shard_files import (
     DuplicatesFile,
-    PrepareRequest,
     Rejected,
     ShardFile,
     SplitManifest,
     SplitName,
+    write_arrow,
 )
-from stacking_ds.data.shard_writer import write_arrow
 from stacking_ds.data.shards import numbers
 from stacking_ds.errors import DataError
 
@@ -168,52 +167,40 @@ def _held_by(split: _Split, documents: Documents) -> tuple[int, int]:
     return sentences, tokens
 
 
-def no_training_text(request: PrepareRequest, has_text_files: bool) -> DataError:
-    """What to say when there is nothing to train a vocabulary on."""
-    held_out = f"all held out (--heldout-fraction is {request.heldout_fraction})"
-    rule = f"few since documents end by --documents {request.documents}"
-    why = f"empty, {held_out}, or {rule}" if has_text_files else f"empty, or {held_out}"
-    return DataError(
-        "the sources hold no training document with any text to train a vocabulary on: they are "
-        + why
-    )
-
-
 def empty_split(
-    folder: Path,
     splits: Mapping[SplitName, SplitManifest],
     rejected: Sequence[Rejected],
-    request: PrepareRequest,
+    options: PrepareOptions,
     has_text_files: bool,
 ) -> DataError:
     """What to say when nothing counts in a split."""
     train, heldout = splits["train"], splits["heldout"]
     name_it = "name what to hold out by --heldout SOURCE"
     if has_text_files:
-        name_it += f", or say where documents end by --documents (it is {request.documents})"
-    if train.documents and request.heldout_sources:
+        name_it += f", or say where documents end by --documents (it is {options.documents})"
+    if train.documents and options.heldout_sources:
         return DataError("the sources to hold out hold no document with any text")
-    if train.documents + heldout.documents == 1 and not request.heldout_sources:
+    if train.documents + heldout.documents == 1 and not options.heldout_sources:
         return DataError(f"the sources hold one document, and two splits need two: {name_it}")
     if not train.documents and not heldout.documents + train.duplicates.documents:
         gone = [f"{one.documents} left out, {one.reason}: {one.first[0]}" for one in rejected]
         why = f" ({'; '.join(gone)})" if gone else ""
         return DataError(f"the sources hold no training document with any text{why}")
     if not train.documents:
-        if heldout.documents > 1 and not request.heldout_sources:
+        if heldout.documents > 1 and not options.heldout_sources:
             return DataError(
                 f"all {heldout.documents} documents fell into the held-out split; lower "
-                f"--heldout-fraction (it is {request.heldout_fraction}), or {name_it}"
+                f"--heldout-fraction (it is {options.heldout_fraction}), or {name_it}"
             )
         return DataError(
             "the sources hold no training document with any text "
             f"({train.duplicates.documents} that are held out, or occur twice)"
         )
-    batches = _Split(folder, train.shards, 0).batches()
+    batches = _Split(options.out_dir, train.shards, 0).batches()
     lowest = min(int(batch.column("document_hash").to_numpy().min()) for _, batch in batches)
     enough = math.ceil((lowest + 1) / 2**64 * 10_000) / 10_000
     raise_it = f"raise --heldout-fraction to {enough}, or " if enough <= 0.5 else ""
     return DataError(
         f"none of the {train.documents} documents fell into the held-out split, whose share is "
-        f"--heldout-fraction {request.heldout_fraction}; {raise_it}{name_it}"
+        f"--heldout-fraction {options.heldout_fraction}; {raise_it}{name_it}"
     )

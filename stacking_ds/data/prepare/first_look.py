@@ -1,5 +1,4 @@
-"""What the .txt files of a corpus are taken for, by a look at the beginning of each, and what is
-odd about it.
+"""First look at the .txt files of a corpus: what a document is in them, and what is odd about it.
 
 Where a .txt file's documents end is a convention that the file does not name. Taken wrongly, the
 lines of a list become one document, or an article as many as it has paragraphs, and all goes on as
@@ -15,9 +14,9 @@ from pathlib import Path
 from statistics import median
 
 from stacking_ds.data.prepare.work_plan import Corpus
-from stacking_ds.data.shard_manifest import DataManifest, DocumentRule
+from stacking_ds.data.shard_files import DataManifest, DocumentRule
 from stacking_ds.data.sources.documents import Reading, unreadable
-from stacking_ds.data.sources.lines import content_suffix, is_packed, start_of
+from stacking_ds.data.sources.lines import is_packed, start_of
 from stacking_ds.errors import DataError
 from stacking_ds.files import DamagedFileError
 
@@ -91,16 +90,10 @@ class _Seen:
         return lines >= _ENOUGH_LINES and narrow and self.sentence_share <= 0.4
 
 
-def text_paths(corpus: Corpus) -> list[Path]:
-    """The .txt files of all sources."""
-    paths = (path for source in corpus.sources for path in source.paths)
-    return [path for path in paths if content_suffix(path) == ".txt"]
-
-
 def look_at(corpus: Corpus, reading: Reading) -> FirstLook:
     """Look at the beginnings of the .txt files, of 500 at most. Raises DataError for one that
     cannot be read."""
-    paths = text_paths(corpus)
+    paths = corpus.text_files
     if not paths:
         return FirstLook()
     step = -(-len(paths) // _MOST_FILES)

@@ -1,4 +1,4 @@
-"""A folder that is being prepared: what is done in it, and nothing that can be lost by a kill.
+"""Options of a prepare, and the folder in which it is done; nothing is lost by a kill.
 
     OUT/.unfinished/started.json     what was asked for, and the plan
     OUT/.unfinished/vocab.txt        the vocabulary, as soon as there is one
@@ -10,33 +10,171 @@ same time write the same bytes, so whoever comes last changes nothing.
 """
 
 import contextlib
+import errno
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from importlib import metadata
+from itertools import zip_longest
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
 
-from stacking_ds.data.prepare.unit import SPLITS, Chunk
-from stacking_ds.data.prepare.work_plan import InputFile, Plan
-from stacking_ds.data.shard_manifest import (
+from stacking_ds.console import is_utf8, readable_name, shortened
+from stacking_ds.data.prepare.work_plan import Corpus, InputFile, WorkPlan, open_corpus
+from stacking_ds.data.shard_files import (
     MANIFEST_NAME,
     UNFINISHED_NAME,
+    DataManifest,
+    DocumentRule,
     PrepareRequest,
+    Rejected,
     ShardFile,
+    SplitName,
     file_sha256,
+    read_manifest,
+    write_file,
 )
-from stacking_ds.data.shard_writer import write_file
-from stacking_ds.data.tokenizer import load_vocabulary
+from stacking_ds.data.shards import TokenShards
+from stacking_ds.data.sources.documents import MAX_DOCUMENT_BYTES, Reading
+from stacking_ds.data.tokenizer import Normalization, load_vocabulary, vocabulary_sha256
 from stacking_ds.errors import DataError
 from stacking_ds.files import DamagedFileError, read_bytes
 from stacking_ds.records import Record
 
+BadDocuments = Literal["refuse", "count"]
+SPLITS: tuple[SplitName, SplitName] = ("heldout", "train")
+EMPTY = "empty"
+
 _R = TypeVar("_R", bound=Record)
 _STARTED = "started.json"
 _VOCABULARY = "vocab.txt"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# several times the largest that anybody trains; the library aborts when it makes room for more
+_LARGEST_VOCABULARY = 2**20
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """Everything that `prepare` is asked for. Raises DataError for a number that is out of range.
+
+    The vocabulary is read from `vocabulary`, or trained to `vocab_size` on about 128 Mi characters
+    of the training documents. Text is lowercased and stripped of its accents, unless it is `cased`,
+    which keeps both, or told to `keep_accents`; a given tokenizer.json says so itself.
+
+    Held out are: all documents of `heldout_sources`, those a source itself holds out, and, when
+    there are no `heldout_sources`, the `heldout_fraction` of the documents of other sources whose
+    hash falls lowest, so that a document stays on its side whatever is added to the corpus.
+
+    `text_key` is the key or column of the text; `documents` what a document of a .txt file is.
+    `bad_documents`: "refuse" raises for the first one that cannot be read, "count" leaves such ones
+    out and lists them in the manifest. With `workers` above 1 that many processes work; `part`
+    (i, n) does every n-th unit, from the i-th, and leaves the others to n - 1 other calls, of which
+    the last one finishes. `unit_bytes` and `shard_characters` set the size of the pieces of work
+    and of the shards; the latter is what a process holds in memory before it writes, and at most
+    loses when it is killed.
+    """
+
+    sources: Sequence[str]
+    out_dir: Path
+    vocabulary: Path | None = None
+    vocab_size: int = 8192
+    cased: bool = False
+    keep_accents: bool = False
+    heldout_sources: Sequence[str] = ()
+    heldout_fraction: float = 0.02
+    licence: str | None = None
+    text_key: str = "text"
+    documents: DocumentRule = "blank-line"
+    bad_documents: BadDocuments = "refuse"
+    download: bool = False
+    workers: int = 1
+    part: tuple[int, int] = (1, 1)
+    shard_characters: int = 128 * 2**20
+    unit_bytes: int | None = None
+    max_document_bytes: int = MAX_DOCUMENT_BYTES
+
+    def __post_init__(self) -> None:
+        for name in ("sources", "heldout_sources"):  # lists are taken too
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        # how small it may be, the alphabet of the text says
+        if self.vocab_size > _LARGEST_VOCABULARY:
+            raise DataError(
+                f"vocab_size is {self.vocab_size:,}; it can be {_LARGEST_VOCABULARY:,} at most"
+            )
+        if not 0 <= self.heldout_fraction <= 0.5:
+            raise DataError(
+                f"heldout_fraction is {self.heldout_fraction}; it must lie between 0 and 0.5"
+            )
+        if self.workers < 1:
+            raise DataError(f"workers is {self.workers}; it must be at least 1")
+        index, count = self.part
+        if not 1 <= index <= count:
+            raise DataError(f"part {index} of {count} does not exist; write 1/4 to 4/4, say")
+
+    @property
+    def reading(self) -> Reading:
+        """How the sources are read."""
+        leaves_out = self.bad_documents == "count"
+        return Reading(self.text_key, self.max_document_bytes, self.documents, leaves_out)
+
+    @property
+    def hash_limit(self) -> int:
+        """Documents whose hash is below are held out; none where held-out sources are named."""
+        return 0 if self.heldout_sources else int(self.heldout_fraction * 2**64)
+
+    def open_corpus(self) -> Corpus:
+        """Opens the sources. Raises DataError for one that cannot be found."""
+        return open_corpus(self.sources, self.heldout_sources, download=self.download)
+
+    def with_real_folder(self) -> "PrepareOptions":
+        """The same, links to the folder followed. Raises DataError for a name that a manifest
+        cannot hold, or a folder cannot have."""
+        if not is_utf8(place := self.out_dir.absolute()):
+            raise DataError(f"the name of {readable_name(place)} is not UTF-8; choose another")
+        try:
+            self.out_dir.exists()
+        except OSError as error:
+            raise DataError(
+                f"{shortened(str(self.out_dir), 160)} cannot be written: "
+                f"{error.strerror or error}; choose another folder"
+            ) from error
+        return replace(self, out_dir=Path(os.path.realpath(self.out_dir)))
+
+    def request(
+        self, corpus: Corpus, given: Sequence[str] | None, normalization: Normalization
+    ) -> PrepareRequest:
+        """What a finished folder is recognised by; `given` are the tokens of the vocabulary that
+        is not to be trained."""
+        heldout_lines, lines = corpus.identity()
+        return PrepareRequest(
+            sources=lines,
+            heldout_sources=heldout_lines,
+            heldout_fraction=self.heldout_fraction,
+            vocabulary=f"trained:{self.vocab_size}" if given is None else vocabulary_sha256(given),
+            text_key=self.text_key,
+            documents=self.documents,
+            normalization=normalization,
+        )
+
+    def settings(self, corpus: Corpus) -> "Settings":
+        """What an unfinished folder is recognised by besides."""
+        return Settings(
+            unit_bytes=self.unit_bytes,
+            shard_characters=self.shard_characters,
+            max_document_bytes=self.max_document_bytes,
+            download=self.download,
+            software=tuple(f"{name} {metadata.version(name)}" for name in _SOFTWARE),
+            lines=2 if corpus.text_files else 1,
+        )
+
+
+# ---- what is kept in the folder
+
+_SOFTWARE = ("sentencex", "tokenizers")
+"""The libraries that decide which bytes are written."""
 
 
 class Settings(Record):
@@ -51,32 +189,13 @@ class Settings(Record):
     """How .txt files are taken apart into lines: 1 before lone carriage returns, separators and
     byte order marks were looked at, 2 since; 1 also where there are none."""
 
-    @classmethod
-    def here(
-        cls,
-        unit_bytes: int | None,
-        shard_characters: int,
-        max_document_bytes: int,
-        download: bool,
-        has_text_files: bool,
-    ) -> "Settings":
-        """These, with the libraries that are installed and the lines as they are read now."""
-        return cls(
-            unit_bytes=unit_bytes,
-            shard_characters=shard_characters,
-            max_document_bytes=max_document_bytes,
-            download=download,
-            software=software(),
-            lines=2 if has_text_files else 1,
-        )
-
 
 class Started(Record):
     """What a prepare began with. `made_folder`: the folder was not there before."""
 
     request: PrepareRequest
     settings: Settings
-    plan: Plan
+    plan: WorkPlan
     made_folder: bool
 
 
@@ -88,22 +207,37 @@ class FileHash(Record):
     sha256: str
 
 
+class Chunk(Record):
+    """What a unit wrote at a time, at most one file a split; `items` is how many documents, bad
+    ones included, were read for it."""
+
+    items: int
+    heldout: ShardFile | None
+    train: ShardFile | None
+    rejected: tuple[Rejected, ...]
+    source_bytes: int
+    text_bytes: int
+
+    def shard(self, split: SplitName) -> ShardFile | None:
+        return self.heldout if split == "heldout" else self.train
+
+
 class UnitRecord(Record):
     """What a unit has written, with the vocabulary of that hash."""
 
     vocabulary_sha256: str
-    chunks: tuple[Chunk, ...]
-    hashes: tuple[FileHash, ...]
-    complete: bool
+    chunks: tuple[Chunk, ...] = ()
+    hashes: tuple[FileHash, ...] = ()
+    complete: bool = False
 
     @property
     def source_bytes(self) -> int:
         return sum(chunk.source_bytes for chunk in self.chunks)
 
 
-def software() -> tuple[str, ...]:
-    """The libraries that decide which bytes are written, with their versions."""
-    return tuple(f"{name} {metadata.version(name)}" for name in ("sentencex", "tokenizers"))
+def hashes_of(records: Iterable[UnitRecord]) -> dict[tuple[int, int], str]:
+    """The hashes of files that the units took, by the indices of source and file."""
+    return {(one.source, one.file): one.sha256 for record in records for one in record.hashes}
 
 
 class UnfinishedFolder:
@@ -126,27 +260,37 @@ class UnfinishedFolder:
         """What was begun here, None if nothing was."""
         return _read(self.temporary / _STARTED, Started)
 
-    def start(self, request: PrepareRequest, settings: Settings, plan: Plan) -> Started:
+    def require_started(self) -> Started:
+        """What was begun here. Raises DataError if that is gone."""
+        if (started := self.started()) is None:
+            raise self._gone(_STARTED)
+        return started
+
+    def start(self, request: PrepareRequest, settings: Settings, plan: WorkPlan) -> Started:
         """Notes what is begun. Raises DataError if another process is done with it already."""
         made = not self.path.exists()
         self.temporary.mkdir(parents=True, exist_ok=True)
         if self.is_finished:
-            raise DataError(f"{self.path} was finished by another process")
+            raise self.overtaken()
         started = Started(request=request, settings=settings, plan=plan, made_folder=made)
         self._write(_STARTED, started)
         return started
 
-    def note_files(self, started: Started, files: tuple[tuple[InputFile, ...], ...]) -> Started:
+    def note_files(self, started: Started, files: tuple[tuple[InputFile, ...], ...]) -> None:
         """Notes that the files, though touched, are what they were."""
         plan = started.plan.model_copy(update={"files": files})
-        started = started.model_copy(update={"plan": plan})
-        self._write(_STARTED, started)
-        return started
+        self._write(_STARTED, started.model_copy(update={"plan": plan}))
 
     def vocabulary(self) -> list[str] | None:
         """The vocabulary, None if there is none yet."""
         path = self.temporary / _VOCABULARY
         return load_vocabulary(path, as_written=True) if path.exists() else None
+
+    def require_vocabulary(self) -> list[str]:
+        """The vocabulary. Raises DataError if it is gone."""
+        if (vocabulary := self.vocabulary()) is None:
+            raise self._gone(_VOCABULARY)
+        return vocabulary
 
     def keep_vocabulary(self, vocabulary: Sequence[str]) -> None:
         content = "".join(f"{token}\n" for token in vocabulary).encode()
@@ -154,14 +298,14 @@ class UnfinishedFolder:
 
     def record(self, unit: int) -> UnitRecord | None:
         """What the unit has written as far as is known; None if nothing."""
-        return _read(self.temporary / _record_name(unit), UnitRecord)
+        return _read(self.temporary / f"unit-{unit:05d}.json", UnitRecord)
 
     def keep_record(self, unit: int, record: UnitRecord) -> None:
-        self._write(_record_name(unit), record)
+        self._write(f"unit-{unit:05d}.json", record)
 
-    def records(self, units: int) -> dict[int, UnitRecord]:
+    def records(self, plan: WorkPlan) -> dict[int, UnitRecord]:
         """The records of the units that have one."""
-        found = {unit: self.record(unit) for unit in range(units)}
+        found = {unit: self.record(unit) for unit in range(len(plan.units))}
         return {unit: record for unit, record in found.items() if record is not None}
 
     def is_whole(self, shard: ShardFile) -> bool:
@@ -191,13 +335,29 @@ class UnfinishedFolder:
     def is_finished(self) -> bool:
         return (self.path / MANIFEST_NAME).exists()
 
+    def overtaken(self) -> DataError:
+        return DataError(f"{self.path} was finished by another process")
+
+    def unwritable(self, error: OSError) -> DataError:
+        """What to tell the user when the folder could not be written."""
+        reason = f"{self.path} cannot be written: {error.strerror or error}"
+        if error.errno not in _NO_ROOM:
+            return DataError(reason)
+        kept = ""
+        if (started := self.started()) is not None:
+            complete = sum(record.complete for record in self.records(started.plan).values())
+            kept = f"what is finished is kept ({complete} of {len(started.plan.units)} units): "
+        return DataError(f"{reason}; {kept}make room and run the same command again")
+
+    def _gone(self, name: str) -> DataError:
+        return DataError(
+            f"{self.temporary / name} is missing; run `stacking-ds prepare` again with the same "
+            "options"
+        )
+
     def _write(self, name: str, record: Record) -> None:
         content = record.model_dump_json(indent=1).encode()
         write_file(self.temporary / name, content, self.temporary)
-
-
-def _record_name(unit: int) -> str:
-    return f"unit-{unit:05d}.json"
 
 
 def _read(path: Path, kind: type[_R]) -> _R | None:
@@ -208,3 +368,104 @@ def _read(path: Path, kind: type[_R]) -> _R | None:
         return None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
+
+
+# ---- is what is in a folder already the same work
+
+
+def finished_work(
+    folder: UnfinishedFolder, corpus: Corpus, request: PrepareRequest, bad_documents: BadDocuments
+) -> DataManifest | None:
+    """The manifest of a finished folder that holds what `request` asks for; None while the folder
+    is not finished.
+
+    As with `make`, a source file of the same name and size that is older than the manifest is
+    taken to be the one that was read; a newer one is read and compared. Raises DataError when the
+    folder holds something else, or is damaged.
+    """
+    if not folder.is_finished:
+        return None
+    manifest = read_manifest(folder.path)
+    _require_same(folder.path, manifest.request, request)
+    for rejected in manifest.rejected:
+        if rejected.reason != EMPTY and bad_documents == "refuse":
+            raise DataError(
+                f"{folder.path} was prepared with --bad-documents count and lacks "
+                f"{rejected.documents} documents ({rejected.reason}: {rejected.first[0]}); say so "
+                "again, or choose another folder"
+            )
+    finished_ns = (folder.path / MANIFEST_NAME).stat().st_mtime_ns
+    paths = [path for source in corpus.sources for path in source.paths]
+    files = [file for file in manifest.sources if file.sha256 is not None]
+    for path, file in zip(paths, files, strict=True):
+        if path.stat().st_mtime_ns > finished_ns and file_sha256(path) != file.sha256:
+            raise _other(folder.path, f"{path} has changed since")
+    TokenShards.open(folder.path)
+    folder.remove_notes()
+    return manifest
+
+
+def require_same_work(
+    folder: UnfinishedFolder,
+    started: Started,
+    request: PrepareRequest,
+    settings: Settings,
+    corpus: Corpus,
+) -> None:
+    """Makes sure that an unfinished prepare can be gone on with.
+
+    Raises DataError if another request, or other settings, would give other bytes, or if a file of
+    the sources changed: one that was touched since is read and compared.
+    """
+    _require_same(folder.path, started.request, request)
+    _require_same(folder.path, started.settings, settings)
+    files = corpus.files()
+    if files == started.plan.files:
+        return
+    known = hashes_of(folder.records(started.plan).values())
+    for index, source in enumerate(corpus.sources):
+        for number, path in enumerate(source.paths):
+            same = files[index][number] == started.plan.files[index][number]
+            if not same and known.get((index, number)) != file_sha256(path):
+                raise _other(folder.path, f"{path} has changed, or was touched, before it was read")
+    folder.note_files(started, files)
+
+
+def _require_same(out_dir: Path, there: Record, here: Record) -> None:
+    """Raises DataError unless the two are the same."""
+    different = [
+        _difference(field, getattr(there, field), getattr(here, field))
+        for field in type(there).model_fields
+        if getattr(there, field) != getattr(here, field)
+    ]
+    if different:
+        raise _other(out_dir, "; ".join(different))
+
+
+def _difference(field: str, there: Any, here: Any) -> str:
+    if not isinstance(there, tuple):
+        return f"{field} is {_shown(there)} there and {_shown(here)} here"
+    if len(there) == len(here) == 1:
+        return f"{field} is {_shown(there[0])} there and {_shown(here[0])} here"
+    for one, other in zip_longest(there, here):
+        if one != other:
+            break
+    first = " and ".join(
+        f"{_shown(value)} {where}"
+        for value, where in ((one, "there"), (other, "here"))
+        if value is not None
+    )
+    return (
+        f"{field} are {len(there):,} there and {len(here):,} here, the first that differs {first}"
+    )
+
+
+def _shown(value: Any) -> str:
+    return shortened(str(value) if isinstance(value, Normalization) else repr(value), 160)
+
+
+def _other(out_dir: Path, difference: str) -> DataError:
+    return DataError(
+        f"{out_dir} holds data prepared otherwise ({difference}); choose another folder, or "
+        "delete this one"
+    )

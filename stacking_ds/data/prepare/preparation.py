@@ -7,41 +7,45 @@ again goes on, and the folder is then the same, to the byte, as if nothing had h
 """
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
-from stacking_ds.data.given_vocabulary import read_vocabulary
-from stacking_ds.data.prepare.checks import check_corpus, check_folder_name, check_numbers
+from stacking_ds.data.pool import Report, Work, WorkerDiedError, do_in_workers
 from stacking_ds.data.prepare.finish import empty_split, finish_splits
-from stacking_ds.data.prepare.first_look import say_what_documents_are, text_paths
-from stacking_ds.data.prepare.folder import Settings, Started, UnfinishedFolder, UnitRecord
-from stacking_ds.data.prepare.learned_vocabulary import train_vocabulary, write_vocabulary
-from stacking_ds.data.prepare.pool import do_in_workers
-from stacking_ds.data.prepare.reuse import adopt, check_request, reusable
-from stacking_ds.data.prepare.session import Job, Session, reading_of, unwritable
-from stacking_ds.data.prepare.unit import SPLITS, BadDocuments, Rejections
-from stacking_ds.data.prepare.work_plan import Corpus, make_plan, open_corpus
-from stacking_ds.data.shard_manifest import (
+from stacking_ds.data.prepare.first_look import say_what_documents_are
+from stacking_ds.data.prepare.folder import (
+    SPLITS,
+    PrepareOptions,
+    UnfinishedFolder,
+    UnitRecord,
+    finished_work,
+    hashes_of,
+    require_same_work,
+)
+from stacking_ds.data.prepare.unit import Rejections, UnitMaker
+from stacking_ds.data.prepare.vocabulary import (
+    read_vocabulary,
+    train_vocabulary,
+    write_vocabulary,
+)
+from stacking_ds.data.prepare.work_plan import Corpus, WorkPlan, make_plan, say_what_is_left_out
+from stacking_ds.data.shard_files import (
     MANIFEST_NAME,
     DataManifest,
-    DocumentRule,
     PrepareRequest,
+    remove_unfinished,
+    write_file,
 )
-from stacking_ds.data.shard_writer import write_file
-from stacking_ds.data.sources.documents import MAX_DOCUMENT_BYTES, Reading
 from stacking_ds.data.tokenizer import vocabulary_sha256
 from stacking_ds.errors import DataError
 from stacking_ds.files import sync
 
 logger = logging.getLogger("stacking_ds")
 
-# What a process holds in memory before it writes, and at most loses when it is killed.
-SHARD_CHARACTERS = 128 * 2**20
-
 
 @dataclass(frozen=True)
-class Progress:
+class PrepareProgress:
     """How far a running `prepare` is. `task` is "vocabulary", which reads twice from the start, or
     "shards"; `source_bytes` counts the bytes of the sources as they lie there, of `total_bytes` (of
     a vocabulary about as many), None if that is unknown; `kept_bytes` of them an earlier run had
@@ -65,202 +69,167 @@ class Prepared:
     missing_units: int = 0
 
 
-@dataclass(frozen=True)
-class _How:
-    """What decides nothing but who does the work, and what is said about it."""
-
-    vocab_size: int
-    workers: int
-    part: tuple[int, int]
-    licence: str | None
-    progress: Callable[[Progress], None]
-    say: Callable[[str], None]
-
-
 def prepare(
-    sources: str | Sequence[str],
-    out_dir: Path,
+    options: PrepareOptions,
     *,
-    vocabulary: Path | None = None,
-    vocab_size: int = 8192,
-    cased: bool = False,
-    keep_accents: bool = False,
-    heldout_sources: Sequence[str] = (),
-    heldout_fraction: float = 0.02,
-    licence: str | None = None,
-    text_key: str = "text",
-    documents: DocumentRule = "blank-line",
-    bad_documents: BadDocuments = "refuse",
-    download: bool = False,
-    workers: int = 1,
-    part: tuple[int, int] = (1, 1),
-    shard_characters: int = SHARD_CHARACTERS,
-    unit_bytes: int | None = None,
-    max_document_bytes: int = MAX_DOCUMENT_BYTES,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[PrepareProgress], None] = lambda _: None,
     say: Callable[[str], None] = logger.info,
 ) -> Prepared:
-    """Makes token shards in `out_dir`, goes on making them, or finds that it already holds them.
+    """Makes token shards in the folder, goes on making them, or finds that it already holds them.
 
-    The vocabulary is read from `vocabulary`, or trained to `vocab_size` on about 128 Mi characters
-    of the training documents. Text is lowercased and stripped of its accents, unless it is `cased`,
-    which keeps both, or told to `keep_accents`; a given tokenizer.json says so itself.
-
-    Held out are: all documents of `heldout_sources`, those a source itself holds out, and, when
-    there are no `heldout_sources`, the `heldout_fraction` of the documents of other sources whose
-    hash falls lowest, so that a document stays on its side whatever is added to the corpus. Exact
-    duplicates do not count, over both splits.
-
-    `text_key` is the key or column of the text; `documents` what a document of a .txt file is, and
-    `say` is told how many that makes, by a first look. `bad_documents`: "refuse" raises for the
-    first one that cannot be read, "count" leaves such ones out and lists them in the manifest. With
-    `workers` above 1 that many processes work; `part` (i, n) does every n-th unit, from the i-th,
-    and leaves the others to n - 1 other calls, of which the last one finishes. `unit_bytes` and
-    `shard_characters` set the size of the pieces of work and of the shards.
-
-    `out_dir` is new, empty, or the same prepare's. Raises DataError for unusable sources or
-    vocabularies, for bad documents, for a split that stays empty, and for an `out_dir` that holds
-    something else or cannot be written. What is finished by then is kept.
+    Exact duplicates do not count, over both splits. `say` is told how many documents the .txt files
+    make, by a first look. The folder is new, empty, or the same prepare's. Raises DataError for
+    unusable sources or vocabularies, for bad documents, for a split that stays empty, and for a
+    folder that holds something else or cannot be written. What is finished by then is kept.
     """
-    check_numbers(heldout_fraction, workers, part, vocab_size)
-    names = (sources,) if isinstance(sources, str) else tuple(sources)
-    corpus = open_corpus(names, heldout_sources, download=download)
-    check_corpus(corpus, heldout_fraction, documents)
-    check_folder_name(out_dir)
-    given, normalization = read_vocabulary(vocabulary, cased=cased, keep_accents=keep_accents)
-    heldout_lines, lines = corpus.identity()
-    request = PrepareRequest(
-        sources=lines,
-        heldout_sources=heldout_lines,
-        heldout_fraction=heldout_fraction,
-        vocabulary=f"trained:{vocab_size}" if given is None else vocabulary_sha256(given),
-        text_key=text_key,
-        documents=documents,
-        normalization=normalization,
+    corpus = options.open_corpus()
+    _check_corpus(corpus, options)
+    options = options.with_real_folder()
+    given, normalization = read_vocabulary(
+        options.vocabulary, cased=options.cased, keep_accents=options.keep_accents
     )
-    has_text_files = bool(text_paths(corpus))
-    settings = Settings.here(
-        unit_bytes, shard_characters, max_document_bytes, download, has_text_files
-    )
-    job = Job.of(out_dir, names, heldout_sources, download, bad_documents)
-    how = _How(vocab_size, workers, part, licence, progress or (lambda _: None), say)
-    return _Run(corpus, request, settings, job, how)(given)
+    request = options.request(corpus, given, normalization)
+    return _Preparation(options, corpus, request, given, progress, say).run()
+
+
+def _check_corpus(corpus: Corpus, options: PrepareOptions) -> None:
+    """Says what of the sources is not read. Raises DataError where nothing could be held out, or
+    `documents` is about nothing."""
+    say_what_is_left_out(corpus)
+    holds_out = options.heldout_fraction or any(source.holds_out for source in corpus.train)
+    if not (corpus.num_heldout or holds_out):
+        raise DataError(
+            "heldout_fraction is 0 and no held-out source is named, but training needs held-out "
+            "documents: raise --heldout-fraction, or name what to hold out by --heldout SOURCE"
+        )
+    if options.documents != "blank-line" and not corpus.text_files:
+        raise DataError(
+            f"--documents {options.documents} says what a document of a .txt file is, and no "
+            "source is one; in other files a row, or a JSON object, is a document"
+        )
 
 
 @dataclass(frozen=True)
-class _Run:
-    """One call of `prepare`, its request known."""
+class _Preparation:
+    """One call of `prepare`; `given` is the vocabulary that is not to be trained."""
 
+    options: PrepareOptions
     corpus: Corpus
     request: PrepareRequest
-    settings: Settings
-    job: Job
-    how: _How
+    given: list[str] | None
+    progress: Callable[[PrepareProgress], None]
+    say: Callable[[str], None]
 
     @property
     def folder(self) -> UnfinishedFolder:
-        return UnfinishedFolder(Path(self.job.out_dir))
+        return UnfinishedFolder(self.options.out_dir)
 
-    def __call__(self, given: Sequence[str] | None) -> Prepared:
-        done = self._reusable()
+    def run(self) -> Prepared:
+        done, licence = self._finished_work(), self.options.licence
         if done is not None:
-            if self.how.licence not in (None, done.licence):
+            if licence not in (None, done.licence):
                 raise DataError(
                     f"{self.folder.path} is prepared, with the licence {done.licence!r} and not "
-                    f"{self.how.licence!r}; delete it to prepare it again"
+                    f"{licence!r}; delete it to prepare it again"
                 )
             return Prepared(done, reused=True)
         try:
-            return self._prepare(given)
+            return self._prepare()
         except (DataError, OSError) as error:
             # Another process may have finished the same work meanwhile, and removed the notes.
-            if self.folder.is_finished and (done := self._reusable()):
+            if self.folder.is_finished and (done := self._finished_work()):
                 return Prepared(done, reused=True)
             if isinstance(error, OSError):
-                raise unwritable(self.folder, error) from error
+                raise self.folder.unwritable(error) from error
             raise
 
-    def _reusable(self) -> DataManifest | None:
-        return reusable(self.folder, self.corpus, self.request, self.job.bad_documents)
+    def _finished_work(self) -> DataManifest | None:
+        return finished_work(self.folder, self.corpus, self.request, self.options.bad_documents)
+
+    def _prepare(self) -> Prepared:
+        folder, settings = self.folder, self.options.settings(self.corpus)
+        folder.check()
+        started = folder.started()
+        resumed = started is not None
+        if started is None:
+            plan = make_plan(self.corpus, self.options.reading, self.options.unit_bytes)
+            folder.start(self.request, settings, plan)
+        else:
+            plan = started.plan
+            require_same_work(folder, started, self.request, settings, self.corpus)
+        try:
+            say_what_documents_are(self.corpus, self.options.reading, self.say)
+            self._ensure_vocabulary(plan)
+            self._do_units(plan)
+        except (DataError, OSError):
+            self._tidy()
+            raise
+        records = folder.records(plan)
+        missing = len(plan.units) - sum(one.complete for one in records.values())
+        if missing:
+            if folder.is_finished:
+                raise folder.overtaken()
+            return Prepared(None, reused=False, missing_units=missing)
+        return Prepared(self._finish(plan, records), reused=False, resumed=resumed)
 
     def _tidy(self) -> None:
         """Leaves nothing behind where there is nothing to go on with. Other parts may be working
         though, so this is for a process that is alone."""
         started = self.folder.started()
-        if self.how.part[1] == 1 and started is not None:
-            records = self.folder.records(len(started.plan.units))
-            trained = self.request.vocabulary.startswith("trained:") and self.folder.vocabulary()
+        if self.options.part[1] == 1 and started is not None:
+            records = self.folder.records(started.plan)
+            trained = self.given is None and self.folder.vocabulary()
             if not trained and not any(record.chunks for record in records.values()):
                 self.folder.discard()
 
-    def _prepare(self, given: Sequence[str] | None) -> Prepared:
-        self.folder.check()
-        started = self.folder.started()
-        resumed = started is not None
-        if started is None:
-            plan = make_plan(self.corpus, self._reading, self.settings.unit_bytes)
-            started = self.folder.start(self.request, self.settings, plan)
-        else:
-            check_request(self.folder.path, started.request, self.request)
-            started = adopt(self.folder, started, self.settings, self.corpus)
-        try:
-            say_what_documents_are(self.corpus, self._reading, self.how.say)
-            self._ensure_vocabulary(started, given)
-            index, count = self.how.part
-            self._do_units(started, range(index - 1, len(started.plan.units), count))
-        except (DataError, OSError):
-            self._tidy()
-            raise
-        records = self.folder.records(len(started.plan.units))
-        missing = len(started.plan.units) - sum(one.complete for one in records.values())
-        if missing:
-            if self.folder.is_finished:
-                raise self._overtaken()
-            return Prepared(None, reused=False, missing_units=missing)
-        return Prepared(self._finish(started, records), reused=False, resumed=resumed)
-
-    @property
-    def _reading(self) -> Reading:
-        leaves_out = self.job.bad_documents == "count"
-        return replace(reading_of(self.request, self.settings), leaves_out=leaves_out)
-
-    def _overtaken(self) -> DataError:
-        return DataError(f"{self.folder.path} was finished by another process")
-
-    def _ensure_vocabulary(self, started: Started, given: Sequence[str] | None) -> None:
-        if self.folder.vocabulary() is not None:
-            return
-        if given is None:
-            given = train_vocabulary(
-                self.corpus,
-                started,
-                self.how.vocab_size,
-                self.job.bad_documents,
-                lambda *now: self.how.progress(Progress("vocabulary", *now)),
+    def _ensure_vocabulary(self, plan: WorkPlan) -> None:
+        if self.folder.vocabulary() is None:
+            self.folder.keep_vocabulary(
+                self.given
+                or train_vocabulary(
+                    self.corpus,
+                    plan,
+                    self.options,
+                    self.request.normalization,
+                    lambda *now: self.progress(PrepareProgress("vocabulary", *now)),
+                )
             )
-        self.folder.keep_vocabulary(given)
 
-    def _do_units(self, started: Started, units: range) -> None:
+    def _do_units(self, plan: WorkPlan) -> None:
+        index, count = self.options.part
+        units = range(index - 1, len(plan.units), count)
         read = dict.fromkeys(units, (0, 0))
-        records = self.folder.records(len(started.plan.units))
+        records = self.folder.records(plan)
         kept = sum(one.source_bytes for unit, one in records.items() if unit in units)
-        total = started.plan.source_bytes
+        total = plan.source_bytes
         if total is not None:
-            total = sum(started.plan.units[unit].source_bytes for unit in units)
+            total = sum(plan.units[unit].source_bytes for unit in units)
 
         def report(unit: int, documents: int, source_bytes: int) -> None:
             read[unit] = (documents, source_bytes)
             done = [sum(column) for column in zip(*read.values(), strict=True)]
-            self.how.progress(Progress("shards", done[0], done[1], total, kept))
+            self.progress(PrepareProgress("shards", done[0], done[1], total, kept))
 
-        if self.how.workers > 1 and len(units) > 1:
-            do_in_workers(units, self.job, self.how.workers, report)
+        if self.options.workers > 1 and len(units) > 1:
+            self._do_in_workers(units, report)
         elif units:
-            session = Session(self.job, self.corpus)
+            maker = UnitMaker(self.options, self.corpus)
             for unit in units:
-                session.do(unit, lambda *now, unit=unit: report(unit, *now))
+                maker.do(unit, partial(report, unit))
 
-    def _finish(self, started: Started, records: dict[int, UnitRecord]) -> DataManifest:
+    def _do_in_workers(self, units: range, report: Report) -> None:
+        work, temporary = partial(_unit_work, self.options), self.folder.temporary
+        tidy = partial(remove_unfinished, temporary)
+        try:
+            do_in_workers(work, units, self.options.workers, report, tidy)
+        except WorkerDiedError as died:
+            remedy = ", with fewer --workers if it was memory" if died.out_of_memory else ""
+            raise DataError(
+                f"{died}, while it did unit {died.item}; what is finished is kept: run the same "
+                f"command again{remedy}"
+            ) from died
+
+    def _finish(self, plan: WorkPlan, records: dict[int, UnitRecord]) -> DataManifest:
         folder = self.folder
         chunks = [chunk for unit in sorted(records) for chunk in records[unit].chunks]
         shards = {
@@ -268,37 +237,35 @@ class _Run:
             for split in SPLITS
         }
         splits = finish_splits(folder.path, shards, folder.temporary)
-        train, heldout = splits["train"], splits["heldout"]
         rejections = Rejections()
         for chunk in chunks:
             rejections.extend(chunk.rejected)
         rejected = rejections.taken()
-        if not train.documents or not heldout.documents:
-            error = empty_split(
-                folder.path, splits, rejected, self.request, bool(text_paths(self.corpus))
-            )
+        if not all(split.documents for split in splits.values()):
+            error = empty_split(splits, rejected, self.options, bool(self.corpus.text_files))
             folder.discard()
             raise error
-        hashes = {
-            (one.source, one.file): one.sha256
-            for record in records.values()
-            for one in record.hashes
-        }
         if (vocabulary := folder.vocabulary()) is None:
-            raise self._overtaken()
+            raise folder.overtaken()
         manifest = DataManifest(
             request=self.request,
-            licence=self.how.licence,
-            sources=self.corpus.contents(started.plan, hashes),
+            licence=self.options.licence,
+            sources=self.corpus.contents(plan, hashes_of(records.values())),
             vocab_size=len(vocabulary),
             vocabulary_sha256=vocabulary_sha256(vocabulary),
             vocabulary_files=write_vocabulary(folder, vocabulary, self.request.normalization),
             rejected=rejected,
             text_bytes=sum(chunk.text_bytes for chunk in chunks),
-            train=train,
-            heldout=heldout,
+            train=splits["train"],
+            heldout=splits["heldout"],
         )
         sync(folder.path)
         write_file(folder.path / MANIFEST_NAME, manifest.to_json().encode(), folder.temporary)
         folder.remove_notes()
         return manifest
+
+
+def _unit_work(options: PrepareOptions) -> Work:
+    """What a worker does with the number of a unit."""
+    maker = UnitMaker(options)
+    return maker.do

@@ -1,5 +1,8 @@
-"""One unit: read, split by hash, cut into sentences, tokenize, write; in chunks that a killed run
-need not do again."""
+"""Makes a unit: read, split by hash, cut into sentences, tokenize, write; in chunks that a killed
+run need not do again.
+
+Shapes: T tokens, S sentences, B bytes, P pieces of text, U different ones.
+"""
 
 import hashlib
 import string
@@ -7,15 +10,29 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from stacking_ds.data.shard_manifest import Rejected, ShardFile, SplitName
-from stacking_ds.data.shard_writer import ShardWriter, token_dtype
+from stacking_ds.data.prepare.folder import (
+    EMPTY,
+    SPLITS,
+    BadDocuments,
+    Chunk,
+    FileHash,
+    PrepareOptions,
+    UnfinishedFolder,
+    UnitRecord,
+)
+from stacking_ds.data.prepare.work_plan import Corpus, InputFile
+from stacking_ds.data.shard_files import (
+    Rejected,
+    ShardWriter,
+    SplitName,
+    file_sha256,
+    token_dtype,
+)
 from stacking_ds.data.shards import numbers
 from stacking_ds.data.sources.documents import (
     NO_TEXT,
@@ -24,14 +41,21 @@ from stacking_ds.data.sources.documents import (
     Item,
     Reader,
     split_sentences,
+    unreadable,
 )
-from stacking_ds.data.tokenizer import UNCASED, Normalization, build_tokenizer
+from stacking_ds.data.tokenizer import (
+    UNCASED,
+    Normalization,
+    build_tokenizer,
+    special_ids,
+    vocabulary_sha256,
+)
 from stacking_ds.errors import DataError
-from stacking_ds.records import Record
 
-# ---- WordPiece for millions of sentences: each word is looked up once, and all else is
-# arrays.
+_FIRST_PLACES = 20
+_GROUP_CHARACTERS, _GROUP_DOCUMENTS = 2**22, 2**15
 
+# ---- WordPiece for millions of sentences: each word is looked up once, and all else is arrays
 
 _MAX_PIECES = 2**18
 _MAX_PIECE_BYTES = 2**25
@@ -124,26 +148,7 @@ def _piece_bounds(bytes_B: NDArray[np.uint8], starts: NDArray[np.int64]) -> NDAr
     return np.append(np.flatnonzero(is_start), len(bytes_B))
 
 
-BadDocuments = Literal["refuse", "count"]
-SPLITS: tuple[SplitName, SplitName] = ("heldout", "train")
-EMPTY = "empty"
-_FIRST_PLACES = 20
-_GROUP_CHARACTERS, _GROUP_DOCUMENTS = 2**22, 2**15
-
-
-class Chunk(Record):
-    """What a unit wrote at a time, at most one file a split; `items` is how many documents, bad
-    ones included, were read for it."""
-
-    items: int
-    heldout: ShardFile | None
-    train: ShardFile | None
-    rejected: tuple[Rejected, ...]
-    source_bytes: int
-    text_bytes: int
-
-    def shard(self, split: SplitName) -> ShardFile | None:
-        return self.heldout if split == "heldout" else self.train
+# ---- documents
 
 
 class Rejections:
@@ -210,6 +215,9 @@ def usable(item: Item, reader: Reader, bad_documents: BadDocuments) -> bool:
     return False
 
 
+# ---- units
+
+
 @dataclass
 class _Group:
     """Documents that are tokenized together."""
@@ -222,36 +230,113 @@ class _Group:
     characters: int = 0
 
 
-class UnitWriter:
-    """Turns the items of a unit into chunks, one after another."""
+class UnitMaker:
+    """Makes units in a folder in which a prepare has begun and which has its vocabulary."""
+
+    def __init__(self, options: PrepareOptions, corpus: Corpus | None = None) -> None:
+        self._options = options
+        self.folder = UnfinishedFolder(options.out_dir)
+        started, vocabulary = self.folder.require_started(), self.folder.require_vocabulary()
+        self._plan, self._corpus = started.plan, corpus or options.open_corpus()
+        if self._corpus.identity() != (started.request.heldout_sources, started.request.sources):
+            raise DataError(f"{options.out_dir}: the files of its sources changed meanwhile")
+        self._vocab_size, self._unknown_id = len(vocabulary), special_ids(vocabulary).unk
+        self._vocabulary_sha256 = vocabulary_sha256(vocabulary)
+        self._tokenizer = SentenceTokenizer(vocabulary, started.request.normalization)
+
+    def do(self, number: int, report: Callable[[int, int], None]) -> None:
+        """Does what is left of a unit. `report` is called with the documents and the bytes of the
+        source that it has read. Raises DataError for bad input and for a folder that cannot be
+        written; what is done by then is kept."""
+        try:
+            record = self._kept(number)
+            if record.complete:
+                report(sum(chunk.items for chunk in record.chunks), record.source_bytes)
+            else:
+                self._make(number, record, report)
+        except OSError as error:
+            raise self.folder.unwritable(error) from error
+
+    def _make(self, number: int, record: UnitRecord, report: Callable[[int, int], None]) -> None:
+        record = record.model_copy(update={"hashes": record.hashes or self._hashes(number)})
+        unit, folder = self._plan.units[number], self.folder
+        writers = {split: ShardWriter(self._vocab_size, self._unknown_id) for split in SPLITS}
+        writer = _UnitWriter(unit.heldout, self._options, self._tokenizer, writers)
+        items = self._corpus.read(unit, self._options.reading)
+        for counts in writer.chunks(items, record.chunks, report):
+            index = len(record.chunks)
+            files = {
+                split: one.write(
+                    folder.path, f"{split}-{number:05d}-{index:03d}.arrow", folder.temporary
+                )
+                for split, one in writers.items()
+            }
+            rejected = writer.rejections.taken()
+            chunk = Chunk.model_validate({**counts, **files, "rejected": rejected})
+            record = record.model_copy(update={"chunks": (*record.chunks, chunk)})
+            folder.keep_record(number, record)
+        self._check_unchanged(number)
+        folder.keep_record(number, record.model_copy(update={"complete": True}))
+
+    def _kept(self, number: int) -> UnitRecord:
+        """What an earlier run has done, up to the first chunk that is damaged."""
+        record = self.folder.record(number)
+        if record is None or record.vocabulary_sha256 != self._vocabulary_sha256:
+            return UnitRecord(vocabulary_sha256=self._vocabulary_sha256)
+        for index, chunk in enumerate(record.chunks):
+            # what had been counted is refused now: read it again, to name the place
+            bad = any(rejected.reason != EMPTY for rejected in chunk.rejected)
+            refused = bad and self._options.bad_documents == "refuse"
+            shards = filter(None, map(chunk.shard, SPLITS))
+            if refused or not all(map(self.folder.is_whole, shards)):
+                return record.model_copy(
+                    update={"chunks": record.chunks[:index], "complete": False}
+                )
+        return record
+
+    def _hashes(self, number: int) -> tuple[FileHash, ...]:
+        found = []
+        for source, file in self._plan.hashed_by(number):
+            path = self._corpus.sources[source].paths[file]
+            try:
+                sha256 = file_sha256(path)
+            except OSError as error:
+                raise unreadable(path, error) from error
+            found.append(FileHash(source=source, file=file, sha256=sha256))
+        return tuple(found)
+
+    def _check_unchanged(self, number: int) -> None:
+        for segment in self._plan.units[number].segments:
+            file, paths = segment.piece.file, self._corpus.sources[segment.source].paths
+            if paths and InputFile.of(paths[file]) != self._plan.files[segment.source][file]:
+                raise DataError(
+                    f"{paths[file]} changed while it was read; delete {self.folder.path} and "
+                    "prepare it again from files that stay as they are"
+                )
+
+
+class _UnitWriter:
+    """Gives the documents of a unit to the writers of its splits, one chunk after another."""
 
     def __init__(
         self,
-        number: int,
         heldout: bool,
+        options: PrepareOptions,
         tokenizer: SentenceTokenizer,
-        vocab_size: int,
-        unknown_id: int,
-        *,
-        hash_limit: int,
-        bad_documents: BadDocuments,
-        shard_characters: int,
+        writers: dict[SplitName, ShardWriter],
     ) -> None:
-        self._number, self._heldout, self._tokenizer = number, heldout, tokenizer
-        self._hash_limit, self._bad_documents = hash_limit, bad_documents
-        self._shard_characters = shard_characters
-        self._writers = {split: ShardWriter(vocab_size, unknown_id) for split in SPLITS}
-        self._rejections = Rejections()
+        self._heldout, self._options = heldout, options
+        self._tokenizer, self._writers = tokenizer, writers
+        self.rejections = Rejections()
 
     def chunks(
         self,
         items: Iterator[tuple[Item, Reader]],
         done: Sequence[Chunk],
-        folder: Path,
-        temporary: Path,
         report: Callable[[int, int], None],
-    ) -> Iterator[Chunk]:
-        """Writes and yields the chunks that follow `done`; what these hold is read and skipped.
+    ) -> Iterator[dict[str, int]]:
+        """Yields, whenever the writers hold a chunk, what was read for it, as `Chunk` calls it;
+        what the chunks `done` hold is read and skipped.
 
         A unit without documents has one chunk that holds nothing. `report` is called now and then
         with the documents and the bytes of the source read so far in this unit.
@@ -260,33 +345,34 @@ class UnitWriter:
         source_bytes = sum(chunk.source_bytes for chunk in done)
         for _ in islice(items, documents):
             pass
-        for index in range(len(done), 2**31):
-            chunk_items = chunk_bytes = text_bytes = characters = 0
-            group = _Group()
+        first, ended = not done, False
+        while not ended:
+            counts = dict.fromkeys(("items", "source_bytes", "text_bytes"), 0)
+            characters, group = 0, _Group()
             ended = True
             for item, reader in items:
-                chunk_items += 1
-                chunk_bytes += item.source_bytes
-                text_bytes += self._take(item, reader, group)
+                counts["items"] += 1
+                counts["source_bytes"] += item.source_bytes
+                counts["text_bytes"] += self._take(item, reader, group)
                 if self._is_full(group):
                     characters += group.characters
                     self._tokenize(group)
                     group = _Group()
-                    report(documents + chunk_items, source_bytes + chunk_bytes)
-                    if characters >= self._shard_characters:
+                    report(documents + counts["items"], source_bytes + counts["source_bytes"])
+                    if characters >= self._options.shard_characters:
                         ended = False
                         break
-            if ended and not chunk_items and index:
+            if ended and not counts["items"] and not first:
                 return
             self._tokenize(group)
-            documents, source_bytes = documents + chunk_items, source_bytes + chunk_bytes
-            yield self._write(index, folder, temporary, chunk_items, chunk_bytes, text_bytes)
+            documents += counts["items"]
+            source_bytes += counts["source_bytes"]
+            yield counts
             report(documents, source_bytes)
-            if ended:
-                return
+            first = False
 
     def _is_full(self, group: _Group) -> bool:
-        enough = min(_GROUP_CHARACTERS, self._shard_characters)
+        enough = min(_GROUP_CHARACTERS, self._options.shard_characters)
         return group.characters >= enough or len(group.counts) >= _GROUP_DOCUMENTS
 
     def _take(self, item: Item, reader: Reader, group: _Group) -> int:
@@ -296,15 +382,15 @@ class UnitWriter:
             return reader.place(number)[0]
 
         if isinstance(item, Fault):
-            usable(item, reader, self._bad_documents)
-            self._rejections.add(item.reason, place)
+            usable(item, reader, self._options.bad_documents)
+            self.rejections.add(item.reason, place)
             return 0
         words = words_of(item.text)
         if not words:
-            self._rejections.add(EMPTY, place)
+            self.rejections.add(EMPTY, place)
             return 0
         number = document_hash(words)
-        split = split_of(item, number, self._heldout, self._hash_limit)
+        split = split_of(item, number, self._heldout, self._options.hash_limit)
         sentences = split_sentences(item.text)
         group.sentences += sentences
         group.counts.append(len(sentences))
@@ -322,7 +408,7 @@ class UnitWriter:
         owner = np.repeat(np.arange(len(group.counts)), group.counts)
         counts = np.bincount(owner[lengths > 0], minlength=len(group.counts)).astype(np.int32)
         for index in np.flatnonzero(counts == 0):
-            self._rejections.add(EMPTY, group.places[index])
+            self.rejections.add(EMPTY, group.places[index])
         hashes = np.array(group.hashes, dtype=np.uint64)
         heldout = np.array(group.heldout)
         for split in SPLITS:
@@ -334,27 +420,3 @@ class UnitWriter:
                 counts[chosen & (counts > 0)],
                 hashes[chosen & (counts > 0)],
             )
-
-    def _write(
-        self,
-        index: int,
-        folder: Path,
-        temporary: Path,
-        items: int,
-        source_bytes: int,
-        text_bytes: int,
-    ) -> Chunk:
-        written = {
-            split: self._writers[split].write(
-                folder, f"{split}-{self._number:05d}-{index:03d}.arrow", temporary
-            )
-            for split in SPLITS
-        }
-        return Chunk(
-            items=items,
-            heldout=written["heldout"],
-            train=written["train"],
-            rejected=self._rejections.taken(),
-            source_bytes=source_bytes,
-            text_bytes=text_bytes,
-        )

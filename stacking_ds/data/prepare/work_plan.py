@@ -1,4 +1,4 @@
-"""Which work there is: the sources cut into units, the same on every machine and in every run.
+"""Work plan: the sources cut into units, the same on every machine and in every run.
 
 A unit is tokenized by one process, and what it writes depends on nothing else, so any number of
 processes may share the units, in any order.
@@ -10,9 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stacking_ds.console import first_of
-from stacking_ds.data.shard_manifest import SourceFile
-from stacking_ds.data.sources.documents import Item, Piece, Reader, Reading, Source, unreadable
+from stacking_ds.data.shard_files import SourceFile
+from stacking_ds.data.sources.documents import (
+    Item,
+    Reader,
+    Reading,
+    Source,
+    SourcePiece,
+    unreadable,
+)
 from stacking_ds.data.sources.kinds import SeenFiles, open_source
+from stacking_ds.data.sources.lines import content_suffix
 from stacking_ds.records import Record
 
 _UNITS = 64
@@ -40,10 +48,10 @@ class Segment(Record):
     """A piece of the source with that index, held-out sources counted first."""
 
     source: int
-    piece: Piece
+    piece: SourcePiece
 
 
-class Unit(Record):
+class WorkUnit(Record):
     """Segments that one process reads one after another; all of them held out, or none."""
 
     heldout: bool
@@ -55,10 +63,10 @@ class Unit(Record):
         return sum(segment.piece.source_bytes or 0 for segment in self.segments)
 
 
-class Plan(Record):
+class WorkPlan(Record):
     """The units in order, and the files of each source as they were."""
 
-    units: tuple[Unit, ...]
+    units: tuple[WorkUnit, ...]
     files: tuple[tuple[InputFile, ...], ...]
 
     @property
@@ -96,6 +104,12 @@ class Corpus:
     def train(self) -> Sequence[Source]:
         return self.sources[self.num_heldout :]
 
+    @property
+    def text_files(self) -> list[Path]:
+        """The .txt files of all sources."""
+        paths = (path for source in self.sources for path in source.paths)
+        return [path for path in paths if content_suffix(path) == ".txt"]
+
     def identity(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """What the held-out and the training sources are recognised by."""
         heldout, train = (
@@ -111,14 +125,16 @@ class Corpus:
     def open(self, segment: Segment, reading: Reading) -> Reader:
         return self.sources[segment.source].open(segment.piece, reading)
 
-    def read(self, unit: Unit, reading: Reading) -> Iterator[tuple[Item, Reader]]:
+    def read(self, unit: WorkUnit, reading: Reading) -> Iterator[tuple[Item, Reader]]:
         """The items of a unit, each with the reader that knows its place."""
         for segment in unit.segments:
             reader = self.open(segment, reading)
             for item in reader.items():
                 yield item, reader
 
-    def contents(self, plan: Plan, hashes: dict[tuple[int, int], str]) -> tuple[SourceFile, ...]:
+    def contents(
+        self, plan: WorkPlan, hashes: dict[tuple[int, int], str]
+    ) -> tuple[SourceFile, ...]:
         """What the manifest says about the sources. `hashes`: by source and file index."""
         found = []
         for index, source in enumerate(self.sources):
@@ -152,14 +168,14 @@ def open_corpus(
     return Corpus(tuple(opened), len(heldout_sources))
 
 
-def make_plan(corpus: Corpus, reading: Reading, unit_bytes: int | None = None) -> Plan:
+def make_plan(corpus: Corpus, reading: Reading, unit_bytes: int | None = None) -> WorkPlan:
     """Cuts the corpus into units of about `unit_bytes` of text; by default a 64th of it, within 4
     and 256 MiB. Small neighbouring files share a unit, a shard of a dataset is a unit.
     Raises DataError for files that cannot be opened or have no text under the reading's key."""
     if unit_bytes is None:
         total = sum(source.estimate() for source in corpus.sources)
         unit_bytes = min(max(total // _UNITS, _MIN_UNIT_BYTES), _MAX_UNIT_BYTES)
-    units: list[Unit] = []
+    units: list[WorkUnit] = []
     for heldout in (True, False):
         segments: list[Segment] = []
         size = 0
@@ -169,16 +185,16 @@ def make_plan(corpus: Corpus, reading: Reading, unit_bytes: int | None = None) -
             for piece in source.pieces(unit_bytes, reading):
                 alone = piece.text_bytes is None
                 if segments and (alone or size + (piece.text_bytes or 0) > 1.5 * unit_bytes):
-                    units.append(Unit(heldout=heldout, segments=tuple(segments)))
+                    units.append(WorkUnit(heldout=heldout, segments=tuple(segments)))
                     segments, size = [], 0
                 segments.append(Segment(source=index, piece=piece))
                 size += unit_bytes if alone else piece.text_bytes or 0
                 if size >= unit_bytes:
-                    units.append(Unit(heldout=heldout, segments=tuple(segments)))
+                    units.append(WorkUnit(heldout=heldout, segments=tuple(segments)))
                     segments, size = [], 0
         if segments:
-            units.append(Unit(heldout=heldout, segments=tuple(segments)))
-    return Plan(units=tuple(units), files=corpus.files())
+            units.append(WorkUnit(heldout=heldout, segments=tuple(segments)))
+    return WorkPlan(units=tuple(units), files=corpus.files())
 
 
 def say_what_is_left_out(corpus: Corpus) -> None:

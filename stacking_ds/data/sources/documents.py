@@ -1,4 +1,4 @@
-"""What every kind of source yields, and how a source is cut into pieces that are read alone."""
+"""Documents, and the protocol of a source: cut into pieces, each of which is read alone."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import sentencex
 
 from stacking_ds.console import shortened
-from stacking_ds.data.shard_manifest import DocumentRule, SplitName
+from stacking_ds.data.shard_files import DocumentRule, SplitName
 from stacking_ds.errors import DataError
 from stacking_ds.records import Record
 
@@ -66,7 +66,7 @@ class Fault:
 Item = Document | Fault
 
 
-class Piece(Record):
+class SourcePiece(Record):
     """A part of a source that is read from `start` to `stop`: bytes of a text file, row groups of a
     Parquet file, record batches of an Arrow file, rows or shards of a dataset.
 
@@ -134,12 +134,12 @@ class Source(Protocol):
     def estimate(self) -> int:
         """About how many bytes of text it has; 0 where nobody knows."""
 
-    def pieces(self, piece_bytes: int, reading: Reading) -> list[Piece]:
+    def pieces(self, piece_bytes: int, reading: Reading) -> list[SourcePiece]:
         """Cuts it into pieces of about `piece_bytes` of text, in order. Pure: depends on nothing
         but the content, `piece_bytes` and `reading`. Raises DataError for a table, or JSON, that
         has no text under the reading's key, before anything else is read."""
 
-    def open(self, piece: Piece, reading: Reading) -> Reader: ...
+    def open(self, piece: SourcePiece, reading: Reading) -> Reader: ...
 
 
 def text_of_row(row: Any, key: str) -> str | tuple[str, str]:

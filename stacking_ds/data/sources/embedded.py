@@ -1,4 +1,4 @@
-"""The corpus every installation carries: CPython's help topics and the docstrings of the standard
+"""Corpus that every installation carries: CPython's help topics and the docstrings of the standard
 library and of this package's dependencies.
 
 Nothing is imported or downloaded: source files are parsed, not run. A document is one help topic
@@ -18,17 +18,23 @@ import re
 import sysconfig
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from pydoc_data import topics
 
-from stacking_ds.data.shard_manifest import SplitName
-from stacking_ds.data.sources.documents import split_sentences
+from stacking_ds.data.shard_files import SplitName
+from stacking_ds.data.sources.documents import (
+    Document,
+    Item,
+    Reader,
+    Reading,
+    SourcePiece,
+    split_sentences,
+)
 from stacking_ds.errors import DataError
 
-# ---- Recognises sentences that have been said before, in the same or nearly the same
-# words.
-
+# ---- sentences that have been said before, in the same or nearly the same words
 
 _SHINGLE_WORDS = 4
 _MIN_NEW_SHARE = 0.6
@@ -61,9 +67,7 @@ class SeenSentences:
         return True
 
 
-# ---- Finds the English sentences in documentation: docstrings, help topics, package
-# descriptions.
-
+# ---- English sentences in docstrings, help topics and package descriptions
 
 _UNDERLINE = re.compile(r"[=\-~^*#+\"'`_.]{3,}\s*$")
 # A block with such a line anywhere is not prose: indented, a doctest, a directive, a field, a
@@ -152,6 +156,8 @@ def _is_sentence(sentence: str) -> bool:
     return ordinary >= 0.85 * len(words) and odd <= 0.1 * len(words) and grammar >= 0.2 * len(words)
 
 
+# ---- the packages, and their documentation
+
 # About what comes out, for progress bars.
 TEXT_BYTES = 3_800_000
 # Raise it whenever other text comes out of the same packages.
@@ -201,10 +207,49 @@ _MIN_SENTENCES = 4
 _MIN_CHARACTERS = 300
 
 
-def identity() -> list[str]:
-    """What the corpus is made of: the version of the cleaning, of Python and of each package."""
-    versions = [f"embedded corpus, cleaning {_CLEANING_VERSION}"]
-    return versions + [name for name, _ in licences()]
+class Embedded:
+    """The corpus as a source; its first packages are held out."""
+
+    holds_out = True
+    paths: Sequence[Path] = ()
+    unread: Sequence[str] = ()
+    repeated: Sequence[str] = ()
+
+    def __init__(self, name: str = "embedded", download: bool = False) -> None:
+        self.name = name
+
+    def identity(self) -> list[str]:
+        """The version of the cleaning, of Python and of each package."""
+        versions = [f"embedded corpus, cleaning {_CLEANING_VERSION}"]
+        return versions + [name for name, _ in licences()]
+
+    def contents(self) -> list[tuple[str, str | None]]:
+        return licences()
+
+    def estimate(self) -> int:
+        return TEXT_BYTES
+
+    def pieces(self, piece_bytes: int, reading: Reading) -> list[SourcePiece]:
+        size = TEXT_BYTES
+        return [SourcePiece(file=0, start=0, stop=1, source_bytes=size, text_bytes=size)]
+
+    def open(self, piece: SourcePiece, reading: Reading) -> Reader:
+        return _EmbeddedDocuments()
+
+
+class _EmbeddedDocuments:
+    def items(self) -> Iterator[Item]:
+        for number, (split, text) in enumerate(_all_documents(), start=1):
+            yield Document(text, number, len(text), split)
+
+    def place(self, number: int) -> tuple[str, str]:
+        return f"embedded:{number}", f"the embedded corpus, document {number}"
+
+
+@cache
+def _all_documents() -> list[tuple[SplitName, str]]:
+    """A few megabytes, kept since reading them takes much longer than tokenizing them."""
+    return list(documents())
 
 
 def licences() -> list[tuple[str, str | None]]:

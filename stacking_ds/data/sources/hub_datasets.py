@@ -11,9 +11,9 @@ import pyarrow as pa
 from stacking_ds.data.sources.documents import (
     Fault,
     Item,
-    Piece,
     Reader,
     Reading,
+    SourcePiece,
     check_text,
     text_of_row,
 )
@@ -50,7 +50,7 @@ class HuggingFace:
     def estimate(self) -> int:
         return int(self.dataset.data.nbytes) if self._download else 0
 
-    def pieces(self, piece_bytes: int, reading: Reading) -> list[Piece]:
+    def pieces(self, piece_bytes: int, reading: Reading) -> list[SourcePiece]:
         # a streamed dataset may know its columns only when it is read
         features = self.dataset.features
         if features is not None:
@@ -58,7 +58,7 @@ class HuggingFace:
         if not self._download:
             shards = int(self.dataset.num_shards)
             return [
-                Piece(file=0, start=i, stop=shards, source_bytes=None, text_bytes=None)
+                SourcePiece(file=0, start=i, stop=shards, source_bytes=None, text_bytes=None)
                 for i in range(shards)
             ]
         rows, size = len(self.dataset), self.estimate()
@@ -66,12 +66,12 @@ class HuggingFace:
         cuts = [rows * i // count for i in range(count + 1)]
         share = size // count
         return [
-            Piece(file=0, start=start, stop=stop, source_bytes=share, text_bytes=share)
+            SourcePiece(file=0, start=start, stop=stop, source_bytes=share, text_bytes=share)
             for start, stop in pairwise(cuts)
         ]
 
-    def open(self, piece: Piece, reading: Reading) -> Reader:
-        return _Rows(self, piece, reading)
+    def open(self, piece: SourcePiece, reading: Reading) -> Reader:
+        return _DatasetRows(self, piece, reading)
 
     @property
     def downloaded(self) -> bool:
@@ -97,10 +97,10 @@ class HuggingFace:
         )
 
 
-class _Rows:
+class _DatasetRows:
     """A piece of a dataset; numbers are those of rows, within the shard if it is streamed."""
 
-    def __init__(self, source: HuggingFace, piece: Piece, reading: Reading) -> None:
+    def __init__(self, source: HuggingFace, piece: SourcePiece, reading: Reading) -> None:
         self._source, self._piece, self._reading = source, piece, reading
 
     def items(self) -> Iterator[Item]:

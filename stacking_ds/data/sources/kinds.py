@@ -1,10 +1,10 @@
-"""A source is named by a string:
+"""Sources by name: files, folders and globs of known kinds, and what is no file.
 
-    embedded                            the prose of the installed packages, see `data.embedded`
-    hf:NAME, hf:NAME:CONFIG, ...@SPLIT  a Hugging Face dataset, see `hugging_face`
-    a file, a folder or a glob          .txt, .jsonl, .ndjson, see `text_files`; .json, see
-                                        `json_files`; .csv, .tsv, see `delimited`; each of these
-                                        also .gz, .bz2, .xz, .zst; .parquet, .arrow, see `tables`
+    embedded                            the prose of the installed packages, see `embedded`
+    hf:NAME, hf:NAME:CONFIG, ...@SPLIT  a Hugging Face dataset, see `hub_datasets`
+    a file, a folder or a glob          .txt, .jsonl, .ndjson, .json, see `text_files`; .csv, .tsv,
+                                        see `tables`; each of these also .gz, .bz2, .xz, .zst;
+                                        .parquet, .arrow, see `tables`
 
 Suffixes may be in capitals. Within a text a newline ends a paragraph. The text's key or column is
 `text` unless said otherwise.
@@ -14,26 +14,22 @@ import errno
 import glob
 import os
 import stat
-from collections.abc import Iterator, Sequence
-from functools import cache
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
 
 from stacking_ds.console import is_utf8, readable_name
-from stacking_ds.data.shard_manifest import SplitName
-from stacking_ds.data.sources import embedded
 from stacking_ds.data.sources.documents import (
-    Document,
     Item,
-    Piece,
     Reader,
     Reading,
     Source,
+    SourcePiece,
     unreadable,
 )
+from stacking_ds.data.sources.embedded import Embedded
 from stacking_ds.data.sources.hub_datasets import HuggingFace
-from stacking_ds.data.sources.json_files import JsonFile, cut_json_file
 from stacking_ds.data.sources.lines import PACKED_SUFFIXES, content_suffix, is_packed
 from stacking_ds.data.sources.tables import (
     TABLE_SUFFIXES,
@@ -42,7 +38,7 @@ from stacking_ds.data.sources.tables import (
     cut_delimited_file,
     cut_table_file,
 )
-from stacking_ds.data.sources.text_files import TextFile, cut_text_file
+from stacking_ds.data.sources.text_files import JsonFile, TextFile, cut_json_file, cut_text_file
 from stacking_ds.errors import DataError
 from stacking_ds.files import DamagedFileError
 
@@ -54,6 +50,12 @@ _KINDS = (
     f"{' or '.join(TABLE_SUFFIXES)}"
 )
 
+_OTHER_SOURCES: dict[str, Callable[[str, bool], Source]] = {
+    "embedded": Embedded,
+    "hf:": HuggingFace,
+}
+"""Sources that are no files, by their name or what it begins with."""
+
 SeenFiles = dict[tuple[int, int] | Path, Path]
 """The files that are read, by device and inode, under the name that came first."""
 
@@ -64,10 +66,9 @@ def open_source(name: str, *, download: bool = False, seen: SeenFiles | None = N
     `download` is for Hugging Face datasets: fetch them whole instead of streaming. Files that are
     `seen` already are left out; those of this source are added.
     """
-    if name == "embedded":
-        return _Embedded()
-    if name.startswith("hf:"):
-        return HuggingFace(name, download)
+    for word, source in _OTHER_SOURCES.items():
+        if name == word or (word.endswith(":") and name.startswith(word)):
+            return source(name, download)
     return _Files(name, {} if seen is None else seen)
 
 
@@ -110,8 +111,8 @@ class _Files:
             for path in self.paths
         )
 
-    def pieces(self, piece_bytes: int, reading: Reading) -> list[Piece]:
-        found: list[Piece] = []
+    def pieces(self, piece_bytes: int, reading: Reading) -> list[SourcePiece]:
+        found: list[SourcePiece] = []
         for index, path in enumerate(self.paths):
             try:
                 found += _cut(path, index, piece_bytes, reading)
@@ -121,11 +122,11 @@ class _Files:
                 raise DataError(str(error)) from error
         return found
 
-    def open(self, piece: Piece, reading: Reading) -> Reader:
+    def open(self, piece: SourcePiece, reading: Reading) -> Reader:
         return _OpenFile(self.paths[piece.file], piece, reading)
 
 
-def _cut(path: Path, index: int, piece_bytes: int, reading: Reading) -> list[Piece]:
+def _cut(path: Path, index: int, piece_bytes: int, reading: Reading) -> list[SourcePiece]:
     match content_suffix(path):
         case ".parquet" | ".arrow":
             return cut_table_file(path, index, piece_bytes, reading.text_key)
@@ -136,23 +137,21 @@ def _cut(path: Path, index: int, piece_bytes: int, reading: Reading) -> list[Pie
     return cut_text_file(path, index, piece_bytes, reading)
 
 
-def _reader(path: Path, piece: Piece, reading: Reading) -> Reader:
-    match content_suffix(path):
-        case ".parquet" | ".arrow":
-            return TableFile(path, piece, reading)
-        case ".json":
-            return JsonFile(path, piece, reading)
-        case ".csv" | ".tsv":
-            return DelimitedFile(path, piece, reading)
-    return TextFile(path, piece, reading)
+_READERS: dict[str, Callable[[Path, SourcePiece, Reading], Reader]] = {
+    ".parquet": TableFile,
+    ".arrow": TableFile,
+    ".json": JsonFile,
+    ".csv": DelimitedFile,
+    ".tsv": DelimitedFile,
+}
 
 
 class _OpenFile:
     """Any file's reader, with its errors named."""
 
-    def __init__(self, path: Path, piece: Piece, reading: Reading) -> None:
+    def __init__(self, path: Path, piece: SourcePiece, reading: Reading) -> None:
         self._path = path
-        self._reader = _reader(path, piece, reading)
+        self._reader = _READERS.get(content_suffix(path), TextFile)(path, piece, reading)
         self.place = self._reader.place
 
     def items(self) -> Iterator[Item]:
@@ -164,45 +163,6 @@ class _OpenFile:
             raise DataError(str(error)) from error
         except OSError as error:
             raise unreadable(self._path, error) from error
-
-
-class _Embedded:
-    name = "embedded"
-    holds_out = True
-    paths: Sequence[Path] = ()
-    unread: Sequence[str] = ()
-    repeated: Sequence[str] = ()
-
-    def identity(self) -> list[str]:
-        return embedded.identity()
-
-    def contents(self) -> list[tuple[str, str | None]]:
-        return embedded.licences()
-
-    def estimate(self) -> int:
-        return embedded.TEXT_BYTES
-
-    def pieces(self, piece_bytes: int, reading: Reading) -> list[Piece]:
-        size = embedded.TEXT_BYTES
-        return [Piece(file=0, start=0, stop=1, source_bytes=size, text_bytes=size)]
-
-    def open(self, piece: Piece, reading: Reading) -> Reader:
-        return _EmbeddedDocuments()
-
-
-class _EmbeddedDocuments:
-    def items(self) -> Iterator[Item]:
-        for number, (split, text) in enumerate(_embedded_texts(), start=1):
-            yield Document(text, number, len(text), split)
-
-    def place(self, number: int) -> tuple[str, str]:
-        return f"embedded:{number}", f"the embedded corpus, document {number}"
-
-
-@cache
-def _embedded_texts() -> list[tuple[SplitName, str]]:
-    """A few megabytes, kept since reading them takes much longer than tokenizing them."""
-    return list(embedded.documents())
 
 
 def _expand(name: str) -> list[Path]:

@@ -1,4 +1,4 @@
-"""The lines of a file, plain or compressed, in bounded memory; whatever it ends its lines with.
+"""Reads the lines of a file, plain or compressed, in bounded memory; whatever ends them.
 
 Lines end with a newline, carriage returns before it included. A file without any newline may end
 them with a carriage return instead, or, where it has no carriage return either, with the next-line
@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 
-from stacking_ds.data.sources.documents import Fault, Piece, too_long
+from stacking_ds.data.sources.documents import Fault, SourcePiece, too_long
 from stacking_ds.files import open_regular
 
 _NAMES = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
@@ -71,7 +71,9 @@ def is_packed(path: Path) -> bool:
     return path.suffix.lower() in PACKED_SUFFIXES
 
 
-def lines_of(path: Path, piece: Piece, max_bytes: int, ends: Ends = TEXT_ENDS) -> Iterator[Line]:
+def lines_of(
+    path: Path, piece: SourcePiece, max_bytes: int, ends: Ends = TEXT_ENDS
+) -> Iterator[Line]:
     """The lines of a piece. Never more than `max_bytes` of one is in memory, and of a run of blank
     lines only the first two are given. A broken compressed file ends with a fault.
 
@@ -107,7 +109,7 @@ def start_of(path: Path, most_bytes: int, ends: Ends = TEXT_ENDS) -> Start:
     """
     content = b""
     with open_regular(path) as raw:
-        whole = Piece(file=0, start=0, stop=2**62, source_bytes=None, text_bytes=None)
+        whole = SourcePiece(file=0, start=0, stop=2**62, source_bytes=None, text_bytes=None)
         try:
             file = cast("io.BufferedReader", _opened(raw, path, whole, most_bytes, ends)[0])
             # one byte too many tells that there is more
@@ -166,7 +168,7 @@ def skip_line(file: BinaryIO, last: bytes) -> int:
 
 
 def _raw_lines(
-    file: BinaryIO, raw: BinaryIO, piece: Piece, limit: int, to_the_end: bool
+    file: BinaryIO, raw: BinaryIO, piece: SourcePiece, limit: int, to_the_end: bool
 ) -> Iterator[tuple[bytes, int, int]]:
     """The lines as they are, cut off behind the limit, each with the number of lines that it stands
     for and the bytes of the source that these took."""
@@ -234,7 +236,7 @@ def _broken_fault(path: Path, number: int, reason: object) -> Fault:
 
 
 def _opened(
-    raw: BinaryIO, path: Path, piece: Piece, max_bytes: int, ends: Ends
+    raw: BinaryIO, path: Path, piece: SourcePiece, max_bytes: int, ends: Ends
 ) -> tuple[BinaryIO, bool]:
     """What the file holds, from the piece's start; and whether its line ends had to be made
     newlines, as in a piece that is the whole of a file."""

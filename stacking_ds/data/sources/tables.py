@@ -8,7 +8,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stacking_ds.data.sources.documents import Fault, Item, Piece, Reading, check_text, too_long
+from stacking_ds.data.sources.documents import (
+    Fault,
+    Item,
+    Reading,
+    SourcePiece,
+    check_text,
+    too_long,
+)
 from stacking_ds.data.sources.lines import JSON_ENDS, content_suffix, lines_of
 from stacking_ds.data.sources.text_files import whole
 from stacking_ds.errors import DataError
@@ -28,7 +35,7 @@ _MOST_NAMED, _MOST_TYPE_CHARACTERS = 20, 100
 class TableFile:
     """A piece of a Parquet or Arrow file; numbers are those of rows."""
 
-    def __init__(self, path: Path, piece: Piece, reading: Reading) -> None:
+    def __init__(self, path: Path, piece: SourcePiece, reading: Reading) -> None:
         self._path, self._piece, self._reading = path, piece, reading
         self._rows_before = 0
 
@@ -74,7 +81,7 @@ class TableFile:
                     yield rows, round(per_row * len(rows))
 
 
-def cut_table_file(path: Path, file: int, piece_bytes: int, text_key: str) -> list[Piece]:
+def cut_table_file(path: Path, file: int, piece_bytes: int, text_key: str) -> list[SourcePiece]:
     """The pieces of a table: consecutive row groups or record batches of about `piece_bytes`.
     Raises DataError if it is none, or has no text under `text_key`."""
     size = path.stat().st_size
@@ -83,7 +90,7 @@ def cut_table_file(path: Path, file: int, piece_bytes: int, text_key: str) -> li
     count = max(1, min(parts, round(text_bytes / piece_bytes)))
     cuts = [parts * i // count for i in range(count + 1)]
     return [
-        Piece(
+        SourcePiece(
             file=file,
             start=cuts[i],
             stop=cuts[i + 1],
@@ -189,12 +196,12 @@ class DelimitedFile:
     """A .csv or .tsv file; numbers are those of the lines that rows start in. In a .csv a field in
     double quotes may hold delimiters and newlines."""
 
-    def __init__(self, path: Path, piece: Piece, reading: Reading) -> None:
+    def __init__(self, path: Path, piece: SourcePiece, reading: Reading) -> None:
         self._path, self._piece, self._reading = path, piece, reading
 
     def items(self) -> Iterator[Item]:
         limit = self._reading.max_bytes
-        rows = _Rows(self._path, self._piece, limit)
+        rows = _DelimitedRows(self._path, self._piece, limit)
         header = rows.next()
         names = header if isinstance(header, list) else []
         index = _index_of(names, self._reading.text_key, self._path)
@@ -211,21 +218,21 @@ class DelimitedFile:
         return f"{self._path.name}:{number}", f"{self._path}, line {number}"
 
 
-def cut_delimited_file(path: Path, file: int, reading: Reading) -> list[Piece]:
+def cut_delimited_file(path: Path, file: int, reading: Reading) -> list[SourcePiece]:
     """The one piece that the file is. Raises DataError if its first row has no such column."""
     piece = whole(path, file)
-    header = _Rows(path, piece, reading.max_bytes).next()
+    header = _DelimitedRows(path, piece, reading.max_bytes).next()
     if isinstance(header, Fault):
         raise DataError(f"{path} cannot be read: its first line {header.sentence}")
     _index_of(header or [], reading.text_key, path)
     return [piece]
 
 
-class _Rows:
+class _DelimitedRows:
     """The rows of a file. `number` is the line that the last one started in, `source_bytes` what it
     took."""
 
-    def __init__(self, path: Path, piece: Piece, limit: int) -> None:
+    def __init__(self, path: Path, piece: SourcePiece, limit: int) -> None:
         # a quote that never ends would take the rest of the file into memory
         csv.field_size_limit(limit)
         self._lines = lines_of(path, piece, limit, JSON_ENDS)

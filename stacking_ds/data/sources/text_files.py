@@ -1,11 +1,13 @@
-"""Reads .txt and JSON lines, plain or compressed, in bounded memory, whole or between two bytes.
+"""Reads .txt, JSON lines and .json, plain or compressed, in bounded memory, and in pieces.
 
 .txt: a document is what stands between blank lines, a line, or the file, as `Reading.documents`
-says; wrapped lines are joined. JSON lines: one object a line; blank lines do not count.
+says; wrapped lines are joined. JSON lines: one object a line; blank lines do not count. .json: an
+object a line, objects one after another, or in one array.
 """
 
 import json
 import logging
+import re
 from collections.abc import Iterator
 from functools import cached_property
 from itertools import islice
@@ -17,8 +19,8 @@ from stacking_ds.data.sources.documents import (
     Document,
     Fault,
     Item,
-    Piece,
     Reading,
+    SourcePiece,
     check_text,
     text_of_row,
     too_long,
@@ -32,10 +34,13 @@ from stacking_ds.data.sources.lines import (
     is_packed,
     lines_of,
     skip_line,
+    start_of,
+    text_blocks,
 )
 from stacking_ds.errors import DataError
 
-_SKIP_BYTES = 2**20
+_SKIP_BYTES = _LOOK_BYTES = 2**20
+_JSON_BLANKS = re.compile(r"[ \t\n\r]*")
 _ROWS_LOOKED_AT = _KEYS_NAMED = 20
 # what a line may begin and end with that nobody sees
 _INVISIBLE = "\ufeff\u200b"
@@ -44,7 +49,7 @@ _INVISIBLE = "\ufeff\u200b"
 class TextFile:
     """A piece of a text file; numbers are those of lines."""
 
-    def __init__(self, path: Path, piece: Piece, reading: Reading) -> None:
+    def __init__(self, path: Path, piece: SourcePiece, reading: Reading) -> None:
         self._path, self._piece, self._reading = path, piece, reading
 
     def items(self) -> Iterator[Item]:
@@ -164,14 +169,14 @@ def check_keys(path: Path, rows: Iterator[Any], reading: Reading) -> None:
     )
 
 
-def whole(path: Path, file: int) -> Piece:
+def whole(path: Path, file: int) -> SourcePiece:
     """All of a file, which is not to be cut."""
     size = path.stat().st_size
     text_bytes = 3 * size if is_packed(path) else size
-    return Piece(file=file, start=0, stop=size, source_bytes=size, text_bytes=text_bytes)
+    return SourcePiece(file=file, start=0, stop=size, source_bytes=size, text_bytes=text_bytes)
 
 
-def cut_text_file(path: Path, file: int, piece_bytes: int, reading: Reading) -> list[Piece]:
+def cut_text_file(path: Path, file: int, piece_bytes: int, reading: Reading) -> list[SourcePiece]:
     """The pieces of a text file: cut where a document starts; one that is compressed, one document
     or without newlines not at all. Raises DataError for JSON lines without the reading's key."""
     size = path.stat().st_size
@@ -195,7 +200,9 @@ def cut_text_file(path: Path, file: int, piece_bytes: int, reading: Reading) -> 
                 cuts.append(_next_start(raw, target, after_blank))
     starts = sorted({cut for cut in cuts if cut < size} or {0})
     return [
-        Piece(file=file, start=start, stop=stop, source_bytes=stop - start, text_bytes=stop - start)
+        SourcePiece(
+            file=file, start=start, stop=stop, source_bytes=stop - start, text_bytes=stop - start
+        )
         for start, stop in zip(starts, [*starts[1:], size], strict=True)
     ]
 
@@ -247,3 +254,140 @@ def _count_lines(path: Path, stop: int) -> int:
             count += block.count(b"\n")
             stop -= len(block)
     return count
+
+
+# ---- .json
+
+
+class JsonFile:
+    """A .json file; numbers are those of lines where each holds an object, else of the objects."""
+
+    def __init__(self, path: Path, piece: SourcePiece, reading: Reading) -> None:
+        self._path, self._piece, self._reading = path, piece, reading
+
+    def items(self) -> Iterator[Item]:
+        if self._has_lines:
+            yield from TextFile(self._path, self._piece, self._reading).json_lines()
+            return
+        limit, number, before = self._reading.max_bytes, 0, 0
+        each = 0
+        for number, (value, characters) in enumerate(_values(self._path, limit), start=1):
+            if isinstance(value, Fault):
+                yield Fault(value.reason, value.sentence, number, 0, value.rest_is_lost)
+                continue
+            each, before = characters - before, characters
+            text = text_of_row(value, self._reading.text_key)
+            if isinstance(text, str):
+                yield check_text(text, number, each, limit)
+            else:
+                yield Fault(*text, number, each)
+
+    @cached_property
+    def _has_lines(self) -> bool:
+        return _is_lines(self._path)
+
+    def place(self, number: int) -> tuple[str, str]:
+        kind = "line" if self._has_lines else "object"
+        return f"{self._path.name}:{number}", f"{self._path}, {kind} {number}"
+
+
+def cut_json_file(path: Path, file: int, piece_bytes: int, reading: Reading) -> list[SourcePiece]:
+    """The one piece that the file is, cut like JSON lines if it is these. Raises DataError if its
+    objects have not the reading's key."""
+    if _is_lines(path):
+        return cut_text_file(path, file, piece_bytes, reading)
+    values = (value for value, _ in _values(path, reading.max_bytes))
+    check_keys(path, values, reading)
+    return [whole(path, file)]
+
+
+def _is_lines(path: Path) -> bool:
+    """Whether the first line is an object, so that the others may be too."""
+    line, newline, _ = start_of(path, _LOOK_BYTES, JSON_ENDS).text.lstrip().partition("\n")
+    try:
+        return bool(newline) and isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _values(path: Path, limit: int) -> Iterator[tuple[Any, int]]:
+    """The objects of the file's array, or those that follow one another, and the characters read up
+    to their ends; a fault where it cannot go on."""
+    decoder = json.JSONDecoder()
+    text = _Buffer(text_blocks(path))
+    in_array, needs_comma = text.next_visible() == "[", False
+    if in_array:
+        text.position += 1
+    while True:
+        character = text.next_visible()
+        if text.fault is not None:
+            yield text.fault, text.read
+            return
+        if needs_comma and character == ",":
+            text.position += 1
+            character, needs_comma = text.next_visible(), False
+        if not character or (in_array and character == "]"):
+            if in_array and not character:
+                yield _not_json("its array does not end"), text.read
+            return
+        if needs_comma:
+            yield _not_json("a comma is missing"), text.read
+            return
+        try:
+            value, end = decoder.raw_decode(text.content, text.position)
+        except (ValueError, RecursionError) as error:
+            # it may go on in the next block; each try has twice as much
+            if isinstance(error, RecursionError) or not text.grow(limit):
+                long = len(text.content) - text.position > limit
+                yield too_long(0, 0, limit) if long else _not_json(error), text.read
+                return
+            continue
+        text.position, needs_comma = end, in_array
+        yield value, text.read
+
+
+def _not_json(reason: object) -> Fault:
+    return Fault("not JSON", f"is not JSON: {reason}; the rest is not read", 0, 0, True)
+
+
+class _Buffer:
+    """The text that was read and not yet used. `read` is how many characters were used."""
+
+    def __init__(self, blocks: Iterator[str | Fault]) -> None:
+        self._blocks = blocks
+        self.content, self.position, self._gone = "", 0, 0
+        self.fault: Fault | None = None
+
+    @property
+    def read(self) -> int:
+        return self._gone + self.position
+
+    def next_visible(self) -> str:
+        """Goes to the next character that is no blank, and tells it; nothing at the end."""
+        while True:
+            blanks = _JSON_BLANKS.match(self.content, self.position)
+            assert blanks is not None  # it may be of no length
+            self.position = blanks.end()
+            if self.position < len(self.content):
+                return self.content[self.position]
+            if not self._more():
+                return ""
+
+    def grow(self, limit: int) -> bool:
+        """Reads as much again as is there; whether there was more, and it is within the limit."""
+        held = len(self.content) - self.position
+        if held > limit:
+            return False
+        grown = False
+        while len(self.content) - self.position < 2 * held and self._more():
+            grown = True
+        return grown
+
+    def _more(self) -> bool:
+        block = next(self._blocks, None)
+        if block is None or isinstance(block, Fault):
+            self.fault = self.fault or block
+            return False
+        self._gone += self.position
+        self.content, self.position = self.content[self.position :] + block, 0
+        return True

@@ -1,13 +1,14 @@
-"""The vocabulary that a user gives: a vocab.txt, a tokenizer.json, or a folder of transformers.
+"""Vocabulary of a prepare: a given one, which is BERT's or refused; or one that is learned.
 
-What such a file says besides its tokens is either BERT's three switches, which are taken over, or
-what BERT's tokenizer does anyway. Everything else is refused by name: it would be lost on the way
-to the export, and the model would be used with other ids than it was trained with.
+A vocab.txt, a tokenizer.json or a folder of transformers can be given. What such a file says
+besides its tokens is either BERT's three switches, which are taken over, or what BERT's tokenizer
+does anyway. Everything else is refused by name: it would be lost on the way to the export, and the
+model would be used with other ids than it was trained with.
 """
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,23 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, processors
 
 from stacking_ds.console import first_of, shortened
+from stacking_ds.data.prepare.folder import PrepareOptions, UnfinishedFolder
+from stacking_ds.data.prepare.unit import document_hash, split_of, usable, words_of
+from stacking_ds.data.prepare.work_plan import Corpus, WorkPlan
+from stacking_ds.data.shard_files import VocabularyFile, file_sha256, write_file
+from stacking_ds.data.sources.documents import Document
 from stacking_ds.data.tokenizer import (
     SPECIAL_TOKENS,
     Normalization,
     build_tokenizer,
     load_vocabulary,
     require_tokens,
+    train_wordpiece,
 )
 from stacking_ds.errors import DataError
 from stacking_ds.files import DamagedFileError, read_json
 
+SAMPLE_CHARACTERS = 128 * 2**20
 _REMEDY = "take the vocabulary of a BERT, or train one with --vocab-size"
 # a vocabulary has few tokens that its text never spells; a few are someone's additions
 _STRANGE_SHARE = 0.01
@@ -105,7 +113,7 @@ def read_vocabulary(
     return vocabulary, normalization
 
 
-# ------------------------------------------------------------------- tokenizer.json
+# ---- tokenizer.json
 
 
 def _read_json(path: Path) -> tuple[list[str], Normalization]:
@@ -192,7 +200,7 @@ def _normalization(path: Path, written: dict[str, Any] | None) -> Normalization:
     return Normalization(**switches)
 
 
-# ------------------------------------------------------------ tokenizer_config.json
+# ---- tokenizer_config.json
 
 
 def _stated_by_config(folder: Path) -> dict[str, bool] | None:
@@ -235,7 +243,7 @@ def _stated_by_config(folder: Path) -> dict[str, bool] | None:
     return stated
 
 
-# ---------------------------------------------------------------- tokens and text
+# ---- tokens and text
 
 
 def _require_spelt(
@@ -295,3 +303,109 @@ def _load(path: Path) -> Any:
 
 def _shown(value: Any) -> str:
     return shortened(json.dumps(value, ensure_ascii=False), 160)
+
+
+# ---- learned
+
+
+def train_vocabulary(
+    corpus: Corpus,
+    plan: WorkPlan,
+    options: PrepareOptions,
+    normalization: Normalization,
+    report: Callable[[int, int, int | None], None],
+) -> list[str]:
+    """A vocabulary of the training documents. `report` is called with the documents and the bytes
+    of the sources that were read, twice from the start, and about how many bytes there are.
+    Raises DataError where there is no text, or none that fits into `vocab_size`."""
+    sample = VocabularySample(
+        corpus,
+        plan,
+        options,
+        lambda documents, read: report(documents, read, sample.source_bytes),
+    )
+    if next(iter(sample), None) is None:
+        why = f"all held out (--heldout-fraction is {options.heldout_fraction})"
+        if corpus.text_files:
+            rule = f"few since documents end by --documents {options.documents}"
+            why = f"empty, {why}, or {rule}"
+        else:
+            why = f"empty, or {why}"
+        raise DataError(
+            "the sources hold no training document with any text to train a vocabulary on: they "
+            f"are {why}"
+        )
+    return train_wordpiece(sample, options.vocab_size, normalization)
+
+
+def write_vocabulary(
+    folder: UnfinishedFolder, vocabulary: Sequence[str], normalization: Normalization
+) -> tuple[VocabularyFile, ...]:
+    """Writes `tokenizer.json` and `vocab.txt`; their records."""
+    contents = {
+        "tokenizer.json": build_tokenizer(vocabulary, normalization).to_str(pretty=True),
+        "vocab.txt": "".join(f"{token}\n" for token in vocabulary),
+    }
+    found = []
+    for name, text in contents.items():
+        path = folder.path / name
+        write_file(path, text.encode(), folder.temporary)
+        found.append(
+            VocabularyFile(name=name, size_bytes=path.stat().st_size, sha256=file_sha256(path))
+        )
+    return tuple(found)
+
+
+class VocabularySample:
+    """The training documents that a vocabulary is learned from; the same each time it is iterated.
+
+    Every unit gives the same share of its text, from its start, so that about `characters` come
+    together; all of it where the corpus has no more. Duplicates count once.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        plan: WorkPlan,
+        options: PrepareOptions,
+        report: Callable[[int, int], None],
+        characters: int = SAMPLE_CHARACTERS,
+    ) -> None:
+        self._corpus, self._options, self._report = corpus, options, report
+        self._units = [unit for unit in plan.units if not unit.heldout]
+        # a shard of unknown size counts as much as the mean of the others
+        sizes = [
+            sum(segment.piece.text_bytes or 0 for segment in unit.segments) for unit in self._units
+        ]
+        known = [size for size in sizes if size]
+        mean = max(1, sum(known) // len(known)) if known else 1
+        sizes = [size or mean for size in sizes]
+        self._budgets = [-(-characters * size // sum(sizes)) for size in sizes]
+        self.source_bytes: int | None = None
+        """About how many bytes of the sources are read for it; None where nobody knows."""
+        if plan.source_bytes is not None:
+            self.source_bytes = sum(
+                unit.source_bytes * min(budget, size) // size
+                for unit, budget, size in zip(self._units, self._budgets, sizes, strict=True)
+            )
+
+    def __iter__(self) -> Iterator[str]:
+        seen: set[int] = set()
+        documents = source_bytes = 0
+        for unit, budget in zip(self._units, self._budgets, strict=True):
+            left = budget
+            for item, reader in self._corpus.read(unit, self._options.reading):
+                documents, source_bytes = documents + 1, source_bytes + item.source_bytes
+                if not usable(item, reader, self._options.bad_documents):
+                    continue
+                assert isinstance(item, Document)
+                words = words_of(item.text)
+                number = document_hash(words)
+                is_train = split_of(item, number, False, self._options.hash_limit) == "train"
+                if words and is_train and number not in seen:
+                    seen.add(number)
+                    yield item.text
+                    left -= len(item.text)
+                    self._report(documents, source_bytes)
+                if left <= 0:
+                    break
