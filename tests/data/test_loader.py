@@ -3,6 +3,7 @@
 import itertools
 import pickle
 from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
