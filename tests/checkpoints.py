@@ -10,7 +10,7 @@ from stacking_ds.checkpoint import manifest, save
 from stacking_ds.distributed.world import World
 from stacking_ds.sharding.fragments import MASTER, MOMENTS, Cut, Fragment
 
-__all__ = ["Alone", "contents", "plain_fragments", "rank_fragments", "save_state"]
+__all__ = ["Alone", "contents", "plain_fragments", "rank_fragments", "save_now", "save_state"]
 
 
 class Alone(World):
@@ -67,4 +67,14 @@ def save_state(
     saved = contents(step)
     if MOMENTS[0] not in fragments[0].views:
         saved = saved.model_copy(update={"optimizer_step": 0})
-    return save.save(run_dir, fragments, world or Alone(), saved)
+    return save_now(run_dir, fragments, world or Alone(), saved)
+
+
+def save_now(
+    run_dir: Path, fragments: Sequence[Fragment], world: World, saved: manifest.Contents
+) -> Path:
+    """Write the state of all ranks, and wait for it; the new folder. A collective."""
+    owned = [fragment.owned_by(world.rank).on_host() for fragment in fragments]
+    saving = save.BackgroundSave(run_dir, owned, world, saved)
+    saving.finish()
+    return saving.folder

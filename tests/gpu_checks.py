@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from stacking_ds.checkpoint import folders, load, manifest, save
+from stacking_ds.checkpoint import folders, load, manifest
 from stacking_ds.distributed.world import World
 from stacking_ds.engine.build import advance, release_engine
 from stacking_ds.engine.zero import sharded_state
@@ -26,6 +26,7 @@ from stacking_ds.train.from_checkpoint import load_model
 from stacking_ds.train.heldout import evaluate_heldout
 from stacking_ds.train.plan import open_plan
 from tests.bert_samples import Batch, telling_model
+from tests.checkpoints import save_now
 from tests.lamb_following import follow_unsharded
 from tests.runs import losses, metrics, small_recipe, train_small
 from tests.sharded import start_engine, whole_state
@@ -263,7 +264,7 @@ def check_checkpoint(world: World, folder: Path, zero_stage: int, precision: str
     engine = _engine(world, zero_stage, precision, 2)
     _train(world, engine, range(2))
     saved = whole_state(world, engine)
-    found = save.save(
+    found = save_now(
         folder,
         sharded_state.fragments(engine),
         world,

@@ -90,8 +90,6 @@ def prepare(
 ) -> Prepared:
     """`prepare` with these options in words."""
     names = (sources,) if isinstance(sources, str) else tuple(sources)
-    if "heldout_sources" in options:
-        options["heldout_sources"] = tuple(options["heldout_sources"])
     asked = PrepareOptions(names, out_dir, **options)
     return preparation.prepare(asked, progress=progress, say=say)
 

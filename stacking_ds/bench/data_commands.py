@@ -74,7 +74,7 @@ def _measure(
     workers, rounds = options.workers, options.rounds
     corpus = data.Corpus.write(options.sources, folder / "text")
     first = folder / "first"
-    sources = tuple(corpus.files("whole"))
+    sources = corpus.files("whole")
     prepare(PrepareOptions(sources, first, vocabulary=options.vocab, vocab_size=_VOCAB_SIZE))
     vocabulary, shards = first / "vocab.txt", TokenShards.open(first)
     measures = {

@@ -177,19 +177,7 @@ def their_model(config: BertConfig) -> torch.nn.Module:
     """transformers' BERT of the same sizes, with the attention of torch's own kernels."""
     import transformers
 
-    theirs = transformers.BertConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        intermediate_size=config.intermediate_size,
-        max_position_embeddings=config.max_position_embeddings,
-        type_vocab_size=config.type_vocab_size,
-        hidden_dropout_prob=config.hidden_dropout_prob,
-        attention_probs_dropout_prob=config.attention_probs_dropout_prob,
-        layer_norm_eps=config.layer_norm_eps,
-        initializer_range=config.initializer_range,
-    )
+    theirs = transformers.BertConfig(**config.for_hugging_face())
     theirs._attn_implementation = "sdpa"
     model: torch.nn.Module = transformers.BertForPreTraining(theirs)
     return model.train()

@@ -84,22 +84,6 @@ _PATIENCE_SECONDS = 10.0
 _MEET_SECONDS = 1.0
 
 
-def save(run_dir: Path, fragments: Sequence[Fragment], world: World, contents: Contents) -> Path:
-    """Write the state of all ranks as the checkpoint of `contents.step`. A collective.
-
-    Returns:
-        The new folder, which `latest` now names.
-
-    Raises:
-        CheckpointError: on every rank, if one could not write; `latest` still names the previous
-            checkpoint, which is untouched.
-    """
-    owned = [fragment.owned_by(world.rank).on_host() for fragment in fragments]
-    saving = BackgroundSave(run_dir, owned, world, contents)
-    saving.finish()
-    return saving.folder
-
-
 class BackgroundSave:
     """One checkpoint on its way to the disk. Every method but `abandon` is a collective."""
 

@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,9 +30,15 @@ def add_prepare(parser: argparse.ArgumentParser) -> None:
         "left alone); hf:NAME[:CONFIG][@SPLIT] for a Hugging Face dataset; `embedded` for the "
         "English prose that a Python installation carries",
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument(
-        "--vocab", type=Path, help="vocab.txt, tokenizer.json or folder of a tokenizer to use"
+        "--out", type=Path, required=True, dest="out_dir", metavar="OUT", help="folder to write"
+    )
+    parser.add_argument(
+        "--vocab",
+        type=Path,
+        dest="vocabulary",
+        metavar="VOCAB",
+        help="vocab.txt, tokenizer.json or folder of a tokenizer to use",
     )
     parser.add_argument(
         "--vocab-size", type=int, default=8192, help="size of the vocabulary to train (%(default)s)"
@@ -39,7 +46,12 @@ def add_prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cased", action="store_true", help="keep capital letters and accents")
     parser.add_argument("--keep-accents", action="store_true", help="strip no accents")
     parser.add_argument(
-        "--heldout", nargs="+", default=[], metavar="SOURCE", help="what to hold out; else a share"
+        "--heldout",
+        nargs="+",
+        default=(),
+        dest="heldout_sources",
+        metavar="SOURCE",
+        help="what to hold out; else a share",
     )
     parser.add_argument(
         "--heldout-fraction", type=float, default=0.02, help="share of documents (%(default)s)"
@@ -85,44 +97,32 @@ def _prepare(options: argparse.Namespace) -> int:
 
     started = time.monotonic()
     part = _part(options.part)
+    workers = len(os.sched_getaffinity(0)) if options.workers is None else options.workers
+    # the options are called as the fields are
+    names = [field.name for field in fields(PrepareOptions)]
+    words = {**vars(options), "part": part, "workers": workers}
     with _Display() as display:
-        asked = PrepareOptions(
-            sources=tuple(options.sources),
-            out_dir=options.out,
-            vocabulary=options.vocab,
-            vocab_size=options.vocab_size,
-            cased=options.cased,
-            keep_accents=options.keep_accents,
-            heldout_sources=tuple(options.heldout),
-            heldout_fraction=options.heldout_fraction,
-            licence=options.licence,
-            text_key=options.text_key,
-            documents=options.documents,
-            bad_documents=options.bad_documents,
-            download=options.download,
-            workers=len(os.sched_getaffinity(0)) if options.workers is None else options.workers,
-            part=part,
+        prepared = prepare(
+            PrepareOptions(**{name: words[name] for name in names if name in words}),
+            progress=display,
+            say=display.say,
         )
-        prepared = prepare(asked, progress=display, say=display.say)
     seconds = time.monotonic() - started
     if prepared.manifest is None:
         print(
-            f"part {part[0]} of {part[1]} done in {seconds:.0f} s; {options.out} is unfinished: "
-            f"{prepared.missing_units} units are missing, which other parts do; run a part again "
-            "if it failed"
+            f"part {part[0]} of {part[1]} done in {seconds:.0f} s; {options.out_dir} is "
+            f"unfinished: {prepared.missing_units} units are missing, which other parts do; run a "
+            "part again if it failed"
         )
         return 0
     speed = f" ({prepared.manifest.text_bytes / 1e6 / seconds:.1f} MB/s of text)"
     # a resumed run was spared a part of the work
     done = f"prepared in {seconds:.0f} s{'' if prepared.resumed else speed}:"
     verb = "re-using" if prepared.reused else done
-    print(f"{verb} {options.out}: {_summary(prepared.manifest)}")
+    print(f"{verb} {options.out_dir}: {_summary(prepared.manifest)}")
     _say_what_is_unknown(prepared.manifest)
     for rejected in prepared.manifest.rejected:
-        print(
-            f"left out, {rejected.reason}: {rejected.documents:,} documents, the first at "
-            f"{', '.join(rejected.first[:3])}"
-        )
+        print(rejected.sentence)
     if odd := odd_documents(prepared.manifest):
         print(f"warning: {odd}", file=sys.stderr)
     return 0

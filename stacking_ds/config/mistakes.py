@@ -1,5 +1,5 @@
-"""What is wrong with a recipe, in words for whoever wrote it: which key, what it must be, what was
-typed, and in which line or which `--set`."""
+"""Sentences about a recipe's mistakes: which key, what it must be, what was typed, and in which
+line or which `--set`."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar

@@ -1,4 +1,4 @@
-"""`--set section.key=value`: where it goes, and what its value is."""
+"""The keys of a recipe, and overrides of them: `--set section.key=value`."""
 
 import difflib
 from collections.abc import Iterator, Sequence
@@ -8,9 +8,6 @@ from typing import Annotated, Any, get_args, get_origin
 from stacking_ds.config.run import RunConfig
 from stacking_ds.config.yaml_text import Scalar, Tree, YamlTextError, read_yaml
 from stacking_ds.console import shortened
-
-# ---- Which keys a recipe has, of which type, and which one somebody may have meant.
-
 
 # what other programs call it, and no likeness of letters finds
 _OTHER_NAMES = {

@@ -1,4 +1,4 @@
-"""A YAML recipe and dotted overrides become a `RunConfig`.
+"""Read a recipe: a YAML file and dotted overrides become a `RunConfig`.
 
 The order is: defaults of the sections, then the recipe, then `--set section.key=value`. What
 results is written into the run directory, so that a run says by itself what it was.
@@ -20,9 +20,8 @@ from stacking_ds.console import shortened
 from stacking_ds.errors import ConfigError
 from stacking_ds.files import DamagedFileError, read_text
 
-# ---- Find the JSONs, recipes and batch scripts of the package, in a checkout or a wheel.
-
-
+_MOST_BYTES = 2**18
+_MOST_PROBLEMS = 20
 _OF_SLURM = {".sbatch", ".sh", ".md"}
 
 
@@ -68,10 +67,6 @@ def _find(name: str, folder: Path, suffix: str, what: str) -> Path:
     raise ConfigError(
         f"no {what} '{shortened(name, 200)}': give a path to a {suffix} file, or one of {known}"
     )
-
-
-_MOST_BYTES = 2**18
-_MOST_PROBLEMS = 20
 
 
 def load_run_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:

@@ -151,12 +151,9 @@ class RunConfig(Record):
         deepspeed = self.engine.deepspeed
         if os.path.isfile(deepspeed):
             deepspeed = os.path.realpath(deepspeed)
-        path = os.path.realpath(self.data.path)
-        return self.model_copy(
-            update={
-                "data": self.data.model_copy(update={"path": path}),
-                "engine": self.engine.model_copy(update={"deepspeed": deepspeed}),
-            }
+        return self.changed(
+            data=self.data.changed(path=os.path.realpath(self.data.path)),
+            engine=self.engine.changed(deepspeed=deepspeed),
         )
 
     def to_yaml(self) -> str:

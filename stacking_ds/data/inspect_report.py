@@ -1,4 +1,4 @@
-"""What `stacking-ds data inspect` found, as text for people."""
+"""Report of `stacking-ds data inspect` as text: one part, or table, at a time."""
 
 import textwrap
 from collections.abc import Callable, Sequence
@@ -10,6 +10,7 @@ from stacking_ds.data.inspection import (
     FolderFacts,
     LengthBin,
     Overlap,
+    PhaseReading,
     Readings,
     RowFacts,
     ShownExample,
@@ -17,9 +18,10 @@ from stacking_ds.data.inspection import (
 )
 from stacking_ds.data.shard_files import MANY_UNKNOWN
 
-_SOURCES_SHOWN, _PLACES_SHOWN = 8, 3
+_SOURCES_SHOWN = 8
 _BAR, _LINE = 40, 100
 _SPLITS = {"train": "train", "heldout": "held out"}
+_Column = tuple[str, Callable[[Any], str]]
 
 
 def as_text(name: str, facts: Any) -> str:
@@ -27,47 +29,44 @@ def as_text(name: str, facts: Any) -> str:
     return "\n".join([*_PARTS[name](facts), ""])
 
 
-# ----------------------------------------------------------------- folder and splits
-
-
 def _folder(facts: FolderFacts) -> list[str]:
-    lines = {
-        "folder": facts.folder,
-        "vocabulary": f"{facts.vocab_size:,} tokens, {facts.normalization}, sha256 "
-        f"{facts.vocabulary_sha256[:16]}",
-        "text": f"{readable_size(facts.text_bytes)}, {facts.bytes_per_token:.2f} bytes a token, "
-        "duplicates included",
-        "licence": facts.licence or "-",
-        "on disk": f"{readable_size(facts.size_bytes)} of shards",
-        "verified": "every byte" if facts.every_byte_verified else "the sizes; --verify reads all",
-    }
-    width = max(map(len, lines))
-    text = [f"{name:<{width}}  {value}" for name, value in lines.items()]
+    lines = [
+        ("folder", facts.folder),
+        (
+            "vocabulary",
+            f"{facts.vocab_size:,} tokens, {facts.normalization}, sha256 "
+            f"{facts.vocabulary_sha256[:16]}",
+        ),
+        (
+            "text",
+            f"{readable_size(facts.text_bytes)}, {facts.bytes_per_token:.2f} bytes a token, "
+            "duplicates included",
+        ),
+        ("licence", facts.licence or "-"),
+        ("on disk", f"{readable_size(facts.size_bytes)} of shards"),
+        (
+            "verified",
+            "every byte" if facts.every_byte_verified else "the sizes; --verify reads all",
+        ),
+    ]
+    text = aligned(lines, left=(0, 1))
     if facts.sources:
-        cells = [
-            (
-                source.name,
-                "-" if source.size_bytes is None else readable_size(source.size_bytes),
-                source.licence or "-",
-                "held out" if source.heldout else "",
-            )
-            for source in facts.sources[:_SOURCES_SHOWN]
+        columns: list[_Column] = [
+            ("source", lambda source: source.name),
+            ("size", lambda one: "-" if one.size_bytes is None else readable_size(one.size_bytes)),
+            ("licence", lambda source: source.licence or "-"),
+            ("", lambda source: "held out" if source.heldout else ""),
         ]
-        text += ["", *aligned([("source", "size", "licence", ""), *cells], left=(0, 2, 3))]
+        text += ["", *_table(columns, facts.sources[:_SOURCES_SHOWN], left=(0, 2, 3))]
         if len(facts.sources) > _SOURCES_SHOWN:
             text.append(f"and {len(facts.sources) - _SOURCES_SHOWN:,} more; --json has all")
     if facts.rejected:
-        text.append("")
-    for rejected in facts.rejected:
-        text.append(
-            f"left out, {rejected.reason}: {rejected.documents:,} documents, the first at "
-            f"{', '.join(rejected.first[:_PLACES_SHOWN])}"
-        )
+        text += ["", *(rejected.sentence for rejected in facts.rejected)]
     return text
 
 
 def _splits(splits: Sequence[SplitFacts]) -> list[str]:
-    rows: list[tuple[str, Callable[[SplitFacts], str]]] = [
+    rows: list[_Column] = [
         ("", lambda facts: _SPLITS[facts.split]),
         ("documents", lambda facts: f"{facts.documents:,}"),
         ("sentences", lambda facts: f"{facts.sentences:,}"),
@@ -100,27 +99,21 @@ def _overlap(overlap: Overlap) -> list[str]:
     return [f"train documents that are held out too: {overlap.documents:,}"]
 
 
-# ----------------------------------------------------------------- rows and readings
-
-
 def _rows(rows: Sequence[RowFacts]) -> list[str]:
-    head = ("rows of", "split", "rows an epoch", "examples a row", "fill", "empty slots an epoch",
-            "random pairs")  # fmt: skip
-    cells = [
+    columns: list[_Column] = [
+        ("rows of", lambda facts: f"{facts.sequence_length:,}"),
+        ("split", lambda facts: _SPLITS[facts.split]),
+        ("rows an epoch", lambda facts: f"{facts.rows_per_epoch:,.0f}"),
+        ("examples a row", lambda facts: f"{facts.examples_per_row:.2f}"),
+        ("fill", lambda facts: f"{facts.fill:.1%}"),
+        ("empty slots an epoch", lambda facts: f"{facts.empty_slots_per_epoch:,.0f}"),
         (
-            f"{facts.sequence_length:,}",
-            _SPLITS[facts.split],
-            f"{facts.rows_per_epoch:,.0f}",
-            f"{facts.examples_per_row:.2f}",
-            f"{facts.fill:.1%}",
-            f"{facts.empty_slots_per_epoch:,.0f}",
-            "-" if facts.random_share is None else f"{facts.random_share:.1%}",
-        )
-        for facts in rows
+            "random pairs",
+            lambda one: "-" if one.random_share is None else f"{one.random_share:.1%}",
+        ),
     ]
-    text = aligned([head, *cells], left=(1,))
-    variants = max(facts.variants for facts in rows)
-    if variants > 1:
+    text = _table(columns, rows, left=(1,))
+    if (variants := max(facts.variants for facts in rows)) > 1:
         text.append(
             f"train has {variants:,} variants of its rows, which take turns; these are means"
         )
@@ -134,26 +127,25 @@ def _rows(rows: Sequence[RowFacts]) -> list[str]:
 def _readings(readings: Readings | None) -> list[str]:
     if readings is None:
         return ["give --recipe to see how many epochs it reads"]
-    head = ("phase", "steps", "rows of", "rows a step", "rows read", "epochs", "from epoch",
-            "to epoch", "tokens")  # fmt: skip
-    cells = [
-        (
-            f"{phase.phase}",
-            f"{phase.start_step:,} to {phase.end_step:,}",
-            f"{phase.sequence_length:,}",
-            f"{phase.global_batch_size:,}",
-            f"{phase.rows:,}",
-            _epochs(phase.epochs),
-            _epochs(phase.first_epoch),
-            _epochs(phase.first_epoch + phase.epochs),
-            f"{phase.tokens:,.0f}",
-        )
-        for phase in readings.phases
+
+    def steps(phase: PhaseReading) -> str:
+        return f"{phase.start_step:,} to {phase.end_step:,}"
+
+    columns: list[_Column] = [
+        ("phase", lambda phase: f"{phase.phase}"),
+        ("steps", steps),
+        ("rows of", lambda phase: f"{phase.sequence_length:,}"),
+        ("rows a step", lambda phase: f"{phase.global_batch_size:,}"),
+        ("rows read", lambda phase: f"{phase.rows:,}"),
+        ("epochs", lambda phase: _epochs(phase.epochs)),
+        ("from epoch", lambda phase: _epochs(phase.first_epoch)),
+        ("to epoch", lambda phase: _epochs(phase.first_epoch + phase.epochs)),
+        ("tokens", lambda phase: f"{phase.tokens:,.0f}"),
     ]
     total = ("all", f"{readings.steps:,}", "", "", f"{readings.rows:,}",
              _epochs(readings.epochs), "", "", f"{readings.tokens:,.0f}")  # fmt: skip
     return [
-        *aligned([head, *cells, total], left=()),
+        *_table(columns, readings.phases, left=(), last=[total]),
         f"the recipe reads each training document {_epochs(readings.epochs)} times; with padding "
         f"{readings.slots:,} token slots",
     ]
@@ -161,9 +153,6 @@ def _readings(readings: Readings | None) -> list[str]:
 
 def _epochs(epochs: float) -> str:
     return f"{epochs:,.3g}" if epochs < 1 else f"{epochs:,.2f}"
-
-
-# ------------------------------------------------------------------------- examples
 
 
 def _examples(examples: Sequence[ShownExample]) -> list[str]:
@@ -193,7 +182,15 @@ def _segment(name: str, text: str) -> list[str]:
     )
 
 
-# --------------------------------------------------------------------------- layout
+def _table(
+    columns: Sequence[_Column],
+    things: Sequence[Any],
+    left: Sequence[int],
+    last: Sequence[Sequence[str]] = (),
+) -> list[str]:
+    """A line of heads, a line for each thing, and the `last` ones."""
+    heads = [head for head, _ in columns]
+    return aligned([heads, *([cell(one) for _, cell in columns] for one in things), *last], left)
 
 
 def _bars(bins: Sequence[LengthBin]) -> list[str]:
@@ -202,16 +199,10 @@ def _bars(bins: Sequence[LengthBin]) -> list[str]:
     total = max(sum(bin.count for bin in bins), 1)
     most = max(1, *(bin.count for bin in bins))
     rows = [
-        (
-            f"{bin.first:,}",
-            "-",
-            f"{bin.last:,}",
-            f"{bin.count:,}",
-            f"{bin.count / total:.1%}",
-            "#" * -(-_BAR * bin.count // most),
-        )
+        (f"{bin.first:,}", "-", f"{bin.last:,}", f"{bin.count:,}", f"{bin.count / total:.1%}",
+         "#" * -(-_BAR * bin.count // most))
         for bin in bins
-    ]
+    ]  # fmt: skip
     return [f"  {line}" for line in aligned(rows, left=(5,))]
 
 

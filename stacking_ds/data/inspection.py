@@ -1,9 +1,10 @@
-"""What a prepared folder holds: its documents, duplicates and sentences, and do its splits overlap.
+"""Numbers of a prepared folder: its documents, duplicates and sentences, whether its
+splits overlap, the rows it makes, how often a recipe reads it, and examples as text.
 
-Everything is read in pieces from the mapped files, so that memory does not grow with the text. The
-results are plain records: `inspect_commands` prints them for people or as JSON.
+Everything is read in pieces from the mapped files, so that memory does not grow with the text.
+`inspect_report` prints these records for people, `--json` for programs.
 
-Shapes: D documents, S sentences, T tokens.
+Shapes: D documents, S sentences, T tokens, R rows.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,9 +47,6 @@ class LengthBin:
     count: int
 
 
-# -------------------------------------------------------------------------- folder
-
-
 @dataclass(frozen=True)
 class FolderFacts:
     """What the manifest says of the folder as a whole. `size_bytes` counts shards, lists of
@@ -71,12 +69,7 @@ class FolderFacts:
 def folder_facts(shards: TokenShards, every_byte_verified: bool) -> FolderFacts:
     """The facts of an opened folder."""
     manifest = shards.manifest
-    splits = (manifest.train, manifest.heldout)
-    files = [*manifest.vocabulary_files]
-    size_bytes = sum(file.size_bytes for file in files)
-    for split in splits:
-        size_bytes += split.duplicates.size_bytes + sum(file.size_bytes for file in split.shards)
-    tokens = sum(file.tokens for split in splits for file in split.shards)
+    tokens = sum(file.tokens for file in (*manifest.train.shards, *manifest.heldout.shards))
     return FolderFacts(
         folder=str(shards.folder),
         every_byte_verified=every_byte_verified,
@@ -84,15 +77,12 @@ def folder_facts(shards: TokenShards, every_byte_verified: bool) -> FolderFacts:
         vocabulary_sha256=manifest.vocabulary_sha256,
         normalization=manifest.request.normalization,
         licence=manifest.licence,
-        size_bytes=size_bytes,
+        size_bytes=sum(file.size_bytes for file in shards.files),
         text_bytes=manifest.text_bytes,
         bytes_per_token=manifest.text_bytes / max(tokens, 1),
         sources=manifest.sources,
         rejected=manifest.rejected,
     )
-
-
-# ---------------------------------------------------------------------- documents
 
 
 @dataclass(frozen=True)
@@ -360,14 +350,9 @@ def readings(config: RunConfig, rows_by_length: Mapping[int, RowFacts]) -> Readi
                 slots=rows * phase.sequence_length,
             )
         )
-    return Readings(
-        phases=tuple(phases),
-        steps=steps,
-        rows=sum(phase.rows for phase in phases),
-        epochs=sum(phase.epochs for phase in phases),
-        tokens=sum(phase.tokens for phase in phases),
-        slots=sum(phase.slots for phase in phases),
-    )
+    names = ("rows", "epochs", "tokens", "slots")
+    sums = {name: sum(getattr(phase, name) for phase in phases) for name in names}
+    return Readings(phases=tuple(phases), steps=steps, **sums)
 
 
 # ---- Training examples as text, with what is masked in view.

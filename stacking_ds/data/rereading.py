@@ -1,4 +1,4 @@
-"""Every byte of a run's data, read again while it goes on: damage since its start shows."""
+"""Reads every byte of a run's data again while it trains, and finds damage since its start."""
 
 import logging
 import os

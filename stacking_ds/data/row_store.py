@@ -1,5 +1,5 @@
-"""Layouts on disk: beside the shards, or in the user's cache where these cannot be written. Whoever
-needs one that is not there makes it, once for all processes of a node.
+"""Layouts on disk, made once for all processes of a node: beside the shards, or in the user's cache
+where these cannot be written.
 
 Shapes: E examples.
 """

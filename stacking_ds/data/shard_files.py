@@ -79,6 +79,13 @@ class Rejected(Record):
     documents: int
     first: tuple[str, ...]
 
+    @property
+    def sentence(self) -> str:
+        return (
+            f"left out, {self.reason}: {self.documents:,} documents, the first at "
+            f"{', '.join(self.first[:3])}"
+        )
+
 
 class ShardFile(Record):
     """One Arrow file of a split, duplicates included. `unknown_tokens` are those that are [UNK];

@@ -27,8 +27,7 @@ from stacking_ds.data.tokenizer import SpecialIds, load_vocabulary, special_ids,
 from stacking_ds.errors import DataError
 from stacking_ds.files import DamagedFileError, open_regular
 
-# ---- Numbers of an Arrow array as numpy, without the pandas that pyarrow's own way
-# imports.
+# ---- the Arrow files that are written here
 
 
 def numbers(array: pa.Array) -> NDArray[Any]:
@@ -49,9 +48,6 @@ def numbers(array: pa.Array) -> NDArray[Any]:
     view: NDArray[Any] = np.frombuffer(values, dtype, len(array), array.offset * dtype.itemsize)
     view.flags.writeable = False
     return view
-
-
-# ---- What is true of the Arrow files that are written here, asked of those that are read.
 
 
 _TOKENS_AT_ONCE = 2**24
@@ -157,7 +153,7 @@ class TokenShards:
         Raises DataError naming the file that is missing, of another size, altered or wrong.
         """
         shards = cls(folder, read_manifest(folder))
-        for file in shards._files:
+        for file in shards.files:
             _check(folder / file.name, file, verify=False)
         if verify:
             shards.verify_once()
@@ -171,7 +167,7 @@ class TokenShards:
 
     def verifying(self) -> Iterator[None]:
         """As `open` with `verify`, a file at a time."""
-        for file in self._files:
+        for file in self.files:
             _check(self.folder / file.name, file, verify=True)
             yield
         for name in get_args(SplitName):
@@ -180,7 +176,8 @@ class TokenShards:
         self._verified = True
 
     @property
-    def _files(self) -> list[_RecordedFile]:
+    def files(self) -> list[_RecordedFile]:
+        """The records of all files that the manifest names."""
         return [
             *self.manifest.train.shards,
             *self.manifest.heldout.shards,
@@ -369,7 +366,7 @@ def _check(path: Path, record: _RecordedFile, verify: bool) -> None:
 
 
 def _map(path: Path, record: ShardFile) -> ShardArrays:
-    try:
+    with _unreadable(path, "token shard"):
         batch = only_batch(path, _COLUMNS)
         tokens, lengths = batch.column("tokens"), batch.column("sentence_lengths")
         arrays = ShardArrays(
@@ -379,10 +376,6 @@ def _map(path: Path, record: ShardFile) -> ShardArrays:
             numbers(lengths.offsets),
             numbers(batch.column("document_hash")),
         )
-    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # what Arrow finds has none
-            raise not_opened(path, error) from error
-        raise DataError(f"{path} is not a readable token shard: {error}") from error
     whole = is_rising(arrays.token_offsets, len(arrays.tokens))
     if not (whole and is_rising(arrays.sentence_offsets, len(arrays.sentence_lengths))):
         raise DataError(f"{path} is damaged (its lists overlap); prepare the folder again")
@@ -392,6 +385,16 @@ def _map(path: Path, record: ShardFile) -> ShardArrays:
             f"{path} holds {found} documents, sentences and tokens, not what its manifest says"
         )
     return arrays
+
+
+@contextmanager
+def _unreadable(path: Path, what: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # what Arrow finds has none
+            raise not_opened(path, error) from error
+        raise DataError(f"{path} is not a readable {what}: {error}") from error
 
 
 @contextmanager
@@ -405,13 +408,9 @@ def _wrong_is_damage(path: Path) -> Iterator[None]:
 
 
 def _read_duplicates(path: Path, split: TokenSplit) -> NDArray[np.int64]:
-    try:
+    with _unreadable(path, "list of duplicates"):
         batch = only_batch(path, {"document": (pa.int64(),)})
         documents: NDArray[np.int64] = numbers(batch.column("document"))
-    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise not_opened(path, error) from error
-        raise DataError(f"{path} is not a readable list of duplicates: {error}") from error
     rising = bool((documents[1:] > documents[:-1]).all())
     if len(documents) and not (rising and 0 <= documents[0] <= documents[-1] < split.num_documents):
         raise DataError(f"{path} names documents that the {split.name} split does not have")

@@ -1,4 +1,4 @@
-"""BERT's WordPiece: training a vocabulary, reading one, and turning text into ids.
+"""WordPiece of BERT: training a vocabulary, reading one, and turning text into ids.
 
 Devlin et al. 2019, section 3; the algorithm is that of the `tokenizers` library.
 """

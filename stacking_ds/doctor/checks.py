@@ -7,7 +7,7 @@ node, counts as usual.
 
 import ipaddress
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Literal
@@ -19,10 +19,10 @@ from stacking_ds.doctor.speed import AllReduce, Matmul
 
 Verdict = Literal["ok", "warning", "FAILED"]
 Nodes = Mapping[str, NodeFacts]
-Clause = tuple[str, Iterable[str]]
-"""What breaks a rule, for people, and all nodes that it blames, of which the text names a few."""
+Clause = tuple[Sequence[str], str]
+"""All nodes that break a rule, perhaps none, and how; who they are is written before it."""
 Fault = tuple[Verdict, Sequence[Clause], str]
-"""A verdict, the clauses that lead to it if there are any, and the remedy."""
+"""A verdict, the clauses that lead to it if any node is blamed, and the remedy."""
 
 _NAMED = 3
 _SHOWN_CHARACTERS = 400
@@ -45,15 +45,16 @@ class Finding:
     nodes: tuple[str, ...] = ()
 
 
-def conclude(check: str, ok: str, order: Iterable[str], *faults: Fault) -> Finding:
-    """The first of the faults that has clauses, or `ok`; the blamed nodes in that order."""
+def conclude(check: str, ok: str, nodes: Collection[str], *faults: Fault) -> Finding:
+    """The first of the faults for which one of the `nodes` is to blame; `ok` if there is none."""
     for verdict, clauses, remedy in faults:
-        if clauses:
-            blamed = {node for _, nodes in clauses for node in nodes}
-            text = "; ".join(text for text, _ in clauses[:_NAMED])
-            if len(clauses) > _NAMED:
-                text += f"; and {len(clauses) - _NAMED:,} more"
-            in_order = dict.fromkeys([*filter(blamed.__contains__, order), *sorted(blamed)])
+        blamed = {node for names, _ in clauses for node in names}
+        if blamed:
+            texts = [_said_of(names, text, len(nodes)) for names, text in clauses if names]
+            in_order = dict.fromkeys([*filter(blamed.__contains__, nodes), *sorted(blamed)])
+            more = len(texts) - _NAMED
+            rest = [f"and {more:,} more"] if more > 0 else []
+            text = "; ".join([*texts[:_NAMED], *rest])
             return Finding(check, verdict, text, remedy, tuple(in_order))
     return Finding(check, "ok", ok)
 
@@ -70,22 +71,19 @@ def by_name(facts: Sequence[NodeFacts]) -> dict[str, NodeFacts]:
     }
 
 
-def _at(nodes: Sequence[str], text: str, num_nodes: int) -> list[Clause]:
-    """The clause with the nodes before it, none if there are none; a node that is alone, and all
-    together, are not named."""
-    if not nodes:
-        return []
-    everywhere = f"all {num_nodes:,} nodes: " if num_nodes > 1 else ""
-    who = everywhere if len(nodes) == num_nodes else f"{join_names(nodes)}: "
-    return [(f"{who}{text}", nodes)]
+def _said_of(nodes: Sequence[str], text: str, num_nodes: int) -> str:
+    """The text with the nodes before it; none is named that is alone or where it is all of them."""
+    if len(nodes) == num_nodes:
+        return f"all {num_nodes:,} nodes: {text}" if num_nodes > 1 else text
+    return f"{join_names(nodes)}: {text}"
 
 
-def _problems(problems: Mapping[str, str], num_nodes: int) -> list[Clause]:
+def _problems(problems: Mapping[str, str]) -> list[Clause]:
     """A clause for each problem and the nodes that have it."""
     by_text: dict[str, list[str]] = {}
     for node, problem in problems.items():
         by_text.setdefault(problem[:_SHOWN_CHARACTERS], []).append(node)
-    return [c for problem, nodes in by_text.items() for c in _at(nodes, problem, num_nodes)]
+    return [(nodes, problem) for problem, nodes in by_text.items()]
 
 
 def _by_value(values: Mapping[str, str]) -> list[tuple[str, list[str]]]:
@@ -138,7 +136,7 @@ def _alike(what: Callable[[NodeFacts], Mapping[str, str]], shown: int = 60) -> R
             than = f"{_the_others(agreeing)} {usual[:shown]}"
             for value, others in odd:
                 told = f"{name} {value[:shown]}".strip()
-                clauses.append((f"{join_names(others)}: {told}, {than}", others))
+                clauses.append((others, f"{told}, {than}"))
         return ", ".join(usual_values) or None, clauses
 
     return rule
@@ -155,8 +153,7 @@ def _code(nodes: Nodes, ranks: Sequence[RankFacts]) -> Judged:
             file for file in here.keys() | there.keys() if here.get(file) != there.get(file)
         )
         what = join_names(files) if files else f"stacking_ds {digest[:_HASH_CHARACTERS]}"
-        than = _the_others(agreeing)
-        clauses.append((f"{join_names(others)}: {what}, other than on {than}", others))
+        clauses.append((others, f"{what}, other than on {_the_others(agreeing)}"))
     count = len(nodes[agreeing[0]].code_files)
     counted = f" ({plural(count, 'file')})" if count else ""
     return f"{usual[:_HASH_CHARACTERS]}{counted}", clauses
@@ -174,19 +171,20 @@ def _room_for(what: str, need: Callable[[Collection[NodeFacts]], int]) -> Rule:
         text = f"{least} free at the run directory, {what} {readable_size(needed)}"
         most = max(node.run_bytes for node in nodes.values())
         takes = f", checkpoints take up to {readable_size(most)}" if most else ""
-        return f"{least} free{takes}", _at(short, text, len(nodes))
+        return f"{least} free{takes}", [(short, text)]
 
     return rule
 
 
 def _scratch_space(nodes: Nodes, ranks: Sequence[RankFacts]) -> Judged:
-    clauses, shown = [], []
+    clauses: list[Clause] = []
+    shown: list[str] = []
     for place in dict.fromkeys(place for node in nodes.values() for place in node.scratch_bytes):
         needed = _LEAST_SCRATCH_BYTES.get(place, _LEAST_TEMPORARY_BYTES)
         free = {n: f.scratch_bytes[place] for n, f in nodes.items() if place in f.scratch_bytes}
         shown.append(f"{readable_size(min(free.values()))} free in {place}")
         short = [name for name, size in free.items() if size < needed]
-        clauses += _at(short, shown[-1], len(nodes))
+        clauses.append((short, shown[-1]))
     return ", ".join(shown), clauses
 
 
@@ -196,7 +194,7 @@ def _ranks_for_gpus(nodes: Nodes, ranks: Sequence[RankFacts]) -> Judged:
         return "", []
     first = nodes[over[0]]
     text = f"{plural(first.local_size, 'rank')} on {plural(first.gpu_count, 'GPU')}"
-    return "", _at(over, text, len(nodes))
+    return "", [(over, text)]
 
 
 def _cores(nodes: Nodes, ranks: Sequence[RankFacts]) -> Judged:
@@ -211,7 +209,7 @@ def _cores(nodes: Nodes, ranks: Sequence[RankFacts]) -> Judged:
     host = (busy or list(threads))[0]
     cores = plural(masks[host].bit_count(), "core")
     text = f"{plural(threads[host], 'thread')} of all ranks on {cores}"
-    return text, _at(busy, text, len(nodes))
+    return text, [(busy, text)]
 
 
 def _open_files(nodes: Nodes, ranks: Sequence[RankFacts]) -> Judged:
@@ -220,7 +218,7 @@ def _open_files(nodes: Nodes, ranks: Sequence[RankFacts]) -> Judged:
         return "no limit", []
     least = min(limits.values())
     low = [name for name, limit in limits.items() if limit < _LEAST_OPEN_FILES]
-    return f"limit {least:,}", _at(low, f"a process may open {least:,}", len(nodes))
+    return f"limit {least:,}", [(low, f"a process may open {least:,}")]
 
 
 TABLE = (
@@ -318,7 +316,7 @@ def _findings(checks: Sequence[Check], nodes: Nodes, ranks: Sequence[RankFacts])
     for name, rows in groupby(checks, key=lambda check: check.name):
         ok, faults = None, []
         problems = {n: node.problems[name] for n, node in nodes.items() if name in node.problems}
-        told = _problems(problems, len(nodes))
+        told = _problems(problems)
         for check in rows:
             unknown = {name, check.needs}
             well = {n: node for n, node in nodes.items() if not unknown & node.problems.keys()}
@@ -334,28 +332,27 @@ def _findings(checks: Sequence[Check], nodes: Nodes, ranks: Sequence[RankFacts])
 
 def run_directory(probing: Probing, names: Mapping[int, str]) -> Finding:
     """Every node sees what rank 0 writes, and the other way round. `names`: by rank."""
-    place, order = probing.place, names.values()
-    unwritten = {names[0]: f"cannot write into {place} ({probing.problem})"}
+    place, first = probing.place, [names[0]]
     problems = {names[answer.rank]: answer.problem for answer in probing.answers if answer.problem}
     where = place if probing.exists else f"{place}, where it will be made"
     who = f"all {len(names):,} nodes see and write" if len(names) > 1 else "can be written"
     return conclude(
         "run directory",
         f"{who}: {where}",
-        order,
+        names.values(),
         (
             "FAILED",
-            _problems(unwritten if probing.problem else {}, len(names)),
+            [(first if probing.problem else [], f"cannot write into {place} ({probing.problem})")],
             "choose another --run-dir, or mend its permissions or file system",
         ),
         (
             "FAILED",
-            _problems(problems, len(names)),
+            _problems(problems),
             "give a --run-dir on a file system that all nodes share and may write",
         ),
         (
             "warning",
-            [(f"{probing.left} cannot be removed", [])] if probing.left else [],
+            [(first if probing.left else [], f"{probing.left} cannot be removed")],
             "remove it yourself: `train` takes no directory that holds what is not its own",
         ),
     )
@@ -366,9 +363,9 @@ def locks(probing: Probing, names: Mapping[int, str]) -> Finding:
     unkept = {
         names[answer.rank]: answer.lock for answer in probing.answers if answer.lock not in KEPT
     }
-    clauses: list[Clause] = _problems(unkept, len(names))
+    clauses: list[Clause] = _problems(unkept)
     if probing.lock_problem:
-        clauses = [(f"not to be had in {probing.place} ({probing.lock_problem})", [])]
+        clauses = [([names[0]], f"not to be had in {probing.place} ({probing.lock_problem})")]
     return conclude(
         "file locks",
         "kept between nodes" if len(names) > 1 else "kept",
@@ -397,7 +394,7 @@ def clocks(offsets: Mapping[str, tuple[float, float]]) -> Finding:
         offsets,
         (
             "warning",
-            _at(off, text, len(offsets)),
+            [(off, text)],
             "keep the clocks of all nodes by NTP (`chronyc tracking`): times in logs and of files "
             "cannot be compared",
         ),
@@ -419,7 +416,7 @@ def network(nodes: Nodes, backend: str, meeting_place: str) -> Finding:
         nodes,
         (
             "warning",
-            _problems(hidden, len(nodes)),
+            _problems(hidden),
             "set GLOO_SOCKET_IFNAME to the interface that joins the nodes (`ip -br address`; in "
             ".deepspeed_env for the deepspeed launcher), or mend /etc/hosts",
         ),
@@ -450,7 +447,7 @@ def all_reduce(measured: AllReduce | None, backend: str) -> Finding:
     )
 
 
-def matrix_products(measured: Sequence[Matmul], num_nodes: int) -> Finding:
+def matrix_products(measured: Sequence[Matmul]) -> Finding:
     """No node is much slower than the rest, and all can compute."""
     by_speed = sorted(measured, key=lambda each: each.flops_per_second)
     least, median, most = (by_speed[i].flops_per_second for i in (0, len(by_speed) // 2, -1))
@@ -459,20 +456,19 @@ def matrix_products(measured: Sequence[Matmul], num_nodes: int) -> Finding:
         if each.flops_per_second < _SLOW * median:
             slow.setdefault(each.host, each)
     text = f"{_flops(least)} on rank {by_speed[0].rank:,}, the median is {_flops(median)}"
-    clauses = _at(list(slow), text, num_nodes)
     to = f"{_flops(least)} to " if len(measured) > 1 else ""
     return conclude(
         "matrix products",
         f"{to}{_flops(most)} a rank in {measured[0].dtype}",
-        [each.host for each in measured],
+        dict.fromkeys(each.host for each in measured),
         (
             "FAILED",
-            _problems({each.host: each.problem for each in measured if each.problem}, num_nodes),
+            _problems({each.host: each.problem for each in measured if each.problem}),
             "see what else is at work there, and whether the device is sound (nvidia-smi)",
         ),
         (
             "warning",
-            clauses,
+            [(list(slow), text)],
             "every step waits for the slowest: see what else is at work there, and the clock rates "
             "and temperature of its GPUs (nvidia-smi -q -d PERFORMANCE)",
         ),

@@ -117,7 +117,7 @@ def _checks(
     products = world.gather_on_first(measure_matmul(world, precision).model_dump())
     if first:
         found.measured["matrix_products"] = products
-        yield checks.matrix_products(Matmul.read(products), len(names))
+        yield checks.matrix_products(Matmul.read(products))
     if world.any(first and "FAILED" in {each.verdict for each in found.findings[-1:]}):
         return  # a rank that cannot compute would keep the others waiting
     speed = measure_all_reduce(world)

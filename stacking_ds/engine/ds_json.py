@@ -1,4 +1,4 @@
-"""Read a DeepSpeed JSON."""
+"""Read a DeepSpeed JSON, fill in its `"auto"`, and refuse what contradicts the recipe."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -63,9 +63,6 @@ def _is_deeper(value: Any, levels: int) -> bool:
         return False
     children = value.values() if isinstance(value, dict) else value
     return levels == 0 or any(_is_deeper(child, levels - 1) for child in children)
-
-
-# ---- Fill a DeepSpeed JSON's `"auto"`, and refuse what contradicts the recipe.
 
 
 @dataclass(frozen=True)

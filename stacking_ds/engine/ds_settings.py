@@ -1,4 +1,4 @@
-"""Which DeepSpeed settings a run may use, and why the others are refused.
+"""Check DeepSpeed settings: which ones a run may use, and why the others are refused.
 
 DeepSpeed 0.19.8 ignores an unknown top-level key in silence and lets some settings train wrongly;
 so every key is looked at here first.
@@ -14,7 +14,10 @@ from typing import Any
 
 from stacking_ds.console import shortened
 
-# ---- What each setting of a DeepSpeed JSON may be: its type and its bounds.
+
+def as_json(value: Any) -> str:
+    """`value` as it stands in the JSON, in one line and not longer than a line."""
+    return shortened(json.dumps(value, ensure_ascii=False, default=repr))
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,15 @@ def _or_null(rule: Rule) -> Rule:
     return Rule(f"{rule.must_be}, or null", lambda value: value is None or rule.accepts(value))
 
 
+def _only(*right: Any, since: str) -> Rule:
+    """What growth, checkpoints or the loss rely on."""
+    return Rule(
+        f"{' or '.join(map(as_json, right))}, since {since}",
+        # to Python 1 and true are equal
+        lambda value: any(type(value) is type(one) and value == one for one in right),
+    )
+
+
 def _is_writable_file(value: Any) -> bool:
     """In a folder that is there, since DeepSpeed opens it steps later."""
     if not isinstance(value, str) or not value or "\0" in value:
@@ -67,6 +79,8 @@ def _is_writable_file(value: Any) -> bool:
     return os.path.isdir(folder) and os.access(folder, os.W_OK) and not os.path.isdir(value)
 
 
+_SETTLED = Rule("", lambda value: True)
+"""Looked at where the recipe's own value is known, or by itself."""
 _SWITCH = Rule("true or false", lambda value: isinstance(value, bool))
 _TEXT = Rule("text", lambda value: isinstance(value, str))
 _NAMES = Rule(
@@ -79,6 +93,12 @@ _BUCKET = _whole(1, 2 * 10**9)  # so much is allocated
 _MOST_STEPS = 10**12
 
 TOP_LEVEL: Mapping[str, Rule] = {
+    "train_batch_size": _SETTLED,
+    "train_micro_batch_size_per_gpu": _SETTLED,
+    "gradient_accumulation_steps": _SETTLED,
+    "gradient_clipping": _SETTLED,
+    "zero_force_ds_cpu_optimizer": _SETTLED,
+    "communication_data_type": _SETTLED,
     "wall_clock_breakdown": _SWITCH,
     "memory_breakdown": _SWITCH,
     "dump_state": _SWITCH,
@@ -123,8 +143,32 @@ _STAGE_3: Mapping[str, Rule] = {
     "allgather_sequential": _SWITCH,
 }
 
+_GATHERS_ITSELF = "the model says itself which of its modules ZeRO 3 gathers whole"
+_NOT_SHARDED_SO = "growth and checkpoints do not read state laid out that way"
+
 SECTIONS: Mapping[str, Mapping[str, Rule]] = {
+    "data_types": {"grad_accum_dtype": _SETTLED},
     "zero_optimization": {
+        "stage": _count(0, 3),
+        "offload_optimizer": _SETTLED,
+        "memory_efficient_linear": _SETTLED,
+        "round_robin_gradients": _only(
+            False, since="true corrupts the map from weights to masters"
+        ),
+        "compute_grad_norm": _only(True, since="the run reports the gradient norm at every step"),
+        "legacy_stage1": _only(False, since="DeepSpeed no longer has it"),
+        "elastic_checkpoint": _only(False, since="checkpoints here load at any world size anyway"),
+        "cpu_offload": _only(None, False, since=_NOT_SHARDED_SO),
+        "cpu_offload_param": _only(None, False, since=_NOT_SHARDED_SO),
+        "offload_param": _only(None, {"device": "none"}, since=_NOT_SHARDED_SO),
+        "zenflow": _only(None, since=_NOT_SHARDED_SO),
+        "leaf_module": _only({}, since=_GATHERS_ITSELF),
+        "module_granularity_threshold": _only(0, since=_GATHERS_ITSELF),
+        "stage3_module_granularity_threshold": _only(0, since=_GATHERS_ITSELF),
+        "zero_hpz_partition_size": _only(1, since=_NOT_SHARDED_SO),
+        "zero_quantized_weights": _only(False, since=_NOT_SHARDED_SO),
+        "zero_quantized_nontrainable_weights": _only(False, since=_NOT_SHARDED_SO),
+        "zero_quantized_gradients": _only(False, since="gradients are reduced in fp32"),
         "contiguous_gradients": _SWITCH,
         "reduce_scatter": _SWITCH,
         "reduce_bucket_size": _BUCKET,
@@ -147,8 +191,21 @@ SECTIONS: Mapping[str, Mapping[str, Rule]] = {
         **_STAGE_3,
         **{f"stage3_{key}": rule for key, rule in _STAGE_3.items()},
     },
-    "bf16": {},
+    "bf16": {
+        "enabled": _SETTLED,
+        "check_grad_overflow": _only(
+            True, since="DeepSpeed would step on gradients that are not finite"
+        ),
+        "immediate_grad_update": _only(
+            False, since="it belongs to BF16_Optimizer, which is not used"
+        ),
+        "bf16_master_weights_and_grads": _only(False, since="masters are fp32"),
+        "bf16_optimizer_states": _only(False, since="moments are fp32"),
+    },
     "fp16": {
+        "enabled": _SETTLED,
+        "auto_cast": _only(False, since="the model's inputs are token ids"),
+        "fp16_master_weights_and_grads": _only(False, since="masters are fp32"),
         "loss_scale": _number(0, 2**32),
         "initial_scale_power": _whole(0, 32),
         "loss_scale_window": _whole(1, 10**9),
@@ -167,21 +224,7 @@ SECTIONS: Mapping[str, Mapping[str, Rule]] = {
 }
 
 
-KNOWN_KEYS = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "bf16",
-    "fp16",
-    "zero_optimization",
-    "zero_force_ds_cpu_optimizer",
-    "communication_data_type",
-    "data_types",
-    "comms_logger",
-    "flops_profiler",
-    *TOP_LEVEL,
-)
+KNOWN_KEYS = (*TOP_LEVEL, *SECTIONS)
 
 _REMOVED = "DeepSpeed 0.19.8 has removed it; delete it"
 _RECIPE = "the recipe owns it; delete it"
@@ -235,46 +278,6 @@ REFUSED_KEYS: Mapping[str, str] = {
     "bfloat16": 'its name is now "bf16"; rename it',
 }
 
-# what the engine settles with the recipe, or what is looked at by itself
-_ALSO_KNOWN = {
-    "zero_optimization": ("stage", "offload_optimizer", "memory_efficient_linear"),
-    "bf16": ("enabled",),
-    "fp16": ("enabled",),
-}
-
-_GATHERS_ITSELF = "the model says itself which of its modules ZeRO 3 gathers whole"
-_NOT_SHARDED_SO = "growth and checkpoints do not read state laid out that way"
-# section -> key -> (the values that are right, why)
-_ONLY: Mapping[str, Mapping[str, tuple[tuple[Any, ...], str]]] = {
-    "zero_optimization": {
-        "round_robin_gradients": ((False,), "it corrupts the map from weights to masters"),
-        "compute_grad_norm": ((True,), "the run reports the gradient norm at every step"),
-        "legacy_stage1": ((False,), "DeepSpeed no longer has it"),
-        "elastic_checkpoint": ((False,), "checkpoints here load at any world size anyway"),
-        "cpu_offload": ((None, False), _NOT_SHARDED_SO),
-        "cpu_offload_param": ((None, False), _NOT_SHARDED_SO),
-        "offload_param": ((None, {"device": "none"}), _NOT_SHARDED_SO),
-        "zenflow": ((None,), _NOT_SHARDED_SO),
-        "leaf_module": (({},), _GATHERS_ITSELF),
-        "module_granularity_threshold": ((0,), _GATHERS_ITSELF),
-        "stage3_module_granularity_threshold": ((0,), _GATHERS_ITSELF),
-        "zero_hpz_partition_size": ((1,), _NOT_SHARDED_SO),
-        "zero_quantized_weights": ((False,), _NOT_SHARDED_SO),
-        "zero_quantized_nontrainable_weights": ((False,), _NOT_SHARDED_SO),
-        "zero_quantized_gradients": ((False,), "gradients are reduced in fp32"),
-    },
-    "bf16": {
-        "check_grad_overflow": ((True,), "DeepSpeed would step on gradients that are not finite"),
-        "immediate_grad_update": ((False,), "it belongs to BF16_Optimizer, which is not used"),
-        "bf16_master_weights_and_grads": ((False,), "masters are fp32"),
-        "bf16_optimizer_states": ((False,), "moments are fp32"),
-    },
-    "fp16": {
-        "auto_cast": ((False,), "the model's inputs are token ids"),
-        "fp16_master_weights_and_grads": ((False,), "masters are fp32"),
-    },
-}
-
 
 def top_level_problems(json: Mapping[str, Any]) -> list[str]:
     """One line for every top-level key that is refused or unknown."""
@@ -291,55 +294,23 @@ def section_problems(json: Mapping[str, Any]) -> list[str]:
     """One line for every value that is not what DeepSpeed or this package can work with, and for
     every unknown key inside a section such as `zero_optimization` or `bf16`."""
     problems = _value_problems("", json, TOP_LEVEL)
-    data_types = json.get("data_types", {})
-    if not isinstance(data_types, dict):
-        problems.append(_no_object("data_types", data_types))
-    else:
-        others = sorted(data_types.keys() - {"grad_accum_dtype"})
-        problems += [f'"data_types.{shortened(key)}": {_ELSEWHERE}' for key in others]
     for section, rules in SECTIONS.items():
-        values = json.get(section, {})
-        if not isinstance(values, dict):
-            problems.append(_no_object(section, values))
-            continue
-        problems += _unknown_keys(section, values, known_in_section(section))
-        problems += _value_problems(f"{section}.", values, rules)
-        problems += _only_problems(section, values)
+        problems += _problems_inside(section, json.get(section, {}), rules)
     zero_optimization = json.get("zero_optimization", {})
     if isinstance(zero_optimization, dict):
-        problems += _stage_problems(zero_optimization) + _offload_problems(zero_optimization)
+        problems += _offload_problems(zero_optimization)
     return problems
 
 
-def known_in_section(section: str) -> set[str]:
-    """All keys that a section may have, those that may have one value alone included."""
-    return {*SECTIONS[section], *_ONLY.get(section, {}), *_ALSO_KNOWN.get(section, ())}
-
-
-def as_json(value: Any) -> str:
-    """`value` as it stands in the JSON, in one line and not longer than a line."""
-    return shortened(json.dumps(value, ensure_ascii=False, default=repr))
-
-
-def _only_problems(section: str, values: Mapping[str, Any]) -> list[str]:
-    problems = []
-    for key, (right, reason) in _ONLY.get(section, {}).items():
-        value = values.get(key, "auto")
-        # to Python 1 and true are equal
-        fits = any(type(value) is type(one) and value == one for one in right)
-        if value != "auto" and not fits:
-            problems.append(
-                f'"{section}.{key}" is {as_json(value)}: {reason}; delete it or write '
-                f"{as_json(right[0])}"
-            )
-    return problems
-
-
-def _stage_problems(zero_optimization: Mapping[str, Any]) -> list[str]:
-    stage = zero_optimization.get("stage", 0)
-    if stage == "auto" or (type(stage) is int and 0 <= stage <= 3):
-        return []
-    return [f'"zero_optimization.stage" is {as_json(stage)}: write it as a number, 0, 1, 2 or 3']
+def _problems_inside(section: str, values: Any, rules: Mapping[str, Rule]) -> list[str]:
+    if not isinstance(values, dict):
+        return [f'"{section}" is {as_json(values)}: it must be an object in braces']
+    unknown = [
+        f'"{section}.{shortened(key)}": {_unknown(key, rules)}'
+        for key in values
+        if key not in rules
+    ]
+    return unknown + _value_problems(f"{section}.", values, rules)
 
 
 def _offload_problems(zero_optimization: Mapping[str, Any]) -> list[str]:
@@ -348,10 +319,9 @@ def _offload_problems(zero_optimization: Mapping[str, Any]) -> list[str]:
     offload = zero_optimization.get("offload_optimizer")
     if offload is None:
         return []
+    problems = _problems_inside(section, offload, OFFLOAD_OPTIMIZER)
     if not isinstance(offload, dict):
-        return [_no_object(section, offload)]
-    problems = _unknown_keys(section, offload, OFFLOAD_OPTIMIZER)
-    problems += _value_problems(f"{section}.", offload, OFFLOAD_OPTIMIZER)
+        return problems
     if offload.get("device", "none") != "cpu":
         return problems
     if zero_optimization.get("stage", 0) == 0:
@@ -376,10 +346,6 @@ def _value_problems(prefix: str, values: Mapping[str, Any], rules: Mapping[str, 
     ]
 
 
-def _no_object(section: str, values: Any) -> str:
-    return f'"{section}" is {as_json(values)}: it must be an object in braces'
-
-
 def asks_for_log(json: Mapping[str, Any]) -> bool:
     """Whether a setting asks for something that DeepSpeed says in log lines of level INFO.
 
@@ -391,14 +357,6 @@ def asks_for_log(json: Mapping[str, Any]) -> bool:
         or json.get("dump_state")
         or (communication.get("enabled") and communication.get("verbose"))
     )
-
-
-def _unknown_keys(section: str, values: Mapping[str, Any], known: Collection[str]) -> list[str]:
-    return [
-        f'"{section}.{shortened(key)}": {_unknown(key, known)}'
-        for key in values
-        if key not in known
-    ]
 
 
 def _unknown(key: str, known: Collection[str]) -> str:

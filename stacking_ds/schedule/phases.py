@@ -1,4 +1,4 @@
-"""Which sequence length and batch a step has: the phases of a run, independent of its stages.
+"""Sequence-length and batch phases: the rows of each step, independent of the stages.
 
 BERT trains 90 % of its steps on rows of 128 tokens and the rest on rows of 512 (Devlin et al. 2019,
 A.2). Pure arithmetic, like `stages`.

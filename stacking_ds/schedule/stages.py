@@ -1,4 +1,4 @@
-"""Which stage trains which step, at what depth, and where the boundaries are.
+"""Growth stages: which steps are trained at which depth, and where the boundaries are.
 
 Pure arithmetic: the loop, the learning rate, the plan and the tests ask the same object.
 """

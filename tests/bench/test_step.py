@@ -44,8 +44,12 @@ from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
 FULL, FILLED = cpu_cases(TINY, sequence_length=32, rows=6)
-WITHOUT_DROPOUT = replace(
-    FULL.config, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.2
+WITHOUT_DROPOUT = FULL.config.model_copy(
+    update={
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "initializer_range": 0.2,
+    }
 )
 
 # ----------------------------------------------------------------------------- the rows

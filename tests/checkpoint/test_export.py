@@ -15,7 +15,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from stacking_ds.checkpoint import hugging_face, manifest, save
+from stacking_ds.checkpoint import hugging_face, manifest
 from stacking_ds.checkpoint.folders import choose
 from stacking_ds.checkpoint.hugging_face import export_to_hugging_face
 from stacking_ds.data.shards import TokenShards
@@ -27,6 +27,7 @@ from stacking_ds.model.bert_config import BertConfig
 from stacking_ds.sharding.fragments import MASTER, Cut, Fragment
 from stacking_ds.train.from_checkpoint import export_run
 from stacking_ds.train.plan import TrainingPlan, open_plan
+from tests.checkpoints import save_now
 from tests.prose import documents, prepare, tiny_shards
 from tests.ranks import run_ranks
 from tests.runs import small_recipe
@@ -378,7 +379,7 @@ def _save_deep(world: World, plan: TrainingPlan, run_dir: Path) -> tuple[float, 
         for name, shape in parameter_shapes(plan.model_config(24)).items()
         for numel in [math.prod(shape)]
     ]
-    save.save(
+    save_now(
         run_dir,
         fragments,
         world,

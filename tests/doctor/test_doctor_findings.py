@@ -271,7 +271,7 @@ def test_ranks_slower_than_most_are_blamed(speeds: list[float]) -> None:
     ]
     median = sorted(speeds)[len(speeds) // 2]
     expected = {f"n{rank}" for rank, speed in enumerate(speeds) if speed < 0.8 * median}
-    found = checks.matrix_products(measured, len(speeds))
+    found = checks.matrix_products(measured)
     assert set(found.nodes) == expected
     assert found.verdict == ("warning" if expected else "ok")
 
@@ -296,4 +296,4 @@ def test_a_run_directory_that_rank_0_cannot_write() -> None:
 def test_what_could_not_be_removed_is_told() -> None:
     probing = Probing(**PLACE, answers=(Answer(rank=0), Answer(rank=8)), left="/runs/.x")
     found = checks.run_directory(probing, NAMES)
-    assert (found.verdict, found.text) == ("warning", "/runs/.x cannot be removed")
+    assert (found.verdict, found.text) == ("warning", "node0: /runs/.x cannot be removed")

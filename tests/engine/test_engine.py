@@ -105,7 +105,7 @@ def test_everything_wrong_is_said_in_one_message() -> None:
         '"optimizer": the recipe owns it',
         '"elasticity": DeepSpeed 0.19.8 has removed it',
         '"steps_per_print" is "auto", which nobody fills in',
-        '"zero_optimization.round_robin_gradients" is true: it corrupts',
+        '"zero_optimization.round_robin_gradients" is true: it must be false, since true corrupts',
         '"zero_optimization.reduce_bucket": DeepSpeed has no such key; did you mean "reduce_',
         '"zero_optimization.contiguous_gradients" is "perhaps": it must be true or false',
     ):

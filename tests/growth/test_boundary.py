@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from stacking_ds.checkpoint import load, save
+from stacking_ds.checkpoint import load
 from stacking_ds.distributed.world import World
 from stacking_ds.engine.build import advance, release_engine
 from stacking_ds.engine.zero import sharded_state
@@ -14,7 +14,7 @@ from stacking_ds.errors import StageError
 from stacking_ds.growth.operators import layer_map, source_name
 from stacking_ds.growth.transfer import capture, install
 from stacking_ds.sharding.fragments import MASTER, MOMENTS
-from tests.checkpoints import contents
+from tests.checkpoints import contents, save_now
 from tests.ranks import run_ranks
 from tests.sharded import start_engine, train_engine, whole_state
 from tests.tiny import tiny_batch, tiny_loss
@@ -83,7 +83,7 @@ def test_growth_in_fp16_is_exact_after_skipped_steps(ranks: int, zero_stage: int
 def _grow_after_restoring(world: World, run_dir: Path) -> Any:
     engine = start_engine(world, 2, "bf16")
     train_engine(world, engine, range(2))
-    folder = save.save(run_dir, sharded_state.fragments(engine), world, contents(2))
+    folder = save_now(run_dir, sharded_state.fragments(engine), world, contents(2))
     release_engine(engine)
     engine = start_engine(world, 1, "bf16", seed=99)
     sharded_state.seed_moments(engine, 2)

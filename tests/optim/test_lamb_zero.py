@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from stacking_ds.checkpoint import load, manifest, save
+from stacking_ds.checkpoint import load, manifest
 from stacking_ds.distributed.world import World
 from stacking_ds.engine.build import build_engine, release_engine
 from stacking_ds.engine.zero import gradients as engine_zero_gradients
@@ -19,7 +19,7 @@ from stacking_ds.engine.zero.compatibility import Masters
 from stacking_ds.growth.operators import layer_map
 from stacking_ds.growth.transfer import capture, install
 from stacking_ds.sharding.fragments import MASTER, MOMENTS
-from tests.checkpoints import contents
+from tests.checkpoints import contents, save_now
 from tests.lamb_following import (
     AFTER,
     STEPS,
@@ -377,7 +377,7 @@ def test_a_step_that_loss_scaling_skips_leaves_no_trace(zero_stage: int) -> None
 def _resume(world: World, folder: Path, saved_at: int, loaded_at: int) -> Any:
     engine = lamb_engine(world, saved_at)
     train_engine(world, engine, range(3))
-    found = save.save(folder, sharded_state.fragments(engine), world, contents(3))
+    found = save_now(folder, sharded_state.fragments(engine), world, contents(3))
     train_engine(world, engine, range(3, 6))
     uninterrupted = whole_state(world, engine)
     release_engine(engine)

@@ -1,4 +1,4 @@
-"""When all units are done: find the documents that occur twice, and say so in files."""
+"""Finishes the splits when all units are done: finds duplicates, and lists them in files."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence

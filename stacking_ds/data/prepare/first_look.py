@@ -1,5 +1,4 @@
-"""What the .txt files of a corpus are taken for, by a look at the beginning of each, and what is
-odd about it.
+"""First look at the .txt files of a corpus: what a document is in them, and what is odd about it.
 
 Where a .txt file's documents end is a convention that the file does not name. Taken wrongly, the
 lines of a list become one document, or an article as many as it has paragraphs, and all goes on as

@@ -1,4 +1,4 @@
-"""What a prepare was asked for, and the folder in which it is done; nothing is lost by a kill.
+"""Options of a prepare, and the folder in which it is done; nothing is lost by a kill.
 
     OUT/.unfinished/started.json     what was asked for, and the plan
     OUT/.unfinished/vocab.txt        the vocabulary, as soon as there is one
@@ -77,13 +77,13 @@ class PrepareOptions:
     loses when it is killed.
     """
 
-    sources: tuple[str, ...]
+    sources: Sequence[str]
     out_dir: Path
     vocabulary: Path | None = None
     vocab_size: int = 8192
     cased: bool = False
     keep_accents: bool = False
-    heldout_sources: tuple[str, ...] = ()
+    heldout_sources: Sequence[str] = ()
     heldout_fraction: float = 0.02
     licence: str | None = None
     text_key: str = "text"
@@ -97,6 +97,8 @@ class PrepareOptions:
     max_document_bytes: int = MAX_DOCUMENT_BYTES
 
     def __post_init__(self) -> None:
+        for name in ("sources", "heldout_sources"):  # lists are taken too
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         # how small it may be, the alphabet of the text says
         if self.vocab_size > _LARGEST_VOCABULARY:
             raise DataError(

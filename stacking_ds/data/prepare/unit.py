@@ -1,5 +1,5 @@
-"""One unit: read, split by hash, cut into sentences, tokenize, write; in chunks that a killed run
-need not do again.
+"""Makes a unit: read, split by hash, cut into sentences, tokenize, write; in chunks that a killed
+run need not do again.
 
 Shapes: T tokens, S sentences, B bytes, P pieces of text, U different ones.
 """

@@ -1,4 +1,4 @@
-"""The vocabulary of a prepare: a given one, which is BERT's or refused; or one that is learned.
+"""Vocabulary of a prepare: a given one, which is BERT's or refused; or one that is learned.
 
 A vocab.txt, a tokenizer.json or a folder of transformers can be given. What such a file says
 besides its tokens is either BERT's three switches, which are taken over, or what BERT's tokenizer

@@ -1,4 +1,4 @@
-"""Which work there is: the sources cut into units, the same on every machine and in every run.
+"""Work plan: the sources cut into units, the same on every machine and in every run.
 
 A unit is tokenized by one process, and what it writes depends on nothing else, so any number of
 processes may share the units, in any order.

@@ -1,4 +1,4 @@
-"""What every kind of source yields, and how a source is cut into pieces that are read alone."""
+"""Documents, and the protocol of a source: cut into pieces, each of which is read alone."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The corpus every installation carries: CPython's help topics and the docstrings of the standard
+"""Corpus that every installation carries: CPython's help topics and the docstrings of the standard
 library and of this package's dependencies.
 
 Nothing is imported or downloaded: source files are parsed, not run. A document is one help topic

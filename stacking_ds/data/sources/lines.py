@@ -1,4 +1,4 @@
-"""The lines of a file, plain or compressed, in bounded memory; whatever it ends its lines with.
+"""Reads the lines of a file, plain or compressed, in bounded memory; whatever ends them.
 
 Lines end with a newline, carriage returns before it included. A file without any newline may end
 them with a carriage return instead, or, where it has no carriage return either, with the next-line

@@ -1,5 +1,4 @@
-"""Reads .txt, JSON lines and .json, plain or compressed, in bounded memory; the first two whole or
-between two bytes.
+"""Reads .txt, JSON lines and .json, plain or compressed, in bounded memory, and in pieces.
 
 .txt: a document is what stands between blank lines, a line, or the file, as `Reading.documents`
 says; wrapped lines are joined. JSON lines: one object a line; blank lines do not count. .json: an
