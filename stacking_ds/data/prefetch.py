@@ -233,7 +233,7 @@ def _receive(pipe: BinaryIO, *, pin_memory: bool) -> RankStep | Exception:
     if not isinstance(found, RankStep):
         assert isinstance(found, Exception)
         return found
-    content = torch.empty(length, dtype=torch.int64, pin_memory=pin_memory)
+    content = torch.empty(length, dtype=torch.int32, pin_memory=pin_memory)
     if pipe.readinto(content.numpy().data) < content.nbytes:  # type: ignore[attr-defined]
         raise EOFError
     return replace(found, content=content)

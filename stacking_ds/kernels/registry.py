@@ -14,16 +14,17 @@ from torch.nn import functional
 from stacking_ds.config.sections import ActivationCheckpointing, EngineSection, KernelsName
 from stacking_ds.errors import ConfigError
 from stacking_ds.kernels.attention.choice import choose_attention
-from stacking_ds.kernels.attention.loops import attend_loops
 from stacking_ds.kernels.attention.padded import attend_padded
-from stacking_ds.kernels.attention.sequences import Attend, Sequences
+from stacking_ds.kernels.attention.sequences import Attend, Sequences, attend_loops
 from stacking_ds.kernels.fp8 import linear_fp8, require_fp8
-from stacking_ds.kernels.library_forms import (
+from stacking_ds.kernels.operations import (
     ApexOperations,
     CompiledOperations,
+    LinearForm,
+    Norm,
+    Operations,
     find_fused_layer_norm,
 )
-from stacking_ds.kernels.operations import LinearForm, Norm, Operations
 
 # ---- How a model computes: the form of its operations and of its attention, and what it
 # keeps.

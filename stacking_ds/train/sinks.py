@@ -34,10 +34,6 @@ from stacking_ds.run.metrics_file import (
 )
 from stacking_ds.schedule.stages import Stage, StageSchedule
 
-# ---- TensorBoard's event files, written as its own reader takes them: one for each attempt
-# at a run.
-
-
 _EVENTS = "events.out.tfevents."
 _EDGES = 1e-12 * 1.1 ** np.arange(774)
 _BINS = np.concatenate([-_EDGES[::-1], [0.0], _EDGES])  # TensorBoard's own

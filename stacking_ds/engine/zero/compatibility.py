@@ -146,9 +146,6 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import (
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS as ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.utils import groups as groups
 
-# ---- Keep DeepSpeed on the process group of now.
-
-
 _followed: Any = None
 
 

@@ -22,9 +22,8 @@ from stacking_ds.kernels.attention.flash import (
     require_flash,
     require_varlen,
 )
-from stacking_ds.kernels.attention.loops import attend_loops
 from stacking_ds.kernels.attention.padded import attend_cudnn, attend_padded, require_cudnn
-from stacking_ds.kernels.attention.sequences import Attend, Sequences
+from stacking_ds.kernels.attention.sequences import Attend, Sequences, attend_loops
 
 logger = logging.getLogger("stacking_ds")
 

@@ -102,9 +102,6 @@ def trust_ratio(weight_square: float, update_square: float, hyper: Hyper) -> flo
     return min(max(ratio, hyper.min_coeff), hyper.max_coeff)
 
 
-# ---- The LAMB step in plain torch, one parameter after the other: the definition.
-
-
 class ReferenceLamb:
     """`LambKernel` on any device."""
 
