@@ -504,8 +504,8 @@ def test_the_command_measures_all_that_it_can(
         (["--rounds=0"], "--rounds=0 must be at least 1"),
         (["--only=nothing"], "no case begins with 'nothing'"),
         (["--sequence-length=4"], "--sequence-length=4 must be at least 8"),
-        (["--layers=0"], "num_hidden_layers=0 must be at least 1"),
-        (["--hidden-size=0"], "hidden_size=0 must be at least 1"),
+        (["--layers=0"], "num_hidden_layers must be at least 1, not 0"),
+        (["--hidden-size=0"], "hidden_size must be at least 1, not 0"),
     ],
 )
 def test_impossible_options_are_refused(
