@@ -10,11 +10,10 @@ from stacking_ds.bench.commands import add_bench
 from stacking_ds.commands.checkpoint import add_checkpoint
 from stacking_ds.commands.data import add_data
 from stacking_ds.commands.doctor import add_doctor
-from stacking_ds.commands.launch import add_again, add_launch
+from stacking_ds.commands.launch import add_again, add_launch, add_slurm
 from stacking_ds.commands.prepare import add_prepare
 from stacking_ds.commands.results import add_evaluate, add_export, add_report
-from stacking_ds.commands.slurm import add_slurm
-from stacking_ds.commands.train import add_train
+from stacking_ds.commands.train import add_local_rank, add_train
 from stacking_ds.console import check_names, steady_streams
 from stacking_ds.launch.environment import ENCODED, decode_arguments
 from stacking_ds.process.exit import report_error
@@ -45,8 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="stacking-ds", description="Pre-train BERT-style encoders by progressive stacking."
     )
     parser.add_argument("--version", action="version", version=f"stacking-ds {__version__}")
-    # `deepspeed --module` puts it before the command; the environment says the same
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    add_local_rank(parser)  # `deepspeed --module` puts it before the command
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, summary, add in (
         ("prepare", "text to token shards", add_prepare),

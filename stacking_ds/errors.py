@@ -6,7 +6,7 @@ from typing import TypeVar
 
 EXIT_FAILURE, EXIT_USER_ERROR, EXIT_NOT_FINITE, EXIT_LOST_RANK = 1, 2, 3, 4
 EXIT_INTERRUPTED = 130
-"""What a program ends with."""
+"""Exit codes."""
 
 
 class UserError(ValueError):

@@ -50,7 +50,7 @@ class PassedOver:
 
     @property
     def sentence(self) -> str | None:
-        """What was passed over, and where it begins; None if nothing was."""
+        """A sentence on what was passed over, and where it begins; None if nothing was."""
         if not self.lines:
             return None
         what = "1 line, which is" if self.lines == 1 else f"{self.lines:,} lines, which are"
@@ -122,15 +122,16 @@ def parse_json(text: str | bytes | bytearray) -> Any:
     except RecursionError:
         value, too_deep = None, True
     else:
-        too_deep = _is_too_deep(value)
+        too_deep = is_nested_deeper(value, _DEEPEST)
     if too_deep:
         raise ValueError("it is nested too deeply")
     return value
 
 
-def _is_too_deep(value: Any) -> bool:
+def is_nested_deeper(value: Any, levels: int) -> bool:
+    """True for more than so many lists and dictionaries, one in another."""
     level = [value]
-    for _ in range(_DEEPEST + 1):
+    for _ in range(levels + 1):
         containers = [each for each in level if isinstance(each, dict | list)]
         if not containers:
             return False
@@ -143,12 +144,12 @@ def _is_too_deep(value: Any) -> bool:
 
 
 def is_count(value: Any) -> bool:
-    """Is it a whole number from 0 on, no larger than any that is counted to?"""
+    """True for a whole number from 0 on, no larger than any that is counted to."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def is_number(value: Any) -> bool:
-    """Is it a finite number, and no whole one that is too large for a float?"""
+    """True for a finite number, if it is no whole one that is too large for a float."""
     if isinstance(value, float):
         return math.isfinite(value)
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63

@@ -2,8 +2,9 @@
 
 import torch
 
+from stacking_ds.kernels.attention.sequences import Sequences
 from stacking_ds.kernels.registry import Compute
-from stacking_ds.model.bert import BertForPreTraining
+from stacking_ds.model.bert import BertForPreTraining, from_rows
 from stacking_ds.model.bert_config import BertConfig
 
 # Wide initial weights, so that a wrong sum or a forgotten bias shows in the first digits.
@@ -48,10 +49,12 @@ class Batch:
         chosen_BS = (torch.rand(shape, generator=generator) < 0.3) & self.mask_BS
         chosen_BS[:, 0] = True
         self.labels_BS = ids_BS.where(chosen_BS, -100)
-        self.positions_M = chosen_BS.flatten().nonzero().flatten()
-        self.labels_M = self.labels_BS.flatten()[self.positions_M]
+        self.positions_M = chosen_BS[self.mask_BS].nonzero().flatten()  # of the T tokens
+        self.labels_M = self.labels_BS[chosen_BS]
         self.nsp_labels_B = torch.arange(len(lengths)) % 2
 
-    @property
-    def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self.ids_BS, self.types_BS, self.mask_BS
+    def inputs(
+        self, device: torch.device | str = "cpu"
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Sequences]:
+        """What the model takes, but for the masked positions."""
+        return from_rows(*(t.to(device) for t in (self.ids_BS, self.types_BS, self.mask_BS)))

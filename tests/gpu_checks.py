@@ -30,7 +30,7 @@ from tests.checkpoints import save_now
 from tests.lamb_following import follow_unsharded
 from tests.runs import losses, metrics, small_recipe, train_small
 from tests.sharded import start_engine, whole_state
-from tests.tiny import tiny_batch, tiny_loss, tiny_model, tiny_optimizer
+from tests.tiny import tiny_batch, tiny_inputs, tiny_loss, tiny_model, tiny_optimizer
 
 __all__ = [
     "RELATIVE_ERROR",
@@ -73,7 +73,7 @@ def _train(world: World, engine: Any, steps: range) -> list[float]:
 def _logits(world: World, model: Any) -> torch.Tensor:
     batch = _batch(world, 7)
     with torch.no_grad():
-        mlm_logits, _ = model(batch["input_ids"], batch["token_type_ids"], batch["attention_mask"])
+        mlm_logits, _ = model(*tiny_inputs(batch))
     return mlm_logits.float()
 
 
@@ -247,11 +247,11 @@ def check_padding(world: World, precision: str) -> None:
     batch = Batch(config, (128, 77, 3, 2))
     model = telling_model(config).eval()
     with torch.no_grad():
-        expected = model(*batch.inputs)[0][batch.mask_BS]
+        expected = model(*batch.inputs())[0]
         model.to(world.device, DTYPES[precision])
-        ids_BS, types_BS, mask_BS = (tensor.to(world.device) for tensor in batch.inputs)
-        found = model(ids_BS, types_BS, mask_BS)[0][mask_BS]
-        other = model(ids_BS.where(mask_BS, 5), types_BS, mask_BS)[0][mask_BS]
+        found = model(*batch.inputs(world.device))[0]
+        batch.ids_BS = batch.ids_BS.where(batch.mask_BS, 5)
+        other = model(*batch.inputs(world.device))[0]
     assert relative_error(found.float(), expected) < RELATIVE_ERROR[precision]
     assert torch.equal(found, other)
 

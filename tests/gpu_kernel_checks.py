@@ -3,14 +3,17 @@
 `test_gpu.py` calls them.
 """
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
 
+from stacking_ds.data.batches import Batch
 from stacking_ds.distributed.world import World
 from stacking_ds.growth.operators import layer_map, source_name
 from stacking_ds.kernels.attention.choice import choose_attention
+from stacking_ds.kernels.attention.sequences import Sequences
 from stacking_ds.kernels.registry import DTYPES, Compute, choose_operations
 from stacking_ds.model.bert import BertForPreTraining
 from stacking_ds.model.loss import pretraining_loss
@@ -22,26 +25,22 @@ __all__ = ["check_activation_checkpointing", "check_kernels"]
 _PACKED = ((50, 78), (128,), (30, 40, 20), (1, 2, 100))
 
 
-def _packed_inputs() -> tuple[torch.Tensor, ...]:
-    """What the model takes of rows of 128 with these examples; then labels of words and pairs."""
+def _packed_batch(device: torch.device) -> Batch:
+    """Rows of 128 with these examples."""
     draw = torch.Generator().manual_seed(11)
-    shape = len(_PACKED), 128
-    ids_BS = torch.randint(1, WIDE.vocab_size, shape, generator=draw)
-    types_BS = torch.randint(0, 2, shape, generator=draw)
-    mask_BS, positions_BS = torch.zeros(2, *shape, dtype=torch.int64).unbind()
-    firsts = []
-    for row, lengths in enumerate(_PACKED):
-        start = 0
-        for number, length in enumerate(lengths, start=1):
-            mask_BS[row, start : start + length] = number
-            positions_BS[row, start : start + length] = torch.arange(length)
-            firsts.append(row * 128 + start)
-            start += length
-    tokens_T = mask_BS.flatten().nonzero().flatten()
-    masked_M = tokens_T[torch.rand(len(tokens_T), generator=draw) < 0.2]
-    labels_M = torch.randint(1, WIDE.vocab_size, masked_M.shape, generator=draw)
-    inputs = ids_BS, types_BS, mask_BS, masked_M, positions_BS, torch.tensor(firsts), tokens_T
-    return *inputs, labels_M, torch.arange(len(firsts)) % 2
+    lengths = [length for row in _PACKED for length in row]
+    tokens = sum(lengths)
+    masked_M = (torch.rand(tokens, generator=draw) < 0.2).nonzero().flatten()
+    starts_E1 = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    return Batch(
+        Sequences(starts_E1, 128, 128 * len(_PACKED)),
+        torch.randint(1, WIDE.vocab_size, (tokens,), generator=draw),
+        torch.randint(0, 2, (tokens,), generator=draw),
+        torch.cat([torch.arange(length) for length in lengths]),
+        masked_M,
+        torch.randint(1, WIDE.vocab_size, masked_M.shape, generator=draw),
+        torch.arange(len(lengths)) % 2,
+    ).to(device)
 
 
 def _compute(world: World, operations: str, dtype: torch.dtype, **options: Any) -> Compute:
@@ -63,8 +62,9 @@ def _loss_and_gradients(
 ) -> dict[str, torch.Tensor]:
     """By parameter's name; "loss" is the loss, the mean over the batch's targets."""
     model.to(device, dtype)
-    *inputs, labels_M, pairs_E = (tensor.to(device) for tensor in _packed_inputs())
-    mlm_logits, nsp_logits = model(*inputs)
+    batch = _packed_batch(device)
+    labels_M, pairs_E = batch.mlm_labels_M, batch.next_sentence_label_E
+    mlm_logits, nsp_logits = model(*batch.model_inputs)
     sums = pretraining_loss(mlm_logits, labels_M, nsp_logits, pairs_E, model.compute.operations)
     loss = sums.mlm_sum / len(labels_M) + sums.nsp_sum / len(pairs_E)
     loss.backward()

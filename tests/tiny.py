@@ -7,7 +7,7 @@ import torch
 
 from stacking_ds.config.sections import LambSection, OptimizerSection
 from stacking_ds.engine.ds_json import load_ds_config, resolve_ds_config
-from stacking_ds.model.bert import BertForPreTraining
+from stacking_ds.model.bert import BertForPreTraining, from_rows
 from stacking_ds.model.bert_config import BertConfig
 from stacking_ds.model.loss import pretraining_loss
 from stacking_ds.optim.optimizers import build_optimizer
@@ -16,6 +16,7 @@ __all__ = [
     "SAMPLES",
     "tiny_batch",
     "tiny_config",
+    "tiny_inputs",
     "tiny_loss",
     "tiny_model",
     "tiny_optimizer",
@@ -25,6 +26,7 @@ __all__ = [
 
 SAMPLES = 12  # rows of every batch: 1, 2, 3, 4, 6 or 12 ranks share them evenly
 _SEQUENCE = 7
+_INPUTS = ("input_ids", "token_type_ids", "attention_mask")
 
 
 def tiny_config(depth: int) -> BertConfig:
@@ -97,15 +99,17 @@ def tiny_batch(step: int) -> dict[str, torch.Tensor]:
     }
 
 
+def tiny_inputs(batch: Mapping[str, torch.Tensor], rows: slice = slice(None)) -> tuple[Any, ...]:
+    """What the model takes of these rows."""
+    return from_rows(*(batch[key][rows] for key in _INPUTS))
+
+
 def tiny_loss(model: Any, batch: Mapping[str, torch.Tensor], rows: slice) -> torch.Tensor:
     """The rows' share of the global batch's loss: sums over the rows, divided by the counts of
     the whole batch, so that the shares of all rows add up to the loss."""
-    mlm_logits, nsp_logits = model(
-        batch["input_ids"][rows], batch["token_type_ids"][rows], batch["attention_mask"][rows]
-    )
-    sums = pretraining_loss(
-        mlm_logits, batch["labels"][rows], nsp_logits, batch["next_sentence_labels"][rows]
-    )
+    mlm_logits, nsp_logits = model(*tiny_inputs(batch, rows))
+    labels = batch["labels"][rows][batch["attention_mask"][rows]]
+    sums = pretraining_loss(mlm_logits, labels, nsp_logits, batch["next_sentence_labels"][rows])
     masked = int((batch["labels"] != -100).sum())
     return sums.mlm_sum / masked + sums.nsp_sum / SAMPLES
 

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from stacking_ds.bench.lamb_commands import add_lamb
 from stacking_ds.bench.options import add_json, numbers
 from stacking_ds.bench.overlap_commands import add_overlap
 from stacking_ds.bench.step_commands import add_step
+from stacking_ds.console import say_on_stderr
 from stacking_ds.errors import ConfigError
 from stacking_ds.growth.operators import OPERATORS
 
@@ -147,10 +147,12 @@ def _boundary(options: argparse.Namespace) -> int:
         for workload in workloads:
             started = time.monotonic()
             cases += _measure_there(workload, ranks, options.rounds)
-            _say(f"ZeRO {workload.zero_stage}, {ranks} ranks: {time.monotonic() - started:.0f} s")
+            say_on_stderr(
+                f"ZeRO {workload.zero_stage}, {ranks} ranks: {time.monotonic() - started:.0f} s"
+            )
     _report(cases, options)
     if options.quick:
-        _say("--quick: fixed costs decide at this size; judge memory and times without it")
+        say_on_stderr("--quick: fixed costs decide at this size; judge memory and times without it")
     return 0
 
 
@@ -283,7 +285,3 @@ def _planner(options: argparse.Namespace) -> int:
 
 def _write_json(path: Path, figures: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-
-
-def _say(progress: str) -> None:
-    print(progress, file=sys.stderr, flush=True)

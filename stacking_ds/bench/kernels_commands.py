@@ -2,12 +2,12 @@
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from stacking_ds.bench.options import add_json, numbers
+from stacking_ds.console import say_on_stderr
 from stacking_ds.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -78,10 +78,10 @@ def _kernels(options: argparse.Namespace) -> int:
         for part in parts:
             started = time.monotonic()
             figures[part] = _measure(part, options, device, clock)
-            _say(f"{part}: {time.monotonic() - started:.0f} s")
+            say_on_stderr(f"{part}: {time.monotonic() - started:.0f} s")
     _report(figures, options, device, clock)
     if options.quick:
-        _say("--quick: fixed costs decide at this size; judge times without it")
+        say_on_stderr("--quick: fixed costs decide at this size; judge times without it")
     return 0
 
 
@@ -161,7 +161,3 @@ def _report(
         targets = [{**one._asdict(), "verdict": one.verdict} for one in kernel_targets(found)]
         text = json.dumps({**found, "targets": targets}, indent=1)
         options.json.write_text(text + "\n", encoding="utf-8")
-
-
-def _say(progress: str) -> None:
-    print(progress, file=sys.stderr, flush=True)

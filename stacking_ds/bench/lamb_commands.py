@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stacking_ds.bench.options import add_json
+from stacking_ds.console import say_on_stderr
 from stacking_ds.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -77,10 +77,10 @@ def _lamb(options: argparse.Namespace) -> int:
     for part in parts:
         started = time.monotonic()
         figures[part] = _measure(part, sizes, options)
-        _say(f"{part}: {time.monotonic() - started:.0f} s")
+        say_on_stderr(f"{part}: {time.monotonic() - started:.0f} s")
     _report(figures, sizes, options)
     if options.quick:
-        _say("--quick: fixed costs decide at this size; judge times without it")
+        say_on_stderr("--quick: fixed costs decide at this size; judge times without it")
     return 0
 
 
@@ -136,7 +136,3 @@ def _report(measured: Mapping[str, Any], sizes: "Sizes", options: argparse.Names
         targets = [{**one._asdict(), "verdict": one.verdict} for one in lamb_targets(figures)]
         found = {"machine": machine, "sizes": asdict(sizes), **figures, "targets": targets}
         options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-
-
-def _say(progress: str) -> None:
-    print(progress, file=sys.stderr, flush=True)

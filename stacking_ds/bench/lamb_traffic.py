@@ -11,7 +11,7 @@ from stacking_ds.config.sections import OptimizerSection
 from stacking_ds.distributed.world import World
 from stacking_ds.engine.build import advance, build_engine, release_engine
 from stacking_ds.engine.ds_json import load_ds_config, resolve_ds_config
-from stacking_ds.model.bert import BertForPreTraining
+from stacking_ds.model.bert import BertForPreTraining, from_rows
 from stacking_ds.model.bert_config import BertConfig
 from stacking_ds.model.parameters import first_value
 from stacking_ds.optim.optimizers import build_optimizer
@@ -122,6 +122,6 @@ def _train(engine: Any, world: World) -> None:
     shape = (_ROWS, _MODEL.max_position_embeddings)
     ids_BS = torch.randint(0, _MODEL.vocab_size, shape, device=world.device)
     mask_BS = torch.ones(shape, dtype=torch.bool, device=world.device)
-    mlm_logits, nsp_logits = engine(ids_BS, torch.zeros_like(ids_BS), mask_BS)
+    mlm_logits, nsp_logits = engine(*from_rows(ids_BS, torch.zeros_like(ids_BS), mask_BS))
     engine.backward(mlm_logits.float().square().mean() + nsp_logits.float().square().mean())
     advance(engine)

@@ -15,6 +15,7 @@ from stacking_ds.data.batches import Batch
 from stacking_ds.distributed.world import World
 from stacking_ds.errors import ConfigError
 from stacking_ds.kernels.cross_entropy import IGNORE_INDEX
+from stacking_ds.model.bert import from_rows
 from stacking_ds.train.step import StepCounts
 
 _MASKED_SHARE = 0.15  # Devlin et al. 2019 §3.1
@@ -35,7 +36,7 @@ class StepBatch:
 
     @property
     def tokens(self) -> int:
-        return len(self.ours.token_positions_T)
+        return len(self.ours.input_ids_T)
 
     @property
     def mlm_targets(self) -> int:
@@ -91,17 +92,14 @@ def make_batch(
     types_BS = ((places_BS >= lengths_B1 // 2) & mask_BS).long()
     nsp_B = torch.randint(0, 2, (B,), generator=generator)
     labels_BS = torch.full(shape, IGNORE_INDEX).flatten().index_copy(0, slots_M, labels_M)
+    ids_T, types_T, places_T, sequences = from_rows(ids_BS, types_BS, mask_BS)
     return StepBatch(
         ours=Batch(
-            input_ids_BS=ids_BS,
-            token_type_ids_BS=types_BS,
-            attention_mask_BS=mask_BS.long(),
-            position_ids_BS=None,
-            mlm_positions_M=slots_M,
+            sequences,
+            *(ids_T, types_T, places_T),
+            mlm_positions_M=torch.searchsorted(slots_T, slots_M),
             mlm_labels_M=labels_M,
-            first_positions_E=torch.arange(0, B * S, S),
             next_sentence_label_E=nsp_B,
-            token_positions_T=slots_T,
         ),
         theirs={
             "input_ids": ids_BS,

@@ -3,12 +3,12 @@
 import argparse
 import itertools
 import json
-import sys
 import time
 from typing import TYPE_CHECKING, Any, get_args
 
 from stacking_ds.bench.options import add_json
 from stacking_ds.config.sections import KernelsName
+from stacking_ds.console import say_on_stderr
 from stacking_ds.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def _step(options: argparse.Namespace) -> int:
         found = json.dumps({**figures, "targets": targets}, indent=1)
         options.json.write_text(found + "\n", encoding="utf-8")
     if options.quick:
-        _say("--quick: fixed costs decide at this size; judge times without it")
+        say_on_stderr("--quick: fixed costs decide at this size; judge times without it")
     return 0
 
 
@@ -166,14 +166,14 @@ def _measure(
     for _, group in itertools.groupby(cases, lambda case: case.engine):
         same_engine, started = list(group), time.monotonic()
         names = ", ".join(case.name for case in same_engine)
-        _say(f"{names}: building, then {how.rounds} rounds")
+        say_on_stderr(f"{names}: building, then {how.rounds} rounds")
         if width != (width := same_engine[0].model.hidden_size):
             torch._dynamo.reset()  # else code for any width is compiled, which is slower
         measured += measure_cases(same_engine, how, world)
-        _say(f"{names}: {time.monotonic() - started:.0f} s")
+        say_on_stderr(f"{names}: {time.monotonic() - started:.0f} s")
     accumulation: dict[str, Any] = {"not_measured": "left out"}
     if with_accumulation:
-        _say(f"{ACCUMULATION}: building, then {how.rounds} rounds")
+        say_on_stderr(f"{ACCUMULATION}: building, then {how.rounds} rounds")
         full = _cases(options, world.device.type)[0]
         accumulation = measure_accumulation(full, how, world)
     elif world.device.type != "cpu":
@@ -186,7 +186,3 @@ def _measure(
         "cases": measured,
         "accumulation": accumulation,
     }
-
-
-def _say(progress: str) -> None:
-    print(progress, file=sys.stderr, flush=True)

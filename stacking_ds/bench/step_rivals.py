@@ -152,7 +152,7 @@ class PlainStep:
         torch.manual_seed(_SEED)
         self._mlm_targets = sum(batch.mlm_targets for batch in self.batches)
         self._nsp_targets = sum(batch.nsp_targets for batch in self.batches)
-        self._total = torch.zeros((), device=self.batches[0].ours.input_ids_BS.device)
+        self._total = torch.zeros((), device=self.batches[0].ours.input_ids_T.device)
         return [*(partial(self._micro_step, batch) for batch in self.batches), self._update]
 
     def _micro_step(self, batch: StepBatch) -> None:

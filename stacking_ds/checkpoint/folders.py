@@ -1,4 +1,4 @@
-"""Where a run's checkpoints lie: their names, the newest, and the one to fall back on.
+"""Folders of a run's checkpoints: names, the newest, one to fall back on, publishing, pruning.
 
 RUN_DIR/checkpoints/latest                     the name of the newest folder, changed last
                     step_00001000/             whole: renamed to this when all is on disk
@@ -27,7 +27,7 @@ def folder_name(step: int) -> str:
 
 
 def partial_of(folder: Path) -> Path:
-    """Where the files of the checkpoint `folder` are gathered until all of them are on disk."""
+    """Hidden folder that gathers the files of the checkpoint `folder` until all are on disk."""
     return folder.with_name(f".{folder.name}.partial")
 
 
@@ -116,7 +116,7 @@ def latest(run_dir: Path) -> Path | None:
 
 
 def fall_back(folder: Path) -> str:
-    """What to do when the checkpoint `folder` cannot be used: the end of an error's sentence."""
+    """Remedy where the checkpoint `folder` cannot be used: the end of an error's sentence."""
     root, step = folder.parent, step_of(folder)
     if root.name != "checkpoints" or step is None:
         return "bring it back from a copy, or use another checkpoint of its run"
@@ -133,7 +133,7 @@ def fall_back(folder: Path) -> str:
 
 
 def use_command(folder: Path) -> str:
-    """What a person types so that a run goes on from its checkpoint `folder`."""
+    """Command that a person types so that a run goes on from its checkpoint `folder`."""
     run_dir, step = folder.parent.parent, step_of(folder)
     name = folder.name if step is None else folder_name(step)
     return f"stacking-ds checkpoint use {shlex.quote(str(run_dir))} {name}"
@@ -196,8 +196,7 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(_removed(folder))
 
 
-# ---- Which checkpoint a person means: a run's newest, one by its name or step, or a folder
-# by its path.
+# -------------------------------------------------------------------------- choosing
 
 
 def choose(place: Path, name: str | None = None) -> Path:
@@ -251,7 +250,7 @@ def _none_yet(run_dir: Path) -> CheckpointError:
 
 
 def is_checkpoint(place: Path) -> bool:
-    """Is it a checkpoint's folder, rather than the run that has it? A damaged one is one too."""
+    """True for a checkpoint's folder, also a damaged one, and not for the run that has it."""
     named = step_of(Path(os.path.realpath(place))) is not None
     return place.is_dir() and (named or any(place.glob("rank_*.safetensors")))
 

@@ -1,4 +1,4 @@
-"""A trained model as a folder that Hugging Face's `transformers` loads."""
+"""Exports a trained model as a folder that Hugging Face's `transformers` loads."""
 
 import json
 import os

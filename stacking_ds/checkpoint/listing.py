@@ -1,4 +1,4 @@
-"""A run's checkpoints for people: what is there, is it whole, what is in it."""
+"""Lists, verifies and describes a run's checkpoints for people."""
 
 import json
 import math
@@ -23,7 +23,7 @@ from stacking_ds.checkpoint.load import problems as problems_of
 from stacking_ds.checkpoint.load import read_parameters
 from stacking_ds.checkpoint.manifest import Manifest, Parameter, read_manifest
 from stacking_ds.config.run import RunConfig
-from stacking_ds.console import aligned, first_of, readable_size
+from stacking_ds.console import aligned, first_of, plural, readable_size
 from stacking_ds.errors import CheckpointError, UnreadableError, UserError
 
 Say = Callable[[str], None]
@@ -74,7 +74,7 @@ def _on_disk(folder: Path) -> dict[str, Any]:
 
 
 def _says(folder: Path) -> dict[str, Any]:
-    """What the manifest says, or the `problem` with it."""
+    """Record of what the manifest says, or the `problem` with it."""
     known: dict[str, Any] = dict.fromkeys(
         (
             *("step", "stage", "num_hidden_layers", "world_size", "zero_stage", "precision"),
@@ -161,7 +161,7 @@ def _row(record: dict[str, Any]) -> list[str]:
 
 
 def verify(folders: Sequence[Path], say: Say) -> bool:
-    """Read every byte of the checkpoints and `say` what is found; is all of it whole?
+    """Read every byte of the checkpoints and `say` what is found; True if all of it is whole.
 
     If some is damaged, the newest whole checkpoint of the run is looked for, and what to do is
     said. What cannot be read is not taken for damaged.
@@ -194,8 +194,8 @@ def _verify(folder: Path, say: Say) -> State:
 
 
 def _files(manifest: Manifest) -> str:
-    files = "1 file" if manifest.world_size == 1 else f"{manifest.world_size:,} files"
-    return f"{files}, {readable_size(sum(file.size_bytes for file in manifest.files))}"
+    size = readable_size(sum(file.size_bytes for file in manifest.files))
+    return f"{plural(manifest.world_size, 'file')}, {size}"
 
 
 def _count(manifest: Manifest) -> str:
@@ -235,7 +235,7 @@ def _way_out(damaged: Sequence[Path], states: dict[Path, State], say: Say) -> st
 
 
 def contents(folder: Path) -> str:
-    """What is in a checkpoint, from its manifest.
+    """Describe what is in a checkpoint, from its manifest.
 
     Raises:
         CheckpointError: the manifest is missing, damaged or of another format.
@@ -271,7 +271,7 @@ def _number(value: float | None) -> str:
 
 
 def _plans(manifest: Manifest, config: RunConfig) -> dict[str, str]:
-    """What the recipe says of the checkpoint's step and of the next one."""
+    """Facts that the recipe gives of the checkpoint's step and of the next one."""
     schedule, step = config.stage_schedule(), manifest.step
     facts = {"step": f"{step:,} of {schedule.total_steps:,}", "precision": config.engine.precision}
     if config.engine.precision != "fp16":

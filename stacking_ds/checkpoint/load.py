@@ -16,8 +16,7 @@ from stacking_ds.errors import CheckpointError, UnreadableError, unreadable
 from stacking_ds.files import DamagedFileError, is_count, open_regular, parse_json
 from stacking_ds.sharding.fragments import MASTER, Fragment
 
-# ---- What the header of a rank's file says of its tensors, believed only where all of it
-# fits.
+# ------------------------------------------------------------- the header of a file
 
 
 LENGTH_BYTES = 8
@@ -78,8 +77,7 @@ def _shown(name: str) -> str:
     return re.sub(r"[^\w./-]", "?", name)[:100]
 
 
-# ---- Intervals of saved parameters, read from the files of the ranks that hold them, and
-# verified.
+# -------------------------------------------------------------- intervals, verified
 
 
 class FragmentReader:
@@ -133,7 +131,7 @@ class FragmentReader:
 
 
 class _DamageError(Exception):
-    """What is wrong with a file, without the remedy."""
+    """Damage of a file, without the remedy."""
 
 
 class _VerifiedFile:

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: its `manifest.json`, as strict records."""
+"""Manifest of a checkpoint: its `manifest.json`, as strict records."""
 
 import importlib.metadata
 import json
@@ -31,7 +31,7 @@ ChunkBytes = Annotated[int, Field(ge=1, le=1 << 30)]
 Checksum = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]{1,200}$")]
 Words = Annotated[str, Field(pattern=r"^[ -~]{0,200}$")]
-"""What can be printed."""
+"""Printable characters."""
 
 
 def rank_file_name(rank: int) -> str:
@@ -44,7 +44,7 @@ def checksum(data: bytes | memoryview) -> str:
 
 
 class Contents(Record):
-    """What is saved besides masters and moments, and what it belongs to.
+    """Everything that is saved besides masters and moments, and what it belongs to.
 
     Nothing else is needed to go on. The position in the data, masks and dropout are functions of
     `config["seed"]` and `step`; the learning rate is one of `config` and `step`. The stage is
@@ -55,7 +55,7 @@ class Contents(Record):
     optimizer_step: Count
     """The optimizer's own count, which its bias correction needs; 0 means no moments yet."""
     loss_scale: Annotated[float, Field(gt=0.0)] = 1.0
-    """What fp16 multiplied the loss by; 1.0 at other precisions."""
+    """The factor of the loss in fp16; 1.0 at other precisions."""
     num_hidden_layers: Positive
     zero_stage: Annotated[int, Field(ge=0, le=3)]
     """Of the engine that saved; any other can load."""
@@ -95,7 +95,7 @@ class Manifest(Contents):
     world_size: Positive
     chunk_bytes: ChunkBytes
     keys: tuple[str, ...]
-    """What is saved of each parameter: the master, and the moments once there are any."""
+    """State saved of each parameter: the master, and the moments once there are any."""
     parameters: Annotated[dict[Name, Parameter], Field(min_length=1)]
     """In the optimizer's order."""
     files: tuple[RankFile, ...]

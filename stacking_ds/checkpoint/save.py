@@ -43,7 +43,7 @@ from stacking_ds.errors import CheckpointError
 from stacking_ds.files import DamagedFileError, sync
 from stacking_ds.sharding.fragments import Fragment
 
-# ---- Write safetensors files: https://huggingface.co/docs/safetensors has the format.
+# safetensors files: https://huggingface.co/docs/safetensors has the format
 
 
 _ELEMENT_BYTES = 4
@@ -105,8 +105,8 @@ class BackgroundSave:
         self.over = False
         """Whether it has been published or has failed."""
         self.seconds = 0.0
-        """What its threads have taken so far; on the first rank, once it is published, with what
-        the slowest rank took to write. When they were waited for does not count."""
+        """Time that its threads have taken so far; on the first rank, once it is published, with
+        what the slowest rank took to write. When they were waited for does not count."""
         self._world = world
         self._contents = contents
         self._afterwards = afterwards
@@ -129,8 +129,8 @@ class BackgroundSave:
             self._failure = refusal
 
     def poll(self) -> bool:
-        """Is the checkpoint published? Asks the ranks in one small all-reduce, and waits for no
-        thread.
+        """Ask the ranks, in one small all-reduce, whether the checkpoint is published; waits for
+        no thread.
 
         Raises:
             CheckpointError: on every rank, if one could not write; the save is over, nothing of it

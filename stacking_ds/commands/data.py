@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
 
+from stacking_ds.commands.train import add_set
 from stacking_ds.config.mistakes import sentences
 from stacking_ds.config.recipe import load_run_config
 from stacking_ds.config.run import RunConfig
@@ -66,14 +67,7 @@ def _take_recipe(action: argparse.ArgumentParser, required: bool) -> None:
     action.add_argument(
         "--recipe", required=required, help="a bundled recipe's name, or a .yaml file"
     )
-    action.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override a key of the recipe, e.g. data.packing=true; repeatable, the last one for "
-        "a key wins",
-    )
+    add_set(action, "data.packing=true")
     action.add_argument(
         "--workers", type=int, help="processes that lay out rows (all cores this process may use)"
     )

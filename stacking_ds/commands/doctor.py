@@ -8,6 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stacking_ds.commands.train import add_local_rank, add_set
 from stacking_ds.console import join_names, plural, say
 from stacking_ds.errors import ConfigError
 from stacking_ds.files import write_whole
@@ -32,19 +33,12 @@ def add_doctor(parser: argparse.ArgumentParser) -> None:
     """Give `parser` the options; it sets `command`, which returns the exit code."""
     parser.description = _DESCRIPTION
     parser.add_argument("--recipe", help="also the recipe, its data and its checkpoints' size")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override a key of the recipe; repeatable, the last one for a key wins",
-    )
+    add_set(parser)
     parser.add_argument(
         "--run-dir", type=Path, help="where the run will live (runs/<recipe's name>)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all of it here too")
-    # launchers pass it; the environment says the same
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    add_local_rank(parser)
     parser.set_defaults(command=_doctor)
 
 

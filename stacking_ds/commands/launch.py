@@ -1,16 +1,19 @@
-"""`stacking-ds launch`, and `stacking-ds again` for batch scripts that restart a run themselves."""
+"""`stacking-ds launch`, and for SLURM `again`, which its batch scripts ask, and `slurm copy`."""
 
 import argparse
+import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from stacking_ds.commands.train import add_train
-from stacking_ds.errors import UserError
+from stacking_ds.commands.train import add_train, run_dir_of
+from stacking_ds.config.recipe import batch_scripts
+from stacking_ds.console import say, say_on_stderr
+from stacking_ds.errors import ConfigError, UserError
 from stacking_ds.launch.restart_policy import decision_of_this_job, judge
 from stacking_ds.run.attempts import passed_over
-from stacking_ds.run.directory import run_dir_of
 
 _EXIT_AGAIN, _EXIT_NOT_AGAIN, _EXIT_COMPLETE = 0, 1, 3  # 2 is a UserError's
 
@@ -125,9 +128,51 @@ def add_again(parser: argparse.ArgumentParser) -> None:
 
 def _again(options: argparse.Namespace) -> int:
     if (damage := passed_over(options.run_dir)) is not None:
-        print(damage, file=sys.stderr)
+        say_on_stderr(damage)
     decision = decision_of_this_job(options.run_dir) or judge(options.run_dir, options.exit_status)
-    print(decision.why)
+    say(decision.why)
     if decision.outcome == "complete":
         return _EXIT_COMPLETE
     return _EXIT_AGAIN if decision.again else _EXIT_NOT_AGAIN
+
+
+def add_slurm(parser: argparse.ArgumentParser) -> None:
+    """Give `parser` the one action; it sets `command`, which returns the exit code."""
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+    action = actions.add_parser(
+        allow_abbrev=False, name="copy", help="write the batch scripts into DIR/slurm"
+    )
+    action.add_argument(
+        "directory", type=Path, metavar="DIR", help="where sbatch is called, seen by all nodes"
+    )
+    action.set_defaults(command=_copy)
+
+
+def _copy(options: argparse.Namespace) -> int:
+    target = options.directory / "slurm"
+    scripts = batch_scripts()
+    changed = [
+        path.name
+        for path in scripts
+        if (target / path.name).exists() and (target / path.name).read_bytes() != path.read_bytes()
+    ]
+    if changed:
+        raise ConfigError(
+            f"{target} has {', '.join(changed)} with other contents, which stay as they are: move "
+            f"them away, or give another folder"
+        )
+    target.mkdir(parents=True, exist_ok=True)
+    for path in scripts:
+        if not (target / path.name).exists():  # in a checkout they may be these themselves
+            shutil.copyfile(path, target / path.name)
+    (target / "submit.sh").chmod(0o755)  # a wheel does not keep it
+    command = Path(sys.executable).with_name("stacking-ds")
+    place, program = (shlex.quote(str(path)) for path in (options.directory, command))
+    say(
+        f"batch scripts are in {target}; write what your site needs into {target / 'site.sh'}, then"
+    )
+    say(
+        f"cd {place} && STACKING_DS={program} sbatch slurm/pretrain.sbatch RECIPE RUN_DIR "
+        f"--set data.path=SHARDS"
+    )
+    return 0

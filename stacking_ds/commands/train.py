@@ -1,10 +1,13 @@
-"""`stacking-ds train`: check together, train together, and end together when a rank is lost."""
+"""`stacking-ds train`: ranks check, train, and end together when one of them is lost."""
 
 import argparse
 import os
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stacking_ds.config.recipe import load_run_config
+from stacking_ds.config.run import RunConfig
 from stacking_ds.config.sections import ClusterSection
 from stacking_ds.console import say, say_on_stderr
 from stacking_ds.errors import AgreedError, ConfigError, UserError
@@ -17,13 +20,7 @@ from stacking_ds.process.launchers import (
 from stacking_ds.process.runtime import keep_caches_on_node, keep_freed_memory
 from stacking_ds.process.stop_signals import StopRequest
 from stacking_ds.run import attempts
-from stacking_ds.run.directory import (
-    add_run_options,
-    check,
-    config_of,
-    require_shards,
-    run_dir_of,
-)
+from stacking_ds.run.directory import check, default_run_dir, read_config, require_shards
 
 if TYPE_CHECKING:
     from stacking_ds.distributed.heartbeat import FailureDetector
@@ -33,7 +30,21 @@ if TYPE_CHECKING:
 
 def add_train(parser: argparse.ArgumentParser) -> None:
     """Give `parser` the options of `train`; sets `command`, which returns the exit code."""
-    add_run_options(parser)
+    parser.add_argument(
+        "--recipe",
+        help="a bundled recipe's name, or a .yaml file; a run that is resumed has its own",
+    )
+    parser.add_argument("--run-dir", type=Path, help="where the run lives (runs/<recipe's name>)")
+    add_set(parser, "optimizer.learning_rate=1e-3")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        type=Path,
+        const=True,
+        default=False,
+        metavar="RUN_DIR",
+        help="go on with the run RUN_DIR; without a value, with that in --run-dir if there is one",
+    )
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -44,9 +55,25 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="with --dry-run: check what can be checked before the token shards are there",
     )
-    # launchers pass it; the environment says the same
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    add_local_rank(parser)
     parser.set_defaults(command=_train)
+
+
+def add_set(parser: argparse.ArgumentParser, example: str | None = None) -> None:
+    """Give `parser` the option that overrides a recipe's keys."""
+    such_as = f", e.g. {example}" if example else ""
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help=f"override a key of the recipe{such_as}; repeatable, the last one for a key wins",
+    )
+
+
+def add_local_rank(parser: argparse.ArgumentParser) -> None:
+    """Have `parser` accept what launchers pass; the environment says the same."""
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -62,14 +89,14 @@ def _dry_run(options: argparse.Namespace) -> int:
     plan = _opened(options, world_size_from_environment())
     check(run_dir_of(options, plan.config), plan.config, resume=bool(options.resume))
     if rank_from_environment() == 0:
-        print(f"{plan.config.to_yaml()}\n{plan.draw()}")
+        say(f"{plan.config.to_yaml()}\n{plan.draw()}")
     return 0
 
 
 def _train_on_ranks(options: argparse.Namespace, request: StopRequest) -> int:
     cluster, refused = ClusterSection(), False
     try:
-        cluster = config_of(options).cluster
+        cluster = _config_of(options).cluster
     except UserError:
         # a recipe that one node lacks must not keep the others waiting for its ranks
         if world_size_from_environment() == 1:
@@ -124,7 +151,7 @@ def _train_in_world(
 
 
 def _opened(options: argparse.Namespace, world_size: int) -> "TrainingPlan":
-    config, with_data = config_of(options), not options.without_data
+    config, with_data = _config_of(options), not options.without_data
     if with_data and options.recipe is None:
         require_shards(run_dir_of(options, config), config, "--set data.path=FOLDER")
     from stacking_ds.train.plan import open_plan  # seconds of imports, for a recipe that is right
@@ -138,3 +165,42 @@ def _opened(options: argparse.Namespace, world_size: int) -> "TrainingPlan":
 def _say_on_first_of_node(message: str) -> None:
     if is_first_of_node():
         say_on_stderr(message)
+
+
+def run_dir_of(options: argparse.Namespace, config: RunConfig | None = None) -> Path:
+    """The directory of the run whose recipe is `config`, which is read if it is not given.
+
+    Raises:
+        ConfigError: two directories are given, none can be told, or the recipe that has the run's
+            name cannot be used.
+    """
+    named = _named(options)
+    return named or default_run_dir(config or _config_of(options))
+
+
+def _config_of(options: argparse.Namespace) -> RunConfig:
+    """The recipe, of the run itself if it is resumed and no other is given, after overrides.
+
+    Raises:
+        ConfigError: there is none, or a value that cannot be used.
+        CheckpointError: the run is not there, or its recipe is damaged.
+    """
+    if options.recipe is not None:
+        return load_run_config(options.recipe, options.set)
+    run_dir = _named(options)
+    if run_dir is None or not options.resume:
+        raise ConfigError(
+            "train needs --recipe, a bundled recipe's name or a .yaml file, or the directory of a "
+            "run to go on with: --resume RUN_DIR"
+        )
+    return read_config(run_dir, options.set)
+
+
+def _named(options: argparse.Namespace) -> Path | None:
+    given = (options.run_dir, options.resume)
+    named = [path for path in given if isinstance(path, Path)]
+    if len({os.path.realpath(path) for path in named}) > 1:
+        raise ConfigError(
+            f"--run-dir {options.run_dir} and --resume {options.resume} are two runs; give one"
+        )
+    return named[0] if named else None

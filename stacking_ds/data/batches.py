@@ -1,11 +1,11 @@
-"""What one rank computes on: micro-batches of rows.
+"""Micro-batches, what one rank computes on: the tokens of its rows without padding.
 
-Shapes: B rows, S positions, T tokens, M masked positions, E examples.
+Shapes: R rows, T tokens, E examples, M masked positions.
 """
 
-import math
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,14 +13,15 @@ from numpy.typing import NDArray
 
 from stacking_ds.config.sections import MaskingName
 from stacking_ds.data.counter_random import Words
-from stacking_ds.data.examples import Examples
+from stacking_ds.data.examples import Examples, concatenate
 from stacking_ds.data.masking import MaskingVocabulary, mask_tokens
 from stacking_ds.data.rows import LayoutSpec, ranges
 from stacking_ds.data.shards import TokenSplit
 from stacking_ds.errors import ConfigError
+from stacking_ds.kernels.attention.sequences import Sequences
 from stacking_ds.kernels.cross_entropy import IGNORE_INDEX
 
-# ---- How a global batch is divided among ranks and micro-batches: pure arithmetic.
+Integers = NDArray[np.int64]
 
 
 def split_batch(global_batch_size: int, world_size: int, micro_batch_size: int) -> tuple[int, int]:
@@ -54,111 +55,91 @@ def rows_of_rank(
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows, such as a micro-batch.
+    """The tokens of rows, such as a micro-batch's, one example behind the other.
 
     A row holds one example, or several where rows are packed. Rows without weight, which fill up
     what does not divide by the ranks, are one example of [CLS] [SEP]: no masked position, and the
     next-sentence label -100.
+
+    All is int32 as a loader hands it on, and int64, but for the sequences, where `to` has put it.
     """
 
-    input_ids_BS: torch.Tensor  # int64
-    token_type_ids_BS: torch.Tensor  # int64; 0 for [CLS] A [SEP], 1 for B [SEP], 0 for padding
-    attention_mask_BS: torch.Tensor  # int64; 0: padding, k: the k-th example of the row
-    position_ids_BS: torch.Tensor | None  # int64; counted within each example; None if not packed
-    mlm_positions_M: torch.Tensor  # int64; b * S + s, ascending
-    mlm_labels_M: torch.Tensor  # int64; the tokens that stood at these positions
-    first_positions_E: torch.Tensor  # int64; b * S + s of each example's [CLS], ascending
-    next_sentence_label_E: torch.Tensor  # int64; 0: B follows A, 1: it is random, -100: no weight
-    token_positions_T: torch.Tensor  # int64; b * S + s of what is not padding, ascending
+    sequences: Sequences  # where the examples begin
+    input_ids_T: torch.Tensor
+    token_type_ids_T: torch.Tensor  # 0 for [CLS] A [SEP], 1 for B [SEP]
+    position_ids_T: torch.Tensor  # counted within each example
+    mlm_positions_M: torch.Tensor  # which of the T tokens are masked, ascending
+    mlm_labels_M: torch.Tensor  # the tokens that stood there
+    next_sentence_label_E: torch.Tensor  # 0: B follows A, 1: it is random, -100: no weight
 
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
-        """The batch on `device`."""
-        moved: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        for name, value in moved.items():
-            if value is not None:
-                moved[name] = value.to(device, non_blocking=non_blocking)
-        return Batch(**moved)
+    def to(self, device: torch.device | str) -> "Batch":
+        """The batch on `device`, ready for the model."""
+        sequences, *parts = (getattr(self, field.name) for field in fields(self))
+        starts_E1 = sequences.starts_E1.to(device, non_blocking=True)
+        # widened there: fewer bytes cross, and none waits for a conversion in unpinned memory
+        wide = (part.to(device, non_blocking=True).long() for part in parts)
+        return Batch(replace(sequences, starts_E1=starts_E1), *wide)
 
     @property
-    def model_inputs(self) -> tuple[torch.Tensor | None, ...]:
-        """What the model's forward takes, in its order."""
-        return (
-            self.input_ids_BS,
-            self.token_type_ids_BS,
-            self.attention_mask_BS,
-            self.mlm_positions_M,
-            self.position_ids_BS,
-            self.first_positions_E,
-            self.token_positions_T,
-        )
-
-    def rows(self, start: int, stop: int) -> "Batch":
-        """The rows [start, stop); slots count from the first of them."""
-        slots = torch.tensor([start, stop]) * self.input_ids_BS.shape[1]
-        masked = slice(*torch.searchsorted(self.mlm_positions_M, slots).tolist())
-        examples = slice(*torch.searchsorted(self.first_positions_E, slots).tolist())
-        tokens = slice(*torch.searchsorted(self.token_positions_T, slots).tolist())
-        positions = self.position_ids_BS
-        return Batch(
-            self.input_ids_BS[start:stop],
-            self.token_type_ids_BS[start:stop],
-            self.attention_mask_BS[start:stop],
-            None if positions is None else positions[start:stop],
-            self.mlm_positions_M[masked] - slots[0],
-            self.mlm_labels_M[masked],
-            self.first_positions_E[examples] - slots[0],
-            self.next_sentence_label_E[examples],
-            self.token_positions_T[tokens] - slots[0],
-        )
+    def model_inputs(
+        self,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Sequences, torch.Tensor]:
+        """The arguments of the model's forward, in its order."""
+        ids = self.input_ids_T, self.token_type_ids_T, self.position_ids_T
+        return *ids, self.sequences, self.mlm_positions_M
 
 
 @dataclass(frozen=True)
 class RankStep:
-    """One rank's share of a global batch: as many micro-batches, of the same shape, on each rank.
+    """One rank's share of a global batch: as many micro-batches, of as many rows, on each rank.
 
     The counts are this rank's; summed over the ranks they are what the losses are divided by.
     Build it with `of`.
     """
 
     content: torch.Tensor
-    """All tensors of the micro-batches in one, which a loader's process hands on as one piece.
-    Pinned as a whole, they go to a GPU without waiting for it."""
-    shapes: tuple[tuple[tuple[int, ...] | None, ...], ...]
-    """Of each micro-batch's tensors, in the order of `Batch`'s fields."""
+    """int32: the tensors of all micro-batches in one, which a loader's process hands on as one
+    piece. Pinned as a whole, they go to a GPU without waiting for it."""
+    sizes: tuple[tuple[int, int, int], ...]
+    """T, M and E of each micro-batch."""
+    longest: int
+    """Slots of a row."""
+    slots: int
+    """Of a micro-batch: of all its rows."""
     mlm_targets: int
     nsp_targets: int
     real_tokens: int
     """Tokens of the rows with weight, [CLS] and [SEP] included."""
 
     @classmethod
-    def of(cls, batch: Batch, micro_batch_size: int, real_tokens: int) -> "RankStep":
-        """The step of these rows, so many at a time, `real_tokens` of whose tokens carry weight."""
-        micro_batches = [
-            batch.rows(start, start + micro_batch_size)
-            for start in range(0, len(batch.input_ids_BS), micro_batch_size)
-        ]
-        parts_of = [[getattr(one, field.name) for field in fields(one)] for one in micro_batches]
+    def of(cls, micro_batches: Sequence[Batch], real_tokens: int) -> "RankStep":
+        """The step of these micro-batches, `real_tokens` of whose tokens carry weight."""
+        parts, sizes, nsp_targets = [], [], 0
+        for batch in micro_batches:
+            starts_E1, label_E = batch.sequences.starts_E1, batch.next_sentence_label_E
+            parts += [starts_E1, batch.input_ids_T, batch.token_type_ids_T, batch.position_ids_T]
+            parts += [batch.mlm_positions_M, batch.mlm_labels_M, label_E]
+            sizes.append((len(batch.input_ids_T), len(batch.mlm_labels_M), len(label_E)))
+            nsp_targets += int((label_E != IGNORE_INDEX).sum())
+        content = np.concatenate([part.numpy() for part in parts], dtype=np.int32, casting="unsafe")
         return cls(
-            torch.cat([part.flatten() for parts in parts_of for part in parts if part is not None]),
-            tuple(
-                tuple(None if part is None else tuple(part.shape) for part in parts)
-                for parts in parts_of
-            ),
-            mlm_targets=len(batch.mlm_labels_M),
-            nsp_targets=int((batch.next_sentence_label_E != IGNORE_INDEX).sum()),
+            torch.from_numpy(content),
+            tuple(sizes),
+            micro_batches[0].sequences.longest,
+            micro_batches[0].sequences.slots,
+            mlm_targets=sum(masked for _, masked, _ in sizes),
+            nsp_targets=nsp_targets,
             real_tokens=real_tokens,
         )
 
     @property
     def micro_batches(self) -> list[Batch]:
-        """Views of the content."""
-        sizes = [
-            math.prod(shape) for shapes in self.shapes for shape in shapes if shape is not None
-        ]
-        parts = iter(torch.split(self.content, sizes))
+        """Views of the content; `to` moves them one by one."""
+        lengths = [n for T, M, E in self.sizes for n in (E + 1, T, T, T, M, M, E)]
+        parts = iter(torch.split(self.content, lengths))
         return [
-            Batch(*(None if shape is None else next(parts).view(shape) for shape in shapes))  # type: ignore[arg-type]
-            for shapes in self.shapes
+            Batch(Sequences(next(parts), self.longest, self.slots), *itertools.islice(parts, 6))
+            for _ in self.sizes
         ]
 
     def pin_memory(self) -> "RankStep":
@@ -166,11 +147,7 @@ class RankStep:
         return replace(self, content=self.content.pin_memory())
 
 
-# ---- Examples to rows of tensors: frame them by [CLS] and [SEP], mask them, cut them into
-# batches.
-
-
-Integers = NDArray[np.int64]
+# ---- Examples to micro-batches: framed by [CLS] and [SEP], masked, cut.
 
 
 class Assembler:
@@ -192,21 +169,45 @@ class Assembler:
         micro_batch_size: int,
         num_micro_batches: int,
     ) -> RankStep:
-        """The micro-batches of rows that hold `counts_R` of the `examples` each, padded by rows
+        """The micro-batches of rows that hold `counts_R` of the `examples` each, filled up by rows
         without weight."""
-        num_rows = micro_batch_size * num_micro_batches
+        real, without_weight = len(examples), micro_batch_size * num_micro_batches - len(counts_R)
+        nothing = np.zeros(without_weight, dtype=np.int64)
+        examples = concatenate(
+            [examples, Examples(nothing, nothing, nothing, nothing, nothing > 0)]
+        )
         tokens = self._frame(examples)
         masked_M, labels_M = mask_tokens(
             tokens.ids_T,
             tokens.maskable_T,
             tokens.offsets,
-            mask_key_E,
+            np.append(mask_key_E, nothing.astype(np.uint64)),
             masking=self._masking,
             mlm_probability=self._mlm_probability,
             vocabulary=self._vocabulary,
         )
-        batch = self._rows(tokens, counts_R, examples, num_rows, masked_M, labels_M)
-        return RankStep.of(batch, micro_batch_size, real_tokens=len(tokens.ids_T))
+        label_E = np.where(
+            examples.second_length_E > 0, examples.is_random_E.astype(np.int64), IGNORE_INDEX
+        )
+        place_T = ranges(np.zeros(len(examples), dtype=np.int64), np.diff(tokens.offsets))
+        first_of_row = np.cumsum([0, *counts_R, *(nothing + 1)])
+        micro_batches = []
+        for first, stop in itertools.pairwise(first_of_row[::micro_batch_size].tolist()):
+            start, end = tokens.offsets[[first, stop]].tolist()
+            masked = slice(*np.searchsorted(masked_M, (start, end)).tolist())
+            parts = (
+                tokens.ids_T[start:end],
+                tokens.types_T[start:end],
+                place_T[start:end],
+                masked_M[masked] - start,
+                labels_M[masked],
+                label_E[first:stop],
+            )
+            starts_E1 = torch.from_numpy(tokens.offsets[first : stop + 1] - start).int()
+            length = self._spec.sequence_length
+            sequences = Sequences(starts_E1, length, micro_batch_size * length)
+            micro_batches.append(Batch(sequences, *map(torch.from_numpy, parts)))
+        return RankStep.of(micro_batches, real_tokens=int(tokens.offsets[real]))
 
     def _frame(self, examples: Examples) -> "_Tokens":
         """[CLS] A [SEP], or [CLS] A [SEP] B [SEP], of each example."""
@@ -230,50 +231,6 @@ class Assembler:
         ids[second_start_E - 1] = self._special.sep
         ids[offsets[1:] - 1] = self._special.sep
         return _Tokens(ids, types, maskable, offsets)
-
-    def _rows(
-        self,
-        tokens: "_Tokens",
-        counts_R: Integers,
-        examples: Examples,
-        num_rows: int,
-        masked_M: Integers,
-        labels_M: Integers,
-    ) -> Batch:
-        length, real = self._spec.sequence_length, len(counts_R)
-        row_offsets = np.concatenate([[0], np.cumsum(counts_R)])
-        row_E = np.repeat(np.arange(real), counts_R)
-        first_of_row_E = row_offsets[row_E]
-        slot_E = row_E * length + tokens.offsets[:-1] - tokens.offsets[first_of_row_E]
-        lengths_E = np.diff(tokens.offsets)
-        slot_T = ranges(slot_E, lengths_E)
-        shape = (num_rows, length)
-        input_ids = np.full(shape, self._special.pad, dtype=np.int64)
-        token_types, attention, positions = (np.zeros(shape, dtype=np.int64) for _ in range(3))
-        input_ids.reshape(-1)[slot_T] = tokens.ids_T
-        token_types.reshape(-1)[slot_T] = tokens.types_T
-        number_E = np.arange(len(row_E)) - first_of_row_E + 1
-        attention.reshape(-1)[slot_T] = np.repeat(number_E, lengths_E)
-        if self._spec.packed:
-            positions.reshape(-1)[slot_T] = ranges(np.zeros_like(slot_E), lengths_E)
-            positions[real:, 1] = 1
-        input_ids[real:, :2] = self._special.cls, self._special.sep
-        attention[real:, :2] = 1
-        without_weight = np.arange(real, num_rows) * length
-        nothing = np.full(num_rows - real, IGNORE_INDEX, dtype=np.int64)
-        has_second_E = examples.second_length_E > 0
-        label_E = np.where(has_second_E, examples.is_random_E.astype(np.int64), IGNORE_INDEX)
-        return Batch(
-            torch.from_numpy(input_ids),
-            torch.from_numpy(token_types),
-            torch.from_numpy(attention),
-            torch.from_numpy(positions) if self._spec.packed else None,
-            torch.from_numpy(slot_T[masked_M]),
-            torch.from_numpy(labels_M),
-            torch.from_numpy(np.concatenate([slot_E, without_weight])),
-            torch.from_numpy(np.concatenate([label_E, nothing])),
-            torch.from_numpy(np.concatenate([slot_T, (without_weight[:, None] + [0, 1]).ravel()])),
-        )
 
 
 @dataclass(frozen=True)

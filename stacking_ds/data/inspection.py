@@ -7,6 +7,7 @@ Everything is read in pieces from the mapped files, so that memory does not grow
 Shapes: D documents, S sentences, T tokens, R rows.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -40,7 +41,7 @@ Flags = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class LengthBin:
-    """How many things are `first` to `last` tokens long, both included."""
+    """The number of things that are `first` to `last` tokens long, both included."""
 
     first: int
     last: int
@@ -49,7 +50,7 @@ class LengthBin:
 
 @dataclass(frozen=True)
 class FolderFacts:
-    """What the manifest says of the folder as a whole. `size_bytes` counts shards, lists of
+    """Facts of the folder as a whole, from its manifest. `size_bytes` counts shards, lists of
     duplicates and vocabulary files, and no layouts."""
 
     folder: str
@@ -296,7 +297,7 @@ def _example_lengths(layouts: Sequence[Layout], sequence_length: int) -> tuple[L
 
 @dataclass(frozen=True)
 class PhaseReading:
-    """What the steps [start_step, end_step) of a run read."""
+    """The text that the steps [start_step, end_step) of a run read."""
 
     phase: int
     start_step: int
@@ -327,7 +328,7 @@ class Readings:
 
 
 def readings(config: RunConfig, rows_by_length: Mapping[int, RowFacts]) -> Readings:
-    """How often the run reads the training text; `rows_by_length` has each of its lengths.
+    """The epochs that the run reads of the training text; `rows_by_length` has each of its lengths.
 
     Raises StageError for a schedule that cannot be trained.
     """
@@ -386,25 +387,24 @@ def shown_examples(data: PretrainingData, count: int) -> list[ShownExample]:
     rows = min(count, data.num_rows)
     if rows < 1:
         return []
-    (batch,) = data.step(0, rows, micro_batch_size=rows).micro_batches
     vocabulary = data.shards.vocabulary
-    return _shown(batch, vocabulary, build_tokenizer(vocabulary).decoder)[:count]
+    decoder = build_tokenizer(vocabulary).decoder
+    row_by_row = data.step(0, rows, micro_batch_size=1).micro_batches
+    shown: list[ShownExample] = []
+    for row, batch in enumerate(row_by_row):
+        shown += _shown(row, batch, vocabulary, decoder)
+    return shown[:count]
 
 
 def _shown(
-    batch: Batch, vocabulary: Sequence[str], decoder: decoders.Decoder
+    row: int, batch: Batch, vocabulary: Sequence[str], decoder: decoders.Decoder
 ) -> list[ShownExample]:
-    length = batch.input_ids_BS.shape[1]
+    """The examples of one row."""
     labels = dict(zip(batch.mlm_positions_M.tolist(), batch.mlm_labels_M.tolist(), strict=True))
-    ids, types = batch.input_ids_BS.flatten().tolist(), batch.token_type_ids_BS.flatten().tolist()
-    shown = []
-    for start, label in zip(
-        batch.first_positions_E.tolist(), batch.next_sentence_label_E.tolist(), strict=True
-    ):
-        row = start // length
-        owner_S = batch.attention_mask_BS[row]
-        number = int(owner_S[start % length])
-        stop = start + int((owner_S == number).sum())
+    ids, types = batch.input_ids_T.tolist(), batch.token_type_ids_T.tolist()
+    bounds = itertools.pairwise(batch.sequences.starts_E1.tolist())
+    shown: list[ShownExample] = []
+    for (start, stop), label in zip(bounds, batch.next_sentence_label_E.tolist(), strict=True):
         has_second = types[stop - 1] == 1
         middle = types.index(1, start) if has_second else stop
         # [CLS] A [SEP] is [start, middle), B [SEP] is [middle, stop)
@@ -413,9 +413,9 @@ def _shown(
         shown.append(
             ShownExample(
                 row=row,
-                example=number,
-                examples_in_row=int(owner_S.max()),
-                row_fill=float((owner_S > 0).double().mean()),
+                example=len(shown) + 1,
+                examples_in_row=len(batch.next_sentence_label_E),
+                row_fill=len(ids) / batch.sequences.slots,
                 first=decoder.decode(first),
                 second=decoder.decode(second) if has_second else None,
                 follows=None if label == IGNORE_INDEX else label == 0,

@@ -71,7 +71,7 @@ class FailureDetector:
         silence_seconds: how long a rank may be silent.
         """
         self.record: Callable[[str], None] = lambda verdict: None
-        """Told the verdict on this rank, before it ends, once; it may fail by a UserError."""
+        """Called with the verdict before this rank ends by it; it may fail by a UserError."""
         self._world = world
         self._timeout, self._silence = timeout_seconds, silence_seconds
         self._interval = min(_LONGEST_INTERVAL_SECONDS, silence_seconds / _INTERVALS_OF_SILENCE)
@@ -134,7 +134,7 @@ class FailureDetector:
         self._leaving.set()
 
     def _leave_together(self) -> RuntimeError | None:
-        """What a rank says that does not find the others at the end."""
+        """Meet the others at the end; the error of a rank that does not find them."""
         try:
             self._world.barrier()  # some have more to tidy up, and are watched while they do
             self._leaving.set()
@@ -162,7 +162,7 @@ class FailureDetector:
             self.record(verdict)
 
     def _let_others_read(self) -> None:
-        """The store with the verdict goes when rank 0 does."""
+        """Keep the store with the verdict, which goes when rank 0 does, for a while."""
         if self._decided.wait(_INTERVALS_TO_DECIDE * self._interval):
             time.sleep(2 * self._interval)
 
@@ -180,7 +180,7 @@ class FailureDetector:
 
     @property
     def _speaks(self) -> bool:
-        """Is the verdict this rank's to say? Rank 0's own, else one rank's of each node."""
+        """True where this rank says the verdict: rank 0 its own, else one rank of each node."""
         if self._world.is_first or self._verdict_of_first:
             return self._world.is_first
         beside_first = socket.gethostname() == self._hosts[0]

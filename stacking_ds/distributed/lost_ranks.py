@@ -15,7 +15,7 @@ _SHOWN_CHARACTERS = 300
 
 @dataclass(frozen=True)
 class RankFailure:
-    """What a rank said when it ended by an error."""
+    """A rank's own report that it ends by an error."""
 
     rank: int
     step: int

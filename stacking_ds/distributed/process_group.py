@@ -23,7 +23,7 @@ from stacking_ds.errors import ConfigError, LostRankError, LostRankToldError, ag
 from stacking_ds.process.launchers import by_srun, complete_environment, interface_for_gloo
 
 _TIMEOUT = timedelta(minutes=10)
-# a watch, which names who is missing, is to speak before a collective gives up
+# a failure detector, which names who is missing, is to speak before a collective gives up
 _AFTER_THE_WATCH = timedelta(seconds=30)
 _GROUP_TIMEOUTS = ("default_pg_timeout", "default_pg_nccl_timeout")
 _added: set[str] = set()
@@ -68,7 +68,7 @@ def start(timeout: timedelta = _TIMEOUT) -> World:
 
 
 def _refusal(local_rank: int, local_size: int, size: int) -> str | None:
-    """Why this rank cannot take part. The others are told, who would wait for it."""
+    """The reason why this rank cannot take part, for the others, who would wait for it."""
     if torch.cuda.is_available() and local_rank >= torch.cuda.device_count():
         return (
             f"local rank {local_rank} has no GPU: this node shows {torch.cuda.device_count()}; "
@@ -150,7 +150,7 @@ _SIGNS_OF_LOST_CONTACT = (
 
 
 def is_lost_contact(error: BaseException) -> bool:
-    """Does it say no more than that another rank does not answer?"""
+    """True where the error says no more than that another rank does not answer."""
     if isinstance(error, LostRankError | dist.DistNetworkError | dist.DistStoreError):
         return True
     text = str(error).lower()
@@ -241,7 +241,7 @@ def agree(
 
 
 def _let_all_read(store: Any, rank: int, size: int) -> None:
-    """The store with the verdict goes when rank 0 does."""
+    """Keep the store with the verdict, which goes when rank 0 does, until all have read it."""
     deadline = time.monotonic() + _SECONDS_TO_READ
     with suppress(dist.DistError):
         read = store.add("read", 1)

@@ -1,4 +1,4 @@
-"""Who this process is among the ranks, and the host-side collectives."""
+"""World: this process's rank, and the collectives of host values, errors and stop requests."""
 
 import socket
 import threading
@@ -20,14 +20,14 @@ _SECONDS_BETWEEN_WORDS = 5.0
 
 @dataclass
 class Pulse:
-    """How far this rank is; `FailureDetector` compares it with the others'."""
+    """Progress of this rank; `FailureDetector` compares it with the others'."""
 
     moves: int = 0
     """Counts what all ranks do alike: collectives entered, micro-batches begun. Who has fewer is
     behind."""
     step: int = 0
     work: threading.Thread | None = None
-    """What the main thread waits for, while it only meets the others to tell them so."""
+    """The thread that the main thread waits for, while it only meets the others to tell them so."""
     loading: bool = False
     """Whether the main thread waits for its next batch."""
     waiting: bool = False
@@ -40,7 +40,7 @@ class Pulse:
 
 @dataclass(frozen=True)
 class World:
-    """Who this process is, and the collectives it may call (on all ranks, in the same order)."""
+    """This process's rank, and the collectives it may call (on all ranks, in the same order)."""
 
     rank: int
     size: int
@@ -112,7 +112,7 @@ class World:
     @contextmanager
     def waiting_for(self, work: threading.Thread | None) -> Iterator[None]:
         """The main threads meet in here for as long as `work` takes, on this rank or another. Its
-        progress counts for the watch, and their meetings do not."""
+        progress counts for the failure detector, and their meetings do not."""
         self.pulse.work, self.pulse.waiting = work, True
         try:
             yield
@@ -183,7 +183,7 @@ class _Work:
             self._failure = error
 
     def look(self) -> tuple[bool, Any, Exception | None]:
-        """Whether it is done, its result and its error, after a while at most."""
+        """Tell whether it is done, its result and its error, after a while at most."""
         if self.thread is not None:
             self.thread.join(_SECONDS_BETWEEN_WORDS)
             if self.thread.is_alive():
@@ -210,11 +210,9 @@ def _sentence_of(error: Exception) -> Exception:
     return error
 
 
-# ---- All ranks stop at the same step, whichever of them was asked to.
-
-
 class StopFlag:
-    """Asked by all ranks at step, evaluation and growth boundaries."""
+    """Stops all ranks at the same step, whichever of them was asked to; they ask it at step,
+    evaluation and growth boundaries."""
 
     def __init__(self, world: World, request: StopRequest) -> None:
         self._world, self._request = world, request

@@ -11,7 +11,7 @@ from stacking_ds.config.sections import Precision
 from stacking_ds.console import shortened
 from stacking_ds.engine.ds_settings import as_json, section_problems, top_level_problems
 from stacking_ds.errors import ConfigError
-from stacking_ds.files import DamagedFileError, read_text
+from stacking_ds.files import DamagedFileError, is_nested_deeper, read_text
 
 _MOST_BYTES = 2**18
 _DEEPEST = 8
@@ -41,7 +41,7 @@ def load_ds_config(path_or_name: str) -> dict[str, Any]:
         reason = str(error)
     except (ValueError, RecursionError):  # Python's limit of digits, or of depth
         reason = "it holds a number of thousands of digits, or is nested too deeply"
-    if not reason and _is_deeper(raw, _DEEPEST):
+    if not reason and is_nested_deeper(raw, _DEEPEST):
         reason = f"it is nested deeper than {_DEEPEST} levels"
     if reason:
         raise ConfigError(f"cannot use DeepSpeed JSON {path}: {reason}")
@@ -56,13 +56,6 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key in found if keys.count(key) > 1)
         raise _TwiceError(f"{shortened(twice)} is written twice; keep one")
     return found
-
-
-def _is_deeper(value: Any, levels: int) -> bool:
-    if not isinstance(value, dict | list):
-        return False
-    children = value.values() if isinstance(value, dict) else value
-    return levels == 0 or any(_is_deeper(child, levels - 1) for child in children)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a BERT computes besides attention, in the torch form, which defines it.
+"""Operations of a BERT besides attention: the torch form, which defines them, compiled, and apex's.
 
 A form is chosen in `stacking_ds.kernels.registry`; the others derive from this one and replace what
 they do faster. Matrix products belong to an operation with what follows them, so that each form
@@ -7,13 +7,16 @@ decides how much of that one pass over memory can do.
 Shapes: T tokens, I inputs, O outputs, H hidden size, M masked positions, V vocabulary.
 """
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from functools import cache
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.nn import functional
 
+from stacking_ds.errors import ConfigError
 from stacking_ds.kernels.cross_entropy import cross_entropy_sum
 
 # ---- Dropout, and dropout with the sum that follows it.
@@ -174,5 +177,89 @@ class Operations:
         return cross_entropy_sum(logits_MV, labels_M)
 
     def between_attentions(self, function: Function) -> Function:
-        """What a layer does after its attention, in the form this one runs it in."""
+        """The function of a layer after its attention, in the form this one runs it in."""
         return function
+
+
+# ---- The forms of libraries.
+
+
+@dataclass(frozen=True)
+class CompiledOperations(Operations):
+    """By torch.compile, the rival that the hand-written kernels have to beat.
+
+    Needs a C++ compiler on the CPU, Triton and a C compiler on a GPU.
+    """
+
+    name = "compile"
+
+    def linear_add(
+        self,
+        x_TI: torch.Tensor,
+        weights: Weights,
+        residual_TO: torch.Tensor,
+        dropout_prob: float,
+    ) -> torch.Tensor:
+        # torch's own dropout, which the compiler knows
+        return residual_TO + functional.dropout(self.linear(x_TI, *weights), dropout_prob)
+
+    def between_attentions(self, function: Function) -> Function:
+        compiled: Any = _compiled(function)
+        return compiled  # type: ignore[no-any-return]
+
+
+@cache
+def _compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    compiled = torch.compile(function)
+
+    def run(operations: Operations, context_TH: torch.Tensor, *rest: Any) -> torch.Tensor:
+        # every micro-batch has another number of tokens
+        torch._dynamo.maybe_mark_dynamic(context_TH, 0)
+        torch._dynamo.maybe_mark_dynamic(rest[0], 0)
+        found: torch.Tensor = compiled(operations, context_TH, *rest)
+        return found
+
+    return run
+
+
+_REMEDY = (
+    "build NVIDIA's apex from its repository with APEX_CPP_EXT=1 APEX_CUDA_EXT=1, or leave "
+    "engine.kernels to auto"
+)
+
+
+def find_fused_layer_norm() -> Any:
+    """apex's function of input, weight, bias, shape and eps.
+
+    PyPI's `apex` is another project, and NVIDIA's may lack its compiled part: so that part,
+    `fused_layer_norm_cuda`, is looked for first.
+
+    Raises:
+        ConfigError: it is not there, or not what it should be.
+    """
+    try:
+        importlib.import_module("fused_layer_norm_cuda")
+        found = importlib.import_module("apex.normalization.fused_layer_norm")
+    except ImportError as error:
+        raise ConfigError(f"engine.kernels=apex: {error}; {_REMEDY}") from None
+    function = getattr(found, "fused_layer_norm_affine", None)
+    if not callable(function):
+        raise ConfigError(
+            f"engine.kernels=apex: {found.__name__} has no fused_layer_norm_affine: it is not "
+            f"NVIDIA's, or an old one; {_REMEDY}"
+        )
+    return function
+
+
+@dataclass(frozen=True)
+class ApexOperations(Operations):
+    """The torch form with the LayerNorm of NVIDIA's apex, as `find_fused_layer_norm` finds it."""
+
+    layer_norm: Any = None
+
+    name = "apex"
+
+    def norm(self, x_TH: torch.Tensor, norm: Norm) -> torch.Tensor:
+        weight_H, bias_H, eps = norm
+        normed_TH: torch.Tensor = self.layer_norm(x_TH, weight_H, bias_H, weight_H.shape, eps)
+        return normed_TH

@@ -9,7 +9,6 @@ once. All arithmetic is fp32.
 Shapes: M masked positions, V vocabulary.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from triton.language import constexpr, tensor
 
 from stacking_ds.kernels.cross_entropy import IGNORE_INDEX, LOGITS_GONE
+from stacking_ds.kernels.triton_parts import jit
 
 _IGNORED = constexpr(IGNORE_INDEX)
 
@@ -28,15 +28,10 @@ _IGNORED = constexpr(IGNORE_INDEX)
 _BLOCK = 4096
 
 
-def _jit(function: Callable[..., Any]) -> Any:
-    # every micro-batch masks another number of positions, which is the grid and no argument
-    return triton.jit(function)
-
-
 # --------------------------------------------------------------------------- on the device
 
 
-@_jit
+@jit
 def _fold(highest: tensor, total: tensor, x: tensor) -> tensor:
     """Maximum, and sum of exp(x - maximum), of what was seen and x (Milakov & Gimelshein 2018)."""
     seen, highest = highest, tl.maximum(highest, tl.max(x, 0))
@@ -44,7 +39,7 @@ def _fold(highest: tensor, total: tensor, x: tensor) -> tensor:
     return highest, total * tl.exp(seen - base) + tl.sum(tl.exp(x - base), 0)
 
 
-@_jit
+@jit
 def cross_entropy_kernel(
     logits_MV: tensor, labels_M: tensor, highest_M: tensor, rest_M: tensor, loss_M: tensor,
     stride: tensor, V: constexpr, BLOCK: constexpr,
@@ -77,7 +72,7 @@ def cross_entropy_kernel(
     tl.store(loss_M + row, tl.where(label == _IGNORED, 0.0, loss))
 
 
-@_jit
+@jit
 def cross_entropy_backward_kernel(
     logits_MV: tensor, labels_M: tensor, highest_M: tensor, rest_M: tensor, d_loss: tensor,
     stride: tensor, V: constexpr, BLOCK: constexpr,
@@ -116,7 +111,7 @@ FORMS: list[tuple[Any, dict[str, Any]]] = [
 
 
 def options(vocabulary: int) -> dict[str, Any]:
-    """How the kernels are compiled and cut for so many logits a row."""
+    """The constants by which the kernels are compiled and cut, for so many logits a row."""
     block = min(_BLOCK, max(16, triton.next_power_of_2(vocabulary)))
     warps = max(1, min(8, block // 256))
     return {"V": vocabulary, "BLOCK": block, "num_warps": warps, "enable_fp_fusion": True}

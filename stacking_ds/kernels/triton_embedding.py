@@ -8,7 +8,6 @@ Where an id is no row of its table the whole token becomes NaN: checking would w
 Shapes: T tokens, H hidden, V words, K token types (then K sums of each of P programs), P positions.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,18 +17,12 @@ from torch.autograd.function import once_differentiable
 from triton.language import constexpr, tensor
 
 from stacking_ds.kernels.triton_norm import moments, norm_gradient, options, records, statistics
-from stacking_ds.kernels.triton_sums import WALKING, column_sums, draw_seed, dropped, walkers
-
-
-def _jit(function: Callable[..., Any]) -> Any:
-    # without padding every micro-batch has another number of tokens
-    return triton.jit(function, do_not_specialize=["tokens", "words", "types", "positions"])
-
+from stacking_ds.kernels.triton_parts import WALKING, column_sums, draw_seed, dropped, jit, walkers
 
 # --------------------------------------------------------------------------- on the device
 
 
-@_jit
+@jit
 def _gathered(
     ids_T: tensor, table: tensor, size: tensor, row: tensor, tokens: tensor,
     H: constexpr, BLOCK: constexpr,
@@ -44,7 +37,7 @@ def _gathered(
     return tl.where(known, found, float("nan"))
 
 
-@_jit
+@jit
 def _summed(
     input_ids_T: tensor, token_type_ids_T: tensor, position_ids_T: tensor,
     word_VH: tensor, type_KH: tensor, position_PH: tensor,
@@ -58,7 +51,7 @@ def _summed(
     return h
 
 
-@_jit
+@jit
 def embed_kernel(
     input_ids_T: tensor, token_type_ids_T: tensor, position_ids_T: tensor,
     word_VH: tensor, type_KH: tensor, position_PH: tensor,
@@ -91,7 +84,7 @@ def embed_kernel(
     tl.store(out_TH + at, out, mask=(rows < tokens) & in_row)
 
 
-@_jit
+@jit
 def embed_backward_kernel(
     d_out_TH: tensor, input_ids_T: tensor, token_type_ids_T: tensor, position_ids_T: tensor,
     word_VH: tensor, type_KH: tensor, position_PH: tensor,

@@ -8,7 +8,6 @@ h, and draws the dropout mask again from its seed: the mask is in no memory.
 Shapes: T tokens, H hidden, P programs that walk the rows, K sums of each.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,22 +16,17 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 from triton.language import constexpr, tensor
 
-from stacking_ds.kernels.triton_sums import WALKING, column_sums, draw_seed, dropped, walkers
+from stacking_ds.kernels.triton_parts import WALKING, column_sums, draw_seed, dropped, jit, walkers
 
 # A program's tile: 16 elements a thread, so that with two tensors to read four loads of 16 bytes
 # are on the way at once.
 _TILE_ELEMENTS = 2048
 
 
-def _jit(function: Callable[..., Any]) -> Any:
-    # without padding every micro-batch has another number of tokens
-    return triton.jit(function, do_not_specialize=["tokens"])
-
-
 # --------------------------------------------------------------------------- on the device
 
 
-@_jit
+@jit
 def statistics(h: tensor, in_row: tensor, eps: tensor, H: constexpr) -> tensor:
     """Mean and 1 / standard deviation of each row: [ROWS]. h is 0 where the row does not reach."""
     mean = tl.sum(h, 1) / H
@@ -40,7 +34,7 @@ def statistics(h: tensor, in_row: tensor, eps: tensor, H: constexpr) -> tensor:
     return mean, tl.rsqrt(tl.sum(centered * centered, 1) / H + eps)
 
 
-@_jit
+@jit
 def norm_gradient(
     d_out: tensor, normal: tensor, weight: tensor, rstd: tensor, H: constexpr
 ) -> tensor:
@@ -50,7 +44,7 @@ def norm_gradient(
     return (d_normal - normal * along - tl.sum(d_normal, 1, keep_dims=True) / H) * rstd
 
 
-@_jit
+@jit
 def add_norm_kernel(
     inner_TH: tensor, bias_H: tensor, residual_TH: tensor, weight_H: tensor, norm_bias_H: tensor,
     seed: tensor, sum_TH: tensor, mean_T: tensor, rstd_T: tensor, out_TH: tensor,
@@ -83,7 +77,7 @@ def add_norm_kernel(
         tl.store(out_TH + at, (h - mean[:, None]) * rstd[:, None] * weight + norm_bias, mask=inside)
 
 
-@_jit
+@jit
 def add_norm_backward_kernel(
     d_out_TH: tensor, sum_TH: tensor, mean_T: tensor, rstd_T: tensor, weight_H: tensor,
     seed: tensor, d_sum_TH: tensor, d_inner_TH: tensor, partial_KPH: tensor,
@@ -161,7 +155,7 @@ FORMS = _forms()
 
 
 def options(width: int) -> dict[str, Any]:
-    """How the kernels are compiled and cut for rows of `width`."""
+    """The constants by which the kernels are compiled and cut, for rows of `width`."""
     block = max(16, triton.next_power_of_2(width))
     tile = {"H": width, "BLOCK": block, "ROWS": max(1, _TILE_ELEMENTS // block)}
     # wider rows have more warps, as more elements a thread need more registers than there are
@@ -194,13 +188,13 @@ def traffic(
 
 
 def records(*tensors: torch.Tensor | None) -> bool:
-    """Whether a backward pass may follow."""
+    """True if a backward pass may follow."""
     required = any(tensor is not None and tensor.requires_grad for tensor in tensors)
     return required and torch.is_grad_enabled()
 
 
 def moments(like_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where mean_T and rstd_T go: two tensors, since the second half of one would be aligned for
+    """Allocate mean_T and rstd_T: two tensors, since the second half of one would be aligned for
     some numbers of tokens alone, and the kernels compiled for both."""
     mean_T = like_TH.new_empty(len(like_TH), dtype=torch.float32)
     return mean_T, torch.empty_like(mean_T)

@@ -1,6 +1,5 @@
 """The operations of a BERT with everything between two matrix products in one Triton kernel."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ from stacking_ds.kernels.operations import EmbeddingTables, Norm, Operations, We
 from stacking_ds.kernels.triton_cross_entropy import cross_entropy_sum
 from stacking_ds.kernels.triton_embedding import embed
 from stacking_ds.kernels.triton_norm import bias_dropout_add, bias_dropout_add_norm
-from stacking_ds.kernels.triton_sums import column_sums, walkers
+from stacking_ds.kernels.triton_parts import column_sums, jit, walkers
 
 # ---- GELU of a projection and its bias, in Triton: a read and a write forward, one read
 # more back.
@@ -30,20 +29,15 @@ SQRT_HALF = constexpr(0.7071067811865476)
 INVERSE_SQRT_TWO_PI = constexpr(0.3989422804014327)
 
 
-def _jit(function: Callable[..., Any]) -> Any:
-    # without padding every micro-batch has another number of tokens
-    return triton.jit(function, do_not_specialize=["tokens"])
-
-
 # --------------------------------------------------------------------------- on the device
 
 
-@_jit
+@jit
 def _normal_distribution(x: tensor) -> tensor:
     return 0.5 * (1.0 + tl.erf(x * SQRT_HALF))
 
 
-@_jit
+@jit
 def gelu_kernel(
     inner_TF: tensor, bias_F: tensor, out_TF: tensor, tokens: tensor,
     F: constexpr, COLUMNS: constexpr, ROWS: constexpr,
@@ -59,7 +53,7 @@ def gelu_kernel(
     tl.store(out_TF + at, x * _normal_distribution(x), mask=inside)
 
 
-@_jit
+@jit
 def gelu_backward_kernel(
     d_out_TF: tensor, inner_TF: tensor, bias_F: tensor, d_inner_TF: tensor, partial_1PF: tensor,
     tokens: tensor, F: constexpr, COLUMNS: constexpr, ROWS: constexpr,
@@ -94,7 +88,7 @@ FORMS: list[tuple[Any, dict[str, Any]]] = [(gelu_kernel, {}), (gelu_backward_ker
 
 
 def options(width: int) -> dict[str, Any]:
-    """How the kernels are compiled and cut for rows of `width`."""
+    """The constants by which the kernels are compiled and cut, for rows of `width`."""
     columns = min(_COLUMNS, max(16, triton.next_power_of_2(width)))
     tile = {"F": width, "COLUMNS": columns, "ROWS": _TILE_ELEMENTS // columns}
     return {**tile, "num_warps": _WARPS, "enable_fp_fusion": True}

@@ -1,11 +1,11 @@
 """BERT with its two pre-training heads, written for speed and knowing no ranks.
 
 Devlin et al. 2019, under Hugging Face's parameter names (`model/parameters.py` has the one
-table of what differs). Rows come in and their padding is left behind: everything is computed on
-the tokens of all rows, one example behind the other.
+table of what differs). Everything is computed on tokens without padding, one example behind the
+other.
 
-Shapes: B rows, S slots a row, T tokens, H hidden size, M masked positions of the whole batch,
-E examples (B where rows are not packed), V vocabulary.
+Shapes: T tokens, H hidden size, M masked positions, E examples, V vocabulary; of rows as Hugging
+Face's models take them: B rows, S slots each.
 """
 
 from dataclasses import replace
@@ -15,13 +15,13 @@ from torch import nn
 from torch.nn import functional
 
 from stacking_ds.errors import ConfigError
+from stacking_ds.kernels.attention.sequences import Sequences
 from stacking_ds.kernels.cross_entropy import vocabulary_logits
 from stacking_ds.kernels.operations import EmbeddingTables
 from stacking_ds.kernels.registry import Compute
 from stacking_ds.model.bert_config import BertConfig
 from stacking_ds.model.layer import Encoder, GatheredWhole, layer_norm, norm_of, weights_of
 from stacking_ds.model.parameters import initialize_parameters
-from stacking_ds.model.unpadding import Tokens, unpad
 
 
 class _Embeddings(GatheredWhole):
@@ -73,11 +73,10 @@ class _Bert(nn.Module):
         ids_T: torch.Tensor,
         types_T: torch.Tensor,
         positions_T: torch.Tensor,
-        tokens: Tokens,
+        sequences: Sequences,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden_TH = self.embeddings(ids_T, types_T, positions_T)
-        hidden_TH = self.encoder(hidden_TH, tokens.sequences, tokens.slots)
-        return hidden_TH, self.pooler(hidden_TH.index_select(0, tokens.first_tokens))
+        hidden_TH = self.encoder(self.embeddings(ids_T, types_T, positions_T), sequences)
+        return hidden_TH, self.pooler(hidden_TH.index_select(0, sequences.starts_E1[:-1]))
 
 
 class _Transform(GatheredWhole):
@@ -159,83 +158,69 @@ class BertForPreTraining(nn.Module):
 
     def forward(
         self,
-        input_ids_BS: torch.Tensor,
-        token_type_ids_BS: torch.Tensor,
-        attention_mask_BS: torch.Tensor,
+        input_ids_T: torch.Tensor,
+        token_type_ids_T: torch.Tensor,
+        position_ids_T: torch.Tensor,
+        sequences: Sequences,
         mlm_positions_M: torch.Tensor | None = None,
-        position_ids_BS: torch.Tensor | None = None,
-        first_positions_E: torch.Tensor | None = None,
-        token_positions_T: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits of the two tasks. Ids are not checked here: that would wait for the device.
 
         Args:
-            input_ids_BS: token ids.
-            token_type_ids_BS: 0 in the first sentence, 1 in the second.
-            attention_mask_BS: true (or not 0) for tokens, false (or 0) for padding.
-            mlm_positions_M: where MLM logits are wanted, as b * S + s; may be empty. Without it
-                they are computed for every token.
-            position_ids_BS: each token's place in its example, where rows are packed; without it,
-                its place in the row.
-            first_positions_E: where the examples begin, as b * S + s, ascending; without it, where
-                the rows do. A token attends to its example.
-            token_positions_T: where the tokens are, as b * S + s, ascending, at least one of each
-                example; without it the host waits for the device to find them in the mask.
+            input_ids_T: token ids.
+            token_type_ids_T: 0 in the first sentence, 1 in the second.
+            position_ids_T: each token's place in its example.
+            sequences: where the examples begin; a token attends to its example. `from_rows` makes
+                all four of rows with padding.
+            mlm_positions_M: which tokens MLM logits are wanted for; may be empty. Without it they
+                are computed for every token.
 
         Returns:
-            mlm_logits_MV (mlm_logits_BSV without positions, 0 at padding) and nsp_logits_E2.
+            mlm_logits_MV (mlm_logits_TV without positions) and nsp_logits_E2.
 
         Raises:
-            ConfigError: the rows are longer than the position embeddings, or packed without a word
-                on where their examples begin.
+            ConfigError: the rows are longer than the position embeddings.
         """
-        tokens, hidden_TH, pooled_EH = self.encode(
-            input_ids_BS,
-            token_type_ids_BS,
-            attention_mask_BS,
-            position_ids_BS,
-            first_positions_E,
-            token_positions_T,
-        )
-        if mlm_positions_M is None:
-            logits_TV, nsp_logits_E2 = self.cls(hidden_TH, pooled_EH)
-            return tokens.put(logits_TV), nsp_logits_E2
-        masked_MH = hidden_TH.index_select(0, tokens.places_of(mlm_positions_M))
-        mlm_logits_MV, nsp_logits_E2 = self.cls(masked_MH, pooled_EH)
-        return mlm_logits_MV, nsp_logits_E2
+        hidden_TH, pooled_EH = self.encode(input_ids_T, token_type_ids_T, position_ids_T, sequences)
+        if mlm_positions_M is not None:
+            hidden_TH = hidden_TH.index_select(0, mlm_positions_M)
+        logits, nsp_logits_E2 = self.cls(hidden_TH, pooled_EH)
+        return logits, nsp_logits_E2
 
     def encode(
         self,
-        input_ids_BS: torch.Tensor,
-        token_type_ids_BS: torch.Tensor,
-        attention_mask_BS: torch.Tensor,
-        position_ids_BS: torch.Tensor | None = None,
-        first_positions_E: torch.Tensor | None = None,
-        token_positions_T: torch.Tensor | None = None,
-    ) -> tuple[Tokens, torch.Tensor, torch.Tensor]:
-        """The model without its heads; arguments and errors are those of `forward`.
-
-        Returns:
-            Where the tokens are, hidden_TH and pooled_EH.
-        """
-        length = input_ids_BS.shape[1]
-        if length > self.config.max_position_embeddings:
+        input_ids_T: torch.Tensor,
+        token_type_ids_T: torch.Tensor,
+        position_ids_T: torch.Tensor,
+        sequences: Sequences,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The model without its heads: hidden_TH and pooled_EH. See `forward`."""
+        if sequences.longest > self.config.max_position_embeddings:
             raise ConfigError(
-                f"rows of {length} tokens do not fit max_position_embeddings="
+                f"rows of {sequences.longest} tokens do not fit max_position_embeddings="
                 f"{self.config.max_position_embeddings}; shorten sequence_length or raise it"
             )
-        if position_ids_BS is not None and first_positions_E is None:
-            raise ConfigError(
-                "packed rows (position_ids_BS) need first_positions_E, the slots where their "
-                "examples begin; without it tokens would attend to other examples"
-            )
-        tokens = unpad(attention_mask_BS, first_positions_E, token_positions_T)
-        if position_ids_BS is None:
-            positions_T = tokens.slots_T % length
-        else:
-            positions_T = tokens.take(position_ids_BS)
-        ids_T, types_T = tokens.take(input_ids_BS), tokens.take(token_type_ids_BS)
-        return tokens, *self.bert(ids_T, types_T, positions_T, tokens)
+        encoded: tuple[torch.Tensor, torch.Tensor]
+        encoded = self.bert(input_ids_T, token_type_ids_T, position_ids_T, sequences)
+        return encoded
+
+
+def from_rows(
+    input_ids_BS: torch.Tensor, token_type_ids_BS: torch.Tensor, attention_mask_BS: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Sequences]:
+    """The model's inputs, of rows as Hugging Face's models take them: one example each, its mask
+    0 at padding. A row of padding alone has one token, the padding in its first slot.
+
+    The host waits for the device to find the tokens. Of Hugging Face's results, those at
+    `attention_mask_BS != 0` are the tokens' in this order.
+    """
+    B, S = attention_mask_BS.shape
+    real_BS = attention_mask_BS != 0
+    real_BS[:, 0] |= ~real_BS.any(dim=1)
+    places_T = torch.arange(S, device=real_BS.device).expand(B, S)[real_BS]
+    starts_E1 = functional.pad(real_BS.sum(dim=1).cumsum(0), (1, 0)).int()
+    ids_T, types_T = input_ids_BS[real_BS], token_type_ids_BS[real_BS]
+    return ids_T, types_T, places_T, Sequences(starts_E1, S, B * S)
 
 
 def parameter_shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:

@@ -8,7 +8,7 @@ _OF_LAYER = re.compile(r"(|.*\.)(encoder\.layer\.)(\d+)(\..*)")
 
 
 def split_at_layer(name: str) -> tuple[str, int, str] | None:
-    """What stands before and behind the layer's number, and the number; None outside the layers."""
+    """The parts before and behind the layer's number, and the number; None outside the layers."""
     found = _OF_LAYER.fullmatch(name)
     return None if found is None else (f"{found[1]}{found[2]}", int(found[3]), found[4])
 
@@ -25,7 +25,8 @@ class BertConfig(ModelSection):
     num_hidden_layers: Depth
 
     def for_hugging_face(self) -> dict[str, int | float]:
-        """What their `BertConfig` has of it: all but what is the same in all of theirs."""
+        """The keys that their `BertConfig` has of it: all but those that are the same in all of
+        theirs."""
         return self.model_dump(exclude={"layer_norm_position"})
 
     @property

@@ -41,12 +41,10 @@ class GraphedLayers:
         self._by_shape: dict[tuple[int, int], _Captured] = {}
         self._has_warned = False
 
-    def __call__(
-        self, hidden_TH: torch.Tensor, sequences: Sequences, slots: int
-    ) -> torch.Tensor | None:
+    def __call__(self, hidden_TH: torch.Tensor, sequences: Sequences) -> torch.Tensor | None:
         """The encoder's output, or None where this micro-batch does not fit what was captured."""
         tokens, examples = len(hidden_TH), len(sequences.starts_E1) - 1
-        longest = sequences.longest
+        slots, longest = sequences.slots, sequences.longest
         captured = self._by_shape.get((slots, longest))
         if captured is None:
             most = _SPARE_EXAMPLES * examples + slots // longest

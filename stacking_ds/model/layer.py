@@ -170,11 +170,10 @@ class Encoder(nn.Module):
         self._run = _RUNNERS[compute.activation_checkpointing]
         self._graphs = GraphedLayers(self.layer) if compute.cuda_graphs else None
 
-    def forward(self, hidden_TH: torch.Tensor, sequences: Sequences, slots: int) -> torch.Tensor:
-        """`slots`: of the rows that the tokens come from."""
+    def forward(self, hidden_TH: torch.Tensor, sequences: Sequences) -> torch.Tensor:
         encoded_TH = None
         if self._graphs is not None and self.training and torch.is_grad_enabled():
-            encoded_TH = self._graphs(hidden_TH, sequences, slots)
+            encoded_TH = self._graphs(hidden_TH, sequences)
         if encoded_TH is None:
             encoded_TH = self._run_layers(hidden_TH, sequences)
         normed_TH: torch.Tensor = self.LayerNorm(encoded_TH)

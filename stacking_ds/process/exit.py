@@ -119,8 +119,8 @@ def _tells_of_lost_rank(error: LostRankError) -> bool:
 
 
 def is_mendable(error: OSError) -> bool:
-    """Is it the user's to mend (a full disk, a path, a permission)? What a file system does by
-    itself, a stale handle or an input/output error, may be gone at the next attempt."""
+    """True where the user can mend it (a full disk, a path, a permission). What a file system does
+    by itself, a stale handle or an input/output error, may be gone at the next attempt."""
     return error.errno in _MENDABLE
 
 

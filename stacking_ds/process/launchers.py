@@ -24,8 +24,8 @@ _FIRST_PORT, _PORTS = 15_000, 15_000
 
 
 def by_srun() -> bool:
-    """Is this a task of a step of several? A batch script's own shell has SLURM_PROCID and
-    SLURM_NTASKS too, but is no such step."""
+    """True in a task of a SLURM step of several. A batch script's own shell has SLURM_PROCID
+    and SLURM_NTASKS too, but is no such step."""
     return int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
 
 
@@ -53,7 +53,7 @@ def _first_set(*names: str, otherwise: int) -> int:
 
 
 def is_first_of_node() -> bool:
-    """Is this the rank that speaks for its node, whose own terminal or log it may be?"""
+    """True on the rank that speaks for its node, whose own terminal or log it may be."""
     return local_rank_from_environment() == 0
 
 
@@ -196,7 +196,7 @@ def address_of_this_node(several_nodes: bool) -> str:
 
 
 def interface_for_gloo() -> str | None:
-    """What GLOO_SOCKET_IFNAME has to be on a node of several; None where gloo finds it by itself.
+    """The interface for GLOO_SOCKET_IFNAME on a node of several; None where gloo finds it alone.
 
     It binds to what the node's name resolves to. Where /etc/hosts says 127.0.1.1 for that, as
     Debian's installer writes it, no other node could connect.

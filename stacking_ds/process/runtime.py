@@ -1,7 +1,4 @@
-"""What becomes of host memory that is freed: glibc's allocator, told when to keep it and when not.
-
-Where the C library is another one, nothing happens.
-"""
+"""Settings of this process: waiting OpenMP threads, compilers' caches, freed host memory."""
 
 import ctypes
 import os
@@ -11,10 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-
-# ---- Threads of OpenMP sleep while they wait for one another, instead of keeping a core
-# busy.
-
 
 # any of them says how threads wait: OpenMP's own, GNU's, and that of LLVM and Intel
 _CHOSEN_BY = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
@@ -29,10 +22,6 @@ def let_waiting_threads_sleep() -> None:
     """
     if not any(name in os.environ for name in _CHOSEN_BY):
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-
-
-# ---- Compiled kernels stay on the node: a thousand ranks must not meet in one home
-# directory.
 
 
 _CACHES = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
@@ -95,16 +84,12 @@ def _is_private(folder: Path) -> bool:
     )
 
 
-# ---- What becomes of host memory that is freed: glibc's allocator, told when to keep it
-# and when not.
-
-
 # of glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> bool:
-    """From now on what is freed stays this process's; whether it does.
+    """Have glibc keep what is freed for this process; whether it does (another C library does not).
 
     glibc by itself gives large blocks back at once, and the operating system clears their pages
     for the next step, which takes CPU time.

@@ -23,7 +23,7 @@ from stacking_ds.process.exit import end_now
 from stacking_ds.process.launchers import is_first_of_node, marked
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-"""What launchers, schedulers and terminals send to every process of a run."""
+"""Signals that launchers, schedulers and terminals send to every process of a run."""
 
 _SAME_PRESS_SECONDS = 1.0  # launchers pass a Ctrl-C on as SIGTERM, which may come first
 _SECONDS_TO_END = 10.0  # for an interrupt that the main thread does not see, or takes too long over
@@ -133,7 +133,7 @@ class StopRequest:
 
 
 class _Asked:
-    """What the signals that have come ask for, all together."""
+    """Adds up what the signals that have come ask for."""
 
     def __init__(self, saves: Callable[[], bool]) -> None:
         """`saves`: whether a stop leaves a checkpoint behind by now."""
@@ -142,7 +142,7 @@ class _Asked:
         self._since = 0.0
 
     def add(self, number: int) -> Literal["stop", "end"] | None:
-        """What this signal asks for that those before it did not: to stop soon, to end at once."""
+        """Return what this signal asks for beyond those before it: to stop soon, to end at once."""
         now, first = time.monotonic(), self.by is None
         again = self.by is signal.SIGINT or now - self._since > _SAME_PRESS_SECONDS
         if first:

@@ -40,7 +40,7 @@ _KEYS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         **dict.fromkeys(("job", "restart_count"), (_TEXT, _NONE)),
     },
 }
-"""What a record of each event has to hold, and of which kinds it may be."""
+"""Keys that a record of each event has to hold, and the kinds they may be of."""
 
 _LONGEST_MESSAGE = 2000
 
@@ -49,7 +49,7 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class End:
-    """How one attempt ended, as far as the records tell."""
+    """End of one attempt, as far as the records tell."""
 
     outcome: str
     step: int | None
@@ -169,7 +169,7 @@ def passed_over(run_dir: Path) -> str | None:
 
 
 def count(run_dir: Path) -> int:
-    """How many records there are: what `since` below is given.
+    """Count the records: what `since` below is given.
 
     Raises:
         UserError: they cannot be read.
@@ -178,7 +178,7 @@ def count(run_dir: Path) -> int:
 
 
 def last_end(run_dir: Path, records: Sequence[Record]) -> End | None:
-    """How the last attempt in `records` ended; None if none of them began or ended."""
+    """End of the last attempt in `records`; None if none of them began or ended."""
     own = [record for record in records if record["event"] != "judged"]
     if not own:
         return None
@@ -190,8 +190,8 @@ def last_end(run_dir: Path, records: Sequence[Record]) -> End | None:
 
 
 def outcome_since(run_dir: Path, since: int) -> str | None:
-    """How the attempt ended whose records begin at `since`: an `Outcome` or "killed"; None if it
-    did not begin.
+    """Outcome of the attempt whose records begin at `since`: an `Outcome` or "killed"; None if
+    it did not begin.
 
     Raises:
         UserError: the records cannot be read.
@@ -200,8 +200,8 @@ def outcome_since(run_dir: Path, since: int) -> str | None:
     return end.outcome if end else None
 
 
-def told(run_dir: Path) -> str | None:
-    """How often the run was begun and how that ended, for people; None after a single attempt.
+def summary(run_dir: Path) -> str | None:
+    """Count how often the run was begun and how that ended, for people; None after one attempt.
 
     Raises:
         UserError: the records cannot be read.

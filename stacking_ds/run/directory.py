@@ -11,7 +11,6 @@ RUN_DIR/config.yaml      the resolved recipe
         export/          the finished model as a Hugging Face folder
 """
 
-import argparse
 import errno
 import fcntl
 import logging
@@ -95,7 +94,7 @@ def check(run_dir: Path, config: RunConfig, *, resume: bool) -> None:
 
 
 def holds_run(run_dir: Path) -> bool:
-    """Has a run made the directory its own?"""
+    """True if a run has made the directory its own."""
     return (run_dir / _CONFIG).exists() or bool(saved_steps(run_dir))
 
 
@@ -187,7 +186,7 @@ def _lock_in_time(file: IO[str], run_dir: Path, deadline: float) -> bool:
 
 
 def _is_there(file: IO[str], run_dir: Path) -> bool:
-    """Is the open file still the one that others find under its name?"""
+    """True if the open file is still the one that others find under its name."""
     with suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(file.fileno()), (run_dir / _LOCK).stat())
     return False
@@ -414,75 +413,6 @@ def _kept_sums(folder: Path) -> Iterator[tuple[str, str]]:
             yield name, sha256
 
 
-# ---------------------------------------------- the options that say which run it is
-
-
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """Give `parser` the options of `train` that say which run it is."""
-    parser.add_argument(
-        "--recipe",
-        help="a bundled recipe's name, or a .yaml file; a run that is resumed has its own",
-    )
-    parser.add_argument("--run-dir", type=Path, help="where the run lives (runs/<recipe's name>)")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override a key of the recipe, e.g. optimizer.learning_rate=1e-3; repeatable, the "
-        "last one for a key wins",
-    )
-    parser.add_argument(
-        "--resume",
-        nargs="?",
-        type=Path,
-        const=True,
-        default=False,
-        metavar="RUN_DIR",
-        help="go on with the run RUN_DIR; without a value, with that in --run-dir if there is one",
-    )
-
-
-def run_dir_of(options: argparse.Namespace, config: RunConfig | None = None) -> Path:
-    """The directory of the run whose recipe is `config`, which is read if it is not given.
-
-    Raises:
-        ConfigError: two directories are given, none can be told, or the recipe that has the run's
-            name cannot be used.
-    """
-    named = _named(options)
-    return named or default_run_dir(config or config_of(options))
-
-
 def default_run_dir(config: RunConfig) -> Path:
-    """Where the run of a recipe lives unless the command line says otherwise."""
+    """Directory of a recipe's run, unless the command line names another."""
     return Path("runs") / config.name
-
-
-def config_of(options: argparse.Namespace) -> RunConfig:
-    """The recipe, of the run itself if it is resumed and no other is given, after overrides.
-
-    Raises:
-        ConfigError: there is none, or a value that cannot be used.
-        CheckpointError: the run is not there, or its recipe is damaged.
-    """
-    if options.recipe is not None:
-        return load_run_config(options.recipe, options.set)
-    run_dir = _named(options)
-    if run_dir is None or not options.resume:
-        raise ConfigError(
-            "train needs --recipe, a bundled recipe's name or a .yaml file, or the directory of a "
-            "run to go on with: --resume RUN_DIR"
-        )
-
-    return read_config(run_dir, options.set)
-
-
-def _named(options: argparse.Namespace) -> Path | None:
-    given = (options.run_dir, options.resume)
-    named = [path for path in given if isinstance(path, Path)]
-    if len({os.path.realpath(path) for path in named}) > 1:
-        raise ConfigError(
-            f"--run-dir {options.run_dir} and --resume {options.resume} are two runs; give one"
-        )
-    return named[0] if named else None

@@ -96,6 +96,13 @@ def _is_line(found: dict[str, Any]) -> bool:
     )
 
 
+def shown(line: Mapping[str, Any], name: str, form: str) -> str:
+    """A metric of the line for people."""
+    if name not in line:  # no step of the line had anything to predict
+        return "-"
+    return "not finite" if line[name] is None else format(line[name], form)
+
+
 def drop_after(run_dir: Path, completed_steps: int) -> str | None:
     """Leave the lines up to that step, since later ones will be written again; a sentence on those
     that were none, if any.
@@ -130,7 +137,7 @@ State = Literal[
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the losses say, up to some step."""
+    """Judgement of the losses up to some step."""
 
     state: State
     why: str
@@ -147,7 +154,7 @@ class Judgement:
 
     @property
     def warning(self) -> str | None:
-        """What has to be known of a model of that step; None if there is nothing to warn of."""
+        """A warning for who takes the model of that step; None if there is nothing to warn of."""
         if self.state in ("learning", "not evaluated"):
             return None
         verb = "is" if self.state == "no better than word frequencies" else "has"
@@ -267,7 +274,7 @@ _LOWER = (
 
 
 def judge(lines: Iterable[Mapping[str, Any]]) -> Judgement:
-    """What the lines of `metrics.jsonl`, in their order, say of the run up to the last of them."""
+    """Judge a run by the lines of its `metrics.jsonl`, in their order, up to the last of them."""
     return Course(lines).judgement
 
 

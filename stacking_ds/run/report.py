@@ -1,4 +1,4 @@
-"""A run as a table for people."""
+"""Report of a run, as a table for people."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ from stacking_ds.console import aligned
 from stacking_ds.errors import CheckpointError, UserError
 from stacking_ds.files import PassedOver, is_count, is_number
 from stacking_ds.run import attempts, directory
-from stacking_ds.run.metrics_file import METRICS_FILE, judge, read_metrics
+from stacking_ds.run.metrics_file import METRICS_FILE, judge, read_metrics, shown
 from stacking_ds.schedule.stages import Stage
 
 _COLUMNS = (
@@ -27,7 +27,7 @@ _NUMBERS = ("stage/train_seconds", "stage/boundary_seconds", "wall_seconds")
 
 
 def run_table(run_dir: Path) -> str:
-    """What happened in each stage so far, the unigram floor, and what the shallow stages spared.
+    """Table of each stage so far, the unigram floor, and what the shallow stages spared.
 
     Raises:
         CheckpointError: there is no run, or it has not come far enough to say anything.
@@ -75,14 +75,14 @@ def run_table(run_dir: Path) -> str:
 
 def _attempts(run_dir: Path) -> list[str]:
     try:
-        told, damage = attempts.told(run_dir), attempts.passed_over(run_dir)
+        told, damage = attempts.summary(run_dir), attempts.passed_over(run_dir)
     except UserError as error:  # the run can be told of without
         return [str(error)]
     return [sentence for sentence in (told, damage) if sentence is not None]
 
 
 def _is_told(line: dict[str, Any], stages: Sequence[Stage]) -> bool:
-    """Does it hold what a table is made of, and of a step of its stage?"""
+    """True for a line that holds what a table is made of, and of a step of its stage."""
     return (
         all(is_count(line.get(key)) for key in _COUNTS)
         and line["stage"] < len(stages)
@@ -99,14 +99,8 @@ def _row(line: dict[str, Any], steps: int) -> tuple[str, ...]:
         str(line["num_hidden_layers"]),
         str(steps),
         f"{line['stage/tokens']:,}",
-        _shown(line, "train/mlm_loss"),
-        _shown(line, "eval/mlm_loss"),
+        shown(line, "train/mlm_loss", ",.3f"),
+        shown(line, "eval/mlm_loss", ",.3f"),
         f"{line['stage/tokens'] / line['stage/train_seconds']:,.0f}",
         f"{boundary:.2f}" if line["stage"] else "-",
     )
-
-
-def _shown(line: dict[str, Any], name: str) -> str:
-    if name not in line:
-        return "-"
-    return "not finite" if line[name] is None else f"{line[name]:,.3f}"

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, closing, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ def train(
     resume: bool = False,
     request: StopRequest | None = None,
 ) -> TrainState:
-    """Train `job` to its end, or until asked to stop. A collective.
+    """Train `plan` to its end, or until asked to stop. A collective.
 
     With `resume`, a run that is there goes on: (1) its newest checkpoint says step and stage,
     (2) an engine of that depth is built and loaded, (3) the data goes on with the batch after the
@@ -144,25 +144,24 @@ def _conclude(plan: TrainingPlan, world: World, run_dir: Path, monitor: Monitor)
         monitor.say(exported)
 
 
+@dataclass
 class _Run:
-    def __init__(
-        self,
-        plan: TrainingPlan,
-        world: World,
-        stages: StageEngine,
-        run_dir: Path,
-        state: TrainState,
-        monitor: Monitor,
-        request: StopRequest,
-        rereading: Rereading,
-        started: float,
-    ) -> None:
-        self.plan, self.world, self.run_dir = plan, world, run_dir
-        self.state, self.monitor, self.request = state, monitor, request
-        self.rereading, self.first_step = rereading, state.step
-        self.clock_start = started - state.wall_seconds
-        self.stages = stages
-        self.heldout = HeldOutPasses(plan, world)
+    """A run under way, from the step at which this attempt begins."""
+
+    plan: TrainingPlan
+    world: World
+    stages: StageEngine
+    run_dir: Path
+    state: TrainState
+    monitor: Monitor
+    request: StopRequest
+    rereading: Rereading
+    started: float
+
+    def __post_init__(self) -> None:
+        self.first_step = self.state.step
+        self.clock_start = self.started - self.state.wall_seconds
+        self.heldout = HeldOutPasses(self.plan, self.world)
         self.interval = Interval()
 
     # ---------------------------------------------------------------- the story

@@ -25,12 +25,14 @@ from torch.utils.tensorboard.summary import histogram
 from tqdm import tqdm
 
 from stacking_ds.files import without_waiting
-from stacking_ds.run.metrics_file import METRICS_FILE, Course, finite_or_none, read_metrics
+from stacking_ds.run.metrics_file import (
+    METRICS_FILE,
+    Course,
+    finite_or_none,
+    read_metrics,
+    shown,
+)
 from stacking_ds.schedule.stages import Stage, StageSchedule
-
-# ---- TensorBoard's event files, written as its own reader takes them: one for each attempt
-# at a run.
-
 
 _EVENTS = "events.out.tfevents."
 _EDGES = 1e-12 * 1.1 ** np.arange(774)
@@ -54,7 +56,7 @@ def events_name(folder: Path) -> str:
 
 
 def first_events(next_step: int) -> bytes:
-    """What a file begins with: from `next_step` on, what earlier files of the run say is void."""
+    """The beginning of a file: from `next_step` on, what earlier files of the run say is void."""
     start = SessionLog(status=SessionLog.START)
     return _records(
         Event(wall_time=time.time(), step=next_step, file_version="brain.Event:2"),
@@ -91,7 +93,7 @@ logger = logging.getLogger("stacking_ds")
 
 
 class Monitor:
-    """Where a run's numbers go. On ranks other than 0 every method does nothing."""
+    """The sinks of a run's numbers. On ranks other than 0 every method does nothing."""
 
     def __init__(
         self,
@@ -340,17 +342,11 @@ def _line(metrics: Mapping[str, Any], total_steps: int) -> str:
     parts = [
         f"step {metrics['step']}/{total_steps}",
         f"stage {metrics['stage']} ({metrics['num_hidden_layers']} layers)",
-        f"train MLM loss {_shown(metrics, 'train/mlm_loss')}",
+        f"train MLM loss {shown(metrics, 'train/mlm_loss', '.4f')}",
         f"lr {metrics['optim/learning_rate']:.2e}",
         f"{metrics['speed/tokens_per_second']:,.0f} tokens/s",
         f"ETA {tqdm.format_interval(int(metrics['speed/remaining_seconds'] or 0))}",
     ]
     if "eval/mlm_loss" in metrics:
-        parts.append(f"held-out MLM loss {_shown(metrics, 'eval/mlm_loss')}")
+        parts.append(f"held-out MLM loss {shown(metrics, 'eval/mlm_loss', '.4f')}")
     return "  ".join(parts)
-
-
-def _shown(metrics: Mapping[str, Any], name: str) -> str:
-    if name not in metrics:  # no step of the line had anything to predict
-        return "-"
-    return "not finite" if metrics[name] is None else f"{metrics[name]:.4f}"

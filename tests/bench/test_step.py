@@ -78,27 +78,27 @@ def test_all_get_the_same_rows() -> None:
     batch = make_batch(lengths, 64, vocab_size=1000, seed=3)
     ours, theirs = batch.ours, batch.theirs
     assert batch.tokens == lengths.sum() == theirs["attention_mask"].sum()
-    assert ours.attention_mask_BS.sum(dim=1).tolist() == lengths.tolist()
-    assert ours.input_ids_BS.equal(theirs["input_ids"])
-    assert ours.token_type_ids_BS.equal(theirs["token_type_ids"])
+    mask = theirs["attention_mask"].bool()
+    assert ours.sequences.starts_E1.diff().tolist() == mask.sum(dim=1).tolist() == lengths.tolist()
+    assert ours.input_ids_T.equal(theirs["input_ids"][mask])
+    assert ours.token_type_ids_T.equal(theirs["token_type_ids"][mask])
     assert ours.next_sentence_label_E.equal(theirs["next_sentence_label"])
-    labels = theirs["labels"].flatten()
+    assert (theirs["labels"] != -100).sum() == batch.mlm_targets
+    labels = theirs["labels"][mask]
     assert (labels != -100).nonzero().flatten().equal(ours.mlm_positions_M)
     assert labels[ours.mlm_positions_M].equal(ours.mlm_labels_M)
     assert batch.mlm_targets == round(0.15 * batch.tokens)
-    mask = ours.attention_mask_BS.bool()
-    assert mask.flatten()[ours.mlm_positions_M].all()
-    assert (ours.input_ids_BS > 0).equal(mask), "0 is [PAD], and stands for nothing else"
-    assert set(ours.token_type_ids_BS[mask].tolist()) == {0, 1}
+    assert (theirs["input_ids"] > 0).equal(mask), "0 is [PAD], and stands for nothing else"
+    assert set(ours.token_type_ids_T.tolist()) == {0, 1}
     mean = sum(length * length for length in lengths) / lengths.sum()
     assert batch.attended_tokens == pytest.approx(float(mean))
 
 
 def test_words_are_as_unequal_as_those_of_text() -> None:
     batch = make_batch(row_lengths(64, 128, 1.0, 0), 128, vocab_size=30522, seed=0)
-    counts = torch.bincount(batch.ours.input_ids_BS.flatten(), minlength=30522)
+    counts = torch.bincount(batch.ours.input_ids_T, minlength=30522)
     assert counts[counts > 0].numel() < 0.5 * batch.tokens
-    assert int(batch.ours.input_ids_BS.max()) > 15_000
+    assert int(batch.ours.input_ids_T.max()) > 15_000
 
 
 @pytest.mark.parametrize("case", [FILLED, replace(FILLED, rows=3), replace(FILLED, micro_steps=3)])
@@ -107,10 +107,10 @@ def test_full_rows_have_as_many_tokens_to_half_a_row(case: StepCase) -> None:
     assert len(batches) == len(dense) == case.micro_steps
     for one, full in zip(batches, dense, strict=True):
         assert abs(one.tokens - full.tokens) <= case.sequence_length // 2 + 1
-        assert full.ours.attention_mask_BS.bool().all()
+        assert full.tokens == full.ours.sequences.slots
         assert full.attended_tokens == case.sequence_length
     if case.micro_steps > 1:
-        assert not batches[0].ours.input_ids_BS.equal(batches[1].ours.input_ids_BS)
+        assert not batches[0].ours.input_ids_T.equal(batches[1].ours.input_ids_T)
 
 
 # ----------------------------------------------------------------------- the same work

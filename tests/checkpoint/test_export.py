@@ -22,7 +22,7 @@ from stacking_ds.data.shards import TokenShards
 from stacking_ds.data.sources.documents import split_sentences
 from stacking_ds.distributed.world import World
 from stacking_ds.errors import CheckpointError, ConfigError, DataError
-from stacking_ds.model.bert import BertForPreTraining, parameter_shapes
+from stacking_ds.model.bert import BertForPreTraining, from_rows, parameter_shapes
 from stacking_ds.model.bert_config import BertConfig
 from stacking_ds.sharding.fragments import MASTER, Cut, Fragment
 from stacking_ds.train.from_checkpoint import export_run
@@ -93,9 +93,9 @@ def test_the_pretraining_model_gives_the_same_logits(exported: Path) -> None:
     ours = BertForPreTraining(CONFIG, seed=0).eval()
     ids_BS, types_BS, mask_BS = _inputs()
     got = theirs.eval()(ids_BS, token_type_ids=types_BS, attention_mask=mask_BS.long())
-    logits_BSV, nsp_B2 = ours(ids_BS, types_BS, mask_BS)
+    logits_TV, nsp_B2 = ours(*from_rows(ids_BS, types_BS, mask_BS))
     close = {"rtol": 1e-5, "atol": 1e-5}
-    torch.testing.assert_close(got.prediction_logits, logits_BSV, **close)
+    torch.testing.assert_close(got.prediction_logits[mask_BS], logits_TV, **close)
     torch.testing.assert_close(got.seq_relationship_logits, nsp_B2, **close)
     assert theirs.dtype == torch.float32
     words = theirs.bert.embeddings.word_embeddings.weight
@@ -105,9 +105,9 @@ def test_the_pretraining_model_gives_the_same_logits(exported: Path) -> None:
 def test_auto_classes_find_all_their_weights(exported: Path) -> None:
     ids_BS, types_BS, mask_BS = _inputs()
     ours = BertForPreTraining(CONFIG, seed=0).eval()
-    logits_BSV, _ = ours(ids_BS, types_BS, mask_BS)
-    tokens, hidden_TH, _ = ours.encode(ids_BS, types_BS, mask_BS)
-    hidden_BSH = tokens.put(hidden_TH)
+    rows = from_rows(ids_BS, types_BS, mask_BS)
+    logits_TV, _ = ours(*rows)
+    hidden_TH, _ = ours.encode(*rows)
     inputs = {
         "input_ids": ids_BS,
         "token_type_ids": types_BS,
@@ -117,11 +117,12 @@ def test_auto_classes_find_all_their_weights(exported: Path) -> None:
         exported, output_loading_info=True
     )
     assert not info["missing_keys"]
-    torch.testing.assert_close(masked.eval()(**inputs).logits, logits_BSV, rtol=1e-5, atol=1e-5)
+    theirs_TV = masked.eval()(**inputs).logits[mask_BS]
+    torch.testing.assert_close(theirs_TV, logits_TV, rtol=1e-5, atol=1e-5)
     encoder, info = transformers.AutoModel.from_pretrained(exported, output_loading_info=True)
     assert not info["missing_keys"]
     torch.testing.assert_close(
-        encoder.eval()(**inputs).last_hidden_state, hidden_BSH, rtol=1e-5, atol=1e-5
+        encoder.eval()(**inputs).last_hidden_state[mask_BS], hidden_TH, rtol=1e-5, atol=1e-5
     )
 
 

@@ -145,8 +145,10 @@ def test_examples_show_the_masks_that_the_batch_has(tmp_path, kind, packing):
     vocabulary = data.shards.vocabulary
     shown = shown_examples(data, 10**6)
     words = [MASKED.findall(f"{each.first} {each.second or ''}") for each in shown]
-    assert [each.row for each in shown] == (batch.first_positions_E // 24).tolist()
-    ids = batch.input_ids_BS.view(-1)
+    by_row = data.step(0, rows, micro_batch_size=1).micro_batches
+    rows_E = [row for row, one in enumerate(by_row) for _ in one.next_sentence_label_E]
+    assert [each.row for each in shown] == rows_E
+    ids = batch.input_ids_T
     wanted = [
         (vocabulary[label], vocabulary[ids[position]].replace("[MASK]", "MASK"))
         for position, label in zip(batch.mlm_positions_M, batch.mlm_labels_M, strict=True)
@@ -156,13 +158,13 @@ def test_examples_show_the_masks_that_the_batch_has(tmp_path, kind, packing):
     whole = ids.clone()
     whole[batch.mlm_positions_M] = batch.mlm_labels_M
     for number, each in enumerate(shown):
-        start = int(batch.first_positions_E[number])
-        attended = batch.attention_mask_BS[each.row]
-        stop = start + int((attended == each.example).sum())
+        start, stop = batch.sequences.starts_E1[number : number + 2].tolist()
+        row = by_row[each.row]
         tokens = [vocabulary[token] for token in whole[start:stop].tolist()]
         assert each.masked == len(words[number])
-        assert each.row_fill == pytest.approx(int((attended > 0).sum()) / 24)
-        assert each.examples_in_row == int(attended.max())
+        assert each.row_fill == pytest.approx(len(row.input_ids_T) / 24)
+        assert each.examples_in_row == len(row.next_sentence_label_E)
+        assert each.example == number - rows_E.index(each.row) + 1
         framed = f"[CLS] {unmasked(each.first)} [SEP]"
         framed += f" {unmasked(each.second)} [SEP]" if each.second is not None else ""
         assert framed == " ".join(tokens)

@@ -3,6 +3,7 @@
 import itertools
 import pickle
 from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -61,61 +62,44 @@ def phase(global_batch_size, micro_batch_size):
     return PhaseSchedule.from_shapes([(0, LENGTH, global_batch_size, micro_batch_size)]).phases[0]
 
 
-def rows_of(steps, length=LENGTH):
-    """Everything about each row that carries weight, over ranks and micro-batches in order."""
-    rows = []
+def examples_of(steps):
+    """The examples that carry weight, over ranks and micro-batches in order, unmasked: (label,
+    [ids], [types], [masked places], [what is read there])."""
+    found = []
     for step in steps:
         for batch in step.micro_batches:
-            masked_rows = batch.mlm_positions_M // length
-            example_rows = batch.first_positions_E // length
-            for row in range(len(batch.input_ids_BS)):
-                masked, examples = masked_rows == row, example_rows == row
-                positions = batch.position_ids_BS
-                content = (
-                    batch.next_sentence_label_E[examples].tolist(),
-                    (batch.first_positions_E[examples] % length).tolist(),
-                    batch.input_ids_BS[row].tolist(),
-                    batch.token_type_ids_BS[row].tolist(),
-                    batch.attention_mask_BS[row].tolist(),
-                    None if positions is None else positions[row].tolist(),
-                    (batch.mlm_positions_M[masked] % length).tolist(),
-                    batch.mlm_labels_M[masked].tolist(),
-                )
-                if content[2] == [2, 3] + [0] * (length - 2):
-                    assert content[0] == [-100]
-                    assert content[4] == [1, 1] + [0] * (length - 2)
-                    assert positions is None or content[5] == [0, 1] + [0] * (length - 2)
-                    assert not masked.any()
-                    continue
-                rows.append(content)
-    return rows
-
-
-def examples_of(steps, length=LENGTH):
-    """The examples of `rows_of`, unmasked: (label, [ids], [types], [masked places], [labels])."""
-    found = []
-    for label_E, first_E, ids, types, attention, positions, masked, labels in rows_of(
-        steps, length
-    ):
-        unmasked = dict(zip(masked, labels, strict=True))
-        for number, (label, first) in enumerate(zip(label_E, first_E, strict=True), start=1):
-            stop = first + attention.count(number)
-            assert attention[first:stop] == [number] * (stop - first)
-            if positions is not None:
-                assert positions[first:stop] == list(range(stop - first))
-            inside = [place for place in masked if first <= place < stop]
-            found.append(
-                (
-                    label,
-                    tuple(unmasked.get(place, ids[place]) for place in range(first, stop)),
-                    tuple(types[first:stop]),
-                    tuple(place - first for place in inside),
-                    tuple(ids[place] for place in inside),
-                )
+            ids_T, types_T = batch.input_ids_T.tolist(), batch.token_type_ids_T.tolist()
+            masked = dict(
+                zip(batch.mlm_positions_M.tolist(), batch.mlm_labels_M.tolist(), strict=True)
             )
-        used = len(attention) - attention.count(0)
-        assert not any(attention[used:] + ids[used:] + types[used:])
+            starts_E1 = batch.sequences.starts_E1.tolist()
+            assert starts_E1[-1] == len(ids_T)
+            for label, start, stop in zip(
+                batch.next_sentence_label_E.tolist(), starts_E1[:-1], starts_E1[1:], strict=True
+            ):
+                places = batch.position_ids_T[start:stop].tolist()
+                assert places == list(range(stop - start))
+                inside = [place for place in places if start + place in masked]
+                example = (
+                    label,
+                    tuple(masked.get(at, ids_T[at]) for at in range(start, stop)),
+                    tuple(types_T[start:stop]),
+                    tuple(inside),
+                    tuple(ids_T[start + place] for place in inside),
+                )
+                if stop - start > 2:
+                    found.append(example)
+                else:
+                    assert example == (-100, (2, 3), (0, 0), (), ()), "a row without weight"
     return found
+
+
+def examples_by_row(data, first, count):
+    """How many examples each of the rows from `first` on holds, all of them in its slots."""
+    rows = data.step(first, count, micro_batch_size=1).micro_batches
+    for row in rows:
+        assert len(row.input_ids_T) <= row.sequences.slots == data.options.sequence_length
+    return [len(row.next_sentence_label_E) for row in rows]
 
 
 @given(batch=st.integers(1, 5000), world=st.integers(1, 300), micro=st.integers(1, 600))
@@ -159,15 +143,16 @@ def test_any_split_computes_the_same_global_batch(
         data.step(first, batch, rank=rank, world_size=world_size, micro_batch_size=micro_batch_size)
         for rank in range(world_size)
     ]
-    assert len(rows_of([whole])) == batch
-    assert rows_of(steps) == rows_of([whole])
-    shapes = {tuple(b.input_ids_BS.shape for b in step.micro_batches) for step in steps}
-    assert len(shapes) == 1
+    by_row = examples_by_row(data, first, batch)
+    assert len(by_row) == batch
+    assert sum(by_row) == len(examples_of([whole]))
+    assert examples_of(steps) == examples_of([whole])
+    assert len({(len(step.sizes), step.slots) for step in steps}) == 1
     for count in ("mlm_targets", "nsp_targets", "real_tokens"):
         assert sum(getattr(step, count) for step in steps) == getattr(whole, count)
     (only,) = whole.micro_batches
     assert whole.nsp_targets == int((only.next_sentence_label_E >= 0).sum())
-    assert whole.real_tokens == int((only.attention_mask_BS > 0).sum())
+    assert whole.real_tokens == len(only.input_ids_T)
     assert whole.mlm_targets == len(only.mlm_labels_M)
 
 
@@ -204,10 +189,7 @@ def test_every_token_of_every_document_is_in_each_epoch_once(
             for row in range(first, first + size, batch)
         ]
         seen = [
-            token
-            for _, ids, types, _, _ in examples_of(steps, 24)
-            for token in ids[1:-1]
-            if token != 3
+            token for _, ids, types, _, _ in examples_of(steps) for token in ids[1:-1] if token != 3
         ]
         assert sorted(seen) == counting
         orders.append(seen)
@@ -226,9 +208,9 @@ def test_masks_change_with_the_epoch_and_the_seed_and_not_with_the_row(shards, o
     again = examples_of([packed.step(packed.num_rows, packed.num_rows, micro_batch_size=10**6)])
     other = PretrainingData(shards, "train", KINDS["packed pairs"], seed=8)
     otherwise = examples_of([other.step(0, packed.num_rows, micro_batch_size=10**6)])
-    first = [rows_of([data.step(0, 8, micro_batch_size=8)]) for data in (packed, other)]
-    places = [[row[3:6] for row in rows] for rows in first]
-    assert places[0] != places[1], "another seed, another order of the rows"
+    first = [examples_of([data.step(0, 8, micro_batch_size=8)]) for data in (packed, other)]
+    texts = [[example[1] for example in examples] for examples in first]
+    assert texts[0] != texts[1], "another seed, another order of the rows"
     for changed in (again, otherwise):
         assert [e[:3] for e in sorted(changed)] == [e[:3] for e in sorted(whole[0])]
         same = set(changed) & set(whole[0])
@@ -296,7 +278,7 @@ def test_special_tokens_and_unknown_words_are_read_but_never_asked_for(shards, t
     for kind in KINDS:
         data = PretrainingData(unknown, "train", KINDS[kind].changed(mlm_probability=0.5), seed=1)
         (batch,) = data.step(0, data.num_rows, micro_batch_size=data.num_rows).micro_batches
-        assert int((batch.input_ids_BS == 1).sum()) > 50, kind
+        assert int((batch.input_ids_T == 1).sum()) > 50, kind
         assert len(batch.mlm_labels_M) > 100
         assert not np.isin(batch.mlm_labels_M.numpy(), [0, 1, 2, 3, 4]).any()
         assert (batch.mlm_positions_M.diff() > 0).all()
@@ -305,11 +287,11 @@ def test_special_tokens_and_unknown_words_are_read_but_never_asked_for(shards, t
 def test_masks_have_the_recipes_share(data):
     step = data.step(0, data.num_rows, micro_batch_size=data.num_rows)
     (batch,) = step.micro_batches
-    text = step.real_tokens - int((batch.input_ids_BS == 3).sum()) - len(batch.first_positions_E)
+    text = step.real_tokens - int((batch.input_ids_T == 3).sum()) - len(batch.next_sentence_label_E)
     share = step.mlm_targets / text
     # whole words and spans stop below the budget; on rows of 48 tokens that shows
     assert 0.15 - 0.05 * (data.section.masking != "tokens") < share < 0.16
-    masked = (batch.input_ids_BS.view(-1)[batch.mlm_positions_M] == 4).double().mean()
+    masked = (batch.input_ids_T[batch.mlm_positions_M] == 4).double().mean()
     bound = 5 * (0.8 * 0.2 / (step.mlm_targets / 4)) ** 0.5  # spans decide for 4 tokens at once
     assert abs(masked - 0.8) < bound
 
@@ -322,9 +304,9 @@ def test_steps_are_loaded_from_anywhere_on(data):
         with closing(loading) as loader:
             resumed = list(loader)
         assert all(isinstance(step, RankStep) for step in resumed)
-        assert rows_of(resumed) == rows_of(straight[start:])
+        assert examples_of(resumed) == examples_of(straight[start:])
     again = pickle.loads(pickle.dumps(steps))
-    assert rows_of([again[3]]) == rows_of([straight[3]])
+    assert examples_of([again[3]]) == examples_of([straight[3]])
     assert len(pickle.dumps(steps)) < 50_000, "a worker is sent names of files, not their rows"
 
 
@@ -354,22 +336,25 @@ def test_batches_move_to_a_device_whole(data):
     moved = step.micro_batches[0].to("meta")
     assert isinstance(moved, Batch)
     tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
-    assert len(tensors) == 8 + data.section.packing
-    assert all(tensor.is_meta for tensor in tensors)
+    assert len(tensors) == 6
+    assert all(tensor.is_meta for tensor in (*tensors, moved.sequences.starts_E1))
 
 
 @pytest.mark.parametrize("rank", [0, 2])
-def test_token_positions_are_where_the_mask_is(data, rank):
+def test_a_step_is_made_of_its_micro_batches_again(data, rank):
     """Also of later micro-batches, and of the rows without weight that fill the last rank up."""
     step = data.step(0, 10, rank=rank, world_size=3, micro_batch_size=2)
-    assert len(step.micro_batches) > 1
-    for batch in step.micro_batches:
-        expected = batch.attention_mask_BS.flatten().nonzero().flatten()
-        assert torch.equal(batch.token_positions_T, expected)
-        assert batch.model_inputs[-1] is batch.token_positions_T
-        of_step = step.content.untyped_storage().data_ptr()
-        tensors = [tensor for tensor in vars(batch).values() if tensor is not None]
-        assert {tensor.untyped_storage().data_ptr() for tensor in tensors} == {of_step}
+    batches = step.micro_batches
+    assert len(batches) > 1
+    for batch in [batch.to("cpu") for batch in batches]:
+        inputs = batch.model_inputs
+        assert inputs[3] is batch.sequences
+        assert batch.sequences.starts_E1.dtype == torch.int32
+        assert all(inputs[n].dtype == torch.int64 for n in (0, 1, 2, 4))
+        assert not batch.mlm_positions_M.numel() or batch.mlm_positions_M.max() < len(inputs[0])
+    again = RankStep.of(batches, step.real_tokens)
+    assert torch.equal(again.content, step.content)
+    assert replace(again, content=step.content) == step
 
 
 @pytest.mark.gpu
@@ -378,26 +363,22 @@ def test_loading_pins_whole_steps(data):
     steps = PretrainingSteps(data, phase(12, 5))
     with closing(load_steps(steps, range(2), workers=1, pin_memory=True)) as loader:
         pinned = list(loader)
-    assert rows_of(pinned) == rows_of([steps[0], steps[1]])
-    assert all(
-        tensor is None or tensor.is_pinned()
-        for step in pinned
-        for b in step.micro_batches
-        for tensor in vars(b).values()
-    )
+    assert examples_of(pinned) == examples_of([steps[0], steps[1]])
+    assert all(step.content.is_pinned() for step in pinned)
 
 
 def test_evaluation_draws_its_rows_from_all(shards):
     """Packing puts the longest examples into the first rows."""
     options = KINDS["packed pairs"]
-    some = evaluation(shards, options, max_rows=12, micro_batch_size=12)[0].micro_batches[0]
+    some = evaluation(shards, options, max_rows=12, micro_batch_size=12)[0]
     whole = PretrainingData(shards, "heldout", options, seed=0).layout(0)
     _, first = whole.examples_of(np.arange(12))
-    assert len(first) < len(some.first_positions_E), "the first rows hold one example each"
+    assert len(first) < len(examples_of([some])), "the first rows hold one example each"
     variants = evaluation(shards, KINDS["variants"])
-    assert variants.num_rows == len(rows_of([variants[step] for step in range(len(variants))])), (
-        "one pass over one way of pairing"
-    )
+    one_way = PretrainingData(shards, "heldout", KINDS["variants"], seed=0).layout(0)
+    assert variants.num_rows == one_way.num_rows
+    read = examples_of([variants[step] for step in range(len(variants))])
+    assert len(read) == one_way.total("examples"), "one pass over one way of pairing"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -405,8 +386,11 @@ def test_evaluation_draws_its_rows_from_all(shards):
 def test_evaluation_is_one_fixed_pass_for_any_world(shards, kind, max_rows):
     options = KINDS[kind]
     whole = evaluation(shards, options, max_rows=max_rows)
-    rows = rows_of([whole[step] for step in range(len(whole))])
-    assert len(rows) == whole.num_rows == min(max_rows, evaluation(shards, options).num_rows)
+    examples = examples_of([whole[step] for step in range(len(whole))])
+    assert whole.num_rows == min(max_rows, evaluation(shards, options).num_rows)
+    row_by_row = evaluation(shards, options, max_rows=max_rows, micro_batch_size=1)
+    assert len(row_by_row) == whole.num_rows
+    assert examples_of([row_by_row[row] for row in range(whole.num_rows)]) == examples
     for world_size in (2, 3, 6):
         ranks = [
             evaluation(shards, options, max_rows=max_rows, rank=rank, world_size=world_size)
@@ -414,15 +398,16 @@ def test_evaluation_is_one_fixed_pass_for_any_world(shards, kind, max_rows):
         ]
         assert {len(steps) for steps in ranks} == {-(-whole.num_rows // (8 * world_size))}
         steps = [steps[step] for step in range(len(ranks[0])) for steps in ranks]
-        assert rows == rows_of(steps)
-    first = rows_of([evaluation(shards, options, micro_batch_size=1)[0]])
-    assert rows[:1] == first
+        assert examples == examples_of(steps)
+    first = examples_of([evaluation(shards, options, micro_batch_size=1)[0]])
+    assert examples[: len(first)] == first
 
 
 def test_unigram_loss_is_the_mean_over_the_masked_tokens(shards):
     steps = evaluation(shards)
     rank_steps = [steps[step] for step in range(len(steps))]
-    labels = list(itertools.chain.from_iterable(row[-1] for row in rows_of(rank_steps)))
+    batches = itertools.chain.from_iterable(step.micro_batches for step in rank_steps)
+    labels = [label for batch in batches for label in batch.mlm_labels_M.tolist()]
     counts = np.zeros(shards.manifest.vocab_size)
     train = shards.split("train")
     for document in range(train.num_documents):

@@ -20,7 +20,7 @@ from stacking_ds.data.batches import RankStep
 from stacking_ds.data.prefetch import Patience, PrefetchedSteps
 from stacking_ds.errors import ConfigError, DataError, LoaderError
 
-SLOTS = 20_000  # of 8 bytes: more than a pipe holds
+SLOTS = 20_000  # of 4 bytes: more than a pipe holds
 BAD = 5
 
 
@@ -33,7 +33,8 @@ class _Steps:
     def __getitem__(self, step: int) -> RankStep:
         if step == BAD:
             self._harm()
-        return RankStep(torch.full((SLOTS,), step), (((SLOTS,),),), step, 0, 0)
+        content = torch.full((SLOTS,), step, dtype=torch.int32)
+        return RankStep(content, (), 0, 0, mlm_targets=step, nsp_targets=0, real_tokens=0)
 
 
 @contextmanager

@@ -19,7 +19,15 @@ from stacking_ds.optim.groups import parameter_groups
 from stacking_ds.sharding.fragments import MASTER, MOMENTS, Layout
 from tests.ranks import run_ranks
 from tests.sharded import start_engine, train_engine, whole_state
-from tests.tiny import tiny_batch, tiny_config, tiny_loss, tiny_model, tiny_optimizer, train_tiny
+from tests.tiny import (
+    tiny_batch,
+    tiny_config,
+    tiny_inputs,
+    tiny_loss,
+    tiny_model,
+    tiny_optimizer,
+    train_tiny,
+)
 
 EVERY_STAGE = [(0, 2), (1, 3), (2, 2), (3, 3)]
 PRECISIONS = ["fp32", "bf16"]
@@ -95,7 +103,7 @@ def _written_in(world: World, zero_stage: int, precision: str) -> Any:
 def _logits(model: Any) -> torch.Tensor:
     batch = tiny_batch(0)
     with torch.no_grad():
-        mlm_logits, _ = model(batch["input_ids"], batch["token_type_ids"], batch["attention_mask"])
+        mlm_logits, _ = model(*tiny_inputs(batch))
     return mlm_logits.clone()
 
 

@@ -16,7 +16,7 @@ from stacking_ds.sharding import reshard
 from stacking_ds.sharding.fragments import MASTER, MOMENTS, Cut, Fragment
 from tests.ranks import run_ranks
 from tests.sharded import start_engine, train_engine, whole_state
-from tests.tiny import tiny_batch, tiny_model
+from tests.tiny import tiny_batch, tiny_inputs, tiny_model
 
 DEPTHS = (2, 4, 8)
 Cases = list[tuple[int, str, str]]
@@ -130,9 +130,7 @@ def _grow(world: World, zero_stage: int, precision: str, moments: Moments) -> An
 def _logits(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
     batch = tiny_batch(7)
     with torch.no_grad():
-        mlm_logits, nsp_logits = model(
-            batch["input_ids"], batch["token_type_ids"], batch["attention_mask"]
-        )
+        mlm_logits, nsp_logits = model(*tiny_inputs(batch))
     return mlm_logits.clone(), nsp_logits.clone()
 
 

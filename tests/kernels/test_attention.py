@@ -19,9 +19,8 @@ from stacking_ds.errors import ConfigError
 from stacking_ds.kernels.attention import flash, padded
 from stacking_ds.kernels.attention.choice import choose_attention
 from stacking_ds.kernels.attention.flash import attend_flash, attend_varlen
-from stacking_ds.kernels.attention.loops import attend_loops
 from stacking_ds.kernels.attention.padded import attend_cudnn, attend_padded
-from stacking_ds.kernels.attention.sequences import Attend, Sequences
+from stacking_ds.kernels.attention.sequences import Attend, Sequences, attend_loops
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 as_for_cudnn = partial(attend_padded, backends=(SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH))

@@ -15,9 +15,8 @@ from stacking_ds.errors import ConfigError
 from stacking_ds.kernels.attention import choice, flash
 from stacking_ds.kernels.attention.choice import FastestAttention, choose_attention
 from stacking_ds.kernels.attention.flash import attend_flash, attend_varlen
-from stacking_ds.kernels.attention.loops import attend_loops
 from stacking_ds.kernels.attention.padded import attend_cudnn, attend_padded
-from stacking_ds.kernels.attention.sequences import Attend, Sequences
+from stacking_ds.kernels.attention.sequences import Attend, Sequences, attend_loops
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 FP32, BF16 = torch.float32, torch.bfloat16

@@ -10,11 +10,9 @@ import torch
 from stacking_ds.config.sections import EngineSection
 from stacking_ds.errors import ConfigError
 from stacking_ds.kernels import registry
-from stacking_ds.kernels.attention.loops import attend_loops
-from stacking_ds.kernels.attention.sequences import Sequences
+from stacking_ds.kernels.attention.sequences import Sequences, attend_loops
 from stacking_ds.kernels.fp8 import linear_fp8
-from stacking_ds.kernels.library_forms import ApexOperations
-from stacking_ds.kernels.operations import Norm
+from stacking_ds.kernels.operations import ApexOperations, Norm
 from stacking_ds.kernels.registry import choose_compute, choose_operations
 from tests.bert_samples import TINY
 

@@ -19,7 +19,7 @@ pytestmark = [
 
 def _gradients(model: BertForPreTraining, lengths: tuple[int, ...]) -> dict[str, Any]:
     batch = Batch(model.config, lengths)
-    logits_MV, nsp_B2 = model(*batch.inputs, batch.positions_M)
+    logits_MV, nsp_B2 = model(*batch.inputs(), batch.positions_M)
     sum(pretraining_loss(logits_MV, batch.labels_M, nsp_B2, batch.nsp_labels_B)).backward()
     return {name: p.grad for name, p in model.named_parameters()}
 

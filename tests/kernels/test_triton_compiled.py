@@ -15,7 +15,7 @@ from stacking_ds.kernels import (
     triton_embedding,
     triton_norm,
     triton_operations,
-    triton_sums,
+    triton_parts,
 )
 from stacking_ds.kernels.triton_cross_entropy import cross_entropy_sum
 from stacking_ds.kernels.triton_embedding import embed
@@ -34,7 +34,7 @@ from tests.cubins import (
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []  # for `make gpu-check`
 # of BERT base and large
 WIDTHS = {
-    triton_sums: (768, 1024),
+    triton_parts: (768, 1024),
     triton_cross_entropy: (30522, 30522),
     triton_embedding: (768, 1024),
     triton_operations: (3072, 4096),
@@ -49,7 +49,7 @@ def at(form: Form, width: int, dtype: str, capability: int) -> Any:
     """The kernel's form, compiled."""
     module, number = form
     kernel, constants = module.FORMS[number]
-    sums = module is triton_sums
+    sums = module is triton_parts
     cut = {"H": width, **module.OPTIONS} if sums else module.options(width)
     types = {name: told.replace("*x", "*" + dtype) for name, told in module.TYPES.items()}
     constants = {**cut, **constants}
@@ -116,7 +116,7 @@ def loss(T: int) -> torch.Tensor:
     return cross_entropy_sum(logits_MV, torch.zeros(T, dtype=torch.int64))
 
 
-SUM = (triton_sums, 0)
+SUM = (triton_parts, 0)
 TRAINING: dict[str, tuple[Callable[[int], torch.Tensor], list[Form]]] = {
     "gelu": (
         lambda T: bias_gelu(made(T, H), made(H)),
@@ -160,7 +160,7 @@ class TestCompiled:
         # but for the one logit of the label
         singles = 1 if form == (triton_cross_entropy, 0) else 0
         assert len(re.findall(r"\bld\.global\.b16", ptx)) == singles
-        if form[0] is not triton_sums:
+        if form[0] is not triton_parts:
             assert not re.findall(r"\bst\.global\.b16", ptx)
 
     @pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])

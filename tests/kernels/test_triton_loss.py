@@ -18,7 +18,7 @@ from stacking_ds.kernels.triton_cross_entropy import cross_entropy_sum
 from stacking_ds.kernels.triton_embedding import embed
 from stacking_ds.kernels.triton_norm import bias_dropout_add, bias_dropout_add_norm
 from stacking_ds.kernels.triton_operations import bias_gelu
-from stacking_ds.kernels.triton_sums import column_sums
+from stacking_ds.kernels.triton_parts import column_sums
 from tests.cubins import INTERPRETED, IS_OTHER_HALF, run_other_half
 from tests.kernel_comparison import DEVICE, TOLERANCE, apart, compare, random, recorded
 

@@ -10,7 +10,7 @@ from torch.nn import functional
 from stacking_ds.errors import ConfigError
 from stacking_ds.kernels.attention.padded import attend_padded
 from stacking_ds.kernels.registry import Compute
-from stacking_ds.model.bert import BertForPreTraining
+from stacking_ds.model.bert import BertForPreTraining, from_rows
 from stacking_ds.model.bert_config import BertConfig
 from stacking_ds.model.loss import pretraining_loss
 from stacking_ds.model.parameters import (
@@ -66,12 +66,11 @@ def _run_theirs(twin: transformers.BertForPreTraining, batch: Batch):
 def test_logits_and_losses_are_hugging_faces(config: BertConfig, lengths: tuple[int, ...]) -> None:
     model, batch = telling_model(config), Batch(config, lengths)
     theirs = _run_theirs(_hugging_face(model), batch)
-    everywhere_BSV, _ = model(*batch.inputs)
-    masked_MV, nsp_B2 = model(*batch.inputs, batch.positions_M)
+    everywhere_TV, _ = model(*batch.inputs())
+    masked_MV, nsp_B2 = model(*batch.inputs(), batch.positions_M)
 
     close = {"rtol": 1e-5, "atol": 1e-5}
-    real_BS = batch.mask_BS
-    torch.testing.assert_close(everywhere_BSV[real_BS], theirs.prediction_logits[real_BS], **close)
+    torch.testing.assert_close(everywhere_TV, theirs.prediction_logits[batch.mask_BS], **close)
     torch.testing.assert_close(nsp_B2, theirs.seq_relationship_logits, **close)
     loss = pretraining_loss(masked_MV, batch.labels_M, nsp_B2, batch.nsp_labels_B)
     mean = loss.mlm_sum / len(batch.labels_M) + loss.nsp_sum / len(batch.nsp_labels_B)
@@ -85,7 +84,7 @@ def test_gradients_are_hugging_faces(config: BertConfig, lengths: tuple[int, ...
     model, batch = telling_model(config), Batch(config, lengths)
     twin = _hugging_face(model).double()
     model = model.double()
-    masked_MV, nsp_B2 = model(*batch.inputs, batch.positions_M)
+    masked_MV, nsp_B2 = model(*batch.inputs(), batch.positions_M)
     ours = functional.cross_entropy(masked_MV, batch.labels_M)
     (ours + functional.cross_entropy(nsp_B2, batch.nsp_labels_B)).backward()
     _run_theirs(twin, batch).loss.backward()
@@ -123,10 +122,9 @@ def test_their_weights_in_our_model() -> None:
     assert not missing.unexpected_keys
     batch = Batch(TINY, BATCHES["padded"])
     theirs = twin(batch.ids_BS, token_type_ids=batch.types_BS, attention_mask=batch.mask_BS.long())
-    logits_BSV, nsp_B2 = ours(*batch.inputs)
-    real_BS = batch.mask_BS
+    logits_TV, nsp_B2 = ours(*batch.inputs())
     torch.testing.assert_close(
-        logits_BSV[real_BS], theirs.prediction_logits[real_BS], rtol=1e-5, atol=1e-5
+        logits_TV, theirs.prediction_logits[batch.mask_BS], rtol=1e-5, atol=1e-5
     )
     torch.testing.assert_close(nsp_B2, theirs.seq_relationship_logits, rtol=1e-5, atol=1e-5)
 
@@ -135,15 +133,15 @@ def test_their_weights_in_our_model() -> None:
 def test_the_gathered_head_is_the_full_head_at_those_positions(position: str) -> None:
     model = telling_model(TINY.changed(layer_norm_position=position))
     batch = Batch(TINY, BATCHES["padded"])
-    everywhere_BSV, _ = model(*batch.inputs)
-    masked_MV, _ = model(*batch.inputs, batch.positions_M)
-    torch.testing.assert_close(masked_MV, everywhere_BSV.flatten(0, 1)[batch.positions_M])
+    everywhere_TV, _ = model(*batch.inputs())
+    masked_MV, _ = model(*batch.inputs(), batch.positions_M)
+    torch.testing.assert_close(masked_MV, everywhere_TV[batch.positions_M])
 
 
 def test_a_batch_without_masked_positions_has_zero_loss_and_gradients() -> None:
     model, batch = telling_model(TINY), Batch(TINY, (16, 5))
     nobody = torch.zeros(0, dtype=torch.long)
-    logits_MV, nsp_B2 = model(*batch.inputs, nobody)
+    logits_MV, nsp_B2 = model(*batch.inputs(), nobody)
     assert logits_MV.shape == (0, TINY.vocab_size)
     loss = pretraining_loss(logits_MV, nobody, nsp_B2, torch.full((2,), -100))
     assert loss.mlm_sum.item() == 0.0
@@ -174,11 +172,12 @@ def test_a_row_of_padding_leaves_the_other_rows_and_all_gradients_alone(
     batch = Batch(TINY, (16, 5, 16))
     batch.mask_BS[2] = False
     both, alone = (telling_model(TINY, compute=compute) for _ in range(2))
-    kept = batch.positions_M < 32
+    kept = batch.positions_M < 16 + 5
     positions_M, labels_M = batch.positions_M[kept], batch.labels_M[kept]
     nsp_labels_B = torch.tensor([0, 1, -100])
-    logits_MV, nsp_B2 = both(*batch.inputs, positions_M)
-    expected_MV, expected_B2 = alone(*(tensor[:2] for tensor in batch.inputs), positions_M)
+    logits_MV, nsp_B2 = both(*batch.inputs(), positions_M)
+    rows = from_rows(batch.ids_BS[:2], batch.types_BS[:2], batch.mask_BS[:2])
+    expected_MV, expected_B2 = alone(*rows, positions_M)
     torch.testing.assert_close(logits_MV, expected_MV)
     torch.testing.assert_close(nsp_B2[:2], expected_B2)
     assert nsp_B2.isfinite().all()
@@ -192,13 +191,13 @@ def test_a_row_of_padding_leaves_the_other_rows_and_all_gradients_alone(
 
 def test_padding_does_not_leak_into_real_tokens() -> None:
     model, batch = telling_model(TINY), Batch(TINY, (16, 5))
-    before, _ = model(*batch.inputs)
+    before, _ = model(*batch.inputs())
     batch.ids_BS[1, 5:] = 17
-    after, _ = model(*batch.inputs)
-    assert torch.equal(before[batch.mask_BS], after[batch.mask_BS])
+    after, _ = model(*batch.inputs())
+    assert torch.equal(before, after)
     batch.mask_BS[1, 5] = True  # and an attended token does show
-    changed, _ = model(*batch.inputs)
-    assert not torch.allclose(before[1, :5], changed[1, :5], atol=1e-3)
+    changed, _ = model(*batch.inputs())
+    assert not torch.allclose(before[16:], changed[16:21], atol=1e-3)
 
 
 def test_rows_padded_at_their_beginning() -> None:
@@ -207,18 +206,10 @@ def test_rows_padded_at_their_beginning() -> None:
     theirs = _hugging_face(model)(
         batch.ids_BS, token_type_ids=batch.types_BS, attention_mask=batch.mask_BS.long()
     )
-    logits_BSV, _ = model(*batch.inputs)
-    real_BS = batch.mask_BS
+    logits_TV, _ = model(*batch.inputs())
     torch.testing.assert_close(
-        logits_BSV[real_BS], theirs.prediction_logits[real_BS], rtol=1e-5, atol=1e-5
+        logits_TV, theirs.prediction_logits[batch.mask_BS], rtol=1e-5, atol=1e-5
     )
-
-
-def test_packed_rows_without_their_beginnings() -> None:
-    batch = Batch(TINY, (16, 5))
-    positions_BS = torch.arange(16).expand(2, 16)
-    with pytest.raises(ConfigError, match="packed rows"):
-        telling_model(TINY)(*batch.inputs, None, positions_BS)
 
 
 def test_the_tied_decoder_is_one_parameter() -> None:
@@ -237,9 +228,9 @@ def test_the_tied_decoder_is_one_parameter() -> None:
 def test_bf16_runs_and_is_close(position: str) -> None:
     config = TINY.changed(layer_norm_position=position, initializer_range=0.1)
     model, batch = telling_model(config), Batch(config, BATCHES["padded"])
-    exact_MV, _ = model(*batch.inputs, batch.positions_M)
+    exact_MV, _ = model(*batch.inputs(), batch.positions_M)
     model = model.bfloat16()
-    rough_MV, nsp_B2 = model(*batch.inputs, batch.positions_M)
+    rough_MV, nsp_B2 = model(*batch.inputs(), batch.positions_M)
     assert rough_MV.dtype == torch.bfloat16
     assert (rough_MV - exact_MV).abs().max() < 0.05 * exact_MV.abs().max()
     loss = pretraining_loss(rough_MV, batch.labels_M, nsp_B2, batch.nsp_labels_B)
@@ -254,18 +245,18 @@ def test_bf16_runs_and_is_close(position: str) -> None:
 def test_dropout_acts_in_training_only(where: str) -> None:
     model, batch = telling_model(TINY.changed(**{where: 0.3})), Batch(TINY, BATCHES["full"])
     torch.manual_seed(0)
-    first, _ = model(*batch.inputs)
-    second, _ = model(*batch.inputs)
+    first, _ = model(*batch.inputs())
+    second, _ = model(*batch.inputs())
     assert not torch.allclose(first, second, atol=1e-3)
     torch.manual_seed(0)
-    assert torch.equal(model(*batch.inputs)[0], first)
+    assert torch.equal(model(*batch.inputs())[0], first)
     model.eval()
-    quiet, _ = model(*batch.inputs)
-    assert torch.equal(quiet, model(*batch.inputs)[0])
-    assert torch.equal(quiet, telling_model(TINY)(*batch.inputs)[0])
+    quiet, _ = model(*batch.inputs())
+    assert torch.equal(quiet, model(*batch.inputs())[0])
+    assert torch.equal(quiet, telling_model(TINY)(*batch.inputs())[0])
 
 
 def test_rows_longer_than_the_position_embeddings() -> None:
     batch = Batch(TINY, (17,))
     with pytest.raises(ConfigError, match="17 tokens do not fit max_position_embeddings=16"):
-        BertForPreTraining(TINY, seed=0)(*batch.inputs)
+        BertForPreTraining(TINY, seed=0)(*batch.inputs())

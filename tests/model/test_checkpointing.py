@@ -42,7 +42,7 @@ def _trained(kind: Any, position: Any) -> tuple[dict[str, torch.Tensor], Counter
     batch = Batch(config, (16, 5, 9))
     torch.manual_seed(3)
     with _Calls() as calls:
-        logits_MV, nsp_B2 = model(*batch.inputs, batch.positions_M)
+        logits_MV, nsp_B2 = model(*batch.inputs(), batch.positions_M)
         loss = pretraining_loss(logits_MV, batch.labels_M, nsp_B2, batch.nsp_labels_B)
         (loss.mlm_sum + loss.nsp_sum).backward()
     return {name: p.grad for name, p in model.named_parameters()}, calls.of
@@ -76,7 +76,7 @@ def test_nothing_is_computed_again_without_gradients(monkeypatch: pytest.MonkeyP
     with torch.no_grad():
         model.eval()
         plain.eval()
-        assert torch.equal(model(*batch.inputs)[0], plain(*batch.inputs)[0])
+        assert torch.equal(model(*batch.inputs())[0], plain(*batch.inputs())[0])
 
 
 def _state_after_steps(world: World, zero_stage: int, precision: str, kind: Any) -> Any:

@@ -76,7 +76,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def _step(model: BertForPreTraining, lengths: tuple[int, ...], seed: int) -> torch.Tensor:
     batch, device = Batch(model.config, lengths, seed), next(model.parameters()).device
-    logits_MV, nsp_B2 = model(*(t.to(device) for t in (*batch.inputs, batch.positions_M)))
+    logits_MV, nsp_B2 = model(*batch.inputs(device), batch.positions_M.to(device))
     labels_M, nsp_labels_B = batch.labels_M.to(device), batch.nsp_labels_B.to(device)
     loss = sum(pretraining_loss(logits_MV, labels_M, nsp_B2, nsp_labels_B))
     loss.backward()
@@ -111,7 +111,7 @@ def test_a_micro_batch_that_does_not_fit_runs_without(
 def test_evaluation_runs_without(captured: list[int]) -> None:
     config = TINY.changed(hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3)
     plain, graphed = telling_model(config), telling_model(config, compute=Compute(cuda_graphs=True))
-    inputs = Batch(TINY, (16, 5)).inputs
+    inputs = Batch(TINY, (16, 5)).inputs()
     with torch.no_grad():
         graphed(*inputs)
     assert captured == []
@@ -137,7 +137,7 @@ def test_there_is_room_for_more_examples_than_the_first_had(
     hidden_TH = torch.zeros(32, TINY.hidden_size)
     for ends, fits in (([16, 32], True), ([8, 16, 24, 32], True), (list(range(1, 33)), False)):
         starts_E1 = torch.tensor([0, *ends], dtype=torch.int32)
-        assert (graphs_of(hidden_TH, Sequences(starts_E1, 16), 32) is not None) == fits
+        assert (graphs_of(hidden_TH, Sequences(starts_E1, 16, 32)) is not None) == fits
     assert "a micro-batch of 32 examples has more than its CUDA graph" in caplog.text
 
 

@@ -26,9 +26,8 @@ def _gradients(
     config: BertConfig, compute: Compute, lengths: tuple[int, ...] = (16, 5, 9)
 ) -> dict[str, torch.Tensor]:
     model, batch = telling_model(config, compute=compute).to(DEVICE), Batch(config, lengths)
-    inputs = [tensor.to(DEVICE) for tensor in (*batch.inputs, batch.positions_M)]
     labels_M, nsp_labels_B = batch.labels_M.to(DEVICE), batch.nsp_labels_B.to(DEVICE)
-    logits_MV, nsp_B2 = model(*inputs)
+    logits_MV, nsp_B2 = model(*batch.inputs(DEVICE), batch.positions_M.to(DEVICE))
     loss = pretraining_loss(logits_MV, labels_M, nsp_B2, nsp_labels_B, compute.operations)
     (loss.mlm_sum + loss.nsp_sum).backward()
     return {name: p.grad for name, p in model.named_parameters()}
@@ -96,5 +95,5 @@ class TestFp8:
         multiply = torch._scaled_mm
         monkeypatch.setattr(torch, "_scaled_mm", count)
         model, batch = telling_model(WIDE, compute=Compute(FP8)), Batch(WIDE, (16, 5))
-        model(*batch.inputs, torch.zeros(0, dtype=torch.long))  # none is masked: no row at all
+        model(*batch.inputs(), torch.zeros(0, dtype=torch.long))  # none is masked: no row at all
         assert len(products) == 4 * WIDE.num_hidden_layers

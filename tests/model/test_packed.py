@@ -1,6 +1,7 @@
 """Packed rows train the same model: per example the loss, and over all the gradient."""
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -28,16 +29,12 @@ def _losses(model: BertForPreTraining, batch: Batch) -> dict[tuple[int, ...], to
     nsp_E = functional.cross_entropy(
         nsp_logits_E2, batch.next_sentence_label_E, reduction="none", ignore_index=-100
     )
-    ids = batch.input_ids_BS.flatten().index_put((batch.mlm_positions_M,), batch.mlm_labels_M)
-    numbers = batch.attention_mask_BS.flatten()
+    ids = batch.input_ids_T.index_put((batch.mlm_positions_M,), batch.mlm_labels_M)
     found = {}
-    for example, first in enumerate(batch.first_positions_E.tolist()):
-        row_end = (first // LENGTH + 1) * LENGTH
-        length = int((numbers[first:row_end] == numbers[first]).sum())
-        inside = (batch.mlm_positions_M >= first) & (batch.mlm_positions_M < first + length)
-        found[tuple(ids[first : first + length].tolist())] = torch.stack(
-            [mlm_M[inside].sum(), nsp_E[example]]
-        )
+    for example, (start, stop) in enumerate(pairwise(batch.sequences.starts_E1.tolist())):
+        inside = (batch.mlm_positions_M >= start) & (batch.mlm_positions_M < stop)
+        key = tuple(ids[start:stop].tolist())
+        found[key] = torch.stack([mlm_M[inside].sum(), nsp_E[example]])
     return found
 
 
@@ -64,10 +61,12 @@ def test_packed_examples_have_the_losses_and_gradients_of_rows_of_their_own(
     shards = make_shards(tmp_path, DOCUMENTS)
     config = _config(shards, layer_norm_position)
     options = DataSection(path="-", sequence_length=LENGTH, mlm_probability=0.3, examples=examples)
-    losses, gradients, shapes = [], [], []
+    losses, gradients, slots = [], [], []
     for packed in (False, True):
         data = PretrainingData(shards, "train", options.changed(packing=packed), seed=3)
-        (batch,) = data.step(0, data.num_rows, micro_batch_size=data.num_rows).micro_batches
+        batch = (
+            data.step(0, data.num_rows, micro_batch_size=data.num_rows).micro_batches[0].to("cpu")
+        )
         model = telling_model(config)
         losses.append(_losses(model, batch))
         mlm_logits, nsp_logits = model(*batch.model_inputs)
@@ -76,9 +75,9 @@ def test_packed_examples_have_the_losses_and_gradients_of_rows_of_their_own(
         )
         (sums.mlm_sum + sums.nsp_sum).backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
-        shapes.append(batch.input_ids_BS.shape)
+        slots.append(batch.sequences.slots)
     single, together = losses
-    assert shapes[1][0] < shapes[0][0], "several examples share a row"
+    assert slots[1] < slots[0], "several examples share a row"
     assert single.keys() == together.keys()
     for key, expected in single.items():
         torch.testing.assert_close(together[key], expected, rtol=1e-5, atol=1e-5)
@@ -90,13 +89,13 @@ def test_the_tokens_of_another_example_in_the_row_change_nothing(tmp_path: Path)
     shards = make_shards(tmp_path, DOCUMENTS)
     options = DataSection(path="-", sequence_length=LENGTH, mlm_probability=0.3, packing=True)
     data = PretrainingData(shards, "train", options, seed=3)
-    (batch,) = data.step(0, data.num_rows, micro_batch_size=data.num_rows).micro_batches
+    batch = data.step(0, data.num_rows, micro_batch_size=data.num_rows).micro_batches[0].to("cpu")
     model = telling_model(_config(shards))
-    second = batch.attention_mask_BS == 2
-    assert second.any()
-    other = replace(batch, input_ids_BS=torch.where(second, 7, batch.input_ids_BS))
-    before, after = (
-        model(*each.model_inputs[:3], None, *each.model_inputs[4:])[0] for each in (batch, other)
-    )
+    starts_E1 = batch.sequences.starts_E1.tolist()
+    second = torch.zeros(len(batch.input_ids_T), dtype=torch.bool)
+    second[starts_E1[1] : starts_E1[2]] = True
+    assert starts_E1[2] <= LENGTH, "two examples share the first row"
+    other = replace(batch, input_ids_T=torch.where(second, 7, batch.input_ids_T))
+    before, after = (model(*each.model_inputs[:4])[0] for each in (batch, other))
     assert not torch.allclose(before[second], after[second])
     torch.testing.assert_close(before[~second], after[~second], rtol=0, atol=0)

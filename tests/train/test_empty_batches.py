@@ -50,15 +50,7 @@ def _train(world: World, config: RunConfig, run_dir: Path, steps: range, pairs: 
         if number not in steps:
             return found
         micro_batches = [_without(batch, pairs=pairs) for batch in found.micro_batches]
-        size = len(micro_batches[0].input_ids_BS)
-        parts: list[Any] = [RankStep.of(b, size, 0) for b in micro_batches]
-        return RankStep(
-            torch.cat([part.content for part in parts]),
-            tuple(shapes for part in parts for shapes in part.shapes),
-            mlm_targets=0,
-            nsp_targets=sum(part.nsp_targets for part in parts),
-            real_tokens=found.real_tokens,
-        )
+        return RankStep.of(micro_batches, found.real_tokens)
 
     PretrainingSteps.__getitem__ = step  # type: ignore[method-assign]
     return train_small(world, config, run_dir)
@@ -123,7 +115,7 @@ def _unknown_heldout(world: World, config: RunConfig, run_dir: Path) -> int:
     def steps(self: TrainingPlan, *arguments: Any) -> list[RankStep]:
         found = original(self, *arguments)
         return [
-            RankStep.of(_without(batch, pairs=True), len(batch.input_ids_BS), step.real_tokens)
+            RankStep.of([_without(batch, pairs=True)], step.real_tokens)
             for step in found
             for batch in step.micro_batches
         ]

@@ -41,12 +41,11 @@ def test_dropout_is_off_and_the_ranks_agree(tmp_path: Path) -> None:
     model = BertForPreTraining(plan.model_config(2), seed=4).eval()
     total, right, targets = 0.0, 0, 0
     for rank_step in plan.heldout_steps(0, 1, plan.phases.at(0)):
-        for batch in rank_step.micro_batches:
+        for micro_batch in rank_step.micro_batches:
+            batch = micro_batch.to("cpu")
             with torch.no_grad():
-                logits, _ = model(
-                    batch.input_ids_BS, batch.token_type_ids_BS, batch.attention_mask_BS
-                )
-            at_masks = logits.flatten(0, 1)[batch.mlm_positions_M].double()
+                logits, _ = model(*batch.model_inputs[:4])
+            at_masks = logits[batch.mlm_positions_M].double()
             chosen = at_masks.log_softmax(-1).gather(1, batch.mlm_labels_M[:, None])
             total -= float(chosen.sum())
             right += int((at_masks.argmax(-1) == batch.mlm_labels_M).sum())

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import BertForPreTraining as HuggingFaceBert
 
 from stacking_ds.config.run import RunConfig
@@ -112,14 +113,19 @@ def test_the_exported_model_has_the_trainers_heldout_loss(shards: Path, referenc
     total, targets = 0.0, 0
     plan = open_plan(config)
     for rank_step in plan.heldout_steps(0, 1, plan.phases.at(0)):
-        for batch in rank_step.micro_batches:
+        for micro_batch in rank_step.micro_batches:
+            batch = micro_batch.to("cpu")
+            lengths_E = batch.sequences.starts_E1.diff()
+            ids_ES, types_ES = (
+                pad_sequence(values_T.split(lengths_E.tolist()), batch_first=True)
+                for values_T in (batch.input_ids_T, batch.token_type_ids_T)
+            )
+            mask_ES = torch.arange(ids_ES.shape[1]) < lengths_E[:, None]
             with torch.no_grad():
                 logits = model(
-                    input_ids=batch.input_ids_BS,
-                    token_type_ids=batch.token_type_ids_BS,
-                    attention_mask=batch.attention_mask_BS,
+                    input_ids=ids_ES, token_type_ids=types_ES, attention_mask=mask_ES.long()
                 ).prediction_logits
-            at_masks = logits.flatten(0, 1)[batch.mlm_positions_M]
+            at_masks = logits[mask_ES][batch.mlm_positions_M]
             total += float(
                 torch.nn.functional.cross_entropy(at_masks, batch.mlm_labels_M, reduction="sum")
             )

@@ -1,12 +1,15 @@
 """Whole runs whose rows and batches change on the way, inside a stage and at its end."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from stacking_ds.config.run import RunConfig
+from stacking_ds.distributed.world import World
 from stacking_ds.errors import ConfigError, StageError
+from stacking_ds.train import plan
 from stacking_ds.train.plan import open_plan
 from tests.prose import tiny_shards
 from tests.ranks import RankError, run_ranks
@@ -33,6 +36,23 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _config(folder: Path, shards: Path, *overrides: str) -> RunConfig:
     return small_recipe(folder, shards, *PHASES, *overrides)
+
+
+def _resolved(world: World, config: RunConfig, run_dir: Path) -> int:
+    calls = []
+    original = plan.resolve_ds_config
+
+    def resolve(*arguments: Any, **options: Any) -> Any:
+        calls.append(options)
+        return original(*arguments, **options)
+
+    plan.resolve_ds_config = resolve
+    train_small(world, config, run_dir)
+    return len(calls)
+
+
+def test_the_deepspeed_json_is_resolved_once_for_each_phase(shards: Path, tmp_path: Path) -> None:
+    assert run_ranks(_resolved, 1, _config(tmp_path, shards), tmp_path / "run") == [4]
 
 
 @pytest.mark.slow

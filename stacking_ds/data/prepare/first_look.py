@@ -38,7 +38,7 @@ _LARGE_TOKENS = 100_000
 
 @dataclass(frozen=True)
 class FirstLook:
-    """What is to be said: how .txt files are read, nothing without any; and what is odd."""
+    """Sentences of a first look: how .txt files are read, nothing without any; and what is odd."""
 
     statement: str = ""
     warnings: tuple[str, ...] = ()
@@ -75,7 +75,7 @@ class _Seen:
 
     @property
     def could_be_a_list(self) -> bool:
-        """Whether it has no blank line, though lines that are no parts of sentences."""
+        """True if it has no blank line, though lines that are no parts of sentences."""
         lines = sum(map(len, self.blocks))
         return (
             len(self.blocks) == 1
@@ -141,7 +141,7 @@ def say_what_documents_are(corpus: Corpus, reading: Reading, say: Callable[[str]
 
 
 def odd_documents(manifest: DataManifest) -> str | None:
-    """What is odd about the documents that were prepared, of whatever kind of source."""
+    """Oddities of the documents that were prepared, of whatever kind of source."""
     documents, sentences = manifest.train.documents, manifest.train.sentences
     if documents >= _MANY and sentences < 1.5 * documents:
         return (

@@ -111,7 +111,7 @@ class Corpus:
         return [path for path in paths if content_suffix(path) == ".txt"]
 
     def identity(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """What the held-out and the training sources are recognised by."""
+        """The identity by which held-out and training sources are recognised."""
         heldout, train = (
             tuple(line for source in sources for line in source.identity())
             for sources in (self.heldout, self.train)
@@ -135,7 +135,7 @@ class Corpus:
     def contents(
         self, plan: WorkPlan, hashes: dict[tuple[int, int], str]
     ) -> tuple[SourceFile, ...]:
-        """What the manifest says about the sources. `hashes`: by source and file index."""
+        """The manifest's entries about the sources. `hashes`: by source and file index."""
         found = []
         for index, source in enumerate(self.sources):
             heldout = index < self.num_heldout

@@ -10,9 +10,6 @@ from stacking_ds.engine.zero.compatibility import ZERO_SUPPORTED_OPTIMIZERS, Mas
 from stacking_ds.engine.zero.flat_buffers import flat_tensors, pieces
 from stacking_ds.sharding.fragments import Shard, Span
 
-# ---- What an optimizer has to know of the flat tensors DeepSpeed gives it in place of
-# parameters.
-
 
 def accept_under_zero(kind: type[torch.optim.Optimizer]) -> None:
     """Tell DeepSpeed, for the life of the process, that optimizers of exactly this type are right

@@ -12,8 +12,6 @@ from stacking_ds.engine.zero.start import ValueOf
 from stacking_ds.optim.optimizers import state_names
 from stacking_ds.sharding.fragments import MASTER, Fragment
 
-# ---- The factor fp16 multiplies the loss by, so that small gradients do not vanish.
-
 
 def loss_scale(engine: Any) -> float:
     """The present factor; 1.0 in bf16 and fp32."""

@@ -1,4 +1,4 @@
-"""Which form of attention runs: the one asked for, or the fastest that can, by measurement.
+"""Choose the form of attention: the one asked for, or the fastest that can run, by measurement.
 
 Shapes: T tokens, E sequences, N heads, D head size.
 """
@@ -22,9 +22,8 @@ from stacking_ds.kernels.attention.flash import (
     require_flash,
     require_varlen,
 )
-from stacking_ds.kernels.attention.loops import attend_loops
 from stacking_ds.kernels.attention.padded import attend_cudnn, attend_padded, require_cudnn
-from stacking_ds.kernels.attention.sequences import Attend, Sequences
+from stacking_ds.kernels.attention.sequences import Attend, Sequences, attend_loops
 
 logger = logging.getLogger("stacking_ds")
 

@@ -10,10 +10,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from stacking_ds.errors import ConfigError
-from stacking_ds.kernels.attention.sequences import Sequences
+from stacking_ds.kernels.attention.sequences import Sequences, require_gpu_and_half
 
 _LARGEST_HEAD = 256
-_DTYPES = (torch.bfloat16, torch.float16)
 _OPERATIONS = ("_flash_attention_forward", "_flash_attention_backward")
 
 
@@ -65,7 +64,7 @@ def attend_varlen(
 
 def require_flash(device: torch.device, dtype: torch.dtype) -> None:
     """Raises ConfigError where torch's FlashAttention 2 cannot run."""
-    _require_gpu_and_half("flash", device, dtype)
+    require_gpu_and_half("flash", "FlashAttention 2", device, dtype)
     missing = [name for name in _OPERATIONS if not hasattr(torch.ops.aten, name)]
     if missing:
         raise ConfigError(
@@ -77,25 +76,12 @@ def require_flash(device: torch.device, dtype: torch.dtype) -> None:
 
 def require_varlen(device: torch.device, dtype: torch.dtype) -> None:
     """Raises ConfigError where `torch.nn.attention.varlen` is not there or cannot run."""
-    _require_gpu_and_half("varlen", device, dtype)
+    require_gpu_and_half("varlen", "FlashAttention 2", device, dtype)
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         raise ConfigError(
             f"engine.attention=varlen needs torch.nn.attention.varlen, which torch "
             f"{torch.__version__} does not have; install torch 2.11 or later, or set "
             f"engine.attention=flash"
-        )
-
-
-def _require_gpu_and_half(name: str, device: torch.device, dtype: torch.dtype) -> None:
-    if device.type != "cuda":
-        raise ConfigError(
-            f"engine.attention={name}, but the model is on {device.type}: FlashAttention 2 needs "
-            f"an NVIDIA GPU; leave the attention to auto"
-        )
-    if dtype not in _DTYPES:
-        raise ConfigError(
-            f"engine.attention={name} computes in bf16 and fp16, not in {dtype}; set "
-            f"engine.precision=bf16, or engine.attention=padded"
         )
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stacking_ds.errors import ConfigError
-from stacking_ds.kernels.attention.sequences import Sequences
+from stacking_ds.kernels.attention.sequences import Sequences, require_gpu_and_half
 
 _WITHOUT_CUDNN = (
     SDPBackend.FLASH_ATTENTION,
@@ -86,16 +86,7 @@ def attend_cudnn(qkv_T3ND: torch.Tensor, sequences: Sequences, dropout_prob: flo
 
 def require_cudnn(device: torch.device, dtype: torch.dtype) -> None:
     """Raises ConfigError where cuDNN's attention cannot run."""
-    if device.type != "cuda":
-        raise ConfigError(
-            f"engine.attention=cudnn, but the model is on {device.type}: cuDNN needs an NVIDIA "
-            f"GPU; leave the attention to auto"
-        )
-    if dtype not in (torch.bfloat16, torch.float16):
-        raise ConfigError(
-            f"engine.attention=cudnn computes in bf16 and fp16, not in {dtype}; set "
-            f"engine.precision=bf16, or engine.attention=padded"
-        )
+    require_gpu_and_half("cudnn", "cuDNN", device, dtype)
 
 
 def _attend(

@@ -1,4 +1,4 @@
-"""What every form of the LAMB step takes and gives.
+"""Contract of the LAMB step: what each form of it takes and gives.
 
 You et al. 2020, algorithm 2, for one parameter w with gradient g at step t, in two passes:
 
@@ -100,9 +100,6 @@ def trust_ratio(weight_square: float, update_square: float, hyper: Hyper) -> flo
         return 1.0
     ratio = math.sqrt(weight_square) / math.sqrt(update_square)
     return min(max(ratio, hyper.min_coeff), hyper.max_coeff)
-
-
-# ---- The LAMB step in plain torch, one parameter after the other: the definition.
 
 
 class ReferenceLamb:

@@ -30,9 +30,6 @@ from stacking_ds.optim.lamb.blocked import BlockedLamb
 from stacking_ds.optim.lamb.contract import Hyper, Item, LambKernel, ReferenceLamb, trust_ratio
 from stacking_ds.sharding.fragments import MOMENTS, Shard, Span
 
-# ---- Which form of the LAMB step runs: the one asked for, or the fastest that can.
-
-
 logger = logging.getLogger("stacking_ds")
 
 
@@ -356,9 +353,6 @@ class Lamb(torch.optim.Optimizer):
         return LambStatistics(
             tuple(names), tuple(weights), tuple(updates), tuple(ratios), tuple(adapted)
         )
-
-
-# ---- LAMB's last step as metrics: norms, and trust ratios by layer.
 
 
 TRUST_RATIOS = "optim/trust_ratio"

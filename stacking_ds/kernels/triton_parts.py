@@ -1,7 +1,9 @@
-"""Sums over rows, column by column, that come out the same every time.
+"""Parts that the Triton kernels share: compiling, dropout masks, and sums over rows.
 
-A program of a backward pass walks its share of the rows and leaves one line of sums; here those
-lines are added, always in the same order. No atomics: which came first would show in the bits.
+A mask is in no memory: it is drawn from its seed wherever it is needed. Sums come out the same
+every time: a program of a backward pass walks its share of the rows and leaves one line of sums;
+here those lines are added, always in the same order. No atomics: which came first would show in
+the bits.
 
 Shapes: K sums that were taken side by side, P programs, H columns.
 """
@@ -14,14 +16,18 @@ import triton
 import triton.language as tl
 from triton.language import constexpr, tensor
 
-# ---- A dropout mask that is in no memory: drawn from its seed wherever it is needed.
+
+def jit(function: Callable[..., Any]) -> Any:
+    """As `triton.jit`, but compiled once for all numbers of rows and of what they look up."""
+    varying = ["tokens", "programs", "words", "types", "positions"]
+    return triton.jit(function, do_not_specialize=varying)
 
 
 # The fewest with which Philox4x32 passes all of BigCrush (Salmon et al. 2011, table 2).
 ROUNDS = constexpr(7)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@jit
 def dropped(
     values: tensor, seed: tensor, rows: tensor, dropout_prob: tensor, BLOCK: constexpr
 ) -> tensor:
@@ -52,9 +58,6 @@ def draw_seed(dropout_prob: float, device: torch.device) -> torch.Tensor | None:
     return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
-# ---- Sums over rows, column by column, that come out the same every time.
-
-
 # The lines are in L2, just written. With 32 columns a program reads whole lines of 128 bytes, and
 # there are enough programs to hide that each one waits.
 OPTIONS = {"COLUMNS": 32, "ROWS": 64, "num_warps": 4, "enable_fp_fusion": True}
@@ -69,11 +72,7 @@ _WALKERS_INTERPRETED = 3
 WALKING = {"maxnreg": 128}
 
 
-def _jit(function: Callable[..., Any]) -> Any:
-    return triton.jit(function, do_not_specialize=["programs"])
-
-
-@_jit
+@jit
 def column_sums_kernel(
     partial_KPH: tensor, out_KH: tensor, programs: tensor,
     H: constexpr, COLUMNS: constexpr, ROWS: constexpr,
@@ -95,7 +94,7 @@ FORMS: list[tuple[Any, dict[str, Any]]] = [(column_sums_kernel, {})]
 
 
 def walkers(device: torch.device, tiles: int) -> int:
-    """How many programs share so many `tiles` of rows: P."""
+    """The number of programs that share so many `tiles` of rows: P."""
     if device.type != "cuda":
         return min(tiles, _WALKERS_INTERPRETED)
     processors = torch.cuda.get_device_properties(device).multi_processor_count
