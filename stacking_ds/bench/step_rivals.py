@@ -177,7 +177,8 @@ def their_model(config: BertConfig) -> torch.nn.Module:
     """transformers' BERT of the same sizes, with the attention of torch's own kernels."""
     import transformers
 
-    theirs = transformers.BertConfig(**config.for_hugging_face())
+    sizes = config.model_dump(exclude={"layer_norm_position"})
+    theirs = transformers.BertConfig(**sizes)
     theirs._attn_implementation = "sdpa"
     model: torch.nn.Module = transformers.BertForPreTraining(theirs)
     return model.train()

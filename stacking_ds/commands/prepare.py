@@ -91,9 +91,9 @@ def add_prepare(parser: argparse.ArgumentParser) -> None:
 
 
 def _prepare(options: argparse.Namespace) -> int:
-    from stacking_ds.data.prepare.first_look import odd_documents
     from stacking_ds.data.prepare.folder import PrepareOptions
     from stacking_ds.data.prepare.preparation import prepare
+    from stacking_ds.data.prepare.work_plan import odd_documents
 
     started = time.monotonic()
     part = _part(options.part)

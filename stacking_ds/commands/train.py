@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -147,7 +148,8 @@ def _train_in_world(
         detector.record = lambda verdict: attempts.ended(run_dir, "lost", world.pulse.step, verdict)
     train(plan, world, run_dir, resume=bool(options.resume), request=request)
     if world.is_first:
-        say(f"see `stacking-ds report {run_dir}`")
+        with suppress(OSError):  # the terminal is gone, and the run is none the worse for it
+            say(f"see `stacking-ds report {run_dir}`")
 
 
 def _opened(options: argparse.Namespace, world_size: int) -> "TrainingPlan":

@@ -1,4 +1,4 @@
-"""Read a DeepSpeed JSON, fill in its `"auto"`, and refuse what contradicts the recipe."""
+"""Read a DeepSpeed JSON, fill in its "auto", and refuse what contradicts the recipe."""
 
 import json
 from collections.abc import Iterator, Mapping

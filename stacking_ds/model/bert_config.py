@@ -24,11 +24,6 @@ class BertConfig(ModelSection):
     vocab_size: VocabularySize
     num_hidden_layers: Depth
 
-    def for_hugging_face(self) -> dict[str, int | float]:
-        """The keys that their `BertConfig` has of it: all but those that are the same in all of
-        theirs."""
-        return self.model_dump(exclude={"layer_norm_position"})
-
     @property
     def num_parameters(self) -> int:
         """Trained parameters; the tied decoder counts once."""

@@ -179,8 +179,10 @@ def test_latest_changes_when_all_else_is_on_disk(
     monkeypatch.setattr(os, "replace", recording_move(replace))
     save_state(tmp_path, 1, plain_fragments())
     named, switched = done.index(("move to", "step_00000001")), done.index(("move to", "latest"))
-    files = {"rank_00000.safetensors", "manifest.json", ".step_00000001.partial"}
-    assert {("sync", name) for name in files} <= set(done[:named])
+    files = {"rank_00000.safetensors", ".manifest.json.partial"}
+    complete = done.index(("move to", "manifest.json"))
+    assert {("sync", name) for name in files} <= set(done[:complete])
+    assert ("sync", ".step_00000001.partial") in done[complete:named]
     pointer = {("sync", "checkpoints"), ("sync", ".latest.partial")}
     assert pointer <= set(done[named:switched])
     assert ("sync", "checkpoints") in done[switched:]

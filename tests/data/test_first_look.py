@@ -8,8 +8,7 @@ import textwrap
 import pytest
 
 from stacking_ds.cli import main
-from stacking_ds.data.prepare.first_look import look_at, odd_documents
-from stacking_ds.data.prepare.work_plan import open_corpus
+from stacking_ds.data.prepare.work_plan import look_at, odd_documents, open_corpus
 from stacking_ds.data.shard_files import read_manifest
 from stacking_ds.data.sources import lines
 from stacking_ds.data.sources.documents import Reading

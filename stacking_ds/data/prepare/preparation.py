@@ -13,7 +13,6 @@ from functools import partial
 
 from stacking_ds.data.pool import Report, Work, WorkerDiedError, do_in_workers
 from stacking_ds.data.prepare.finish import empty_split, finish_splits
-from stacking_ds.data.prepare.first_look import say_what_documents_are
 from stacking_ds.data.prepare.folder import (
     SPLITS,
     PrepareOptions,
@@ -29,7 +28,13 @@ from stacking_ds.data.prepare.vocabulary import (
     train_vocabulary,
     write_vocabulary,
 )
-from stacking_ds.data.prepare.work_plan import Corpus, WorkPlan, make_plan, say_what_is_left_out
+from stacking_ds.data.prepare.work_plan import (
+    Corpus,
+    WorkPlan,
+    make_plan,
+    say_what_documents_are,
+    say_what_is_left_out,
+)
 from stacking_ds.data.shard_files import (
     MANIFEST_NAME,
     DataManifest,

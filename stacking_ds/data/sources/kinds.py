@@ -1,7 +1,7 @@
 """Sources by name: files, folders and globs of known kinds, and what is no file.
 
     embedded                            the prose of the installed packages, see `embedded`
-    hf:NAME, hf:NAME:CONFIG, ...@SPLIT  a Hugging Face dataset, see `hub_datasets`
+    hf:NAME, hf:NAME:CONFIG, ...@SPLIT  a Hugging Face dataset, see `tables`
     a file, a folder or a glob          .txt, .jsonl, .ndjson, .json, see `text_files`; .csv, .tsv,
                                         see `tables`; each of these also .gz, .bz2, .xz, .zst;
                                         .parquet, .arrow, see `tables`
@@ -29,11 +29,11 @@ from stacking_ds.data.sources.documents import (
     unreadable,
 )
 from stacking_ds.data.sources.embedded import Embedded
-from stacking_ds.data.sources.hub_datasets import HuggingFace
 from stacking_ds.data.sources.lines import PACKED_SUFFIXES, content_suffix, is_packed
 from stacking_ds.data.sources.tables import (
     TABLE_SUFFIXES,
     DelimitedFile,
+    HuggingFace,
     TableFile,
     cut_delimited_file,
     cut_table_file,
