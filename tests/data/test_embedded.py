@@ -98,7 +98,7 @@ def test_the_whole_corpus_has_two_megabytes_and_no_leak():
 
 
 def test_identity_names_versions():
-    identity = embedded.identity()
+    identity = embedded.Embedded().identity()
     assert any(line.startswith("python 3.") for line in identity)
     assert any(re.match(r"torch \d", line) for line in identity)
 
