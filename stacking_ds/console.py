@@ -76,7 +76,7 @@ def aligned(rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:
 
 
 def is_utf8(name: str | Path) -> bool:
-    """Whether the name can be written as text."""
+    """True if the name can be written as text."""
     try:
         str(name).encode("utf-8")
     except UnicodeEncodeError:

@@ -2,6 +2,7 @@
 
 import ast
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -128,3 +129,36 @@ def test_every_module_says_its_job() -> None:
         if not ast.get_docstring(ast.parse((PACKAGE / module).read_text(encoding="utf-8")))
     ]
     assert silent == []
+
+
+# what nobody searches for: a question, or the answer to one that the reader has to guess
+RIDDLE = re.compile(r"(?:Who|Whose|What|Where|Which|When|Why|How|Whether|Is|Are|Does|Has)\b|.*\?$")
+
+
+def _first_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Of the docstrings of a module and its public classes and functions."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            name = path.name if isinstance(node, ast.Module) else node.name
+            docstring = ast.get_docstring(node) or ""
+            if not name.startswith("_") and docstring:
+                yield f"{path.name} {name}", docstring.splitlines()[0]
+
+
+def test_docstrings_begin_with_a_verb_or_a_noun_and_are_no_riddles() -> None:
+    riddles = [
+        f"{place}: {line}"
+        for path in _sources()
+        if _room(path) != "bench"
+        for place, line in _first_lines(path)
+        if RIDDLE.match(line)
+    ]
+    assert riddles == []
+
+
+@pytest.mark.parametrize("line", ["Who is still there.", "Is it whole?", "Learned, or diverged?"])
+def test_a_riddle_is_noticed(tmp_path: Path, line: str) -> None:
+    guilty = tmp_path / "guilty.py"
+    guilty.write_text(f'"""{line}"""\n')
+    assert [RIDDLE.match(first) is not None for _, first in _first_lines(guilty)] == [True]

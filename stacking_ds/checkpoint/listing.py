@@ -161,7 +161,7 @@ def _row(record: dict[str, Any]) -> list[str]:
 
 
 def verify(folders: Sequence[Path], say: Say) -> bool:
-    """Read every byte of the checkpoints and `say` what is found; is all of it whole?
+    """Read every byte of the checkpoints and `say` what is found; True if all of it is whole.
 
     If some is damaged, the newest whole checkpoint of the run is looked for, and what to do is
     said. What cannot be read is not taken for damaged.

@@ -81,7 +81,7 @@ def checked(kind: type[R], **values: Any) -> R:
 
 
 def is_of_file(sentence: str) -> bool:
-    """Whether the file is to blame, and not what `--set` gave."""
+    """True if the file is to blame, and not what `--set` gave."""
     return not sentence.startswith((_OVERRIDE, _WITH_OVERRIDES))
 
 

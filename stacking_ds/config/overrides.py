@@ -39,12 +39,12 @@ def is_list(kind: Any) -> bool:
 
 
 def unknown_part(path: Sequence[str]) -> int | None:
-    """Which part of `path` is the first that no key has; None if all are known."""
+    """The index of the first part of `path` that no key has; None if all are known."""
     return next((n for n in range(len(path)) if declared(path[: n + 1]) is None), None)
 
 
 def meant(path: Sequence[str]) -> str:
-    """What to write instead of a `path` whose last part is unknown."""
+    """Advice for a `path` whose last part is unknown: what to write instead."""
     *parents, leaf = path
     leaf = _OTHER_NAMES.get(leaf.lower(), leaf)
     section = _section(declared(parents))

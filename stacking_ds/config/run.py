@@ -174,7 +174,7 @@ _MAY_CHANGE = (
 
 
 def changed_keys(before: RunConfig, now: RunConfig) -> list[str]:
-    """What makes `now` another run than `before`, as "key: before -> now" lines."""
+    """The differences that make `now` another run than `before`, as "key: before -> now" lines."""
     old, new = _flatten(before.model_dump(mode="json")), _flatten(now.model_dump(mode="json"))
     return [
         f"{key}: {old.get(key)!r} -> {new.get(key)!r}"

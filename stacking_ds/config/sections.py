@@ -52,7 +52,7 @@ MaskingName = Literal["tokens", "whole_words", "spans"]
 
 
 class DataSection(Record):
-    """Which prepared token shards, and how examples are cut from them."""
+    """The prepared token shards, and how examples are cut from them."""
 
     path: PathText
     """Folder that `stacking-ds prepare` wrote."""
@@ -129,7 +129,7 @@ Moments = Literal["reset", "carry"]
 
 
 class GrowthSection(Record):
-    """What happens to layers and optimizer moments at a boundary."""
+    """Layers and optimizer moments at a boundary: what becomes of them."""
 
     operator: Literal["stack", "interleave"] = "stack"
     """`stack`: new layer j copies old layer j mod L (Gong et al. 2019 §3.1); `interleave`: every
@@ -142,7 +142,7 @@ LambKernelName = Literal["auto", "reference", "blocked", "triton", "apex"]
 
 
 class LambSection(Record):
-    """What LAMB has and AdamW has not; null for another optimizer."""
+    """Options that LAMB has and AdamW has not; null for another optimizer."""
 
     always_adapt: bool = False
     """Take trust ratios for biases and LayerNorm too, instead of 1."""
@@ -212,7 +212,7 @@ class OptimizerSection(Record):
 
 
 class BatchSection(Record):
-    """How many rows a step has, and how many of them at once."""
+    """Rows of a step, and how many of them at once."""
 
     global_batch_size: Rows
     """Rows per step over all ranks; the same at any number of ranks."""
@@ -248,7 +248,7 @@ ActivationCheckpointing = Literal["none", "selective", "full"]
 
 
 class EngineSection(Record):
-    """How it is computed. All of it may change between a run and its continuation."""
+    """The way it is computed. All of it may change between a run and its continuation."""
 
     deepspeed: PathText = "zero1"
     """A bundled DeepSpeed JSON (zero0 … zero3) or the path of one."""
@@ -293,7 +293,7 @@ class EngineSection(Record):
 
 
 class CheckpointSection(Record):
-    """When the state is saved, what is kept, and the export at the end."""
+    """The steps at which the state is saved, what is kept, and the export at the end."""
 
     every_steps: Steps = 1000
     """Steps between checkpoints. One is also written at each boundary, at the end and when asked to
@@ -314,8 +314,8 @@ class EvaluationSection(Record):
 
 
 class ClusterSection(Record):
-    """When ranks are taken for lost. What is lost ends the job, which can go on from its
-    checkpoint."""
+    """Times after which ranks are taken for lost. What is lost ends the job, which can go on from
+    its checkpoint."""
 
     timeout_seconds: Annotated[float, Field(ge=5.0, le=_LONGEST_WAIT_SECONDS)] = 600.0
     """How long it may be that no rank moves; also the time-out of all collectives."""
@@ -324,7 +324,7 @@ class ClusterSection(Record):
 
 
 class LoggingSection(Record):
-    """How often metrics are written."""
+    """The steps at which metrics are written."""
 
     every_steps: Steps = 10
     """Steps between lines of metrics, each the mean over the steps since the line before. There is

@@ -84,7 +84,7 @@ class Batch:
     def model_inputs(
         self,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Sequences, torch.Tensor]:
-        """What the model's forward takes, in its order."""
+        """The arguments of the model's forward, in its order."""
         ids = self.input_ids_T, self.token_type_ids_T, self.position_ids_T
         return *ids, self.sequences, self.mlm_positions_M
 

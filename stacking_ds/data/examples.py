@@ -1,4 +1,4 @@
-"""Which tokens make a training example: every token of a split in exactly one.
+"""Training examples, cut from documents: every token of a split is in exactly one.
 
     documents  |  s0  |  s1  |  s2  |    s3    |  s4  |     |   t0   |  t1  |  t2   | t3 |
 
@@ -62,7 +62,7 @@ class Examples:
 
     @property
     def slots(self) -> Integers:
-        """How long each example is with [CLS] and [SEP]. Shape [E]."""
+        """The slots of each example, [CLS] and [SEP] included. Shape [E]."""
         return self.first_length_E + self.second_length_E + 2 + (self.second_length_E > 0)
 
     def __getitem__(self, chosen: NDArray[np.int64]) -> "Examples":

@@ -41,7 +41,7 @@ Flags = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class LengthBin:
-    """How many things are `first` to `last` tokens long, both included."""
+    """The number of things that are `first` to `last` tokens long, both included."""
 
     first: int
     last: int
@@ -50,7 +50,7 @@ class LengthBin:
 
 @dataclass(frozen=True)
 class FolderFacts:
-    """What the manifest says of the folder as a whole. `size_bytes` counts shards, lists of
+    """Facts of the folder as a whole, from its manifest. `size_bytes` counts shards, lists of
     duplicates and vocabulary files, and no layouts."""
 
     folder: str
@@ -297,7 +297,7 @@ def _example_lengths(layouts: Sequence[Layout], sequence_length: int) -> tuple[L
 
 @dataclass(frozen=True)
 class PhaseReading:
-    """What the steps [start_step, end_step) of a run read."""
+    """The text that the steps [start_step, end_step) of a run read."""
 
     phase: int
     start_step: int
@@ -328,7 +328,7 @@ class Readings:
 
 
 def readings(config: RunConfig, rows_by_length: Mapping[int, RowFacts]) -> Readings:
-    """How often the run reads the training text; `rows_by_length` has each of its lengths.
+    """The epochs that the run reads of the training text; `rows_by_length` has each of its lengths.
 
     Raises StageError for a schedule that cannot be trained.
     """

@@ -85,7 +85,7 @@ class PretrainingData:
 
     @property
     def mean_attended_slots(self) -> float:
-        """How many tokens a token attends to, itself included, on average."""
+        """The tokens that a token attends to, itself included, on average."""
         return self.layout(0).mean_attended_slots
 
     def step(

@@ -43,7 +43,7 @@ _SPAN_STOP, _LONGEST_SPAN = 0.2, 10
 
 @dataclass(frozen=True)
 class MaskingVocabulary:
-    """What masking has to know of a vocabulary.
+    """The facts of a vocabulary that masking needs.
 
     `ordinary_ids` [n]: all but the special tokens, what random replacements are drawn from.
     `continues_word_V` [V]: whether the token of this id continues a word (begins with ##).

@@ -51,7 +51,7 @@ def do_in_workers(
     report: Report = lambda *_: None,
     tidy: Callable[[int], None] = lambda _: None,
 ) -> list[Any]:
-    """Does `items` in up to `workers` processes, each item in one; the results in order.
+    """Do `items` in up to `workers` processes, each item in one; the results in order.
 
     Each process calls `make_work`, which is pickled, and what that returns with an item and a
     function; what this is called with, `report` is called with, behind the item. `tidy` is called

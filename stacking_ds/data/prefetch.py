@@ -37,14 +37,14 @@ _MORE_MEMORY = "give the job more, or set data.loader_workers or the batch lower
 
 
 class Steps(Protocol):
-    """What makes the step of any number."""
+    """A maker of the step of any number."""
 
     def __getitem__(self, step: int) -> RankStep: ...
 
 
 @dataclass(frozen=True)
 class Patience:
-    """How long a step is waited for."""
+    """The time that a step is waited for."""
 
     timeout_seconds: float = float("inf")
     """How long a worker that is waited for may take no processor time."""

@@ -34,7 +34,7 @@ class Rereading:
 
     @property
     def failed(self) -> bool:
-        """Whether damage has been found so far."""
+        """True if damage has been found so far."""
         return self._failure is not None
 
     def require_whole(self, since_step: int) -> None:
@@ -46,7 +46,7 @@ class Rereading:
             ) from self._failure
 
     def goes_on(self, seconds: float) -> bool:
-        """Whether there is still something to read, after `seconds` at most. For the end of a run:
+        """True while there is something to read, after `seconds` at most. For the end of a run:
         what cannot be read is tried only once more from now on."""
         if self.thread is None:
             return False

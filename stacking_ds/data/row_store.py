@@ -108,7 +108,7 @@ def require_documents(split: TokenSplit, spec: LayoutSpec) -> None:
 
 
 def rows_sha256(split: TokenSplit) -> str:
-    """What identifies a split's rows: its documents, and the way rows are made of them."""
+    """The identity of a split's rows: its documents, and the way rows are made of them."""
     text = f"{split.shards.split_sha256(split.name)} layout {LAYOUT_VERSION}"
     return hashlib.sha256(text.encode()).hexdigest()
 

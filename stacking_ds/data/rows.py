@@ -58,7 +58,7 @@ Integers = NDArray[np.int64]
 
 
 class LayoutSpec(Record):
-    """What a layout is made by."""
+    """The specification that a layout is made by."""
 
     examples: ExampleKind
     sequence_length: int
@@ -158,7 +158,7 @@ class Layout:
 
     @property
     def mean_attended_slots(self) -> float:
-        """How many tokens a token attends to, itself included, on average."""
+        """The tokens that a token attends to, itself included, on average."""
         return self.total("squared_slots") / self.used_slots
 
     def examples_of(self, rows_R: Integers) -> tuple[Integers, Examples]:

@@ -45,7 +45,7 @@ Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class PrepareRequest(Record):
-    """What `prepare` was asked for: enough to recognise it without reading the sources, whose
+    """A request to `prepare`: enough to recognise it without reading the sources, whose
     contents are in `DataManifest.sources`."""
 
     sources: tuple[str, ...]
@@ -105,7 +105,7 @@ class DuplicatesFile(ShardFile):
 
 
 class SplitManifest(Record):
-    """What counts in a split, that is without its duplicates, and the files that hold it, in
+    """Counts of a split, that is without its duplicates, and the files that hold it, in
     order."""
 
     documents: Count
@@ -124,7 +124,8 @@ class SplitManifest(Record):
 
     @property
     def unknown_share(self) -> float | None:
-        """How much of the tokens of all files is [UNK]; None where an earlier version wrote one."""
+        """The share of [UNK] in the tokens of all files; None where an earlier version wrote
+        one."""
         counts = [shard.unknown_tokens for shard in self.shards]
         if None in counts:
             return None

@@ -84,7 +84,7 @@ def _has_nulls(column: pa.Array) -> bool:
 
 
 def is_rising(offsets: NDArray[np.int32], stop: int) -> bool:
-    """Do these offsets go from 0 to `stop`, and never back?"""
+    """True if these offsets go from 0 to `stop`, and never back."""
     return bool(
         len(offsets)
         and offsets[0] == 0
@@ -190,7 +190,7 @@ class TokenShards:
         return TokenSplit(self, name)
 
     def split_sha256(self, name: SplitName) -> str:
-        """What identifies the documents of a split that count: a hash over its files' hashes."""
+        """The identity of the documents of a split that count: a hash over its files' hashes."""
         record = self.manifest.split(name)
         hashes = [shard.sha256 for shard in record.shards] + [record.duplicates.sha256]
         return hashlib.sha256("".join(hashes).encode()).hexdigest()
@@ -283,7 +283,8 @@ class TokenSplit:
         return shards
 
     def counted(self, shard: int) -> NDArray[np.bool_]:
-        """Which documents of file number `shard` count, as no duplicates. Shape [documents]."""
+        """A mask of the documents of file number `shard` that count, as no duplicates. Shape
+        [documents]."""
         first, last = self.document_bases[shard : shard + 2]
         counts = np.ones(last - first, dtype=np.bool_)
         low, high = np.searchsorted(self.duplicates, (first, last))
@@ -291,7 +292,7 @@ class TokenSplit:
         return counts
 
     def unigram_counts(self) -> NDArray[np.int64]:
-        """How often each token occurs in the documents that count. Shape [vocab_size]."""
+        """The occurrences of each token in the documents that count. Shape [vocab_size]."""
         counts = np.zeros(self.shards.manifest.vocab_size, dtype=np.int64)
         for path, arrays in self._files():
             with _wrong_is_damage(path):

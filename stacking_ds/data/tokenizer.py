@@ -34,7 +34,7 @@ _BLANKS = " \t\r"
 
 @dataclass(frozen=True)
 class Normalization:
-    """What BERT's normaliser does to text besides cleaning it: its three switches."""
+    """The three switches of BERT's normaliser: what it does to text besides cleaning it."""
 
     lowercase: bool = True
     strip_accents: bool = True
@@ -43,7 +43,7 @@ class Normalization:
 
     @classmethod
     def keeping(cls, *, cased: bool, accents: bool) -> "Normalization":
-        """What keeps capitals, and with them accents, or accents alone."""
+        """The switches that keep capitals, and with them accents, or accents alone."""
         return cls(lowercase=not cased, strip_accents=not (cased or accents))
 
     def __str__(self) -> str:
@@ -77,7 +77,7 @@ class SpecialIds:
 
 
 def special_ids(vocabulary: Sequence[str]) -> SpecialIds:
-    """Where the five special tokens stand in `vocabulary` (token of id i at index i)."""
+    """The ids of the five special tokens in `vocabulary` (token of id i at index i)."""
     return SpecialIds(*(vocabulary.index(token) for token in SPECIAL_TOKENS))
 
 

@@ -183,7 +183,7 @@ class _Work:
             self._failure = error
 
     def look(self) -> tuple[bool, Any, Exception | None]:
-        """Whether it is done, its result and its error, after a while at most."""
+        """Tell whether it is done, its result and its error, after a while at most."""
         if self.thread is not None:
             self.thread.join(_SECONDS_BETWEEN_WORDS)
             if self.thread.is_alive():
@@ -211,7 +211,7 @@ def _sentence_of(error: Exception) -> Exception:
 
 
 class StopFlag:
-    """Has all ranks stop at the same step, whichever of them was asked to; they ask it at step,
+    """Stops all ranks at the same step, whichever of them was asked to; they ask it at step,
     evaluation and growth boundaries."""
 
     def __init__(self, world: World, request: StopRequest) -> None:

@@ -36,7 +36,7 @@ _SLOW = 0.8
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check has found; `nodes` are all that it blames, of which the text names a few."""
+    """A finding of a check; `nodes` are all that it blames, of which the text names a few."""
 
     check: str
     verdict: Verdict
@@ -302,12 +302,12 @@ TABLE = (
 
 
 def alike(nodes: Nodes) -> list[Finding]:
-    """What has to be the same on all nodes, and the room at the run directory."""
+    """All that has to be the same on all nodes, and the room at the run directory."""
     return _findings([check for check in TABLE if not check.sufficient], nodes, [])
 
 
 def sufficient_on_each_node(nodes: Nodes, ranks: Sequence[RankFacts]) -> list[Finding]:
-    """What may differ between nodes, but not fall below a minimum."""
+    """Findings of what may differ between nodes, but not fall below a minimum."""
     return _findings([check for check in TABLE if check.sufficient], nodes, ranks)
 
 
@@ -402,7 +402,7 @@ def clocks(offsets: Mapping[str, tuple[float, float]]) -> Finding:
 
 
 def network(nodes: Nodes, backend: str, meeting_place: str) -> Finding:
-    """How the ranks reach one another; they have met, if this can be asked."""
+    """A finding of how the ranks reach one another; they have met, if this can be asked."""
     name, first = next(iter(nodes.items()))
     told = f"{backend}, met at {meeting_place}"
     if first.interface:

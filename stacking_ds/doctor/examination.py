@@ -29,7 +29,7 @@ from stacking_ds.train.plan import TrainingPlan
 
 @dataclass
 class Examination:
-    """What has been found so far; on rank 0."""
+    """Findings so far; on rank 0."""
 
     nodes: dict[str, NodeFacts]
     ranks: list[RankFacts]

@@ -97,7 +97,7 @@ class RankFacts(WireRecord):
 
 @dataclass
 class Examinee:
-    """What is examined: a recipe, its data and a run directory, as far as they could be opened."""
+    """The examined: a recipe, its data and a run directory, as far as they could be opened."""
 
     run_dir: Path | None = None
     config: RunConfig | None = None
@@ -131,7 +131,7 @@ def open_examinee(
 
 
 def alike_facts(world: World, examinee: Examinee) -> NodeFacts:
-    """What has to be the same on all nodes, and the room at the run directory."""
+    """All that has to be the same on all nodes, and the room at the run directory."""
     known = _Collecting(examinee.problems)
     plan, run_dir = examinee.plan, examinee.run_dir
     code = known("code", _code) or {}
@@ -173,7 +173,7 @@ def all_facts(world: World, examinee: Examinee) -> NodeFacts:
 
 
 def rank_facts(world: World) -> RankFacts:
-    """What each rank has to itself."""
+    """The facts that each rank has to itself."""
     return RankFacts(
         host=socket.gethostname(),
         rank=world.rank,

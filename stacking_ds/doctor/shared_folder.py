@@ -29,7 +29,7 @@ KEPT = (_REFUSED, _UNTRIED)
 
 
 class Answer(WireRecord):
-    """What the first rank of a node has met there."""
+    """The answer of the first rank of a node: what it has met there."""
 
     rank: int
     problem: str = ""
@@ -37,7 +37,7 @@ class Answer(WireRecord):
 
 
 class Probing(WireRecord):
-    """What rank 0 asks the nodes to look at, and knows in the end."""
+    """A probe: what rank 0 asks the nodes to look at, and knows in the end."""
 
     place: str
     token: str = ""
@@ -52,7 +52,7 @@ class Probing(WireRecord):
 
     @property
     def exists(self) -> bool:
-        """Whether the run directory is there, and `place` is it."""
+        """True if the run directory is there, and `place` is it."""
         return self.levels_up == 0
 
     def folder(self, run_dir: Path) -> Path:

@@ -37,8 +37,8 @@ class AllReduce:
 
     @property
     def bus_bytes_per_second(self) -> float:
-        """What each rank's link carries, whatever the number of ranks: 2(n-1)/n times size over
-        time (NVIDIA's nccl-tests, doc/PERFORMANCE.md, "AllReduce")."""
+        """The bytes that each rank's link carries, whatever the number of ranks: 2(n-1)/n times
+        size over time (NVIDIA's nccl-tests, doc/PERFORMANCE.md, "AllReduce")."""
         factor = 2 * (self.ranks - 1) / self.ranks
         return factor * self.large_bytes / self.large_seconds
 

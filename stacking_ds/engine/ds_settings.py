@@ -347,7 +347,7 @@ def _value_problems(prefix: str, values: Mapping[str, Any], rules: Mapping[str, 
 
 
 def asks_for_log(json: Mapping[str, Any]) -> bool:
-    """Whether a setting asks for something that DeepSpeed says in log lines of level INFO.
+    """True if a setting asks for something that DeepSpeed says in log lines of level INFO.
 
     It prints the rest (`wall_clock_breakdown`, `memory_breakdown`, `flops_profiler`) past its log.
     """

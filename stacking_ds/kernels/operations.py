@@ -177,7 +177,7 @@ class Operations:
         return cross_entropy_sum(logits_MV, labels_M)
 
     def between_attentions(self, function: Function) -> Function:
-        """What a layer does after its attention, in the form this one runs it in."""
+        """The function of a layer after its attention, in the form this one runs it in."""
         return function
 
 

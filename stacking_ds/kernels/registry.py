@@ -1,4 +1,4 @@
-"""How a model computes on a device: what the recipe names, or the fastest that can run."""
+"""Registry of kernels: on a device those that the recipe names, or the fastest that can run."""
 
 import importlib.util
 import logging
@@ -40,7 +40,8 @@ def attend_anywhere(
 
 @dataclass(frozen=True)
 class Compute:
-    """What a `BertForPreTraining` computes with; by default, what runs everywhere."""
+    """The kernels that a `BertForPreTraining` computes with; by default, those that run
+    everywhere."""
 
     operations: Operations = field(default_factory=Operations)
     attend: Attend = attend_anywhere
@@ -59,7 +60,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 
 class Sizes(Protocol):
-    """What of a model decides which kernels can run."""
+    """The sizes of a model that decide which kernels can run."""
 
     @property
     def hidden_size(self) -> int: ...
@@ -72,7 +73,7 @@ class Sizes(Protocol):
 
 
 def choose_compute(engine: EngineSection, device: torch.device, sizes: Sizes) -> Compute:
-    """What a recipe's engine section says, for a model of `sizes` on `device`.
+    """Choose kernels by a recipe's engine section, for a model of `sizes` on `device`.
 
     Raises:
         ConfigError: something is named that cannot run here.

@@ -111,7 +111,7 @@ FORMS: list[tuple[Any, dict[str, Any]]] = [
 
 
 def options(vocabulary: int) -> dict[str, Any]:
-    """How the kernels are compiled and cut for so many logits a row."""
+    """The constants by which the kernels are compiled and cut, for so many logits a row."""
     block = min(_BLOCK, max(16, triton.next_power_of_2(vocabulary)))
     warps = max(1, min(8, block // 256))
     return {"V": vocabulary, "BLOCK": block, "num_warps": warps, "enable_fp_fusion": True}

@@ -155,7 +155,7 @@ FORMS = _forms()
 
 
 def options(width: int) -> dict[str, Any]:
-    """How the kernels are compiled and cut for rows of `width`."""
+    """The constants by which the kernels are compiled and cut, for rows of `width`."""
     block = max(16, triton.next_power_of_2(width))
     tile = {"H": width, "BLOCK": block, "ROWS": max(1, _TILE_ELEMENTS // block)}
     # wider rows have more warps, as more elements a thread need more registers than there are
@@ -188,13 +188,13 @@ def traffic(
 
 
 def records(*tensors: torch.Tensor | None) -> bool:
-    """Whether a backward pass may follow."""
+    """True if a backward pass may follow."""
     required = any(tensor is not None and tensor.requires_grad for tensor in tensors)
     return required and torch.is_grad_enabled()
 
 
 def moments(like_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where mean_T and rstd_T go: two tensors, since the second half of one would be aligned for
+    """Allocate mean_T and rstd_T: two tensors, since the second half of one would be aligned for
     some numbers of tokens alone, and the kernels compiled for both."""
     mean_T = like_TH.new_empty(len(like_TH), dtype=torch.float32)
     return mean_T, torch.empty_like(mean_T)

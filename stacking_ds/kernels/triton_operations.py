@@ -88,7 +88,7 @@ FORMS: list[tuple[Any, dict[str, Any]]] = [(gelu_kernel, {}), (gelu_backward_ker
 
 
 def options(width: int) -> dict[str, Any]:
-    """How the kernels are compiled and cut for rows of `width`."""
+    """The constants by which the kernels are compiled and cut, for rows of `width`."""
     columns = min(_COLUMNS, max(16, triton.next_power_of_2(width)))
     tile = {"F": width, "COLUMNS": columns, "ROWS": _TILE_ELEMENTS // columns}
     return {**tile, "num_warps": _WARPS, "enable_fp_fusion": True}

@@ -94,7 +94,7 @@ FORMS: list[tuple[Any, dict[str, Any]]] = [(column_sums_kernel, {})]
 
 
 def walkers(device: torch.device, tiles: int) -> int:
-    """How many programs share so many `tiles` of rows: P."""
+    """The number of programs that share so many `tiles` of rows: P."""
     if device.type != "cuda":
         return min(tiles, _WALKERS_INTERPRETED)
     processors = torch.cuda.get_device_properties(device).multi_processor_count

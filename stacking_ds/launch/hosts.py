@@ -104,7 +104,7 @@ _AT_ONCE = 64
 
 @dataclass(frozen=True)
 class SshResult:
-    """What a host answered; `trouble` is None where the command ended with exit code 0."""
+    """The answer of a host; `trouble` is None where the command ended with exit code 0."""
 
     host: str
     output: str
@@ -184,7 +184,7 @@ class Census:
         self._port, self._seconds = port, seconds
 
     def take(self, action: Action = "count") -> ProcessCount:
-        """Do `action` (see `sweep`) everywhere, at once; what was found before it."""
+        """Take `action` (see `sweep`) everywhere, at once; what was found before it."""
         found, silent = {}, {}
         if self._hosts:
             command = (

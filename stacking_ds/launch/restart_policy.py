@@ -18,7 +18,7 @@ _ASKED_TO_STOP = {code for number in STOP_SIGNALS for code in (128 + number, -nu
 
 @dataclass(frozen=True)
 class RestartDecision:
-    """Whether to start the run again, and why."""
+    """The decision whether to start the run again, and why."""
 
     again: bool
     why: str

@@ -32,7 +32,7 @@ _MPI_KEEPALIVE = (
 
 @dataclass(frozen=True)
 class Timeouts:
-    """How long things are waited for."""
+    """The times that things are waited for."""
 
     pause_seconds: float = 5.0
     """Between a failed attempt and the next."""

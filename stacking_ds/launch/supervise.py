@@ -86,7 +86,8 @@ class PartEnded:
         self._gone_since: dict[int, float] = {}
 
     def reason(self) -> str | None:
-        """Why the rest is not to be waited for any longer, for people; None while it is."""
+        """The reason not to wait for the rest any longer, for people; None while it is waited
+        for."""
         now = time.monotonic()
         if now >= self._look_at:
             self._look_at = now + self._timeouts.look_seconds
@@ -238,7 +239,7 @@ def _run_attempt(
 
 
 def supervise(request: LaunchRequest) -> int:
-    """Do what `request` asks for; the exit code.
+    """Run what `request` asks for; the exit code.
 
     A run (`train`) is judged by its records and started again while they say that it is worth it
     and restarts are left: 0 only if it is complete, or was asked to stop and has saved. Any other

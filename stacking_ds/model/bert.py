@@ -208,7 +208,7 @@ class BertForPreTraining(nn.Module):
 def from_rows(
     input_ids_BS: torch.Tensor, token_type_ids_BS: torch.Tensor, attention_mask_BS: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Sequences]:
-    """What the model takes, of rows as Hugging Face's models take them: one example each, its mask
+    """The model's inputs, of rows as Hugging Face's models take them: one example each, its mask
     0 at padding. A row of padding alone has one token, the padding in its first slot.
 
     The host waits for the device to find the tokens. Of Hugging Face's results, those at

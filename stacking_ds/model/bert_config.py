@@ -8,7 +8,7 @@ _OF_LAYER = re.compile(r"(|.*\.)(encoder\.layer\.)(\d+)(\..*)")
 
 
 def split_at_layer(name: str) -> tuple[str, int, str] | None:
-    """What stands before and behind the layer's number, and the number; None outside the layers."""
+    """The parts before and behind the layer's number, and the number; None outside the layers."""
     found = _OF_LAYER.fullmatch(name)
     return None if found is None else (f"{found[1]}{found[2]}", int(found[3]), found[4])
 

@@ -1,4 +1,4 @@
-"""Which parameters decay, and the one grouping of parameters that makes stacking free.
+"""Parameter groups: the one grouping that makes stacking free, and which parameters decay.
 
 ZeRO 1 and 2 flatten each parameter group and cut the flat buffer into equal parts, one a rank.
 With groups of its own, a layer is cut the same way whatever stands beside it, so the part of new
@@ -61,7 +61,7 @@ def parameter_groups(
 
 
 def place_of(name: str) -> str:
-    """Where a parameter is: "layer.3", or OUTSIDE of the layers."""
+    """The place of a parameter: "layer.3", or OUTSIDE of the layers."""
     found = split_at_layer(name)
     return f"{_LAYER_PLACE}{found[1]}" if found else OUTSIDE
 

@@ -94,7 +94,7 @@ def check(run_dir: Path, config: RunConfig, *, resume: bool) -> None:
 
 
 def holds_run(run_dir: Path) -> bool:
-    """Has a run made the directory its own?"""
+    """True if a run has made the directory its own."""
     return (run_dir / _CONFIG).exists() or bool(saved_steps(run_dir))
 
 

@@ -37,8 +37,8 @@ class Phase:
         return self.global_batch_size * self.sequence_length
 
     def first_row(self, step: int) -> int:
-        """Where the batch of `step` begins in the endless order of the rows of this length, so
-        that a phase goes on where an earlier one of its length stopped."""
+        """The place at which the batch of `step` begins in the endless order of the rows of this
+        length, so that a phase goes on where an earlier one of its length stopped."""
         return self.rows_before + (step - self.start_step) * self.global_batch_size
 
 

@@ -121,7 +121,7 @@ class StageSchedule:
 
     @property
     def full_depth_layer_steps(self) -> int:
-        """What as many steps, all at the last stage's depth, would have cost."""
+        """The cost of as many steps, all at the last stage's depth."""
         return self.stages[-1].num_hidden_layers * self.total_steps
 
     def draw(self) -> str:

@@ -23,7 +23,7 @@ Integers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Cut:
-    """How the `numel` elements of a flattened parameter are cut among ranks.
+    """A cut of the `numel` elements of a flattened parameter among ranks.
 
     Rank r has [r * size - offset, (r + 1) * size - offset), as far as the parameter reaches. Both
     of DeepSpeed's ways to cut are of this form: ZeRO 3 cuts the parameter by itself (offset 0),
@@ -130,7 +130,8 @@ class Shard:
 
 @dataclass(frozen=True)
 class Layout:
-    """Which rank has what of every parameter; nothing grows with the number of ranks."""
+    """The elements that each rank has of every parameter; nothing grows with the number of
+    ranks."""
 
     ranks: int
     cuts: Mapping[str, Cut]
@@ -202,7 +203,8 @@ class Traffic:
 
 
 def traffic(old: Layout, new: Layout, source_of: Callable[[str], str]) -> Traffic:
-    """What filling `new` from `old` moves; `source_of` names the old parameter a new one copies."""
+    """Count what filling `new` from `old` moves; `source_of` names the old parameter of a new
+    one."""
     ranks = max(old.ranks, new.ranks)
     kept, sent, received = (np.zeros(ranks, np.int64) for _ in range(3))
     for name in new.cuts:

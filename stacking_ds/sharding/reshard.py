@@ -27,7 +27,7 @@ _BUCKET_ELEMENTS = 1 << 24
 
 
 class Ranks(Protocol):
-    """What installing needs to know of the other ranks; `stacking_ds.distributed.World` has it."""
+    """The ranks, as far as installing needs to know them; `distributed.world.World` has it."""
 
     @property
     def rank(self) -> int: ...

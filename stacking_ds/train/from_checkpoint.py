@@ -1,4 +1,4 @@
-"""What a run's checkpoint is good for without an engine: a model, its held-out loss, an export."""
+"""Open a run's checkpoint without an engine: its model, its held-out loss, an export."""
 
 from pathlib import Path
 
@@ -89,8 +89,8 @@ def export_run(
 
 
 def warning_of(run_dir: Path, found: Path) -> str | None:
-    """What the run's losses up to the checkpoint `found` warn of, or that nobody knows, for people;
-    None if of nothing."""
+    """The warning of the run's losses up to the checkpoint `found`, or that nobody knows, for
+    people; None if of nothing."""
     try:
         step = checkpoint_manifest.read_manifest(found).step
         return judge(line for line in read_metrics(run_dir) if line["step"] <= step).warning
@@ -99,7 +99,7 @@ def warning_of(run_dir: Path, found: Path) -> str | None:
 
 
 def is_export_due(plan: TrainingPlan, run_dir: Path) -> bool:
-    """Whether a run that has come to its end is still to be exported, as its recipe asks for."""
+    """True if a run that has come to its end is still to be exported, as its recipe asks for."""
     return plan.config.checkpoint.export_at_end and not (run_dir / "export").exists()
 
 

@@ -1,4 +1,4 @@
-"""What is counted while a run trains, and the line of metrics made of it."""
+"""Metrics: counted while a run trains, and made into a line for the sinks."""
 
 import math
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from stacking_ds.train.step import StepResult
 
 @dataclass
 class TrainState:
-    """What a run is besides its weights and moments; saved with every checkpoint."""
+    """The state of a run besides its weights and moments; saved with every checkpoint."""
 
     step: int = 0
     """Completed steps; a step that fp16 loss scaling skips counts, since its batch is consumed."""

@@ -67,7 +67,7 @@ def open_plan(
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What a run trains on, how long, and how fast it learns; see `open_plan`."""
+    """A run's data, length and learning rates, checked; see `open_plan`."""
 
     config: RunConfig
     schedule: StageSchedule
@@ -119,7 +119,7 @@ class TrainingPlan:
 
     @cached_property
     def shards(self) -> TokenShards:
-        """What the recipe's data.path holds; opened once."""
+        """The token shards of the recipe's data.path; opened once."""
         return TokenShards.open(Path(self.config.data.path))
 
     @cached_property
@@ -175,7 +175,7 @@ class TrainingPlan:
 
     @property
     def data_sha256(self) -> str:
-        """What identifies the training data: the documents, and the way rows are made of them."""
+        """The identity of the training data: the documents, and the way rows are made of them."""
         return rows_sha256(self.shards.split("train"))
 
     def require_vocabulary(self, vocabulary_sha256: str, checkpoint: Path) -> None:

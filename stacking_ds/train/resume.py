@@ -1,5 +1,5 @@
-"""What a job finds in its run directory: nothing, its own past, or somebody else's; and what it
-leaves there of itself.
+"""Resume: what a job finds in its run directory, nothing, its own past or somebody else's, and what
+it leaves there of itself.
 
 enter (lock, look) -> the engine is built and filled -> claim (write) -> the attempt begins
 """
@@ -146,7 +146,7 @@ def _require_sense(
 
 
 class Attempt:
-    """What the run's records say of this attempt, while it is entered: that it has begun, and how
+    """An attempt in the run's records, while it is entered: that it has begun, and how
     it ended. To make one is a collective.
 
     In a directory that is no run's yet, an attempt that fails before it begins leaves no record.

@@ -56,7 +56,7 @@ def events_name(folder: Path) -> str:
 
 
 def first_events(next_step: int) -> bytes:
-    """What a file begins with: from `next_step` on, what earlier files of the run say is void."""
+    """The beginning of a file: from `next_step` on, what earlier files of the run say is void."""
     start = SessionLog(status=SessionLog.START)
     return _records(
         Event(wall_time=time.time(), step=next_step, file_version="brain.Event:2"),
@@ -93,7 +93,7 @@ logger = logging.getLogger("stacking_ds")
 
 
 class Monitor:
-    """Where a run's numbers go. On ranks other than 0 every method does nothing."""
+    """The sinks of a run's numbers. On ranks other than 0 every method does nothing."""
 
     def __init__(
         self,

@@ -21,7 +21,7 @@ from stacking_ds.model.loss import PretrainingLoss, pretraining_loss
 
 @dataclass(frozen=True)
 class StepCounts:
-    """What the losses of a global batch are divided by, summed over all ranks."""
+    """Counts that the losses of a global batch are divided by, summed over all ranks."""
 
     mlm_targets: float
     nsp_targets: float
@@ -51,7 +51,7 @@ class StepResult:
 
 
 class Forward(NamedTuple):
-    """What a model says of a batch, and how far it is off: summed losses in nats."""
+    """A model's outputs for a batch, and how far they are off: summed losses in nats."""
 
     loss: PretrainingLoss
     mlm_logits_MV: torch.Tensor

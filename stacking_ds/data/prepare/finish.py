@@ -173,7 +173,7 @@ def empty_split(
     options: PrepareOptions,
     has_text_files: bool,
 ) -> DataError:
-    """What to say when nothing counts in a split."""
+    """The error for a split in which nothing counts."""
     train, heldout = splits["train"], splits["heldout"]
     name_it = "name what to hold out by --heldout SOURCE"
     if has_text_files:

@@ -116,7 +116,7 @@ class PrepareOptions:
 
     @property
     def reading(self) -> Reading:
-        """How the sources are read."""
+        """The options by which the sources are read."""
         leaves_out = self.bad_documents == "count"
         return Reading(self.text_key, self.max_document_bytes, self.documents, leaves_out)
 
@@ -146,8 +146,8 @@ class PrepareOptions:
     def request(
         self, corpus: Corpus, given: Sequence[str] | None, normalization: Normalization
     ) -> PrepareRequest:
-        """What a finished folder is recognised by; `given` are the tokens of the vocabulary that
-        is not to be trained."""
+        """The request that a finished folder is recognised by; `given` are the tokens of the
+        vocabulary that is not to be trained."""
         heldout_lines, lines = corpus.identity()
         return PrepareRequest(
             sources=lines,
@@ -160,7 +160,7 @@ class PrepareOptions:
         )
 
     def settings(self, corpus: Corpus) -> "Settings":
-        """What an unfinished folder is recognised by besides."""
+        """The settings that an unfinished folder is recognised by besides."""
         return Settings(
             unit_bytes=self.unit_bytes,
             shard_characters=self.shard_characters,
@@ -178,7 +178,7 @@ _SOFTWARE = ("sentencex", "tokenizers")
 
 
 class Settings(Record):
-    """What besides the request decides which bytes are written."""
+    """Settings that, besides the request, decide which bytes are written."""
 
     unit_bytes: int | None
     shard_characters: int
@@ -191,7 +191,7 @@ class Settings(Record):
 
 
 class Started(Record):
-    """What a prepare began with. `made_folder`: the folder was not there before."""
+    """The beginning of a prepare. `made_folder`: the folder was not there before."""
 
     request: PrepareRequest
     settings: Settings
@@ -208,8 +208,8 @@ class FileHash(Record):
 
 
 class Chunk(Record):
-    """What a unit wrote at a time, at most one file a split; `items` is how many documents, bad
-    ones included, were read for it."""
+    """A part of a unit that is written at a time, at most one file a split; `items` is how many
+    documents, bad ones included, were read for it."""
 
     items: int
     heldout: ShardFile | None
@@ -223,7 +223,7 @@ class Chunk(Record):
 
 
 class UnitRecord(Record):
-    """What a unit has written, with the vocabulary of that hash."""
+    """The record of what a unit has written, with the vocabulary of that hash."""
 
     vocabulary_sha256: str
     chunks: tuple[Chunk, ...] = ()
@@ -257,11 +257,11 @@ class UnfinishedFolder:
             raise DataError(f"{self.path} exists and is not prepared data; choose another folder")
 
     def started(self) -> Started | None:
-        """What was begun here, None if nothing was."""
+        """The prepare that was begun here, None if none was."""
         return _read(self.temporary / _STARTED, Started)
 
     def require_started(self) -> Started:
-        """What was begun here. Raises DataError if that is gone."""
+        """The prepare that was begun here. Raises DataError if that is gone."""
         if (started := self.started()) is None:
             raise self._gone(_STARTED)
         return started
@@ -297,7 +297,7 @@ class UnfinishedFolder:
         write_file(self.temporary / _VOCABULARY, content, self.temporary)
 
     def record(self, unit: int) -> UnitRecord | None:
-        """What the unit has written as far as is known; None if nothing."""
+        """The record of what the unit has written, as far as is known; None if nothing."""
         return _read(self.temporary / f"unit-{unit:05d}.json", UnitRecord)
 
     def keep_record(self, unit: int, record: UnitRecord) -> None:
@@ -309,7 +309,7 @@ class UnfinishedFolder:
         return {unit: record for unit, record in found.items() if record is not None}
 
     def is_whole(self, shard: ShardFile) -> bool:
-        """Whether the file is the one that was recorded, to the byte."""
+        """True if the file is the one that was recorded, to the byte."""
         path = self.path / shard.name
         try:
             return path.stat().st_size == shard.size_bytes and file_sha256(path) == shard.sha256
@@ -339,7 +339,7 @@ class UnfinishedFolder:
         return DataError(f"{self.path} was finished by another process")
 
     def unwritable(self, error: OSError) -> DataError:
-        """What to tell the user when the folder could not be written."""
+        """The error for a folder that could not be written."""
         reason = f"{self.path} cannot be written: {error.strerror or error}"
         if error.errno not in _NO_ROOM:
             return DataError(reason)

@@ -51,7 +51,7 @@ logger = logging.getLogger("stacking_ds")
 
 @dataclass(frozen=True)
 class PrepareProgress:
-    """How far a running `prepare` is. `task` is "vocabulary", which reads twice from the start, or
+    """Progress of a running `prepare`. `task` is "vocabulary", which reads twice from the start, or
     "shards"; `source_bytes` counts the bytes of the sources as they lie there, of `total_bytes` (of
     a vocabulary about as many), None if that is unknown; `kept_bytes` of them an earlier run had
     done."""

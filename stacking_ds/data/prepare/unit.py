@@ -203,7 +203,7 @@ def split_of(document: Document, number: int, heldout: bool, hash_limit: int) ->
 
 
 def usable(item: Item, reader: Reader, bad_documents: BadDocuments) -> bool:
-    """Whether the item is a document. Raises DataError for a fault unless these are counted."""
+    """True if the item is a document. Raises DataError for a fault unless these are counted."""
     if isinstance(item, Document):
         return True
     if bad_documents == "refuse":
@@ -245,7 +245,7 @@ class UnitMaker:
         self._tokenizer = SentenceTokenizer(vocabulary, started.request.normalization)
 
     def do(self, number: int, report: Callable[[int, int], None]) -> None:
-        """Does what is left of a unit. `report` is called with the documents and the bytes of the
+        """Do what is left of a unit. `report` is called with the documents and the bytes of the
         source that it has read. Raises DataError for bad input and for a folder that cannot be
         written; what is done by then is kept."""
         try:

@@ -120,7 +120,7 @@ class Corpus:
         return [path for path in paths if content_suffix(path) == ".txt"]
 
     def identity(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """What the held-out and the training sources are recognised by."""
+        """The identity by which held-out and training sources are recognised."""
         heldout, train = (
             tuple(line for source in sources for line in source.identity())
             for sources in (self.heldout, self.train)
@@ -144,7 +144,7 @@ class Corpus:
     def contents(
         self, plan: WorkPlan, hashes: dict[tuple[int, int], str]
     ) -> tuple[SourceFile, ...]:
-        """What the manifest says about the sources. `hashes`: by source and file index."""
+        """The manifest's entries about the sources. `hashes`: by source and file index."""
         found = []
         for index, source in enumerate(self.sources):
             heldout = index < self.num_heldout
@@ -243,7 +243,7 @@ _LARGE_TOKENS = 100_000
 
 @dataclass(frozen=True)
 class FirstLook:
-    """What is to be said: how .txt files are read, nothing without any; and what is odd."""
+    """Sentences of a first look: how .txt files are read, nothing without any; and what is odd."""
 
     statement: str = ""
     warnings: tuple[str, ...] = ()
@@ -280,7 +280,7 @@ class _Seen:
 
     @property
     def could_be_a_list(self) -> bool:
-        """Whether it has no blank line, though lines that are no parts of sentences."""
+        """True if it has no blank line, though lines that are no parts of sentences."""
         lines = sum(map(len, self.blocks))
         return (
             len(self.blocks) == 1
@@ -346,7 +346,7 @@ def say_what_documents_are(corpus: Corpus, reading: Reading, say: Callable[[str]
 
 
 def odd_documents(manifest: DataManifest) -> str | None:
-    """What is odd about the documents that were prepared, of whatever kind of source."""
+    """Oddities of the documents that were prepared, of whatever kind of source."""
     documents, sentences = manifest.train.documents, manifest.train.sentences
     if documents >= _MANY and sentences < 1.5 * documents:
         return (

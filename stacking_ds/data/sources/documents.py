@@ -101,8 +101,8 @@ class Reader(Protocol):
         cannot be read."""
 
     def place(self, number: int) -> tuple[str, str]:
-        """Where line or row `number` of the piece is: the file's name and its number counted from
-        the file's start, as `a.jsonl:17`; and in words, as `/data/a.jsonl, line 17`."""
+        """The place of line or row `number` of the piece: the file's name and its number counted
+        from the file's start, as `a.jsonl:17`; and in words, as `/data/a.jsonl, line 17`."""
 
 
 class Source(Protocol):
@@ -118,14 +118,14 @@ class Source(Protocol):
 
     @property
     def unread(self) -> Sequence[str]:
-        """What is beside them and was left alone, where a folder was named."""
+        """The files beside them that were left alone, where a folder was named."""
 
     @property
     def repeated(self) -> Sequence[str]:
         """Other names of files that are read already, here or in an earlier source."""
 
     def identity(self) -> list[str]:
-        """What the source is recognised by without reading it: names, with sizes or versions. A
+        """The identity of the source without reading it: names, with sizes or versions. A
         Hugging Face dataset has its name alone, so that it needs no network."""
 
     def contents(self) -> list[tuple[str, str | None]]:
@@ -181,5 +181,5 @@ def too_long(number: int, source_bytes: int, max_bytes: int) -> Fault:
 
 
 def unreadable(path: Path, error: OSError) -> DataError:
-    """What to tell the user when a file of the sources could not be read."""
+    """The error for a file of the sources that could not be read."""
     return DataError(f"{shortened(str(path), 160)} cannot be read: {error.strerror or error}")

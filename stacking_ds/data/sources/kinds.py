@@ -93,7 +93,7 @@ class _Files:
 
     @property
     def unread(self) -> list[str]:
-        """What lies in the folder, if it is one, and is not read."""
+        """The files in the folder, if it is one, that are not read."""
         folder = Path(self.name)
         inside = folder.iterdir() if folder.is_dir() else ()
         names = {path.name for path in inside} - {path.name for path in self._found}

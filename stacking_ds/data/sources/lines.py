@@ -59,7 +59,7 @@ class Start:
 
 
 def content_suffix(path: Path) -> str:
-    """What says what is in the file, without what says how it is packed: `.txt` of `A.TXT.GZ`."""
+    """The suffix that says what is in the file, however it is packed: `.txt` of `A.TXT.GZ`."""
     name = path.name.lower()
     if is_packed(path):
         name = name.rpartition(".")[0]
@@ -67,7 +67,7 @@ def content_suffix(path: Path) -> str:
 
 
 def is_packed(path: Path) -> bool:
-    """Whether the file is compressed as a whole, by its name."""
+    """True if the file is compressed as a whole, by its name."""
     return path.suffix.lower() in PACKED_SUFFIXES
 
 
@@ -151,7 +151,7 @@ def text_blocks(path: Path) -> Iterator[str | Fault]:
 
 
 def has_newlines(path: Path, max_bytes: int, ends: Ends = TEXT_ENDS) -> bool:
-    """Whether the lines of the file end with newlines, or it has but one."""
+    """True if the lines of the file end with newlines, or it has but one."""
     with open_regular(path) as raw:
         return not _other_ends(_unpacked(raw, path), max_bytes, ends)
 

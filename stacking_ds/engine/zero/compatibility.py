@@ -28,7 +28,7 @@ PINNED_VERSION = "0.19.8"
 
 
 class Masters(Enum):
-    """Where DeepSpeed keeps the fp32 masters, by the class of `engine.optimizer`."""
+    """Places in which DeepSpeed keeps the fp32 masters, by the class of `engine.optimizer`."""
 
     MODULE = "torch optimizer on the module's own parameters (ZeRO 0, fp32)"
     UNFUSED = "FP16_UnfusedOptimizer"  # ZeRO 0, bf16 or fp16: one master per parameter
@@ -107,7 +107,7 @@ def _changed(what: str) -> str:
 
 
 def masters_of(engine: Any) -> Masters:
-    """Where a live engine keeps its masters; every private attribute needed is there.
+    """The place in which a live engine keeps its masters; every private attribute needed is there.
 
     Raises:
         ConfigError: the engine's optimizer wrapper is one whose layout is not known.

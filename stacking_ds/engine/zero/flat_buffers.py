@@ -1,4 +1,5 @@
-"""Where each parameter's fp32 elements lie in the flat tensors DeepSpeed gives the optimizer.
+"""Flat buffers: the place of each parameter's fp32 elements in the tensors of DeepSpeed's
+optimizer.
 
 ZeRO 1, 2: the parameters of one group in a row, cut into equal parts, one per rank
     | weight .......... | bias | weight ..|pad|
@@ -81,7 +82,7 @@ def flat_tensors(engine: Any) -> list[torch.Tensor]:
 def predicted_layout(
     zero_stage: int, groups: Sequence[Sequence[tuple[str, int]]], ranks: int
 ) -> Layout:
-    """How DeepSpeed will cut parameters among `ranks`, without an engine and at any size.
+    """The layout that DeepSpeed will cut among `ranks`, without an engine and at any size.
 
     Args:
         groups: name and number of elements of every parameter, by parameter group, in order.

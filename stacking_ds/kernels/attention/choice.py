@@ -1,4 +1,4 @@
-"""Which form of attention runs: the one asked for, or the fastest that can, by measurement.
+"""Choose the form of attention: the one asked for, or the fastest that can run, by measurement.
 
 Shapes: T tokens, E sequences, N heads, D head size.
 """

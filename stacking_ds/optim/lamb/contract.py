@@ -1,4 +1,4 @@
-"""What every form of the LAMB step takes and gives.
+"""Contract of the LAMB step: what each form of it takes and gives.
 
 You et al. 2020, algorithm 2, for one parameter w with gradient g at step t, in two passes:
 
