@@ -15,8 +15,7 @@ from stacking_ds.growth.operators import layer_map, source_name
 from stacking_ds.kernels.attention.choice import choose_attention
 from stacking_ds.kernels.attention.sequences import Sequences
 from stacking_ds.kernels.registry import DTYPES, Compute, choose_operations
-from stacking_ds.model.bert import BertForPreTraining
-from stacking_ds.model.loss import pretraining_loss
+from stacking_ds.model.bert import BertForPreTraining, pretraining_loss
 from tests.bert_samples import telling_model
 from tests.gpu_checks import RELATIVE_ERROR, WIDE, relative_error
 

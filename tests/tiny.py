@@ -7,9 +7,8 @@ import torch
 
 from stacking_ds.config.sections import LambSection, OptimizerSection
 from stacking_ds.engine.ds_json import load_ds_config, resolve_ds_config
-from stacking_ds.model.bert import BertForPreTraining, from_rows
+from stacking_ds.model.bert import BertForPreTraining, from_rows, pretraining_loss
 from stacking_ds.model.bert_config import BertConfig
-from stacking_ds.model.loss import pretraining_loss
 from stacking_ds.optim.optimizers import build_optimizer
 
 __all__ = [

@@ -15,9 +15,8 @@ from stacking_ds.engine.ds_settings import asks_for_log
 from stacking_ds.engine.zero import (
     compatibility,
     gradients,
-    release,
+    lifecycle,
     sharded_state,
-    start,
 )
 from stacking_ds.engine.zero.compatibility import deepspeed
 from stacking_ds.errors import ConfigError
@@ -29,7 +28,7 @@ def build_engine(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     ds_config: Mapping[str, Any],
-    value_of: start.ValueOf | None = None,
+    value_of: lifecycle.ValueOf | None = None,
 ) -> Any:
     """A `DeepSpeedEngine` for `model`, whose fp32 masters are the given values bit for bit.
 
@@ -49,7 +48,7 @@ def build_engine(
         held = {name: p.detach() for name, p in model.named_parameters()}
         value_of = lambda name, shape: held[name]  # noqa: E731 - a method would need a class
     _prepare_process(show_log=asks_for_log(ds_config))
-    start.import_muon()
+    lifecycle.import_muon()
     compatibility.follow_process_group()
     if isinstance(optimizer, ShardedOptimizer):
         gradients.accept_under_zero(type(optimizer))
@@ -57,17 +56,17 @@ def build_engine(
     dtype = DTYPES[low_precision or "fp32"]
     with sharded_state.without_stepping(optimizer):
         try:
-            start.give_storage(model, ds_config, dtype, _device(), checked)
+            lifecycle.give_storage(model, ds_config, dtype, _device(), checked)
             if checked is not None:
                 checked.require_same_on_all_ranks()
-            with start.without_traffic(model):
+            with lifecycle.without_traffic(model):
                 # [0]: a name for the rest of the tuple would keep the optimizer alive for ever
                 engine = deepspeed.initialize(
                     model=model, optimizer=optimizer, config=deepcopy(dict(ds_config))
                 )[0]
         except ValueError as error:
             raise ConfigError(f"DeepSpeed cannot build this engine: {error}") from error
-    release.return_free_pages()  # what the parameters had before DeepSpeed flattened them
+    lifecycle.return_free_pages()  # what the parameters had before DeepSpeed flattened them
     sharded_state.reset_moments(engine)
     sharded_state.mend_loss_scaling(engine)
     if isinstance(optimizer, ShardedOptimizer):
@@ -90,7 +89,7 @@ def release_engine(engine: Any) -> None:
     """
     if isinstance(engine.basic_optimizer, ShardedOptimizer):
         engine.basic_optimizer.unbind()
-    left = release.release(engine)
+    left = lifecycle.release(engine)
     if left and sys.exc_info()[0] is None:  # an error's traceback holds on to its frames
         logging.getLogger("stacking_ds").warning(
             "%.1f MiB of the released engine's masters are still held; something keeps its model "
@@ -143,7 +142,7 @@ def _same_on_all_ranks(value: float) -> bool:
 class _Checksum:
     """Hands values on, and adds them up so that ranks can compare."""
 
-    def __init__(self, value_of: start.ValueOf) -> None:
+    def __init__(self, value_of: lifecycle.ValueOf) -> None:
         self._value_of = value_of
         self._parameters = 0
         self._total = 0.0

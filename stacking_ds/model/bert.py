@@ -1,4 +1,4 @@
-"""BERT with its two pre-training heads, written for speed and knowing no ranks.
+"""BERT with its two pre-training heads and their losses, written for speed and knowing no ranks.
 
 Devlin et al. 2019, under Hugging Face's parameter names (`model/parameters.py` has the one
 table of what differs). Everything is computed on tokens without padding, one example behind the
@@ -9,6 +9,7 @@ Face's models take them: B rows, S slots each.
 """
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -16,12 +17,53 @@ from torch.nn import functional
 
 from stacking_ds.errors import ConfigError
 from stacking_ds.kernels.attention.sequences import Sequences
-from stacking_ds.kernels.cross_entropy import vocabulary_logits
-from stacking_ds.kernels.operations import EmbeddingTables
+from stacking_ds.kernels.cross_entropy import IGNORE_INDEX, vocabulary_logits
+from stacking_ds.kernels.operations import EmbeddingTables, Operations
 from stacking_ds.kernels.registry import Compute
 from stacking_ds.model.bert_config import BertConfig
 from stacking_ds.model.layer import Encoder, GatheredWhole, layer_norm, norm_of, weights_of
 from stacking_ds.model.parameters import initialize_parameters
+
+
+class PretrainingLoss(NamedTuple):
+    """Summed cross-entropies in nats: fp32 scalars, exactly 0 where there is no target.
+
+    Sums, because a mean over one rank's or one micro-step's targets would weigh targets unequally:
+    the caller divides by the target counts of the global batch.
+    """
+
+    mlm_sum: torch.Tensor
+    nsp_sum: torch.Tensor
+
+
+def pretraining_loss(
+    mlm_logits: torch.Tensor,
+    mlm_labels: torch.Tensor,
+    nsp_logits_E2: torch.Tensor,
+    nsp_labels_E: torch.Tensor,
+    operations: Operations | None = None,
+) -> PretrainingLoss:
+    """Masked-word and next-sentence cross-entropy (Devlin et al. 2019 §3.1), computed in fp32.
+
+    Args:
+        mlm_logits: (..., V), either at the M masked positions or at all B x S. The backward pass
+            overwrites them with their gradient.
+        mlm_labels: (...), vocabulary ids.
+        nsp_logits_E2: next-sentence logits.
+        nsp_labels_E: 0 where the second sentence follows the first, 1 where it does not.
+        operations: the model's, for the form of the cross-entropy.
+
+    A label of -100 is no target. Without any target a sum is 0 and has a gradient of 0, so a
+    rank that holds padding rows only runs the same backward pass as the others.
+    """
+    return PretrainingLoss(
+        mlm_sum=(operations or Operations()).cross_entropy_sum(
+            mlm_logits.flatten(0, -2), mlm_labels.flatten()
+        ),
+        nsp_sum=functional.cross_entropy(
+            nsp_logits_E2.float(), nsp_labels_E, ignore_index=IGNORE_INDEX, reduction="sum"
+        ),
+    )
 
 
 class _Embeddings(GatheredWhole):

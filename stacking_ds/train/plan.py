@@ -15,11 +15,16 @@ from numpy.typing import NDArray
 
 from stacking_ds.config.run import RunConfig
 from stacking_ds.data.batches import RankStep, split_batch
-from stacking_ds.data.loader import EvaluationSteps, PretrainingData, PretrainingSteps
+from stacking_ds.data.loader import (
+    EvaluationSteps,
+    PretrainingData,
+    PretrainingSteps,
+    unigram_log_probabilities,
+    unigram_mlm_loss,
+)
 from stacking_ds.data.row_store import require_documents, rows_sha256
 from stacking_ds.data.rows import LayoutSpec
 from stacking_ds.data.shards import TokenShards
-from stacking_ds.data.unigram import unigram_log_probabilities, unigram_mlm_loss
 from stacking_ds.engine.ds_json import load_ds_config, resolve_ds_config
 from stacking_ds.errors import CheckpointError, ConfigError
 from stacking_ds.growth.operators import layer_map

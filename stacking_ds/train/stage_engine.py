@@ -15,13 +15,13 @@ from stacking_ds.checkpoint import save as checkpoint_save
 from stacking_ds.config.sections import Moments
 from stacking_ds.distributed.world import World
 from stacking_ds.engine.build import build_engine, release_engine
+from stacking_ds.engine.zero.lifecycle import ValueOf
 from stacking_ds.engine.zero.sharded_state import (
     fragments,
     refresh,
     seed_moments,
     set_loss_scale,
 )
-from stacking_ds.engine.zero.start import ValueOf
 from stacking_ds.errors import CheckpointError
 from stacking_ds.growth.operators import layer_map
 from stacking_ds.growth.transfer import TrainingState, capture, install

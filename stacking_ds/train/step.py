@@ -16,7 +16,7 @@ from stacking_ds.data.batches import Batch
 from stacking_ds.distributed.world import World
 from stacking_ds.engine.build import advance, set_learning_rate
 from stacking_ds.errors import NonFiniteError
-from stacking_ds.model.loss import PretrainingLoss, pretraining_loss
+from stacking_ds.model.bert import PretrainingLoss, pretraining_loss
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ from stacking_ds.data.loader import (
     PretrainingData,
     PretrainingSteps,
     load_steps,
+    unigram_log_probabilities,
+    unigram_mlm_loss,
 )
 from stacking_ds.data.shards import TokenShards
-from stacking_ds.data.unigram import unigram_log_probabilities, unigram_mlm_loss
 from stacking_ds.errors import ConfigError, DataError
 from stacking_ds.schedule.phases import PhaseSchedule
 from tests import prose

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from stacking_ds.distributed.world import World
-from stacking_ds.engine.zero import release, sharded_state
+from stacking_ds.engine.zero import lifecycle, sharded_state
 from stacking_ds.engine.zero.compatibility import masters_of, require_pinned_deepspeed
 from stacking_ds.engine.zero.flat_buffers import flat_tensors, predicted_layout
 from stacking_ds.errors import ConfigError
@@ -39,7 +39,7 @@ def _fresh(world: World, zero_stage: int) -> Any:
         engine = start_engine(world, zero_stage, precision)
         views = {key for fragment in sharded_state.fragments(engine) for key in fragment.views}
         found.append((whole_state(world, engine), sharded_state.optimizer_step(engine), views))
-        release.release(engine)
+        lifecycle.release(engine)
     return found
 
 
@@ -96,7 +96,7 @@ def _written_in(world: World, zero_stage: int, precision: str) -> Any:
     after = _logits(engine)
     train_engine(world, engine, range(2))
     step = sharded_state.optimizer_step(engine)
-    release.release(engine)
+    lifecycle.release(engine)
     return before, after, state, step
 
 
@@ -126,7 +126,7 @@ def test_what_is_written_is_what_trains_on(zero_stage: int, ranks: int) -> None:
 def _cuts(world: World, zero_stage: int) -> Any:
     engine = start_engine(world, zero_stage, "bf16")
     found = sharded_state.fragments(engine)
-    release.release(engine)
+    lifecycle.release(engine)
     return Layout.of(found, world.size), [(f.start, f.stop) for f in found]
 
 
@@ -148,10 +148,10 @@ def test_the_layout_is_the_predicted_one(zero_stage: int, ranks: int) -> None:
 def _leak(world: World, zero_stage: int) -> tuple[int, int]:
     engine = start_engine(world, zero_stage, "bf16")
     held = flat_tensors(engine)
-    leaked = release.release(engine)
+    leaked = lifecycle.release(engine)
     expected = sum(flat.nbytes for flat in held)
     del held
-    return leaked - expected, release.release(start_engine(world, zero_stage, "bf16"))
+    return leaked - expected, lifecycle.release(start_engine(world, zero_stage, "bf16"))
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 3])
@@ -164,7 +164,7 @@ def _norms(world: World, cases: list[tuple[int, int, float]]) -> Any:
     for zero_stage, gas, clipping in cases:
         engine = start_engine(world, zero_stage, gas=gas, clipping=clipping)
         norms[zero_stage, gas, clipping] = train_engine(world, engine, range(3), gas)
-        release.release(engine)
+        lifecycle.release(engine)
     return norms
 
 

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from stacking_ds.kernels.registry import Compute, choose_operations
-from stacking_ds.model.bert import BertForPreTraining
-from stacking_ds.model.loss import pretraining_loss
+from stacking_ds.model.bert import BertForPreTraining, pretraining_loss
 from tests.bert_samples import TINY, Batch, telling_model
 
 pytestmark = [

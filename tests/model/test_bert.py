@@ -10,9 +10,8 @@ from torch.nn import functional
 from stacking_ds.errors import ConfigError
 from stacking_ds.kernels.attention.padded import attend_padded
 from stacking_ds.kernels.registry import Compute
-from stacking_ds.model.bert import BertForPreTraining, from_rows
+from stacking_ds.model.bert import BertForPreTraining, from_rows, pretraining_loss
 from stacking_ds.model.bert_config import BertConfig
-from stacking_ds.model.loss import pretraining_loss
 from stacking_ds.model.parameters import (
     TIED_AT_HUGGING_FACE,
     from_hugging_face,

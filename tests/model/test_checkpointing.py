@@ -11,8 +11,7 @@ from stacking_ds.distributed.world import World
 from stacking_ds.engine.build import advance, build_engine, release_engine
 from stacking_ds.kernels.registry import Compute
 from stacking_ds.model import layer
-from stacking_ds.model.bert import BertForPreTraining
-from stacking_ds.model.loss import pretraining_loss
+from stacking_ds.model.bert import BertForPreTraining, pretraining_loss
 from tests.bert_samples import TINY, Batch, telling_model
 from tests.ranks import run_ranks
 from tests.sharded import whole_state

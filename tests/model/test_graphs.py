@@ -15,9 +15,8 @@ from stacking_ds.errors import ConfigError
 from stacking_ds.kernels.attention.sequences import Sequences
 from stacking_ds.kernels.registry import Compute, choose_compute
 from stacking_ds.model import graphs
-from stacking_ds.model.bert import BertForPreTraining
+from stacking_ds.model.bert import BertForPreTraining, pretraining_loss
 from stacking_ds.model.graphs import GraphedLayers, fill_up
-from stacking_ds.model.loss import pretraining_loss
 from tests.bert_samples import TINY, Batch, telling_model
 
 LENGTHS = [(16, 5, 9), (16, 16, 16), (1, 16, 2), (7, 8, 16)]

@@ -12,8 +12,8 @@ import torch
 from stacking_ds.kernels.fp8 import linear_fp8
 from stacking_ds.kernels.operations import Operations
 from stacking_ds.kernels.registry import Compute
+from stacking_ds.model.bert import pretraining_loss
 from stacking_ds.model.bert_config import BertConfig
-from stacking_ds.model.loss import pretraining_loss
 from tests.bert_samples import TINY, Batch, telling_model
 from tests.cubins import INTERPRETED, IS_OTHER_HALF, run_other_half
 from tests.kernel_comparison import DEVICE

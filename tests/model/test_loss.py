@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from stacking_ds.model.loss import pretraining_loss
+from stacking_ds.model.bert import pretraining_loss
 
 
 def test_sums_of_negative_log_probabilities() -> None:

@@ -12,9 +12,8 @@ from stacking_ds.config.sections import DataSection
 from stacking_ds.data.batches import Batch
 from stacking_ds.data.loader import PretrainingData
 from stacking_ds.data.shards import TokenShards
-from stacking_ds.model.bert import BertForPreTraining
+from stacking_ds.model.bert import BertForPreTraining, pretraining_loss
 from stacking_ds.model.bert_config import BertConfig
-from stacking_ds.model.loss import pretraining_loss
 from tests.bert_samples import telling_model
 from tests.token_shards import make_shards
 

@@ -8,7 +8,7 @@ import torch
 
 from stacking_ds.engine.zero.compatibility import Masters, masters_of
 from stacking_ds.engine.zero.flat_buffers import flat_tensors, pieces
-from stacking_ds.engine.zero.start import ValueOf
+from stacking_ds.engine.zero.lifecycle import ValueOf
 from stacking_ds.optim.optimizers import state_names
 from stacking_ds.sharding.fragments import MASTER, Fragment
 
