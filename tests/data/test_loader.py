@@ -99,7 +99,7 @@ def examples_by_row(data, first, count):
     """How many examples each of the rows from `first` on holds, all of them in its slots."""
     rows = data.step(first, count, micro_batch_size=1).micro_batches
     for row in rows:
-        assert len(row.input_ids_T) <= row.sequences.slots == data.options.sequence_length
+        assert len(row.input_ids_T) <= row.sequences.slots == data.section.sequence_length
     return [len(row.next_sentence_label_E) for row in rows]
 
 

@@ -237,8 +237,8 @@ def test_proofs_come_before_measurements() -> None:
 
 def test_the_files_of_gpu_tests_import_what_the_machine_has() -> None:
     files = gpu_test_files(ROOT / "tests")
-    assert {"test_gpu.py", "test_bench_kernels.py", "test_kernels_lamb_triton.py"} <= {
-        path.name for path in files
+    assert {"test_gpu.py", "bench/test_kernels.py", "optim/test_lamb_triton.py"} <= {
+        str(path.relative_to(ROOT / "tests")) for path in files
     }
     bundled = {name.replace("-", "_") for name in (*gpu_wheels.BUILT, *gpu_wheels.DOWNLOADED)}
     there = {"hypothesis", "numpy", "psutil", "pyarrow", "pytest", "safetensors", "tokenizers"}
