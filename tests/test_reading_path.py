@@ -69,4 +69,4 @@ def test_a_function_that_is_not_there_is_an_error(package: Path) -> None:
 
 
 def test_the_plan_goes_through_the_loop() -> None:
-    assert len(read(PACKAGE, "train.loop:train:job").rooms) > 5
+    assert len(read(PACKAGE, "train.loop:train:plan").rooms) > 5
