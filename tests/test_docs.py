@@ -34,13 +34,18 @@ _MODULE = re.compile(r"python -m ((?:tests|experiments)\.\w+)")
 _FOLDERS_OF_USERS = {"books/"}
 
 
+def _holds_files(folder: Path) -> bool:
+    """More than what Python leaves where modules were."""
+    return any(path.is_file() and "__pycache__" not in path.parts for path in folder.rglob("*"))
+
+
 def _missing(text: str, beside: Path) -> list[str]:
     """The files, folders and names in them that a page names and that are not there."""
     roots = [ROOT, ROOT / "stacking_ds", ROOT / "stacking_ds" / "engine", beside]
     missing = [
         path
         for path in _FOLDER.findall(text)
-        if path not in _FOLDERS_OF_USERS and not any((root / path).is_dir() for root in roots)
+        if path not in _FOLDERS_OF_USERS and not any(_holds_files(root / path) for root in roots)
     ]
     names = [(path.replace(".", "/") + ".py", "") for path in _MODULE.findall(text)]
     for path, name in [*_FILE.findall(text), *names]:
