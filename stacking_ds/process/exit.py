@@ -78,8 +78,8 @@ def report_error(error: BaseException) -> int | None:
     """Print the error as a sentence, on rank 0 if all ranks have it, else on the rank that has it;
     the exit code. None for an unexpected error, which is to keep its traceback.
 
-    0 done (or stopped when asked), 1 a process of the loader is lost, 2 something the user can
-    mend, 3 a loss that is not finite, 4 another rank is lost, 130 interrupted.
+    1 a process of the loader is lost, 2 something the user can mend, 3 a loss or gradient that is
+    not finite, 4 another rank is lost, 130 interrupted.
     """
     if isinstance(error, KeyboardInterrupt):
         _say_on_first("stacking-ds: interrupted")
