@@ -64,16 +64,29 @@ class LostRankToldError(LostRankError):
 
 
 def agreed(error: Exception) -> Exception:
-    """The same error as an `AgreedError`, for every rank to raise."""
+    """The same error as an `AgreedError`, for every rank to raise.
+
+    An error that cannot be made again with the same words, as some of libraries', becomes a
+    `RuntimeError` with its name before them.
+    """
     if isinstance(error, AgreedError):
         return error
     try:
-        kind = _agreed_kind(type(error))
-    except TypeError:  # of a library, that has no subclasses
-        return _agreed_kind(RuntimeError)(f"{type(error).__name__}: {error}")
-    if isinstance(error, OSError):
-        return kind(error.errno, error.strerror, error.filename)
-    return kind.__new__(kind, *error.args)
+        made = _made_again(_agreed_kind(type(error)), error)
+        if str(made) == str(error):
+            return made
+    except Exception:  # noqa: BLE001 - constructors of libraries raise what they like
+        pass
+    return _agreed_kind(RuntimeError)(f"{type(error).__name__}: {error}")
+
+
+def _made_again(kind: type[Exception], error: Exception) -> Exception:
+    if isinstance(error, OSError) and error.errno is not None:
+        made = kind(error.errno, error.strerror, error.filename, None, error.filename2)
+    else:
+        made = kind.__new__(kind, *error.args)
+    made.__dict__.update(error.__dict__)
+    return made
 
 
 def _agreed_kind(kind: type[Exception]) -> type[Exception]:

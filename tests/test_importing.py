@@ -75,3 +75,15 @@ def test_what_is_wrong_is_told_before_anything_heavy_is_imported(
     )
     assert done.stdout == "2 []\n"
     assert sentence in done.stderr
+
+
+def test_a_checkpoint_is_read_and_exported_without_deepspeed() -> None:
+    code = "import sys, stacking_ds.train.from_checkpoint; print('deepspeed' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "False\n"

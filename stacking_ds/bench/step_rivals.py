@@ -19,11 +19,11 @@ from stacking_ds.engine.build import advance, build_engine, release_engine, set_
 from stacking_ds.engine.ds_json import load_ds_config, resolve_ds_config
 from stacking_ds.engine.zero.compatibility import deepspeed
 from stacking_ds.kernels.registry import Compute, choose_compute
-from stacking_ds.model.bert import BertForPreTraining
+from stacking_ds.model.bert import BertForPreTraining, forward_loss
 from stacking_ds.model.bert_config import BertConfig
 from stacking_ds.model.parameters import first_value
 from stacking_ds.optim.optimizers import build_optimizer
-from stacking_ds.train.step import forward_backward, forward_loss, training_step
+from stacking_ds.train.step import forward_backward, training_step
 
 _SEED = 0
 _OPTIMIZER = OptimizerSection(learning_rate=1e-4)
@@ -115,7 +115,8 @@ class OurStep:
         def micro_step(index: int) -> None:
             if index > 0:
                 advance(self._engine)
-            forward_backward(self._engine, self.batches[index].ours, counts, scale)
+            batch = self.batches[index].ours.to(self._world.device)
+            forward_backward(self._engine, batch, counts, scale)
 
         def update() -> None:
             norm = advance(self._engine)
@@ -156,7 +157,10 @@ class PlainStep:
         return [*(partial(self._micro_step, batch) for batch in self.batches), self._update]
 
     def _micro_step(self, batch: StepBatch) -> None:
-        mlm_sum, nsp_sum = forward_loss(self._model, batch.ours).loss
+        ours = batch.ours.to(self._total.device)  # as a step does it, sequences are grouped anew
+        mlm_sum, nsp_sum = forward_loss(
+            self._model, ours.model_inputs, ours.mlm_labels_M, ours.next_sentence_label_E
+        ).sums
         loss = mlm_sum / self._mlm_targets + nsp_sum / self._nsp_targets
         self._total += loss.detach()
         loss.backward()  # type: ignore[no-untyped-call]

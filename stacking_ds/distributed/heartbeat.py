@@ -49,7 +49,8 @@ _INTERVALS_TO_DECIDE = _INTERVALS_TO_GATHER + 3
 _SECONDS_TO_END = 15.0  # for a main thread that can still end by itself
 _SECONDS_TO_TELL = 10.0  # the file system or the pipe may be what hangs
 
-_VERDICT, _FAILURES = "heartbeat/verdict", "heartbeat/failures"
+# names that earlier versions understand: a node with one of those is to be told of as such
+_VERDICT, _FAILURES = "watch/verdict", "watch/fates"
 
 
 class FailureDetector:
@@ -298,7 +299,7 @@ class FailureDetector:
 
 
 def _key(rank: int) -> str:
-    return f"heartbeat/{rank}"
+    return f"watch/beat/{rank}"
 
 
 def _main_thread_stack(rank: int) -> str:

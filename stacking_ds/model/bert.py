@@ -8,8 +8,9 @@ Shapes: T tokens, H hidden size, M masked positions, E examples, V vocabulary; o
 Face's models take them: B rows, S slots each.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -269,3 +270,26 @@ def parameter_shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter, in the model's order, without allocating any."""
     model = BertForPreTraining(config, seed=None)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+class Forward(NamedTuple):
+    """A model's answers for a batch, and the sums of their losses."""
+
+    sums: PretrainingLoss
+    mlm_logits_MV: torch.Tensor
+    nsp_logits_E2: torch.Tensor
+
+
+def forward_loss(
+    model: Any,
+    inputs: Sequence[Any],
+    mlm_labels_M: torch.Tensor,
+    next_sentence_label_E: torch.Tensor,
+) -> Forward:
+    """Run `model` (a `BertForPreTraining`, or its DeepSpeed engine) on a batch on its device."""
+    mlm_logits_MV, nsp_logits_E2 = model(*inputs)
+    operations = getattr(model, "module", model).compute.operations
+    sums = pretraining_loss(
+        mlm_logits_MV, mlm_labels_M, nsp_logits_E2, next_sentence_label_E, operations
+    )
+    return Forward(sums, mlm_logits_MV, nsp_logits_E2)

@@ -10,10 +10,10 @@ import torch
 from stacking_ds.data.batches import RankStep
 from stacking_ds.distributed.world import World
 from stacking_ds.errors import DataError, NonFiniteError
+from stacking_ds.model.bert import forward_loss
 from stacking_ds.run.metrics_file import finite_or_none
 from stacking_ds.schedule.phases import Phase
 from stacking_ds.train.plan import TrainingPlan
-from stacking_ds.train.step import forward_loss
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,9 @@ def evaluate_heldout(model: Any, steps: Iterable[RankStep], world: World) -> Hel
         for micro_batch in rank_step.micro_batches:
             world.pulse.move()
             batch = micro_batch.to(world.device)
-            loss, mlm_logits_MV, nsp_logits_E2 = forward_loss(model, batch)
+            loss, mlm_logits_MV, nsp_logits_E2 = forward_loss(
+                model, batch.model_inputs, batch.mlm_labels_M, batch.next_sentence_label_E
+            )
             sums += torch.stack(
                 [
                     loss.mlm_sum.double(),

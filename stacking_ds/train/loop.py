@@ -65,6 +65,7 @@ def train(
     """
     started = time.perf_counter()
     with ExitStack() as held:
+        plan = plan.on_ranks(world.size)
         log = held.enter_context(RunLog()) if world.is_first else None
         compute = world.on_all(
             lambda: choose_compute(plan.config.engine, world.device, plan.config.model)

@@ -70,6 +70,9 @@ def open_plan(
     return plan
 
 
+_OPENED = ("shards", "train_data")  # once, whatever the ranks
+
+
 @dataclass(frozen=True)
 class TrainingPlan:
     """A run's data, length and learning rates, checked; see `open_plan`."""
@@ -82,6 +85,8 @@ class TrainingPlan:
     """As it is written, each "auto" still to be filled in."""
     ds_configs: tuple[dict[str, Any], ...] = ()
     """The DeepSpeed configuration of each phase, on the ranks that the plan was opened for."""
+    world_size: int | None = None
+    """The ranks that it was opened for."""
 
     def on_ranks(self, world_size: int) -> "TrainingPlan":
         """The plan with what DeepSpeed is told in each phase on so many ranks.
@@ -90,8 +95,13 @@ class TrainingPlan:
             ConfigError: recipe and DeepSpeed JSON disagree; all disagreements in one message. Or a
             LAMB kernel, or CUDA graphs, that the ZeRO stage rules out.
         """
+        if world_size == self.world_size:
+            return self
         found = tuple(self._resolve(world_size, phase) for phase in self.phases.phases)
-        return replace(self, ds_configs=found)
+        plan = replace(self, ds_configs=found, world_size=world_size)
+        opened = {name: self.__dict__[name] for name in _OPENED if name in self.__dict__}
+        plan.__dict__.update(opened)
+        return plan
 
     def _resolve(self, world_size: int, phase: Phase) -> dict[str, Any]:
         config = self.config

@@ -8,7 +8,7 @@ micro-batch   0                    1                              last
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -16,7 +16,7 @@ from stacking_ds.data.batches import Batch
 from stacking_ds.distributed.world import World
 from stacking_ds.engine.build import advance, set_learning_rate
 from stacking_ds.errors import NonFiniteError
-from stacking_ds.model.bert import PretrainingLoss, pretraining_loss
+from stacking_ds.model.bert import forward_loss
 
 
 @dataclass(frozen=True)
@@ -50,24 +50,6 @@ class StepResult:
         return sum(found) if found else None
 
 
-class Forward(NamedTuple):
-    """A model's outputs for a batch, and how far they are off: summed losses in nats."""
-
-    loss: PretrainingLoss
-    mlm_logits_MV: torch.Tensor
-    nsp_logits_E2: torch.Tensor
-
-
-def forward_loss(model: Any, batch: Batch) -> Forward:
-    """Run `model` (a `BertForPreTraining`, or its DeepSpeed engine) on a batch on its device."""
-    mlm_logits_MV, nsp_logits_E2 = model(*batch.model_inputs)
-    operations = getattr(model, "module", model).compute.operations
-    loss = pretraining_loss(
-        mlm_logits_MV, batch.mlm_labels_M, nsp_logits_E2, batch.next_sentence_label_E, operations
-    )
-    return Forward(loss, mlm_logits_MV, nsp_logits_E2)
-
-
 def forward_backward(engine: Any, batch: Batch, counts: StepCounts, scale: float) -> torch.Tensor:
     """Add the batch's gradient to the engine's.
 
@@ -77,9 +59,12 @@ def forward_backward(engine: Any, batch: Batch, counts: StepCounts, scale: float
     Returns:
         The batch's summed MLM and NSP loss in nats, [2].
     """
-    mlm_sum, nsp_sum = forward_loss(engine, batch).loss
-    loss = mlm_sum / max(counts.mlm_targets, 1) + nsp_sum / max(counts.nsp_targets, 1)
-    engine.backward(scale * loss)
+    forward = forward_loss(
+        engine, batch.model_inputs, batch.mlm_labels_M, batch.next_sentence_label_E
+    )
+    mlm_sum, nsp_sum = forward.sums
+    total = mlm_sum / max(counts.mlm_targets, 1) + nsp_sum / max(counts.nsp_targets, 1)
+    engine.backward(scale * total)
     return torch.stack([mlm_sum.detach(), nsp_sum.detach()])
 
 

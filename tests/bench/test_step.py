@@ -36,10 +36,9 @@ from stacking_ds.bench.targets import Target
 from stacking_ds.cli import main
 from stacking_ds.distributed.world import World
 from stacking_ds.errors import ConfigError
-from stacking_ds.model.bert import BertForPreTraining
+from stacking_ds.model.bert import BertForPreTraining, forward_loss
 from stacking_ds.model.bert_config import BertConfig
 from stacking_ds.model.parameters import to_hugging_face
-from stacking_ds.train.step import forward_loss
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -124,7 +123,10 @@ def _their_twin(config: BertConfig, model: BertForPreTraining) -> torch.nn.Modul
 
 
 def _loss_of(model: torch.nn.Module, batch: StepBatch) -> torch.Tensor:
-    mlm_sum, nsp_sum = forward_loss(model, batch.ours).loss
+    ours = batch.ours
+    mlm_sum, nsp_sum = forward_loss(
+        model, ours.model_inputs, ours.mlm_labels_M, ours.next_sentence_label_E
+    ).sums
     return mlm_sum / batch.mlm_targets + nsp_sum / batch.nsp_targets
 
 

@@ -1,6 +1,9 @@
 """Errors at a process's end: which rank says the sentence, and the exit code."""
 
+import subprocess
+
 import pytest
+from pydantic import ValidationError
 
 from stacking_ds.errors import (
     AgreedError,
@@ -11,6 +14,7 @@ from stacking_ds.errors import (
     agreed,
 )
 from stacking_ds.process.exit import report_error
+from stacking_ds.schedule.learning_rate import ScheduleSection
 
 
 @pytest.mark.parametrize(
@@ -54,3 +58,31 @@ def test_an_agreed_error_is_what_it_was() -> None:
     stale = OSError(116, "Stale file handle", "file")
     assert str(agreed(stale)) == str(stale)
     assert isinstance(agreed(ValueError("odd")), ValueError)
+
+
+def _refused_by_pydantic() -> Exception:
+    try:
+        ScheduleSection.model_validate({"warmup_steps": "many"})
+    except ValidationError as error:
+        return error
+    raise AssertionError
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError("Couldn't deserialize thrift"),  # as Arrow raises them, without a number
+        OSError(18, "Invalid cross-device link", "a", None, "b"),
+        UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"),
+        subprocess.CalledProcessError(3, ["nvcc"]),
+        _refused_by_pydantic(),
+        KeyError("of a library"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_no_words_of_an_error_are_lost_when_it_is_agreed(error: Exception) -> None:
+    error.add_note("in a worker")
+    found = agreed(error)
+    assert isinstance(found, AgreedError)
+    assert str(error) in str(found)
+    assert type(found).__name__ == type(error).__name__ or type(error).__name__ in str(found)

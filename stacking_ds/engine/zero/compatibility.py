@@ -150,7 +150,11 @@ _followed: Any = None
 
 
 def follow_process_group() -> None:
-    """Before an engine is built: make the present group DeepSpeed's, and no earlier one."""
+    """Make the present process group DeepSpeed's, before an engine is built.
+
+    DeepSpeed remembers the first one that it met for the life of the process; a program that leaves
+    its group and joins another, a notebook that trains twice say, would build on one that is gone.
+    """
     global _followed  # noqa: PLW0603 - what DeepSpeed keeps is global too
     if _followed is not None and _followed is not dist.group.WORLD:
         groups._release_process_group_references()
