@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 # Ranges say what the code needs; constraints.txt pins what it was tested with.
 REQUIREMENTS = [
-    "deepspeed==0.19.8",  # ZeRO engine; stacking_ds.zero reads this version's private layout
+    "deepspeed==0.19.8",  # ZeRO engine; stacking_ds.engine.zero reads this version's private layout
     "torch>=2.11,<2.14",  # tensors, torch.distributed, SDPA, AdamW
     "datasets>=4",  # `stacking-ds prepare hf:NAME` reads any Hugging Face dataset
     "tokenizers>=0.21",  # WordPiece training and encoding

@@ -250,11 +250,24 @@ def write_whole(
 def replace_folder(partial: Path, folder: Path, previous: Path) -> None:
     """Give the folder `partial`, all of which is on disk, the name `folder`. What had it is moved
     to `previous`, for the caller to remove."""
-    if os.path.lexists(folder):
-        shutil.rmtree(previous, ignore_errors=True)
+    is_replaced = os.path.lexists(folder)
+    if is_replaced:
+        _remove(previous)
         folder.rename(previous)
-    partial.rename(folder)
+    try:
+        partial.rename(folder)
+    except OSError:
+        if is_replaced:
+            previous.rename(folder)
+        raise
     sync(folder.parent)
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
@@ -274,6 +287,6 @@ def published(folder: Path) -> Iterator[Path]:
         for path in (*partial.iterdir(), partial):
             sync(path)
         replace_folder(partial, folder, previous)
-        shutil.rmtree(previous, ignore_errors=True)
+        _remove(previous)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room

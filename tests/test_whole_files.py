@@ -6,13 +6,14 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from stacking_ds.files import published, write_whole
 
 
-def _fail(*_: object) -> None:
+def _fail(*_: object) -> Any:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
@@ -45,6 +46,36 @@ def test_a_folder_is_replaced_as_a_whole_or_stays(tmp_path: Path) -> None:
         (partial / "new").write_text("2")
     assert os.listdir(folder) == ["new"]
     assert os.listdir(tmp_path) == ["export"]
+
+
+def test_a_folder_that_cannot_be_renamed_is_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "export"
+    folder.mkdir()
+    (folder / "old").write_text("1")
+    rename = Path.rename
+
+    def refuse(path: Path, target: Path) -> Path:
+        return _fail() if path.name.endswith(".partial") else rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OSError, match="No space"), published(folder) as partial:
+        (partial / "new").write_text("2")
+    assert os.listdir(folder) == ["old"]
+    assert os.listdir(tmp_path) == ["export"]
+
+
+def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "old").write_text("1")
+    folder = tmp_path / "export"
+    folder.symlink_to(tmp_path / "elsewhere")
+    for _ in range(2):
+        with published(folder) as partial:
+            (partial / "new").write_text("2")
+    assert (os.listdir(folder), os.listdir(tmp_path / "elsewhere")) == (["new"], ["old"])
+    assert sorted(os.listdir(tmp_path)) == ["elsewhere", "export"]
 
 
 def test_who_reads_no_further_ends_nothing() -> None:

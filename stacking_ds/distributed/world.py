@@ -16,6 +16,7 @@ from stacking_ds.process.stop_signals import StopRequest
 
 # well below any time-out, so that who waits for a slow rank hears of it in between
 _SECONDS_BETWEEN_WORDS = 5.0
+_SECONDS_TO_LET_GO = 5.0
 
 
 @dataclass
@@ -116,6 +117,12 @@ class World:
         self.pulse.work, self.pulse.waiting = work, True
         try:
             yield
+        except KeyboardInterrupt:
+            # a thread that comes back from native code into an interpreter that has ended can abort
+            # the process
+            if work is not None:
+                work.join(_SECONDS_TO_LET_GO)
+            raise
         finally:
             self.pulse.work, self.pulse.waiting = None, False
 

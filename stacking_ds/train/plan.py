@@ -158,6 +158,7 @@ class TrainingPlan:
         spec = LayoutSpec.of(self.config.data)
         require_documents(self.shards.split("train"), spec)
         require_documents(self.shards.split("heldout"), spec)
+        _ = self.train_data  # its vocabulary can be masked
 
     def lay_out_rows(self, say: Callable[[str], None], workers: int = 1) -> None:
         """Make the rows that the run will read, where they are not there; `say` is told first.

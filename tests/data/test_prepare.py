@@ -431,3 +431,8 @@ def test_batch_jobs_get_lines_instead_of_a_bar(tmp_path, capsys, monkeypatch):
     for what in ("vocabulary, pass 1 of 2", "vocabulary, pass 2 of 2", "tokenizing"):
         assert re.search(rf"^{what}: \d+ documents, {rest}", said.err, re.MULTILINE), said.err
     assert re.search(r"^prepared in \d+ s \([\d.]+ MB/s of text\): .* 0 duplicates", said.out, re.M)
+
+
+def test_one_source_may_be_given_by_itself(tmp_path):
+    options = PrepareOptions("notes.txt", tmp_path, heldout_sources=["a.txt", "b.txt"])
+    assert (options.sources, options.heldout_sources) == (("notes.txt",), ("a.txt", "b.txt"))

@@ -97,8 +97,10 @@ class PrepareOptions:
     max_document_bytes: int = MAX_DOCUMENT_BYTES
 
     def __post_init__(self) -> None:
-        for name in ("sources", "heldout_sources"):  # lists are taken too
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("sources", "heldout_sources"):  # lists are taken too, and one by itself
+            given = getattr(self, name)
+            sources = (given,) if isinstance(given, str) else tuple(given)
+            object.__setattr__(self, name, sources)
         # how small it may be, the alphabet of the text says
         if self.vocab_size > _LARGEST_VOCABULARY:
             raise DataError(
