@@ -41,6 +41,7 @@ def cases() -> list[dict[str, Any]]:
     return by_rank[0]
 
 
+@pytest.mark.slow
 def test_our_boundary_moves_no_state(cases: list[dict[str, Any]]) -> None:
     for case in cases:
         sent = case["ours"]["sent_bytes"]
@@ -52,6 +53,7 @@ def test_our_boundary_moves_no_state(cases: list[dict[str, Any]]) -> None:
         assert sum(sent.values()) <= written < 1.2 * sum(sent.values()) + 30_000
 
 
+@pytest.mark.slow
 def test_the_rivals_send_what_they_must(cases: list[dict[str, Any]]) -> None:
     zero_0, zero_1, zero_3 = cases
     old, new = zero_1["parameters"]
@@ -63,6 +65,7 @@ def test_the_rivals_send_what_they_must(cases: list[dict[str, Any]]) -> None:
         assert case["through_disk"]["sent_bytes"]["initialize"] >= 2 * new
 
 
+@pytest.mark.slow
 def test_times_and_peaks_have_a_minimum_and_a_median(cases: list[dict[str, Any]]) -> None:
     for case in cases:
         ours, disk = case["ours"]["seconds"], case["through_disk"]["seconds"]
@@ -86,6 +89,7 @@ def test_a_way_that_loses_the_state_is_not_timed() -> None:
 # --------------------------------------------------------------------- table, targets
 
 
+@pytest.mark.slow
 def test_targets_take_the_worst_case(cases: list[dict[str, Any]]) -> None:
     slow: dict[str, Any] = json.loads(json.dumps(cases[1]))
     slow["ranks"] = 3
@@ -100,6 +104,7 @@ def test_targets_take_the_worst_case(cases: list[dict[str, Any]]) -> None:
     assert all(target.met for target in boundary_targets(cases) if target.limit == 0)
 
 
+@pytest.mark.slow
 def test_the_table_says_what_it_could_not_measure(cases: list[dict[str, Any]]) -> None:
     case: dict[str, Any] = json.loads(json.dumps(cases[0]))
     case["ours"] |= {"written_bytes": None, "captured_bytes": None, "peak_ratio": None}

@@ -359,6 +359,7 @@ MEASURED = """
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
     prepare(str(prose.write_text(tmp_path / "a.txt", 60)), tmp_path / "vocab", vocab_size=400)
     texts = list(prose.documents(3000))

@@ -72,6 +72,7 @@ def _normalized(world: World, cases: Cases) -> list[Any]:
     return follow_unsharded(world, cases, grad_pre_normalization=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "cases"),
     [

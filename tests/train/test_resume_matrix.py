@@ -146,7 +146,9 @@ PAIRWISE = [
 ]
 
 
-@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize(
+    "ranks", [2, 4, *(pytest.param(other, marks=pytest.mark.slow) for other in (1, 3))]
+)
 def test_any_layout_loads_what_another_saved(save_at: SaveAt, ranks: int) -> None:
     _check(save_at, ranks, [(old, new) for old, new in PAIRWISE if new.ranks == ranks])
 
