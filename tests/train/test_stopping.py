@@ -200,7 +200,7 @@ def _slow_saves(
 @pytest.mark.parametrize(
     ("step", "save", "warnings"),
     [
-        pytest.param(0.0, 1.1, 1, marks=pytest.mark.slow),  # two of them do not fit
+        (0.0, 1.1, 1),  # two of them do not fit
         pytest.param(1.6, 0.3, 1, marks=pytest.mark.slow),  # nor with a step before
         (0.7, 0.0, 0),  # a checkpoint that long steps keep from being published is not slow
     ],
