@@ -58,7 +58,7 @@ slow: $(VENV)/.installed-dev
 test-cluster: $(VENV)/.installed-dev
 	$(PYTEST) -m "cluster and not gpu"
 
-# the cluster tests, which mostly wait, one after the other in a process of their own beside the slow ones
+# both: tests of a cluster mostly wait, and each process has emulated hosts of its own
 test-rest: $(VENV)/.installed-dev
 	$(PYTEST) -n $$(( $(WORKERS) + 1 )) --dist loadgroup -m "(slow or cluster) and not gpu"
 
