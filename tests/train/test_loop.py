@@ -12,8 +12,9 @@ from transformers import BertForPreTraining as HuggingFaceBert
 from stacking_ds.config.run import RunConfig
 from stacking_ds.distributed.world import World
 from stacking_ds.errors import NonFiniteError, UserError
+from stacking_ds.model import bert
 from stacking_ds.run import directory
-from stacking_ds.train import loop, step
+from stacking_ds.train import loop
 from stacking_ds.train.plan import open_plan
 from tests.prose import prepare, tiny_shards, write_text
 from tests.ranks import RankError, run_ranks
@@ -213,7 +214,7 @@ def test_other_shards_do_not_continue_a_run(shards: Path, tmp_path: Path) -> Non
 
 def _with_a_bad_loss(world: World, config: RunConfig, run_dir: Path) -> tuple[str, str, bool]:
     """At step 5 the last rank's loss is NaN; are the weights those from before the step?"""
-    original = step.pretraining_loss
+    original = bert.pretraining_loss
     before: dict[str, torch.Tensor] = {}
     untouched: list[bool] = []
     take = loop.training_step
@@ -235,7 +236,7 @@ def _with_a_bad_loss(world: World, config: RunConfig, run_dir: Path) -> tuple[st
         return sums._replace(mlm_sum=sums.mlm_sum * float("nan")) if bad else sums
 
     loop.training_step = watched
-    step.pretraining_loss = loss
+    bert.pretraining_loss = loss
     kind, message = _error_of(world, config, run_dir, False)
     return kind, message, untouched == [True]
 
