@@ -14,7 +14,7 @@ from stacking_ds.commands.launch import add_again, add_launch, add_slurm
 from stacking_ds.commands.prepare import add_prepare
 from stacking_ds.commands.results import add_evaluate, add_export, add_report
 from stacking_ds.commands.train import add_local_rank, add_train
-from stacking_ds.console import check_names, steady_streams
+from stacking_ds.console import check_names, end_streams, steady_streams
 from stacking_ds.launch.environment import ENCODED, decode_arguments
 from stacking_ds.process.exit import report_error
 from stacking_ds.process.runtime import let_waiting_threads_sleep
@@ -37,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if code is None:
             raise
         return code
+    finally:
+        end_streams()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,6 +4,7 @@ Python keeps the bytes of a name that it cannot decode as lone surrogates, which
 or keep in JSON.
 """
 
+import errno
 import io
 import os
 import sys
@@ -27,6 +28,18 @@ def say_on_stderr(text: str) -> None:
     """Print to stderr at once, or nowhere if the launcher or terminal that read it is gone."""
     with suppress(OSError):
         print(text, file=sys.stderr, flush=True)
+
+
+def end_streams() -> None:
+    """Flush stdout and stderr. What a reader or a terminal that is gone has not taken goes nowhere,
+    where Python would end with exit code 120 for it."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def first_of(names: Sequence[object], most: int = 5, between: str = ", ") -> str:

@@ -89,3 +89,20 @@ def test_who_reads_no_further_ends_nothing() -> None:
         process.stdout.readline()
         process.stdout.close()
         assert process.wait(60) == 7
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_terminal_that_is_gone_does_not_decide_the_exit_code(stream: str) -> None:
+    program = (
+        f"import sys\nfrom stacking_ds.console import end_streams\nsys.stdin.readline()\n"
+        f"sys.{stream}.write('last words')\nend_streams()\n"
+    )
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}
+    ours, theirs = os.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, env=environment, **{stream: theirs}
+    ) as process:
+        os.close(theirs)
+        os.close(ours)
+        process.communicate(b"go\n", timeout=60)
+    assert process.returncode == 0
