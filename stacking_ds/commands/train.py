@@ -90,7 +90,7 @@ def _dry_run(options: argparse.Namespace) -> int:
     plan = _opened(options, world_size_from_environment())
     check(run_dir_of(options, plan.config), plan.config, resume=bool(options.resume))
     if rank_from_environment() == 0:
-        say(f"{plan.config.to_yaml()}\n{plan.draw()}")
+        say(f"{plan.config.to_yaml()}\n{plan.schedule.draw()}")
     return 0
 
 
@@ -160,7 +160,7 @@ def _opened(options: argparse.Namespace, world_size: int) -> "TrainingPlan":
 
     plan = open_plan(config, world_size, with_data=with_data)
     if with_data:
-        plan.lay_out_rows(_say_on_first_of_node, len(os.sched_getaffinity(0)))
+        plan.data.lay_out_rows(_say_on_first_of_node, len(os.sched_getaffinity(0)))
     return plan
 
 
