@@ -40,8 +40,8 @@ from stacking_ds.data.sources.documents import (
     Fault,
     Item,
     Reader,
+    reading_of,
     split_sentences,
-    unreadable,
 )
 from stacking_ds.data.tokenizer import (
     UNCASED,
@@ -298,10 +298,8 @@ class UnitMaker:
         found = []
         for source, file in self._plan.hashed_by(number):
             path = self._corpus.sources[source].paths[file]
-            try:
+            with reading_of(path):
                 sha256 = file_sha256(path)
-            except OSError as error:
-                raise unreadable(path, error) from error
             found.append(FileHash(source=source, file=file, sha256=sha256))
         return tuple(found)
 
