@@ -92,12 +92,13 @@ def items_of_column(
     """The documents of consecutive rows, the first of which has the number `first`."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
+    each = round(row_bytes * len(column)) // max(1, len(column))
     for number, value in enumerate(column, first):
         try:
             text = value.as_py()
         except UnicodeDecodeError:
             text = value.as_buffer().to_pybytes()
-        yield check_text(text, number, int(row_bytes), reading.max_bytes)
+        yield check_text(text, number, each, reading.max_bytes)
 
 
 def check_column(schema: pa.Schema, key: str, where: object) -> None:
