@@ -313,16 +313,19 @@ class TokenSplit:
                 require_sentences(
                     arrays.sentence_lengths, arrays.sentence_offsets, arrays.token_offsets
                 )
-        gone = [
-            (len(self.sentence_lengths_of(document)), len(self.tokens_of(document)))
-            for document in self.duplicates.tolist()
-        ]
-        record = manifest.split(self.name).duplicates
-        found = tuple(map(sum, zip(*gone, strict=True))) if gone else (0, 0)
-        if found != (record.sentences, record.tokens):
+        self.require_duplicates()
+
+    def require_duplicates(self) -> None:
+        """Raises DataError where what does not count is not what the manifest says."""
+        record = self.shards.manifest.split(self.name).duplicates
+        found = np.zeros(2, dtype=np.int64)
+        for shard, arrays in enumerate(self.arrays):
+            offsets = np.stack([arrays.sentence_offsets, arrays.token_offsets])
+            found += np.diff(offsets)[:, ~self.counted(shard)].sum(axis=1, dtype=np.int64)
+        if found.tolist() != [record.sentences, record.tokens]:
             raise DataError(
-                f"{self.shards.folder / record.name} lists {found} sentences and tokens, not what "
-                "its manifest says; delete the folder and prepare it again"
+                f"{self.shards.folder / record.name} lists {tuple(found.tolist())} sentences and "
+                "tokens, not what its manifest says; delete the folder and prepare it again"
             )
 
     def _files(self) -> Iterator[tuple[Path, ShardArrays]]:
