@@ -23,6 +23,7 @@ from stacking_ds.data.counter_random import derive_key
 from stacking_ds.data.examples import Examples, cut_documents, cut_pairs, read_passages
 from stacking_ds.data.pool import WorkerDiedError, do_in_workers
 from stacking_ds.data.rows import (
+    EXAMPLES,
     LAYOUT_VERSION,
     RECORD_NAME,
     Layout,
@@ -31,7 +32,7 @@ from stacking_ds.data.rows import (
     PartRecord,
 )
 from stacking_ds.data.shard_files import write_arrow, write_file
-from stacking_ds.data.shards import TokenSplit
+from stacking_ds.data.shards import TokenSplit, require_whole
 from stacking_ds.errors import DataError
 from stacking_ds.files import DamagedFileError, read_bytes
 
@@ -127,12 +128,10 @@ def _roots(split: TokenSplit) -> Iterator[Path]:
 def _read(folder: Path, spec: LayoutSpec, identity: str) -> Layout | None:
     try:
         record = LayoutRecord.model_validate_json(read_bytes(folder / RECORD_NAME))
-        sizes = [(folder / part.name).stat().st_size for part in record.parts]
-        if (record.spec, record.identity) != (spec, identity):
-            return None
-        if sizes != [part.size_bytes for part in record.parts]:
-            return None
-        return Layout(folder, record)
+        for part in record.parts:
+            require_whole(folder / part.name, part.size_bytes)
+        is_it = (record.spec, record.identity) == (spec, identity)
+        return Layout(folder, record) if is_it else None
     except (OSError, ValidationError, DamagedFileError, DataError):
         return None
 
@@ -240,15 +239,11 @@ def _write_part(
     if spec.packed:
         order, offsets = pack(examples.slots, spec.sequence_length)
         examples = examples[order]
+    fields = list(EXAMPLES.value_type)
+    columns = zip(examples.columns, fields, strict=True)
     structs = pa.StructArray.from_arrays(
-        [
-            pa.array(examples.first_start_E),
-            pa.array(examples.first_length_E.astype(np.int32)),
-            pa.array(examples.second_start_E),
-            pa.array(examples.second_length_E.astype(np.int32)),
-            pa.array(examples.is_random_E.astype(np.uint8)),
-        ],
-        names=["first_start", "first_length", "second_start", "second_length", "is_random"],
+        [pa.array(column.astype(field.type.to_pandas_dtype())) for column, field in columns],
+        fields=fields,
     )
     rows = pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), structs)
     path = folder / f"part-{number:05d}.arrow"

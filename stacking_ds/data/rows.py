@@ -23,18 +23,8 @@ from pydantic import Field
 
 from stacking_ds.config.sections import DataSection, ExampleKind
 from stacking_ds.data.examples import Examples, concatenate
-from stacking_ds.data.shard_files import (
-    Count,
-    FileName,
-    Positive,
-    Sha256,
-    SplitName,
-    file_sha256,
-    not_opened,
-)
-from stacking_ds.data.shards import numbers, only_batch
-from stacking_ds.errors import DataError
-from stacking_ds.files import DamagedFileError
+from stacking_ds.data.shard_files import Count, FileName, Positive, Sha256, SplitName
+from stacking_ds.data.shards import numbers, only_batch, reading, require_whole
 from stacking_ds.records import Record
 
 LAYOUT_VERSION = 1
@@ -42,7 +32,7 @@ LAYOUT_VERSION = 1
 
 RECORD_NAME = "layout.json"
 
-_EXAMPLES = pa.list_(
+EXAMPLES = pa.list_(
     pa.struct(
         {
             "first_start": pa.int64(),
@@ -119,7 +109,8 @@ class Layout:
 
     def __init__(self, folder: Path, record: LayoutRecord) -> None:
         self.folder, self.record = folder, record
-        self._parts = [_map(folder, part) for part in record.parts]
+        self._remedy = f"delete {folder}, it will be made again"
+        self._parts = [self._map(part) for part in record.parts]
         self._row_bases = np.cumsum([0, *(part.rows for part in record.parts)])
 
     @property
@@ -135,14 +126,7 @@ class Layout:
         written."""
         for part in self.record.parts:
             path = self.folder / part.name
-            try:
-                whole = file_sha256(path) == part.sha256
-            except (FileNotFoundError, DamagedFileError):
-                whole = False
-            except OSError as error:
-                raise not_opened(path, error) from error
-            if not whole:
-                raise DataError(f"{path} is damaged: delete {self.folder}, it will be made again")
+            require_whole(path, part.size_bytes, part.sha256, self._remedy)
             yield
 
     @property
@@ -170,11 +154,12 @@ class Layout:
             part, here = self._parts[number], np.flatnonzero(part_R == number)
             rows = rows_R[here] - self._row_bases[number]
             first, last = part.row_offsets[rows], part.row_offsets[rows + 1]
-            if not ((first >= 0) & (first < last) & (last <= len(part.examples))).all():
-                raise self._damaged("rows")
-            counts_R[here] = last - first
-            examples = part.examples[ranges(first.astype(np.int64), counts_R[here])]
-            self._require_room(examples, counts_R[here])
+            with reading(self.folder / self.record.parts[number].name, self._remedy):
+                if not ((first >= 0) & (first < last) & (last <= len(part.examples))).all():
+                    raise ValueError("its rows are not those of a layout")
+                counts_R[here] = last - first
+                examples = part.examples[ranges(first.astype(np.int64), counts_R[here])]
+                self._require_room(examples, counts_R[here])
             found.append((here, examples))
         if len(found) < 2:
             return counts_R, concatenate([examples for _, examples in found])
@@ -184,22 +169,21 @@ class Layout:
         return counts_R, joined[np.argsort(row_E, kind="stable")]
 
     def _require_room(self, examples: Examples, counts_R: Integers) -> None:
-        """Raises DataError where the examples of these rows do not fit into them: they would be
+        """Raises ValueError where the examples of these rows do not fit into them: they would be
         written into the next one."""
         room = self.record.spec.sequence_length
-        first_E, second_E = examples.first_length_E, examples.second_length_E
-        fits = (first_E > 0) & (first_E <= room) & (second_E >= 0) & (second_E <= room)
-        if not fits.all() or len(first_E) == 0:
-            raise self._damaged("examples")
         used_R = np.add.reduceat(examples.slots, np.cumsum(counts_R) - counts_R)
-        if used_R.max() > room:
-            raise self._damaged("examples")
+        has_text = (examples.first_length_E > 0) & (examples.second_length_E >= 0)
+        if not has_text.all() or used_R.max() > room:
+            raise ValueError("its examples are not those of a layout")
 
-    def _damaged(self, what: str) -> DataError:
-        return DataError(
-            f"{self.folder} is damaged (its {what} are not those of a layout): delete it, it will "
-            "be made again"
-        )
+    def _map(self, record: PartRecord) -> "_Part":
+        with reading(path := self.folder / record.name, self._remedy):
+            column = only_batch(path, {"examples": (EXAMPLES,)}).column("examples")
+            fields = [numbers(field) for field in column.values.flatten()]
+            if (len(column), len(fields[0])) != (record.rows, record.examples):
+                raise ValueError(f"it holds {len(column)} rows and {len(fields[0])} examples")
+            return _Part(numbers(column.offsets), Examples(*fields))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Worker processes map the files anew."""
@@ -211,17 +195,3 @@ def ranges(starts: Integers, counts: Integers) -> Integers:
     before = np.cumsum(counts) - counts
     found: Integers = np.arange(int(counts.sum())) + np.repeat(starts - before, counts)
     return found
-
-
-def _map(folder: Path, record: PartRecord) -> _Part:
-    path = folder / record.name
-    try:
-        column = only_batch(path, {"examples": (_EXAMPLES,)}).column("examples")
-        fields = [numbers(field) for field in column.values.flatten()]
-        if (len(column), len(fields[0])) != (record.rows, record.examples):
-            raise ValueError(f"it holds {len(column)} rows and {len(fields[0])} examples")
-    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise not_opened(path, error) from error
-        raise DataError(f"{path} is damaged ({error}); delete {folder}") from error
-    return _Part(numbers(column.offsets), Examples(*fields))

@@ -178,13 +178,15 @@ def test_damage_is_named(text, tmp_path, capsys):
     # without --verify too, where rows have to be laid out: they would outlive the damage
     said, error = run(capsys, *plain, code=2)
     assert "verified    the sizes" in said
-    assert f"{path} is not the file its manifest describes" in error
+    assert f"{path} is damaged: it is not the file its manifest describes" in error
     assert not list(flipped.glob("layouts/*/layout.json"))
-    assert f"{path} is not the file its manifest describes" in refused(capsys, *plain, "--verify")
+    assert f"{path} is damaged: it is not the file its manifest describes" in refused(
+        capsys, *plain, "--verify"
+    )
     whole = run(capsys, "inspect", text, "--sequence-length", 10, "--verify")[0]
     assert "verified    every byte" in whole
     path.write_bytes(content[:-8])
-    assert f"{path} has {len(content) - 8} bytes" in refused(capsys, *plain)
+    assert f"{path} is damaged: it has {len(content) - 8} bytes" in refused(capsys, *plain)
     path.unlink()
     assert f"{path} is missing" in refused(capsys, *plain)
 
