@@ -139,8 +139,7 @@ def _layout(options: argparse.Namespace) -> int:
     workers = _workers(options)
     config, section = _recipe(options)
     shards = TokenShards.open(options.shards)
-    from stacking_ds.data.row_store import open_layout  # seconds of imports, for what is there
-    from stacking_ds.data.rows import LayoutSpec
+    from stacking_ds.data.rows import LayoutSpec, open_layout  # seconds of imports
 
     # a run evaluates on the first variant only
     for split, variants in (

@@ -21,8 +21,7 @@ from stacking_ds.config.sections import DataSection
 from stacking_ds.data.batches import Batch
 from stacking_ds.data.counter_random import derive_key, random_bits
 from stacking_ds.data.loader import PretrainingData
-from stacking_ds.data.row_store import open_layout
-from stacking_ds.data.rows import Layout, LayoutSpec
+from stacking_ds.data.rows import Layout, LayoutSpec, open_layout
 from stacking_ds.data.shards import TokenShards, TokenSplit
 from stacking_ds.data.tokenizer import CONTINUATION, build_tokenizer
 from stacking_ds.kernels.cross_entropy import IGNORE_INDEX

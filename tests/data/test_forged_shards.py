@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from stacking_ds.config.sections import DataSection
 from stacking_ds.data.loader import PretrainingData
-from stacking_ds.data.row_store import find_layout, open_layout
-from stacking_ds.data.rows import LayoutSpec
+from stacking_ds.data.rows import LayoutSpec, find_layout, open_layout
 from stacking_ds.data.shard_files import MANIFEST_NAME
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.errors import DataError
