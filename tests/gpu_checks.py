@@ -311,7 +311,7 @@ def check_run(
     plan = open_plan(config)
     on_cpu = replace(world, device=torch.device("cpu"))
     expected = evaluate_heldout(
-        load_model(plan, found), plan.heldout_steps(0, 1, plan.phases.at(0)), on_cpu
+        load_model(plan, found), plan.data.heldout_steps(0, 1, plan.schedule.phases.at(0)), on_cpu
     )
     last = metrics(folder / "run")[-1]
     assert last["eval/mlm_loss"] == pytest.approx(expected.mlm_loss, rel=RELATIVE_ERROR[precision])

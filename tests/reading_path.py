@@ -302,7 +302,15 @@ class Reader:
         on_self = isinstance(call.func, ast.Attribute) and _is_self(call.func.value)
         definition = self.package.definitions[target]
         if isinstance(definition, ast.ClassDef):
-            target = self.package.method(target, "__init__") or target
+            made = self.package.method(target, "__init__")
+            if made is None:  # a dataclass keeps what it is given in the fields of these names
+                kept = self._handed(call, _written_init(definition), owner, values)
+                self._carrying.setdefault(target, set()).update(kept)
+                made = self.package.method(target, "__post_init__") if kept else None
+                if made is not None:
+                    self.follow(made, set())
+                return
+            target = made
             definition = self.package.definitions[target]
         handed = self._handed(call, definition, owner, values)
         carried = on_self and owner is not None and self._holds(definition, owner, set())
@@ -358,6 +366,19 @@ def _in_order(node: ast.AST) -> Iterator[ast.AST]:
         yield from _in_order(child)
     if isinstance(node, ast.Call | ast.Assign | ast.AnnAssign | ast.withitem | ast.For):
         yield node
+
+
+def _written_init(node: ast.ClassDef) -> Function:
+    """The constructor that `@dataclass` makes of the fields."""
+    fields = [
+        inner.target.id
+        for inner in node.body
+        if isinstance(inner, ast.AnnAssign) and isinstance(inner.target, ast.Name)
+    ]
+    text = f"def __init__({', '.join(['self', *fields])}): pass"
+    written = ast.parse(text).body[0]
+    assert isinstance(written, ast.FunctionDef)
+    return written
 
 
 def _is_self(node: ast.AST) -> bool:

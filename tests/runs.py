@@ -67,7 +67,7 @@ def small_recipe(folder: Path, shards: Path, *overrides: str, name: str = "small
 
 def train_small(world: World, config: RunConfig, run_dir: Path, resume: bool = False) -> int:
     """Train on these ranks; the steps that are then completed."""
-    return train(open_plan(config), world, run_dir, resume=resume).step
+    return train(open_plan(config, world.size), world, run_dir, resume=resume).step
 
 
 def train_until(world: World, config: RunConfig, run_dir: Path, stop: str, at_step: int) -> int:

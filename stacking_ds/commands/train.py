@@ -87,26 +87,26 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _dry_run(options: argparse.Namespace) -> int:
-    plan = _opened(options, world_size_from_environment())
+    plan = _opened(options, _config_of(options), world_size_from_environment())
     check(run_dir_of(options, plan.config), plan.config, resume=bool(options.resume))
     if rank_from_environment() == 0:
-        say(f"{plan.config.to_yaml()}\n{plan.draw()}")
+        say(f"{plan.config.to_yaml()}\n{plan.schedule.draw()}")
     return 0
 
 
 def _train_on_ranks(options: argparse.Namespace, request: StopRequest) -> int:
-    cluster, refused = ClusterSection(), False
+    config = None
     try:
-        cluster = _config_of(options).cluster
+        config = _config_of(options)
     except UserError:
         # a recipe that one node lacks must not keep the others waiting for its ranks
         if world_size_from_environment() == 1:
             raise
-        refused = True
+    cluster = ClusterSection() if config is None else config.cluster
     keep_caches_on_node(_say_on_first_of_node)
     # a lost connection is one sentence of ours, not a page of c10d's from every rank
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    if not refused:
+    if config is not None:
         # DeepSpeed, imported while there is a process group, would keep it and its threads for ever
         import stacking_ds.train.loop  # noqa: F401
     request.raise_if_interrupted()
@@ -121,7 +121,7 @@ def _train_on_ranks(options: argparse.Namespace, request: StopRequest) -> int:
             timeout_seconds=cluster.timeout_seconds,
             silence_seconds=min(cluster.silence_seconds, cluster.timeout_seconds),
         ) as detector:
-            _train_in_world(options, world, request, detector)
+            _train_in_world(options, config, world, request, detector)
     except Exception as error:
         if world.size > 1 and not isinstance(error, AgreedError):
             exit_process(error)
@@ -133,11 +133,14 @@ def _train_on_ranks(options: argparse.Namespace, request: StopRequest) -> int:
 
 def _train_in_world(
     options: argparse.Namespace,
+    config: RunConfig | None,
     world: "World",
     request: StopRequest,
     detector: "FailureDetector",
 ) -> None:
-    plan: TrainingPlan = world.on_all(lambda: _opened(options, world.size))
+    plan: TrainingPlan = world.on_all(
+        lambda: _opened(options, config or _config_of(options), world.size)
+    )
     request.raise_if_interrupted()
     from stacking_ds.doctor.examination import require_alike
     from stacking_ds.train.loop import train
@@ -152,15 +155,15 @@ def _train_in_world(
             say(f"see `stacking-ds report {run_dir}`")
 
 
-def _opened(options: argparse.Namespace, world_size: int) -> "TrainingPlan":
-    config, with_data = _config_of(options), not options.without_data
+def _opened(options: argparse.Namespace, config: RunConfig, world_size: int) -> "TrainingPlan":
+    with_data = not options.without_data
     if with_data and options.recipe is None:
         require_shards(run_dir_of(options, config), config, "--set data.path=FOLDER")
     from stacking_ds.train.plan import open_plan  # seconds of imports, for a recipe that is right
 
     plan = open_plan(config, world_size, with_data=with_data)
     if with_data:
-        plan.lay_out_rows(_say_on_first_of_node, len(os.sched_getaffinity(0)))
+        plan.data.lay_out_rows(_say_on_first_of_node, len(os.sched_getaffinity(0)))
     return plan
 
 

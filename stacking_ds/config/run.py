@@ -27,6 +27,7 @@ from stacking_ds.errors import StageError
 from stacking_ds.records import Record
 from stacking_ds.schedule.learning_rate import LearningRateSchedule, ScheduleSection
 from stacking_ds.schedule.phases import PhaseSchedule
+from stacking_ds.schedule.run_schedule import RunSchedule
 from stacking_ds.schedule.stages import StageSchedule
 
 
@@ -144,6 +145,14 @@ class RunConfig(Record):
             for phase in self.phase_schedule().phases
         )
         return LearningRateSchedule(self.schedule, stages.total_steps, peaks, stages.boundaries)
+
+    def run_schedule(self) -> RunSchedule:
+        """Depth, rows and learning rate of each step.
+
+        Raises:
+            StageError, ConfigError: as `stage_schedule`, `phase_schedule` and `learning_rates`.
+        """
+        return RunSchedule(self.stage_schedule(), self.phase_schedule(), self.learning_rates())
 
     def with_absolute_paths(self) -> Self:
         """The same run, whatever the working directory it is looked at from."""

@@ -3,12 +3,11 @@
 import logging
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from types import TracebackType
 
-from stacking_ds.data.loader import PretrainingData
-from stacking_ds.data.shards import TokenShards
+from stacking_ds.data.run_data import RunData
 from stacking_ds.errors import DataError, UnreadableDataError
 
 _SECONDS_TO_END = 10.0  # for the file that is being read
@@ -20,11 +19,9 @@ logger = logging.getLogger("stacking_ds")
 class Rereading:
     """A thread that compares shards and rows with their sha256, while it is entered."""
 
-    def __init__(
-        self, shards: TokenShards, data: Iterable[PretrainingData], *, enabled: bool
-    ) -> None:
+    def __init__(self, data: RunData, *, enabled: bool) -> None:
         """Without `enabled` it does nothing, and finds nothing."""
-        self._shards, self._data = shards, list(data)
+        self._data = data
         self._failure: Exception | None = None
         self._leaving = False
         self._ending = threading.Event()
@@ -94,9 +91,9 @@ class Rereading:
                 return
 
     def _files(self) -> Iterator[None]:
-        yield from self._shards.verifying()
-        for data in self._data:
-            yield from data.verifying()
+        yield from self._data.shards.verifying()
+        for rows in self._data.train.values():
+            yield from rows.verifying()
 
 
 def _say(message: str) -> None:

@@ -118,9 +118,9 @@ def open_examinee(
         found.run_dir = run_dir or default_run_dir(found.config)
         plan = open_plan(found.config, with_data=False)
         found.ds_json = plan.ds_json
-        plan.require_data()
+        plan.data.require()
         found.plan = plan
-        plan.on_ranks(world_size)
+        open_plan(found.config, world_size, with_data=False)
     except Exception as error:  # noqa: BLE001 - the node reports it; the others must not wait
         is_data = isinstance(error, DataError | OSError)
         found.problems["data" if is_data else "recipe"] = _sentence(error)
@@ -241,7 +241,7 @@ def _recipe(examinee: Examinee) -> dict[str, str]:
 
 
 def _data(plan: TrainingPlan) -> dict[str, str]:
-    return {"data": plan.data_sha256, "vocabulary": plan.shards.manifest.vocabulary_sha256}
+    return {"data": plan.data.sha256, "vocabulary": plan.data.vocabulary_sha256}
 
 
 def _sha256(text: str) -> str:
@@ -259,7 +259,7 @@ def _checkpoint_bytes(plan: TrainingPlan, stage_index: int) -> int:
 def _run_bytes(plan: TrainingPlan) -> int:
     """The newest of the last stage, one more that is being written, and one of each boundary, which
     has the depth before it."""
-    each = [_checkpoint_bytes(plan, stage.index) for stage in plan.schedule.stages]
+    each = [_checkpoint_bytes(plan, stage.index) for stage in plan.schedule.stages.stages]
     return (plan.config.checkpoint.keep_last + 1) * each[-1] + sum(each[:-1])
 
 

@@ -24,6 +24,12 @@ class BertConfig(ModelSection):
     vocab_size: VocabularySize
     num_hidden_layers: Depth
 
+    @classmethod
+    def of(cls, section: ModelSection, num_hidden_layers: int, vocab_size: int) -> "BertConfig":
+        """The model of the recipe's section at a depth."""
+        sizes = section.model_dump()
+        return cls(vocab_size=vocab_size, num_hidden_layers=num_hidden_layers, **sizes)
+
     @property
     def num_parameters(self) -> int:
         """Trained parameters; the tied decoder counts once."""

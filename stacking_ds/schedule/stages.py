@@ -76,6 +76,9 @@ class StageSchedule:
             laid.append(Stage(index, num_hidden_layers, start_step, start_step + steps))
         return cls(tuple(laid))
 
+    def __getitem__(self, index: int) -> Stage:
+        return self.stages[index]
+
     @property
     def total_steps(self) -> int:
         return self.stages[-1].end_step

@@ -23,8 +23,8 @@ from stacking_ds.train.plan import TrainingPlan
 def load_model(plan: TrainingPlan, found: Path) -> BertForPreTraining:
     """The fp32 model of a checkpoint, on the CPU."""
     manifest = checkpoint_manifest.read_manifest(found)
-    plan.require_vocabulary(manifest.vocabulary_sha256, found)
-    config = _model_config(found, manifest, plan.config, plan.shards.manifest.vocab_size)
+    plan.data.require_vocabulary(manifest.vocabulary_sha256, found)
+    config = _model_config(found, manifest, plan.config, plan.data.vocab_size)
     model = BertForPreTraining(config, seed=0)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
@@ -47,7 +47,7 @@ def _model_config(
             f"{found} is damaged: it says that it has {depth:,} layers, and has "
             f"{len(manifest.parameters):,} parameters; {folders.fall_back(found)}"
         )
-    config = BertConfig(vocab_size=vocab_size, num_hidden_layers=depth, **run.model.model_dump())
+    config = BertConfig.of(run.model, depth, vocab_size)
     load.require_shapes(found, manifest, parameter_shapes(config))
     return config
 
@@ -56,8 +56,8 @@ def run_heldout(plan: TrainingPlan, found: Path, world: World) -> HeldOut:
     """Held-out losses of a checkpoint in fp32, over the same pass as during training."""
     model = load_model(plan, found).to(world.device)
     last_step = checkpoint_manifest.read_manifest(found).step - 1
-    phase = plan.phases.at(max(last_step, 0))
-    return evaluate_heldout(model, plan.heldout_steps(world.rank, world.size, phase), world)
+    phase = plan.schedule.phases.at(max(last_step, 0))
+    return evaluate_heldout(model, plan.data.heldout_steps(world.rank, world.size, phase), world)
 
 
 def export_run(
@@ -98,13 +98,13 @@ def warning_of(run_dir: Path, found: Path) -> str | None:
         return f"whether the model has learned is not known: {error}"
 
 
-def is_export_due(plan: TrainingPlan, run_dir: Path) -> bool:
+def is_export_due(config: RunConfig, run_dir: Path) -> bool:
     """True if a run that has come to its end is still to be exported, as its recipe asks for."""
-    return plan.config.checkpoint.export_at_end and not (run_dir / "export").exists()
+    return config.checkpoint.export_at_end and not (run_dir / "export").exists()
 
 
-def export_if_missing(plan: TrainingPlan, run_dir: Path) -> str | None:
+def export_if_missing(config: RunConfig, run_dir: Path) -> str | None:
     """Export the finished run, as its recipe asks for; what was done, for people, if anything."""
-    if not is_export_due(plan, run_dir):
+    if not is_export_due(config, run_dir):
         return None
-    return f"exported for Hugging Face: {export_run(plan.config, run_dir, choose(run_dir))}"
+    return f"exported for Hugging Face: {export_run(config, run_dir, choose(run_dir))}"

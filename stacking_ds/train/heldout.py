@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from stacking_ds.data.batches import RankStep
+from stacking_ds.data.run_data import RunData
 from stacking_ds.distributed.world import World
 from stacking_ds.errors import DataError, NonFiniteError
 from stacking_ds.model.bert import forward_loss
 from stacking_ds.run.metrics_file import finite_or_none
 from stacking_ds.schedule.phases import Phase
-from stacking_ds.train.plan import TrainingPlan
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class HeldOut:
 class HeldOutPasses:
     """The held-out rows of a run for this rank, kept once they are made."""
 
-    def __init__(self, plan: TrainingPlan, world: World) -> None:
-        self._plan, self._world = plan, world
+    def __init__(self, data: RunData, world: World) -> None:
+        self._data, self._world = data, world
         self._rows: dict[tuple[int, int], list[RankStep]] = {}
         self._unigram_loss: dict[int, float] = {}
 
@@ -64,19 +64,19 @@ class HeldOutPasses:
         """Those of one pass in the phase's sequence length, with what word frequencies alone give
         on the same targets, and what a blind guess does; nothing where there is no target. A
         collective."""
-        plan, world, length = self._plan, self._world, phase.sequence_length
+        data, world, length = self._data, self._world, phase.sequence_length
         key = (length, phase.micro_batch_size)
         if key not in self._rows:
-            self._rows[key] = plan.heldout_steps(world.rank, world.size, phase)
+            self._rows[key] = data.heldout_steps(world.rank, world.size, phase)
         if not world.any(any(step.mlm_targets for step in self._rows[key])):
             return {}
         if length not in self._unigram_loss:
-            self._unigram_loss[length] = world.on_first(lambda: plan.unigram_loss(phase))
+            self._unigram_loss[length] = world.on_first(lambda: data.unigram_loss(phase))
         found = evaluate_heldout(model, self._rows[key], world).metrics()
         return {
             **found,
             "eval/unigram_mlm_loss": self._unigram_loss[length],
-            "eval/uniform_mlm_loss": math.log(plan.shards.manifest.vocab_size),
+            "eval/uniform_mlm_loss": math.log(data.vocab_size),
         }
 
 

@@ -18,17 +18,20 @@ from typing import Any
 
 import torch
 
+from stacking_ds.config.run import RunConfig
 from stacking_ds.data.batches import RankStep
 from stacking_ds.data.counter_random import derive_key
 from stacking_ds.data.loader import load_steps
 from stacking_ds.data.prefetch import Patience
 from stacking_ds.data.rereading import Rereading
+from stacking_ds.data.run_data import RunData
 from stacking_ds.distributed.world import StopFlag, World
 from stacking_ds.errors import CheckpointError, NonFiniteError, StageError, agreed
-from stacking_ds.kernels.registry import DTYPES, choose_compute
+from stacking_ds.kernels.registry import DTYPES
 from stacking_ds.process.device import measure_matmul_peak, peak_memory_gib
 from stacking_ds.process.stop_signals import StopRequest
 from stacking_ds.schedule.phases import Phase
+from stacking_ds.schedule.run_schedule import RunSchedule
 from stacking_ds.schedule.stages import Stage
 from stacking_ds.train.from_checkpoint import export_if_missing, is_export_due
 from stacking_ds.train.heldout import HeldOutPasses
@@ -65,82 +68,77 @@ def train(
     """
     started = time.perf_counter()
     with ExitStack() as held:
-        plan = plan.on_ranks(world.size)
         log = held.enter_context(RunLog()) if world.is_first else None
-        compute = world.on_all(
-            lambda: choose_compute(plan.config.engine, world.device, plan.config.model)
-        )
+        stages = StageEngine(plan.config, plan.schedule, plan.data, plan.ds_configs, world)
         request = request or held.enter_context(StopRequest())
         found, state, attempt = enter(plan, world, run_dir, resume, held)
-        stages = StageEngine(plan, world, compute)
         held.callback(stages.close)
         if state.step < plan.schedule.total_steps:
             stages.begin(found, plan.schedule.stages[state.stage_index])
         # all that may be refused has been looked at: what is written goes back to `found` only now
-        monitor = held.enter_context(_claimed(plan, world, run_dir, state.step, log))
+        damage = claim(plan, world, run_dir, state.step)
+        monitor = held.enter_context(
+            Monitor(
+                run_dir,
+                plan.schedule.stages,
+                completed_steps=state.step,
+                enabled=world.is_first,
+                log=log,
+            )
+        )
+        if damage is not None:
+            monitor.say(damage)
         attempt.begin()
         first_step, unfinished = state.step, state.step < plan.schedule.total_steps
         rereading = held.enter_context(
             Rereading(
-                plan.shards,
-                plan.train_data.values(),
+                plan.data,
                 # not for a run that has long been finished
                 enabled=world.is_first
                 and found is not None
-                and (unfinished or is_export_due(plan, run_dir)),
+                and (unfinished or is_export_due(plan.config, run_dir)),
             )
         )
         if unfinished:
             if found is not None:
                 monitor.say(f"resumed from {found}")
-            run = _Run(plan, world, stages, run_dir, state, monitor, request, rereading, started)
-            try:
-                run.train()
-            except (NonFiniteError, StageError) as error:
-                with suppress(CheckpointError):
-                    run.stages.finish_save()  # it is good
-                raise agreed(error) from None
+            parts = plan.config, plan.schedule, plan.data
+            run = _Run(*parts, world, stages, run_dir, state, monitor, request, rereading, started)
+            run.train()
         else:
             monitor.say(f"{run_dir} is complete at step {state.step}; re-using it")
         if state.step == plan.schedule.total_steps:
-            attempt.complete = _read_to_the_end(world, rereading, StopFlag(world, request))
+            attempt.complete = _read_to_the_end(world, rereading, first_step, request, monitor)
             if attempt.complete:
-                world.on_first(lambda: rereading.require_whole(first_step))
-                _conclude(plan, world, run_dir, monitor)
-            else:
-                monitor.say(
-                    f"stopped at step {state.step}, its last, while the data are still being read "
-                    f"again; --resume goes on"
-                )
+                _conclude(plan.config, world, run_dir, monitor)
     return state
 
 
-def _claimed(
-    plan: TrainingPlan, world: World, run_dir: Path, completed_steps: int, log: RunLog | None
-) -> Monitor:
-    """Make the directory this run's, and open what is written in it. A collective."""
-    damage = claim(plan, world, run_dir, completed_steps)
-    monitor = Monitor(
-        run_dir, plan.schedule, completed_steps=completed_steps, enabled=world.is_first, log=log
-    )
-    if damage is not None:
-        monitor.say(damage)
-    return monitor
+def _read_to_the_end(
+    world: World, rereading: Rereading, first_step: int, request: StopRequest, monitor: Monitor
+) -> bool:
+    """Wait for what is left to be read again; False if asked to stop before. A collective.
 
-
-def _read_to_the_end(world: World, rereading: Rereading, stop: StopFlag) -> bool:
-    """Wait for what is left to be read again; False if asked to stop before. A collective."""
+    Raises:
+        DataError: what was trained since `first_step` may have seen damaged data.
+    """
+    stop = StopFlag(world, request)
     with world.waiting_for(rereading.thread):
         while world.any(rereading.goes_on(_LOOK_SECONDS)):
             if stop.agreed():
+                monitor.say(
+                    f"stopped at step {world.pulse.step}, its last, while the data are still being "
+                    f"read again; --resume goes on"
+                )
                 return False
+    world.on_first(lambda: rereading.require_whole(first_step))
     return True
 
 
-def _conclude(plan: TrainingPlan, world: World, run_dir: Path, monitor: Monitor) -> None:
+def _conclude(config: RunConfig, world: World, run_dir: Path, monitor: Monitor) -> None:
     monitor.conclude()
     # if this is where the run is cut off, the next call makes up for it
-    exported = world.on_first(lambda: export_if_missing(plan, run_dir))
+    exported = world.on_first(lambda: export_if_missing(config, run_dir))
     if exported is not None:
         monitor.say(exported)
 
@@ -149,7 +147,9 @@ def _conclude(plan: TrainingPlan, world: World, run_dir: Path, monitor: Monitor)
 class _Run:
     """A run under way, from the step at which this attempt begins."""
 
-    plan: TrainingPlan
+    config: RunConfig
+    schedule: RunSchedule
+    data: RunData
     world: World
     stages: StageEngine
     run_dir: Path
@@ -162,18 +162,26 @@ class _Run:
     def __post_init__(self) -> None:
         self.first_step = self.state.step
         self.clock_start = self.started - self.state.wall_seconds
-        self.heldout = HeldOutPasses(self.plan, self.world)
+        self.heldout = HeldOutPasses(self.data, self.world)
         self.interval = Interval()
 
     # ---------------------------------------------------------------- the story
 
     def train(self) -> None:
-        present = self.plan.schedule.stages[self.state.stage_index]
+        try:
+            self.train_stages()
+        except (NonFiniteError, StageError) as error:
+            with suppress(CheckpointError):
+                self.stages.finish_save()  # it is good
+            raise agreed(error) from None
+
+    def train_stages(self) -> None:
+        present = self.schedule.stages[self.state.stage_index]
         self.monitor.say(_ground(self.world))
-        self.monitor.say(self.plan.draw())
+        self.monitor.say(self.schedule.draw())
         self.request.hold_all()
         stop = StopFlag(self.world, self.request)
-        for stage in self.plan.schedule.remaining(self.state.step):
+        for stage in self.schedule.stages.remaining(self.state.step):
             if stage.index > present.index:
                 self.cross_boundary(present, stage)
                 present = stage
@@ -186,7 +194,7 @@ class _Run:
         started = time.perf_counter()
         self.stages.grow(old, new)
         self.state.enter(new.index, time.perf_counter() - started)
-        growth = self.plan.config.growth
+        growth = self.config.growth
         self.monitor.say(
             f"boundary at step {self.state.step}: {old.num_hidden_layers} -> "
             f"{new.num_hidden_layers} layers by {growth.operator}, moments {growth.moments}, "
@@ -196,7 +204,7 @@ class _Run:
     def train_stage(self, stage: Stage, stop: StopFlag) -> bool:
         """Train to the end of `stage`; False if asked to stop before."""
         self.monitor.stage(stage, self.state.step)
-        for phase, end_step in self.plan.phases.between(self.state.step, stage.end_step):
+        for phase, end_step in self.schedule.phases.between(self.state.step, stage.end_step):
             self.stages.enter_phase(stage, phase)
             if 0 < phase.start_step == self.state.step:
                 self.monitor.say(f"phase {phase.index} at step {self.state.step}: {phase.shape}")
@@ -218,7 +226,7 @@ class _Run:
 
         A phase ends as a stage does, at `end_step`, but without a checkpoint of its own.
         """
-        config, step = self.plan.config, self.state.step
+        config, step = self.config, self.state.step
         at_end, stopping = step == stage.end_step, stop.agreed()
         self.stages.poll_save(self.interval.seconds / self.interval.steps)
         if stopping:
@@ -231,7 +239,7 @@ class _Run:
             found = self.evaluate(phase) if evaluating else {}
             self.record(stage, phase, found)
             self.require_finite("held-out loss", sum(found.values()))
-        finished = step == self.plan.schedule.total_steps
+        finished = step == self.schedule.total_steps
         if evaluating and not stopping and not finished:
             stopping = stop.agreed()  # an evaluation may have taken as long as many steps
             saving = saving or stopping
@@ -257,9 +265,9 @@ class _Run:
             self.stages.engine,
             rank_step.micro_batches,
             StepCounts(*counts),
-            learning_rate=self.plan.learning_rates.at(step),
+            learning_rate=self.schedule.learning_rates.at(step),
             # dropout is a function of (seed, step, rank), so nothing of it has to be saved
-            seed=derive_key(self.plan.config.seed, step, world.rank).item(),
+            seed=derive_key(self.config.seed, step, world.rank).item(),
             world=world,
             require_finite=self.require_finite,
         )
@@ -268,7 +276,7 @@ class _Run:
 
     def require_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
-            stage = self.plan.schedule.stages[self.state.stage_index]
+            stage = self.schedule.stages[self.state.stage_index]
             raise NonFiniteError(
                 f"the {what} is {value} after {self.state.step} steps (stage {stage.index}, "
                 f"{stage.num_hidden_layers} layers); nothing is saved after that. Start again "
@@ -278,12 +286,12 @@ class _Run:
 
     def batches(self, phase: Phase, end_step: int) -> closing[Any]:
         """An iterator over this rank's share of the steps up to `end_step`."""
-        request, seconds = self.request, self.plan.config.cluster.timeout_seconds
+        request, seconds = self.request, self.config.cluster.timeout_seconds
         return closing(
             load_steps(
-                self.plan.training_steps(self.world.rank, self.world.size, phase),
+                self.data.training_steps(self.world.rank, self.world.size, phase),
                 range(self.state.step, end_step),
-                workers=self.plan.config.data.loader_workers,
+                workers=self.config.data.loader_workers,
                 pin_memory=self.world.device.type == "cuda",
                 patience=Patience(seconds, lambda: request.made),
             )
@@ -304,6 +312,7 @@ class _Run:
     def record(self, stage: Stage, phase: Phase, evaluation: Mapping[str, float]) -> None:
         self.state.wall_seconds = time.perf_counter() - self.clock_start
         optimizer, histograms = self.stages.optimizer_metrics()
+        sizes = self.stages.model_config(stage.num_hidden_layers)
         memory = {"memory/peak_gib": peak_memory_gib(self.world.device)}
         self.monitor.record(
             metrics_line(
@@ -311,12 +320,12 @@ class _Run:
                 self.interval,
                 phase,
                 num_hidden_layers=stage.num_hidden_layers,
-                flops_per_token=self.plan.model_config(stage.num_hidden_layers).flops_per_token(
-                    self.plan.train_data[phase.sequence_length].mean_attended_slots,
+                flops_per_token=sizes.flops_per_token(
+                    self.data.train[phase.sequence_length].mean_attended_slots,
                     self.interval.mlm_targets / max(self.interval.tokens, 1),
                 ),
                 peak_flops_per_second=self.peak_flops_per_second,
-                remaining_work=self.plan.work(self.state.step),
+                remaining_work=self.schedule.work(self.state.step),
                 extra={**memory, **optimizer, **evaluation},
             ),
             histograms,
@@ -325,7 +334,7 @@ class _Run:
 
     @cached_property
     def peak_flops_per_second(self) -> float:
-        dtype = DTYPES[self.plan.config.engine.precision]
+        dtype = DTYPES[self.config.engine.precision]
         return self.world.sum([measure_matmul_peak(self.world.device, dtype)])[0]
 
     def evaluate(self, phase: Phase) -> dict[str, float]:

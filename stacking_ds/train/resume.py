@@ -68,11 +68,7 @@ def _look_on_first(plan: TrainingPlan, run_dir: Path) -> tuple[Path | None, Trai
     found = folders.latest(run_dir)
     if found is not None:
         return found, _state_of(found, plan)
-    # every byte, once: damaged shards are better known before the first hour than after
-    plan.shards.verify_once()
-    for data in plan.train_data.values():
-        for _ in data.verifying():
-            pass
+    plan.data.verify()  # damaged shards are better known before the first hour than after
     return None, TrainState()
 
 
@@ -95,20 +91,20 @@ def _claim_on_first(plan: TrainingPlan, run_dir: Path, completed_steps: int) -> 
     damage = drop_after(run_dir, completed_steps)
     # before anything else that a start leaves: by it the directory is known to be a run's
     directory.write_config(run_dir, plan.config.with_absolute_paths())
-    directory.keep_tokenizer(run_dir, plan.shards)
+    directory.keep_tokenizer(run_dir, plan.data.shards)
     with suppress(OSError):  # of a run that was killed at its very end, no save comes any more
         folders.prune(
             run_dir,
             keep_last=plan.config.checkpoint.keep_last,
-            keep_steps=plan.schedule.boundaries,
+            keep_steps=plan.schedule.stages.boundaries,
         )
     return damage
 
 
 def _state_of(found: Path, plan: TrainingPlan) -> TrainState:
     manifest = checkpoint_manifest.read_manifest(found)
-    plan.require_vocabulary(manifest.vocabulary_sha256, found)
-    if manifest.data_sha256 != plan.data_sha256:
+    plan.data.require_vocabulary(manifest.vocabulary_sha256, found)
+    if manifest.data_sha256 != plan.data.sha256:
         raise CheckpointError(
             f"{found} was trained on other token shards than those in {plan.config.data.path}, or "
             f"by a version of stacking_ds that makes other rows of them; set data.path to the "
@@ -117,7 +113,7 @@ def _state_of(found: Path, plan: TrainingPlan) -> TrainState:
     try:
         found_state: dict[str, Any] = manifest.train_state
         state = TrainState(**found_state)
-        _require_sense(state, manifest, plan.schedule)
+        _require_sense(state, manifest, plan.schedule.stages)
     except (TypeError, ValueError) as error:
         raise CheckpointError(
             f"{found / 'manifest.json'} is damaged or of another version ({error}); "

@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -88,6 +89,7 @@ def _records(*events: Any) -> bytes:
 
 
 _MOST_HELD_BYTES = 2**24
+_MOST_HELD_LINES = 2**20
 
 logger = logging.getLogger("stacking_ds")
 
@@ -194,7 +196,8 @@ class RunLog:
         self._console = _Console(sys.stderr)
         self._console.setFormatter(logging.Formatter("%(message)s"))
         self._console.setLevel(logging.WARNING)
-        self._held = _Held()
+        # until there is a file for it
+        self._held = MemoryHandler(_MOST_HELD_LINES, logging.CRITICAL + 1, flushOnClose=False)
         self._handlers: list[logging.Handler] = [self._console, self._held]
         for handler in self._handlers:
             logger.addHandler(handler)
@@ -209,13 +212,13 @@ class RunLog:
         logger.addHandler(to_file)
         # on a terminal the bars show progress already; there only the sentences are printed
         shows_lines = not sys.stderr.isatty()
-        for record in self._held.records:
+        for record in self._held.buffer:
             to_file.handle(record)
             if shows_lines and record.levelno < logging.WARNING:
                 self._console.handle(record)
         if shows_lines:
             self._console.setLevel(logging.INFO)
-        self._held.records.clear()
+        self._held.buffer.clear()
 
     def close(self) -> None:
         for handler in self._handlers:
@@ -225,17 +228,6 @@ class RunLog:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-class _Held(logging.Handler):
-    """Keeps the records until there is a file for them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.records: list[logging.LogRecord] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.records.append(record)
 
 
 class _Console(logging.StreamHandler[TextIO]):

@@ -12,7 +12,9 @@ from typing import Any
 from stacking_ds.checkpoint import folders, load
 from stacking_ds.checkpoint import manifest as checkpoint_manifest
 from stacking_ds.checkpoint import save as checkpoint_save
+from stacking_ds.config.run import RunConfig
 from stacking_ds.config.sections import Moments
+from stacking_ds.data.run_data import RunData
 from stacking_ds.distributed.world import World
 from stacking_ds.engine.build import build_engine, release_engine
 from stacking_ds.engine.zero.lifecycle import ValueOf
@@ -25,14 +27,15 @@ from stacking_ds.engine.zero.sharded_state import (
 from stacking_ds.errors import CheckpointError
 from stacking_ds.growth.operators import layer_map
 from stacking_ds.growth.transfer import TrainingState, capture, install
-from stacking_ds.kernels.registry import Compute
+from stacking_ds.kernels.registry import choose_compute
 from stacking_ds.model.bert import BertForPreTraining
+from stacking_ds.model.bert_config import BertConfig
 from stacking_ds.model.parameters import first_value
 from stacking_ds.optim.optimizers import ShardedOptimizer, build_optimizer
 from stacking_ds.process.runtime import return_freed_memory
 from stacking_ds.schedule.phases import Phase
+from stacking_ds.schedule.run_schedule import RunSchedule
 from stacking_ds.schedule.stages import Stage
-from stacking_ds.train.plan import TrainingPlan
 
 _MOST_FAILED_SAVES = 2
 _STOP_SECONDS = 30.0  # deepspeed/launcher/launch.py, terminate_process_tree
@@ -41,12 +44,25 @@ logger = logging.getLogger("stacking_ds")
 
 
 class StageEngine:
-    """Owns the engine of the present stage. All methods but `close` are collectives."""
+    """Owns the engine of the present stage. To make one, and all methods but `close`, are
+    collectives."""
 
-    def __init__(self, plan: TrainingPlan, world: World, compute: Compute) -> None:
-        self._plan = plan
-        self._world = world
-        self._compute = compute
+    def __init__(
+        self,
+        config: RunConfig,
+        schedule: RunSchedule,
+        data: RunData,
+        ds_configs: Sequence[dict[str, Any]],
+        world: World,
+    ) -> None:
+        """Raises:
+        ConfigError: the recipe names kernels that cannot run here.
+        """
+        self._config, self._schedule, self._data, self._world = config, schedule, data, world
+        self._ds_configs = ds_configs
+        self._compute = world.on_all(
+            lambda: choose_compute(config.engine, world.device, config.model)
+        )
         self._ds_config: dict[str, Any] = {}
         self.engine: Any = None
         self._saving: checkpoint_save.BackgroundSave | None = None
@@ -56,11 +72,14 @@ class StageEngine:
         self._captured: TrainingState | None = None
         """The host copy that the save at a stage's end made, for the boundary that follows."""
 
+    def model_config(self, num_hidden_layers: int) -> BertConfig:
+        """The model at a depth, with the vocabulary of the data."""
+        return BertConfig.of(self._config.model, num_hidden_layers, self._data.vocab_size)
+
     def begin(self, found: Path | None, stage: Stage) -> None:
         """An engine of the stage's depth, with the state of the checkpoint `found` if there is one.
 
         Raises:
-            ConfigError: recipe and DeepSpeed JSON disagree.
             CheckpointError: the checkpoint is damaged, or another model's.
         """
         if found is None:
@@ -70,26 +89,21 @@ class StageEngine:
 
     def start(self, stage: Stage) -> None:
         """An engine of the stage's depth with freshly initialised weights."""
-        config = self._plan.config
+        config = self._config
         self._build(
             stage,
-            self._plan.phases.at(stage.start_step),
+            self._schedule.phases.at(stage.start_step),
             lambda name, shape: first_value(
                 name, shape, config.seed, config.model.initializer_range
             ),
         )
 
     def _build(self, stage: Stage, phase: Phase, value_of: ValueOf | None = None) -> None:
-        """An engine of the stage's depth; without `value_of` its values are yet to come.
-
-        Raises:
-            ConfigError: recipe and DeepSpeed JSON disagree; all disagreements in one message.
-        """
-        config = self._plan.config
-        self._ds_config = self._plan.ds_configs[phase.index]
-        model_config = self._plan.model_config(stage.num_hidden_layers)
-        model = BertForPreTraining(model_config, seed=None, compute=self._compute)
-        optimizer = build_optimizer(config.optimizer, model.named_parameters())
+        """An engine of the stage's depth; without `value_of` its values are yet to come."""
+        self._ds_config = self._ds_configs[phase.index]
+        sizes = self.model_config(stage.num_hidden_layers)
+        model = BertForPreTraining(sizes, seed=None, compute=self._compute)
+        optimizer = build_optimizer(self._config.optimizer, model.named_parameters())
         self.engine = build_engine(model, optimizer, self._ds_config, value_of)
 
     def grow(self, old: Stage, new: Stage) -> None:
@@ -98,14 +112,14 @@ class StageEngine:
         Raises:
             StageError: the state that arrived is not the one the growth operator predicts.
         """
-        growth = self._plan.config.growth
+        growth = self._config.growth
         layers = layer_map(growth.operator, old.num_hidden_layers, new.num_hidden_layers)
-        self._rebuild(new, self._plan.phases.at(new.start_step), layers, growth.moments)
+        self._rebuild(new, self._schedule.phases.at(new.start_step), layers, growth.moments)
 
     def enter_phase(self, stage: Stage, phase: Phase) -> None:
         """Replace the engine by one for the phase's batch, unless it is that already. Weights and
         moments stay as they are."""
-        if self._plan.ds_configs[phase.index] != self._ds_config:
+        if self._ds_configs[phase.index] != self._ds_config:
             self._rebuild(stage, phase, None, "carry")
 
     def _rebuild(
@@ -133,7 +147,7 @@ class StageEngine:
                 previous checkpoint is untouched.
         """
         self.finish_save()
-        growing = train_state["step"] == stage.end_step < self._plan.schedule.total_steps
+        growing = train_state["step"] == stage.end_step < self._schedule.total_steps
         state = capture(self.engine, None if growing else self._world.rank)
         self._captured = state if growing else None
         contents = checkpoint_manifest.Contents(
@@ -142,10 +156,10 @@ class StageEngine:
             loss_scale=state.loss_scale,
             num_hidden_layers=stage.num_hidden_layers,
             zero_stage=self._ds_config["zero_optimization"].get("stage", 0),
-            vocabulary_sha256=self._plan.shards.manifest.vocabulary_sha256,
-            data_sha256=self._plan.data_sha256,
+            vocabulary_sha256=self._data.vocabulary_sha256,
+            data_sha256=self._data.sha256,
             train_state=train_state,
-            config=self._plan.config.with_absolute_paths().model_dump(mode="json"),
+            config=self._config.with_absolute_paths().model_dump(mode="json"),
         )
         self._saving = checkpoint_save.BackgroundSave(
             run_dir, state.fragments, self._world, contents, lambda: self._prune(run_dir)
@@ -202,9 +216,9 @@ class StageEngine:
         )
 
     def _prune(self, run_dir: Path) -> None:
-        keep_last = self._plan.config.checkpoint.keep_last
+        keep_last = self._config.checkpoint.keep_last
         try:
-            folders.prune(run_dir, keep_last=keep_last, keep_steps=self._plan.schedule.boundaries)
+            folders.prune(run_dir, keep_last=keep_last, keep_steps=self._schedule.stages.boundaries)
         except OSError as error:
             # the new checkpoint is safe, so what is in the way of tidying up must not end the run
             logger.warning("old checkpoints stay for now: %s", error)
@@ -212,7 +226,7 @@ class StageEngine:
     def restore(self, found: Path, stage: Stage) -> None:
         """An engine of the stage's depth with the state of the checkpoint `found`."""
         manifest = self._world.on_first(lambda: checkpoint_manifest.read_manifest(found))
-        self._build(stage, self._plan.phases.at(manifest.step))
+        self._build(stage, self._schedule.phases.at(manifest.step))
         if manifest.optimizer_step:
             seed_moments(self.engine, manifest.optimizer_step)
         load.load(found, fragments(self.engine), world=self._world)

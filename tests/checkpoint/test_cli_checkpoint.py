@@ -18,8 +18,10 @@ from tests.checkpoints import plain_fragments, save_state
 from tests.prose import tiny_shards
 from tests.ranks import run_ranks
 from tests.runs import small_recipe, train_small
+from tests.tables import same_as_golden
 
 Capture = pytest.CaptureFixture[str]
+SIZE, WRITTEN = r"\d+\.\d+(?= KiB)", r"\d{4}-\d\d-\d\d \d\d:\d\d(:\d\d)?"
 
 
 def _run(capsys: Capture, *arguments: str | Path, code: int = 0) -> str:
@@ -101,23 +103,7 @@ def _break_manifest(folder: Path) -> None:
 
 def test_list_shows_a_row_for_each_checkpoint(trained: Path, capsys: Capture) -> None:
     table = _run(capsys, "list", trained)
-    assert _cells(table, "checkpoint") == [
-        *("checkpoint", "step", "stage", "layers", "ranks", "ZeRO", "precision"),
-        *("size", "written"),
-    ]
-    assert _cells(table, "step_00000004")[:7] == [
-        *("step_00000004", "4", "0", "1", "2", "1", "fp32"),
-    ]
-    marks = {line.split()[0]: line.split(":", 1)[1][2:].strip() for line in table.splitlines()[1:]}
-    assert marks == {
-        "step_00000004": "boundary",
-        "step_00000007": "boundary",
-        "step_00000009": "",
-        "step_00000010": "latest, end of the run",
-    }
-    # columns are aligned, whatever stands in them
-    ends = {line.index("fp32") for line in table.splitlines()[1:]}
-    assert len(ends) == 1
+    same_as_golden(table, trained, "checkpoint_list.txt", SIZE, WRITTEN)
 
 
 def test_list_for_programs(trained: Path, capsys: Capture) -> None:
@@ -282,18 +268,13 @@ def test_inspect_says_what_is_in_a_checkpoint(trained: Path, capsys: Capture) ->
     manifest = checkpoint_manifest.read_manifest(_folder(trained, 7))
     lines = (trained / "metrics.jsonl").read_text().splitlines()
     metrics = {line["step"]: line for line in map(json.loads, lines)}
-    assert _fact(text, "step") == "7 of 10, a boundary: 4 layers come next"
-    assert _fact(text, "stage") == "1, 2 layers"
-    assert _fact(text, "samples seen") == "70"
     assert _fact(text, "tokens seen") == f"{metrics[7]['tokens_seen']:,}"
     rate = metrics[8]["optim/learning_rate"]
     assert _fact(text, "learning rate").startswith(f"{rate:.4g} in the next step")
-    assert _fact(text, "optimizer") == "7 updates; saved: master, exp_avg, exp_avg_sq"
-    assert _fact(text, "loss scale") == "none in fp32"
-    assert (_fact(text, "ZeRO stage"), _fact(text, "world size")) == ("1", "2")
-    assert _fact(text, "data position").startswith("rows 70 to 79 of 32 tokens come next")
-    assert "seed 3" in _fact(text, "random state")
     assert manifest.package_versions["deepspeed"] in _fact(text, "written with")
+    same_as_golden(
+        text, trained, "checkpoint_inspect.txt", SIZE, r"(?<=trained for    ).*", r"(?<=with   ).*"
+    )
 
 
 def test_inspect_of_a_finished_run(trained: Path, capsys: Capture) -> None:

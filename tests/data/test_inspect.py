@@ -1,8 +1,6 @@
 """`stacking-ds data inspect`: documents, overlap and refusals."""
 
-import re
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,17 +21,13 @@ from tests.inspecting import (
     rewrite_split,
     run,
 )
+from tests.tables import same_as_golden
 from tests.token_shards import FIRST_TOKEN, make_shards
 
-GOLDEN = Path(__file__).parent / "golden"
 DOCUMENTS = [[3, 4], [9], [10, 10, 12], [1]]
 
 
-def same_as_golden(text, folder, name):
-    """What is printed is, to the character, what the file holds: read a change of it as a user.
-    Only the sizes of files are left out, which are Arrow's."""
-    text = re.sub(r"\d+\.\d+(?= KiB)", lambda size: "#" * len(size[0]), text)
-    assert text.replace(str(folder), "FOLDER") == (GOLDEN / name).read_text("utf-8")
+SIZE = r"\d+\.\d+(?= KiB)"  # of files, which is Arrow's
 
 
 # ------------------------------------------------------------- folder and documents
@@ -77,7 +71,7 @@ def test_the_numbers_of_a_folder_that_was_counted_by_hand(tmp_path, capsys):
     assert folder["every_byte_verified"] is False
 
     text, _ = run(capsys, "inspect", tmp_path, "--sequence-length", 8)
-    same_as_golden(text, tmp_path, "inspect.txt")
+    same_as_golden(text, tmp_path, "data_inspect.txt", SIZE)
 
 
 @settings(max_examples=40, deadline=None)
@@ -200,7 +194,7 @@ def test_a_manifest_that_counts_otherwise_is_refused(text, capsys):
 
 def test_a_recipe_of_several_phases_is_told_as_ever(text, tmp_path, capsys):
     out, _ = run(capsys, "inspect", text, *recipe(tmp_path, "data.variants=2"))
-    same_as_golden(out, text, "inspect_recipe.txt")
+    same_as_golden(out, text, "data_inspect_recipe.txt", SIZE)
 
 
 def test_options_that_cannot_be_used_are_refused(text, tmp_path, capsys):

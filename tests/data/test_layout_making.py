@@ -173,18 +173,18 @@ def test_a_job_lays_out_both_splits_before_its_ranks_meet_and_says_so(tmp_path):
     config = small_recipe(tmp_path, shards.folder, phases, "data.variants=3")
     plan, said = open_plan(config), []
     assert not (shards.folder / "layouts").exists()
-    plan.lay_out_rows(said.append)
+    plan.data.lay_out_rows(said.append)
     names = [line.partition(", ")[2].partition(", once")[0] for line in said]
     # a run of so few steps does not reach the second variant
     assert names == [
         f"{split} pairs-{length}-single-0" for length in (24, 32) for split in ("train", "heldout")
     ]
     before = sorted((shards.folder / "layouts").rglob("*"))
-    for phase in plan.phases.phases:
-        assert plan.heldout_steps(0, 1, phase)
+    for phase in plan.schedule.phases.phases:
+        assert plan.data.heldout_steps(0, 1, phase)
     assert sorted((shards.folder / "layouts").rglob("*")) == before
     said.clear()
-    open_plan(config).lay_out_rows(said.append)
+    open_plan(config).data.lay_out_rows(said.append)
     assert said == []
 
 

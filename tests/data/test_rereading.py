@@ -19,7 +19,7 @@ from tests.runs import small_recipe
 def plan(tmp_path_factory: pytest.TempPathFactory) -> TrainingPlan:
     folder = tmp_path_factory.mktemp("shards")
     plan = open_plan(small_recipe(folder, tiny_shards(folder)))
-    for data in plan.train_data.values():
+    for data in plan.data.train.values():
         data.layout(0)
     return plan
 
@@ -34,7 +34,7 @@ def log(
 
 
 def _again(plan: TrainingPlan) -> Rereading:
-    return Rereading(plan.shards, plan.train_data.values(), enabled=True)
+    return Rereading(plan.data, enabled=True)
 
 
 def _wait(reading: Rereading) -> None:
@@ -64,7 +64,7 @@ def test_whole_data_are_read_to_their_end(plan: TrainingPlan) -> None:
     with _again(plan) as reading:
         _wait(reading)
         reading.require_whole(0)
-    assert not Rereading(plan.shards, [], enabled=False).goes_on(60.0)
+    assert not Rereading(plan.data, enabled=False).goes_on(60.0)
 
 
 @pytest.mark.parametrize("files", [SHARDS, ROWS])
@@ -116,7 +116,7 @@ def test_the_end_of_a_run_does_not_wait_for_what_cannot_be_read(
 def test_rows_that_cannot_be_read_are_not_to_be_deleted(
     plan: TrainingPlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    [data] = plan.train_data.values()
+    [data] = plan.data.train.values()
     _failing(ROWS, monkeypatch, errno.EACCES, times=1)
     with pytest.raises(UnreadableDataError, match=r"cannot be read \(Permission denied\); mend"):
         list(data.verifying())

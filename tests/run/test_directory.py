@@ -88,16 +88,16 @@ def test_the_tokenizer_is_that_of_the_last_start(tmp_path: Path) -> None:
         folder.mkdir()
         shards = tiny_shards(folder, vocab_size=size)
         plans.append(open_plan(small_recipe(folder, shards)))
-        directory.keep_tokenizer(run_dir, plans[-1].shards)
+        directory.keep_tokenizer(run_dir, plans[-1].data.shards)
     plan = plans[-1]
-    sha256 = plan.shards.manifest.vocabulary_sha256
+    sha256 = plan.data.shards.manifest.vocabulary_sha256
     kept = directory.choose_tokenizer(run_dir, plan.config, sha256, None)
     assert kept == run_dir / "tokenizer"
     before = (kept / "vocab.txt").stat()
-    directory.keep_tokenizer(run_dir, plan.shards)
+    directory.keep_tokenizer(run_dir, plan.data.shards)
     assert (kept / "vocab.txt").stat() == before, "what is there is not written again"
     (kept / "SHA256SUMS").unlink()
-    directory.keep_tokenizer(run_dir, plan.shards)
+    directory.keep_tokenizer(run_dir, plan.data.shards)
     assert directory.choose_tokenizer(run_dir, plan.config, sha256, None) == kept
 
 

@@ -10,11 +10,12 @@ import torch
 from stacking_ds.config.run import RunConfig
 from stacking_ds.data.batches import Batch, RankStep
 from stacking_ds.data.loader import PretrainingSteps
+from stacking_ds.data.run_data import RunData
 from stacking_ds.distributed.world import World
 from stacking_ds.kernels.cross_entropy import IGNORE_INDEX
 from stacking_ds.model.bert import BertForPreTraining
 from stacking_ds.train.metrics import Interval, TrainState
-from stacking_ds.train.plan import TrainingPlan, open_plan
+from stacking_ds.train.plan import open_plan
 from stacking_ds.train.step import StepResult
 from tests.prose import tiny_shards
 from tests.ranks import run_ranks
@@ -68,7 +69,7 @@ def test_a_batch_without_targets_counts_and_is_passed_over(
     assert ["train/loss" in line for line in lines] == [True, False, False, True]
     assert [line["optim/empty_steps"] for line in lines] == [0, 1, 2, 2]
     assert [line["samples_seen"] for line in lines] == [10, 20, 30, 40]
-    rates = open_plan(config).learning_rates
+    rates = open_plan(config).schedule.learning_rates
     assert [line["optim/learning_rate"] for line in lines] == [rates.at(n) for n in range(4)]
     said = (run_dir / "train.log").read_text()
     assert said.count("step 2 is passed over: nothing in its batch can be predicted") == 1
@@ -110,9 +111,9 @@ def test_means_are_over_the_steps_that_have_a_loss() -> None:
 
 
 def _unknown_heldout(world: World, config: RunConfig, run_dir: Path) -> int:
-    original = TrainingPlan.heldout_steps
+    original = RunData.heldout_steps
 
-    def steps(self: TrainingPlan, *arguments: Any) -> list[RankStep]:
+    def steps(self: RunData, *arguments: Any) -> list[RankStep]:
         found = original(self, *arguments)
         return [
             RankStep.of([_without(batch, pairs=True)], step.real_tokens)
@@ -120,7 +121,7 @@ def _unknown_heldout(world: World, config: RunConfig, run_dir: Path) -> int:
             for batch in step.micro_batches
         ]
 
-    TrainingPlan.heldout_steps = steps  # type: ignore[method-assign]
+    RunData.heldout_steps = steps  # type: ignore[method-assign]
     return train_small(world, config, run_dir)
 
 

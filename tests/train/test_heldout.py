@@ -19,7 +19,7 @@ def _evaluate(world: World, config: RunConfig) -> tuple[HeldOut, bool]:
     plan = open_plan(config)
     model = BertForPreTraining(plan.model_config(2), seed=4)
     result = evaluate_heldout(
-        model, plan.heldout_steps(world.rank, world.size, plan.phases.at(0)), world
+        model, plan.data.heldout_steps(world.rank, world.size, plan.schedule.phases.at(0)), world
     )
     return result, model.training
 
@@ -40,7 +40,7 @@ def test_dropout_is_off_and_the_ranks_agree(tmp_path: Path) -> None:
     plan = open_plan(config)
     model = BertForPreTraining(plan.model_config(2), seed=4).eval()
     total, right, targets = 0.0, 0, 0
-    for rank_step in plan.heldout_steps(0, 1, plan.phases.at(0)):
+    for rank_step in plan.data.heldout_steps(0, 1, plan.schedule.phases.at(0)):
         for micro_batch in rank_step.micro_batches:
             batch = micro_batch.to("cpu")
             with torch.no_grad():

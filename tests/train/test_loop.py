@@ -113,7 +113,7 @@ def test_the_exported_model_has_the_trainers_heldout_loss(shards: Path, referenc
     config = small_recipe(reference.parent, shards, "engine.deepspeed=zero0")
     total, targets = 0.0, 0
     plan = open_plan(config)
-    for rank_step in plan.heldout_steps(0, 1, plan.phases.at(0)):
+    for rank_step in plan.data.heldout_steps(0, 1, plan.schedule.phases.at(0)):
         for micro_batch in rank_step.micro_batches:
             batch = micro_batch.to("cpu")
             lengths_E = batch.sequences.starts_E1.diff()
