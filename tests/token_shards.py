@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from stacking_ds.data.shard_files import (
     MANIFEST_NAME,
@@ -18,7 +19,7 @@ from stacking_ds.data.shard_files import (
     file_sha256,
     write_arrow,
 )
-from stacking_ds.data.shards import TokenShards
+from stacking_ds.data.shards import TokenShards, TokenSplit
 from stacking_ds.data.tokenizer import SPECIAL_TOKENS, vocabulary_sha256
 
 __all__ = ["FIRST_TOKEN", "make_shards"]
@@ -70,6 +71,14 @@ def make_shards(
     )
     (folder / MANIFEST_NAME).write_text(manifest.to_json())
     return TokenShards.open(folder)
+
+
+def sentence_lengths_of(split: TokenSplit, document: int) -> NDArray[np.int32]:
+    """The lengths of a document's sentences, in tokens. Shape [sentences]."""
+    shard = int(np.searchsorted(split.document_bases, document, side="right")) - 1
+    arrays, row = split.arrays[shard], document - split.document_bases[shard]
+    first, stop = arrays.sentence_offsets[row : row + 2]
+    return arrays.sentence_lengths[first:stop]
 
 
 def _write_split(

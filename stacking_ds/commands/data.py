@@ -5,11 +5,11 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
+from pydantic_core import to_jsonable_python
 
 from stacking_ds.commands.train import add_set
 from stacking_ds.config.mistakes import sentences
@@ -20,7 +20,6 @@ from stacking_ds.console import say
 from stacking_ds.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from stacking_ds.data.inspection import Overlap
     from stacking_ds.data.shards import TokenShards
 
 
@@ -78,7 +77,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
     if options.examples_shown < 0:
         raise ConfigError(f"--examples-shown is {options.examples_shown}; it must be at least 0")
-    workers = _workers(options.workers)
+    workers = _workers(options)
     config, section = _recipe(options)
     shards = TokenShards.open(options.shards, options.verify)
     from stacking_ds.data.inspect_report import as_text  # seconds of imports, for what is there
@@ -89,8 +88,13 @@ def _inspect(options: argparse.Namespace) -> int:
         if not options.json:
             say(as_text(name, facts))
     if options.json:
-        say(json.dumps(found, indent=1, default=_plain))
-    _require_no_overlap(shards, found["overlap"])
+        say(json.dumps(found, indent=1, default=to_jsonable_python))
+    if overlap := found["overlap"]["documents"]:
+        raise DataError(
+            f"{overlap:,} training documents of {shards.folder} are held out too, the first at "
+            f"{', '.join(found['overlap']['first'])}: a held-out loss would say nothing; delete "
+            "the folder and prepare it again"
+        )
     return 0
 
 
@@ -103,57 +107,49 @@ def _findings(
 ) -> Iterator[tuple[str, Any]]:
     """Each part of the report by its name, as soon as it is known."""
     from stacking_ds.data import inspection
-    from stacking_ds.data.inspection import shown_examples
     from stacking_ds.data.loader import PretrainingData
 
     train, heldout = shards.split("train"), shards.split("heldout")
     yield "folder", inspection.folder_facts(shards, options.verify)
     yield "splits", [inspection.split_facts(split) for split in (train, heldout)]
     yield "overlap", inspection.find_overlap(shards)
-    options_by_length = {
-        length: section.changed(sequence_length=length) for length in _lengths(section, config)
-    }
-    rows = []
-    for row in options_by_length.values():
-        rows.append(inspection.row_facts(train, row, workers))
+    seed, sections = 0 if config is None else config.seed, _sections(section, config)
+    rows, rows_by_length = [], {}
+    for length, row in sections.items():
+        rows_by_length[length] = inspection.row_facts(train, row, workers)
         # a run evaluates on the first variant only
-        one = row.changed(variants=1)
-        rows.append(inspection.row_facts(heldout, one, workers))
+        held_out = inspection.row_facts(heldout, row.changed(variants=1), workers)
+        rows += [rows_by_length[length], held_out]
     yield "rows", rows
-    seed = 0 if config is None else config.seed
+    yield "readings", config and inspection.readings(config, rows_by_length)
     data = {
-        length: PretrainingData(shards, "train", row, seed=seed)
-        for length, row in options_by_length.items()
+        length: PretrainingData(shards, "train", row, seed=seed) for length, row in sections.items()
     }
-    if config is None:
-        yield "readings", None
-    else:
-        by_length = {facts.sequence_length: facts for facts in rows if facts.split == "train"}
-        yield "readings", inspection.readings(config, by_length)
-        for phase in config.phase_schedule().phases:
-            data[phase.sequence_length].require_rows(phase.global_batch_size)
-    yield "examples", shown_examples(data[section.sequence_length], options.examples_shown)
+    for phase in config.phase_schedule().phases if config else ():
+        data[phase.sequence_length].require_rows(phase.global_batch_size)
+    yield (
+        "examples",
+        inspection.shown_examples(data[section.sequence_length], options.examples_shown),
+    )
 
 
 def _layout(options: argparse.Namespace) -> int:
     from stacking_ds.data.shards import TokenShards
 
-    workers = _workers(options.workers)
+    workers = _workers(options)
     config, section = _recipe(options)
     shards = TokenShards.open(options.shards)
-    from stacking_ds.data.row_store import open_layout  # seconds of imports, for what is there
-    from stacking_ds.data.rows import LayoutSpec
+    from stacking_ds.data.rows import LayoutSpec, open_layout  # seconds of imports
 
     # a run evaluates on the first variant only
     for split, variants in (
         (shards.split("train"), section.variants),
         (shards.split("heldout"), 1),
     ):
-        for length in _lengths(section, config):
+        for row in _sections(section, config).values():
             for variant in range(variants):
                 started = time.monotonic()
-                spec = LayoutSpec.of(section.changed(sequence_length=length), variant)
-                found = open_layout(split, spec, workers)
+                found = open_layout(split, LayoutSpec.of(row, variant), workers)
                 say(
                     f"{found.folder}: {found.num_rows:,} rows, {found.fill:.1%} full, "
                     f"{time.monotonic() - started:.1f} s"
@@ -189,33 +185,15 @@ def _recipe(options: argparse.Namespace) -> tuple[RunConfig | None, DataSection]
     return config, config.data
 
 
-def _lengths(section: DataSection, config: RunConfig | None) -> list[int]:
-    """The sequence lengths of all phases."""
-    if config is None:
-        return [section.sequence_length]
-    return sorted({phase.sequence_length for phase in config.phase_schedule().phases})
+def _sections(section: DataSection, config: RunConfig | None) -> dict[int, DataSection]:
+    """How rows of each sequence length are to be made, over all phases."""
+    lengths = {section.sequence_length}
+    if config is not None:
+        lengths = {phase.sequence_length for phase in config.phase_schedule().phases}
+    return {length: section.changed(sequence_length=length) for length in sorted(lengths)}
 
 
-def _workers(wanted: int | None) -> int:
-    if wanted is None:
-        return len(os.sched_getaffinity(0))
-    if wanted < 1:
-        raise ConfigError(f"--workers is {wanted}; it must be at least 1")
-    return wanted
-
-
-def _require_no_overlap(shards: "TokenShards", overlap: "Overlap") -> None:
-    if overlap.documents:
-        raise DataError(
-            f"{overlap.documents:,} training documents of {shards.folder} are held out too, the "
-            f"first at {', '.join(overlap.first)}: a held-out loss would say nothing; delete the "
-            f"folder and prepare it again"
-        )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, BaseModel):
-        return value.model_dump(mode="json")
-    assert is_dataclass(value)
-    assert not isinstance(value, type)
-    return asdict(value)
+def _workers(options: argparse.Namespace) -> int:
+    if options.workers is not None and options.workers < 1:
+        raise ConfigError(f"--workers is {options.workers}; it must be at least 1")
+    return options.workers or len(os.sched_getaffinity(0))

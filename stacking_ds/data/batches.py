@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from stacking_ds.config.sections import MaskingName
 from stacking_ds.data.counter_random import Words
-from stacking_ds.data.examples import Examples, concatenate
+from stacking_ds.data.examples import Examples, concatenate, empty_examples
 from stacking_ds.data.masking import MaskingVocabulary, mask_tokens
 from stacking_ds.data.rows import LayoutSpec, ranges
 from stacking_ds.data.shards import TokenSplit
@@ -173,9 +173,7 @@ class Assembler:
         without weight."""
         real, without_weight = len(examples), micro_batch_size * num_micro_batches - len(counts_R)
         nothing = np.zeros(without_weight, dtype=np.int64)
-        examples = concatenate(
-            [examples, Examples(nothing, nothing, nothing, nothing, nothing > 0)]
-        )
+        examples = concatenate([examples, empty_examples(without_weight)])
         tokens = self._frame(examples)
         masked_M, labels_M = mask_tokens(
             tokens.ids_T,
@@ -186,9 +184,8 @@ class Assembler:
             mlm_probability=self._mlm_probability,
             vocabulary=self._vocabulary,
         )
-        label_E = np.where(
-            examples.second_length_E > 0, examples.is_random_E.astype(np.int64), IGNORE_INDEX
-        )
+        is_random_E = examples.is_random_E.astype(np.int64)
+        label_E = np.where(examples.second_length_E > 0, is_random_E, IGNORE_INDEX)
         place_T = ranges(np.zeros(len(examples), dtype=np.int64), np.diff(tokens.offsets))
         first_of_row = np.cumsum([0, *counts_R, *(nothing + 1)])
         micro_batches = []
@@ -211,8 +208,7 @@ class Assembler:
 
     def _frame(self, examples: Examples) -> "_Tokens":
         """[CLS] A [SEP], or [CLS] A [SEP] B [SEP], of each example."""
-        first_E = examples.first_length_E.astype(np.int64)
-        second_E = examples.second_length_E.astype(np.int64)
+        first_E, second_E = examples.first_length_E, examples.second_length_E
         offsets = np.concatenate([[0], np.cumsum(examples.slots, dtype=np.int64)])
         start_E, second_start_E = offsets[:-1], offsets[:-1] + first_E + 2
         ids = np.empty(offsets[-1], dtype=np.int64)

@@ -18,8 +18,9 @@ Shapes: E examples.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,28 +64,28 @@ class Examples:
     @property
     def slots(self) -> Integers:
         """The slots of each example, [CLS] and [SEP] included. Shape [E]."""
-        return self.first_length_E + self.second_length_E + 2 + (self.second_length_E > 0)
+        first_E = self.first_length_E.astype(np.int64)  # what is wrong in a file might overflow
+        return first_E + self.second_length_E + 2 + (self.second_length_E > 0)
 
     def __getitem__(self, chosen: NDArray[np.int64]) -> "Examples":
-        return Examples(
-            self.first_start_E[chosen],
-            self.first_length_E[chosen],
-            self.second_start_E[chosen],
-            self.second_length_E[chosen],
-            self.is_random_E[chosen],
-        )
+        return Examples(*(column[chosen] for column in self.columns))
+
+    @property
+    def columns(self) -> list[NDArray[Any]]:
+        """The arrays, in the order of the fields."""
+        return [getattr(self, field.name) for field in fields(self)]
 
 
-def concatenate(parts: Sequence[Examples]) -> Examples:
-    """One after the other; none of them give none."""
-    if not parts:
-        return concatenate([_NONE])
-    columns = ([getattr(part, field.name) for part in parts] for field in fields(Examples))
+def empty_examples(count: int) -> Examples:
+    """So many examples without a token."""
+    nothing = np.zeros(count, dtype=np.int64)
+    return Examples(nothing, nothing, nothing, nothing, nothing > 0)
+
+
+def concatenate(parts: Iterable[Examples]) -> Examples:
+    """One after the other, widened to int64; none of them give none."""
+    columns = zip(*(part.columns for part in (empty_examples(0), *parts)), strict=True)
     return Examples(*map(np.concatenate, columns))
-
-
-_NOTHING = np.zeros(0, dtype=np.int64)
-_NONE = Examples(_NOTHING, _NOTHING, _NOTHING, _NOTHING, np.zeros(0, dtype=np.bool_))
 
 
 @dataclass(frozen=True)
@@ -140,13 +141,7 @@ def cut_documents(passages: Passages, sequence_length: int, key: Words | None) -
     begin = np.where(number == 0, 0, shift[document] + (number - 1) * room)
     end = np.minimum(shift[document] + number * room, lengths[document])
     nothing = np.zeros_like(begin)
-    return Examples(
-        passages.starts[document] + begin,
-        end - begin,
-        nothing,
-        nothing,
-        np.zeros(len(begin), dtype=np.bool_),
-    )
+    return Examples(passages.starts[document] + begin, end - begin, nothing, nothing, nothing > 0)
 
 
 def cut_pairs(passages: Passages, sequence_length: int, key: Words) -> Examples:

@@ -20,8 +20,7 @@ from stacking_ds.data.batches import Assembler, RankStep, rows_of_rank, split_ba
 from stacking_ds.data.counter_random import KeyedPermutation, Words, derive_key
 from stacking_ds.data.examples import Examples, concatenate
 from stacking_ds.data.prefetch import Patience, PrefetchedSteps
-from stacking_ds.data.row_store import find_layout, open_layout
-from stacking_ds.data.rows import Layout, LayoutSpec
+from stacking_ds.data.rows import Layout, LayoutSpec, find_layout, open_layout
 from stacking_ds.data.shard_files import SplitName
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.errors import ConfigError, DataError
@@ -41,7 +40,7 @@ class PretrainingData:
         self, shards: TokenShards, split: SplitName, section: DataSection, *, seed: int
     ) -> None:
         """Raises DataError for a vocabulary of special tokens alone. Rows are looked for, and laid
-        out, when they are first needed: see `row_store.open_layout` for what that raises."""
+        out, when they are first needed: see `rows.open_layout` for what that raises."""
         self.shards, self.section = shards, section
         self._split, self._seed = shards.split(split), seed
         self._length = section.sequence_length

@@ -17,8 +17,7 @@ from stacking_ds.data.loader import (
     unigram_log_probabilities,
     unigram_mlm_loss,
 )
-from stacking_ds.data.row_store import require_documents, rows_sha256
-from stacking_ds.data.rows import LayoutSpec
+from stacking_ds.data.rows import LayoutSpec, require_documents, rows_sha256
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.errors import CheckpointError
 from stacking_ds.schedule.phases import Phase

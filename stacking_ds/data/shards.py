@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from stacking_ds.data.shard_files import (
     DataManifest,
-    DuplicatesFile,
     ShardFile,
     SplitName,
     VocabularyFile,
@@ -27,7 +26,43 @@ from stacking_ds.data.tokenizer import SpecialIds, load_vocabulary, special_ids,
 from stacking_ds.errors import DataError
 from stacking_ds.files import DamagedFileError, open_regular
 
-# ---- the Arrow files that are written here
+# ---- the files that are written here
+
+_AGAIN = "delete the folder and prepare it again"
+
+
+@contextmanager
+def reading(path: Path, remedy: str = _AGAIN) -> Iterator[None]:
+    """Names the file in whatever goes wrong with it.
+
+    Raises:
+        UnreadableDataError: it cannot be read, and may be whole.
+        DataError: it is missing or damaged; what to do is the `remedy`.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is missing; bring it back, or {remedy}") from error
+    except DamagedFileError as damage:
+        raise DataError(f"{damage}; {remedy}") from damage
+    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # what Arrow finds has none
+            raise not_opened(path, error) from error
+        raise DataError(f"{path} is damaged: {error}; {remedy}") from error
+
+
+def require_whole(
+    path: Path, size_bytes: int, sha256: str | None = None, remedy: str = _AGAIN
+) -> None:
+    """Raises DataError, as `reading` does, unless it is the file that was written: its size, and
+    with `sha256` every byte."""
+    with reading(path, remedy):
+        with open_regular(path) as file:
+            found = os.fstat(file.fileno()).st_size
+        if found != size_bytes:
+            raise ValueError(f"it has {found} bytes, its manifest says {size_bytes}")
+        if sha256 is not None and file_sha256(path) != sha256:
+            raise ValueError("it is not the file its manifest describes (its sha256 differs)")
 
 
 def numbers(array: pa.Array) -> NDArray[Any]:
@@ -55,12 +90,7 @@ _TOKENS_AT_ONCE = 2**24
 
 def only_batch(path: Path, columns: Mapping[str, tuple[pa.DataType, ...]]) -> pa.RecordBatch:
     """The one record batch of a file, memory-mapped: it has these columns, each of one of its
-    types, without nulls, and Arrow finds no fault with it.
-
-    Raises:
-        ValueError: it has not (pa.ArrowInvalid is one too).
-        OSError: it cannot be read.
-    """
+    types, without nulls, and Arrow finds no fault with it. To be called in `reading`."""
     reader = pa.ipc.open_file(pa.memory_map(str(path)))
     if reader.num_record_batches != 1:
         raise ValueError(f"it has {reader.num_record_batches} record batches instead of 1")
@@ -81,16 +111,6 @@ def _has_nulls(column: pa.Array) -> bool:
     if pa.types.is_struct(column.type):
         return bool(column.null_count) or any(map(_has_nulls, column.flatten()))
     return bool(column.null_count)
-
-
-def is_rising(offsets: NDArray[np.int32], stop: int) -> bool:
-    """True if these offsets go from 0 to `stop`, and never back."""
-    return bool(
-        len(offsets)
-        and offsets[0] == 0
-        and offsets[-1] == stop
-        and (offsets[1:] >= offsets[:-1]).all()
-    )
 
 
 def require_ids(tokens_T: NDArray[Any], vocab_size: int) -> None:
@@ -122,7 +142,7 @@ _COLUMNS = {
 }
 
 Tokens = NDArray[np.uint16] | NDArray[np.uint32]
-_RecordedFile = ShardFile | DuplicatesFile | VocabularyFile
+_RecordedFile = ShardFile | VocabularyFile
 
 
 @dataclass(frozen=True)
@@ -134,6 +154,25 @@ class ShardArrays:
     sentence_lengths: NDArray[np.int32]
     sentence_offsets: NDArray[np.int32]
     document_hashes: NDArray[np.uint64]
+
+    @classmethod
+    def of(cls, path: Path, record: ShardFile) -> "ShardArrays":
+        """Maps a file. Raises DataError, as `reading` does, where it is not what was written."""
+        with reading(path):
+            batch = only_batch(path, _COLUMNS)
+            tokens, lengths = batch.column("tokens"), batch.column("sentence_lengths")
+            for column in (tokens, lengths):
+                offsets, stop = numbers(column.offsets), len(column.values)
+                whole = len(offsets) and offsets[0] == 0 and offsets[-1] == stop
+                if not (whole and (offsets[1:] >= offsets[:-1]).all()):
+                    raise ValueError("its lists overlap")
+            found = (len(batch), len(lengths.values), len(tokens.values))
+            if found != (record.documents, record.sentences, record.tokens):
+                raise ValueError(
+                    f"it holds {found} documents, sentences and tokens, not what its manifest says"
+                )
+            lists = (tokens.values, tokens.offsets, lengths.values, lengths.offsets)
+            return cls(*map(numbers, (*lists, batch.column("document_hash"))))
 
 
 class TokenShards:
@@ -154,7 +193,9 @@ class TokenShards:
         """
         shards = cls(folder, read_manifest(folder))
         for file in shards.files:
-            _check(folder / file.name, file, verify=False)
+            # an exchanged vocabulary gives every token another meaning, and is cheap to notice
+            sha256 = file.sha256 if isinstance(file, VocabularyFile) else None
+            require_whole(folder / file.name, file.size_bytes, sha256)
         if verify:
             shards.verify_once()
         return shards
@@ -168,7 +209,7 @@ class TokenShards:
     def verifying(self) -> Iterator[None]:
         """As `open` with `verify`, a file at a time."""
         for file in self.files:
-            _check(self.folder / file.name, file, verify=True)
+            require_whole(self.folder / file.name, file.size_bytes, file.sha256)
             yield
         for name in get_args(SplitName):
             self.split(name).check()
@@ -225,23 +266,28 @@ class TokenSplit:
         self.shards = shards
         self.name: SplitName = name
         record = shards.manifest.split(name)
-        self.arrays = [_map(shards.folder / shard.name, shard) for shard in record.shards]
+        self.arrays = [ShardArrays.of(shards.folder / shard.name, shard) for shard in record.shards]
         self.token_bases = np.cumsum([0, *(shard.tokens for shard in record.shards)])
         self.document_bases = np.cumsum([0, *(shard.documents for shard in record.shards)])
         self.num_tokens = int(self.token_bases[-1])
         self.num_documents = int(self.document_bases[-1])
-        self.duplicates = _read_duplicates(shards.folder / record.duplicates.name, self)
+        with reading(path := shards.folder / record.duplicates.name):
+            batch = only_batch(path, {"document": (pa.int64(),)})
+            documents: NDArray[np.int64] = numbers(batch.column("document"))
+            bounded = np.concatenate([[-1], documents, [self.num_documents]])
+            if not (bounded[1:] > bounded[:-1]).all():
+                raise ValueError(f"it names documents that the {name} split does not have")
+            if len(documents) != record.duplicates.documents:
+                raise ValueError(f"it lists {len(documents)} documents, not what its manifest says")
+        self.duplicates = documents
 
     def tokens_of(self, document: int) -> Tokens:
         """The token ids of a document, a view of the mapped file. Shape [tokens]."""
-        arrays, row = self._locate(document)
+        if not 0 <= document < self.num_documents:
+            raise IndexError(f"document {document} of {self.num_documents}")
+        shard = int(np.searchsorted(self.document_bases, document, side="right")) - 1
+        arrays, row = self.arrays[shard], document - int(self.document_bases[shard])
         return arrays.tokens[arrays.token_offsets[row] : arrays.token_offsets[row + 1]]
-
-    def sentence_lengths_of(self, document: int) -> NDArray[np.int32]:
-        """The lengths of a document's sentences, in tokens. Shape [sentences]."""
-        arrays, row = self._locate(document)
-        offsets = arrays.sentence_offsets
-        return arrays.sentence_lengths[offsets[row] : offsets[row + 1]]
 
     def read(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
         """The tokens of stretches of the split's tokens, one stretch after the other; each lies
@@ -254,9 +300,7 @@ class TokenSplit:
         tokens = np.empty(int(lengths.sum()), dtype=np.int64)
         place = 0
         # few and long: slices are faster than an index for every token
-        for shard, offset, length in zip(
-            shards.tolist(), offsets.tolist(), lengths.tolist(), strict=True
-        ):
+        for shard, offset, length in np.stack([shards, offsets, lengths], axis=1).tolist():
             stretch = self.arrays[shard].tokens[offset : offset + length]
             tokens[place : place + length] = stretch
             place += length
@@ -265,7 +309,7 @@ class TokenSplit:
             # on a GPU it would be a device-side assert, steps later
             found = int(np.searchsorted(np.cumsum(lengths), tokens.argmax(), side="right"))
             name = manifest.split(self.name).shards[shards[found]].name
-            with _wrong_is_damage(self.shards.folder / name):
+            with reading(self.shards.folder / name):
                 require_ids(tokens, manifest.vocab_size)
         return tokens
 
@@ -295,7 +339,7 @@ class TokenSplit:
         """The occurrences of each token in the documents that count. Shape [vocab_size]."""
         counts = np.zeros(self.shards.manifest.vocab_size, dtype=np.int64)
         for path, arrays in self._files():
-            with _wrong_is_damage(path):
+            with reading(path):
                 require_ids(arrays.tokens, len(counts))
             counts += np.bincount(arrays.tokens, minlength=len(counts))
         for document in self.duplicates:
@@ -308,22 +352,26 @@ class TokenSplit:
         true."""
         manifest = self.shards.manifest
         for path, arrays in self._files():
-            with _wrong_is_damage(path):
+            with reading(path):
                 require_ids(arrays.tokens, manifest.vocab_size)
                 require_sentences(
                     arrays.sentence_lengths, arrays.sentence_offsets, arrays.token_offsets
                 )
-        gone = [
-            (len(self.sentence_lengths_of(document)), len(self.tokens_of(document)))
-            for document in self.duplicates.tolist()
-        ]
-        record = manifest.split(self.name).duplicates
-        found = tuple(map(sum, zip(*gone, strict=True))) if gone else (0, 0)
-        if found != (record.sentences, record.tokens):
-            raise DataError(
-                f"{self.shards.folder / record.name} lists {found} sentences and tokens, not what "
-                "its manifest says; delete the folder and prepare it again"
-            )
+        self.require_duplicates()
+
+    def require_duplicates(self) -> None:
+        """Raises DataError where what does not count is not what the manifest says."""
+        record = self.shards.manifest.split(self.name).duplicates
+        found = np.zeros(2, dtype=np.int64)
+        for shard, arrays in enumerate(self.arrays):
+            offsets = np.stack([arrays.sentence_offsets, arrays.token_offsets])
+            found += np.diff(offsets)[:, ~self.counted(shard)].sum(axis=1, dtype=np.int64)
+        with reading(self.shards.folder / record.name):
+            if found.tolist() != [record.sentences, record.tokens]:
+                raise ValueError(
+                    f"it lists {tuple(found.tolist())} sentences and tokens, not what its manifest "
+                    "says"
+                )
 
     def _files(self) -> Iterator[tuple[Path, ShardArrays]]:
         record = self.shards.manifest.split(self.name)
@@ -332,89 +380,3 @@ class TokenSplit:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (TokenSplit, (self.shards, self.name))
-
-    def _locate(self, document: int) -> tuple[ShardArrays, int]:
-        if not 0 <= document < self.num_documents:
-            raise IndexError(f"document {document} of {self.num_documents}")
-        index = int(np.searchsorted(self.document_bases, document, side="right")) - 1
-        return self.arrays[index], document - int(self.document_bases[index])
-
-
-def _check(path: Path, record: _RecordedFile, verify: bool) -> None:
-    try:
-        with open_regular(path) as file:
-            size_bytes = os.fstat(file.fileno()).st_size
-        if size_bytes != record.size_bytes:
-            raise DataError(
-                f"{path} has {size_bytes} bytes, its manifest says {record.size_bytes}: it is "
-                "damaged; delete the folder and prepare it again"
-            )
-        # an exchanged vocabulary gives every token another meaning, and is cheap to notice
-        verify = verify or isinstance(record, VocabularyFile)
-        if verify and file_sha256(path) != record.sha256:
-            raise DataError(
-                f"{path} is not the file its manifest describes (its sha256 differs); delete the "
-                "folder and prepare it again"
-            )
-    except FileNotFoundError as error:
-        raise DataError(
-            f"{path} is missing; bring it back, or delete the folder and prepare it again"
-        ) from error
-    except DamagedFileError as damage:
-        raise DataError(f"{damage}; delete the folder and prepare it again") from damage
-    except OSError as error:
-        raise not_opened(path, error) from error
-
-
-def _map(path: Path, record: ShardFile) -> ShardArrays:
-    with _unreadable(path, "token shard"):
-        batch = only_batch(path, _COLUMNS)
-        tokens, lengths = batch.column("tokens"), batch.column("sentence_lengths")
-        arrays = ShardArrays(
-            numbers(tokens.values),
-            numbers(tokens.offsets),
-            numbers(lengths.values),
-            numbers(lengths.offsets),
-            numbers(batch.column("document_hash")),
-        )
-    whole = is_rising(arrays.token_offsets, len(arrays.tokens))
-    if not (whole and is_rising(arrays.sentence_offsets, len(arrays.sentence_lengths))):
-        raise DataError(f"{path} is damaged (its lists overlap); prepare the folder again")
-    found = (len(batch), len(arrays.sentence_lengths), len(arrays.tokens))
-    if found != (record.documents, record.sentences, record.tokens):
-        raise DataError(
-            f"{path} holds {found} documents, sentences and tokens, not what its manifest says"
-        )
-    return arrays
-
-
-@contextmanager
-def _unreadable(path: Path, what: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # what Arrow finds has none
-            raise not_opened(path, error) from error
-        raise DataError(f"{path} is not a readable {what}: {error}") from error
-
-
-@contextmanager
-def _wrong_is_damage(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise DataError(
-            f"{path} is damaged: {error}; delete the folder and prepare it again"
-        ) from error
-
-
-def _read_duplicates(path: Path, split: TokenSplit) -> NDArray[np.int64]:
-    with _unreadable(path, "list of duplicates"):
-        batch = only_batch(path, {"document": (pa.int64(),)})
-        documents: NDArray[np.int64] = numbers(batch.column("document"))
-    rising = bool((documents[1:] > documents[:-1]).all())
-    if len(documents) and not (rising and 0 <= documents[0] <= documents[-1] < split.num_documents):
-        raise DataError(f"{path} names documents that the {split.name} split does not have")
-    if len(documents) != split.shards.manifest.split(split.name).duplicates.documents:
-        raise DataError(f"{path} lists {len(documents)} documents, not what its manifest says")
-    return documents

@@ -25,7 +25,7 @@ from stacking_ds.errors import DataError
 from stacking_ds.files import DamagedFileError, read_text
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-_CONTINUATION = "##"
+CONTINUATION = "##"
 _MAX_ALPHABET = 1000
 _MIN_FREQUENCY = 2
 # around a token in a vocab.txt; other white space may be a token of somebody's
@@ -95,7 +95,7 @@ def build_tokenizer(vocabulary: Sequence[str], normalization: Normalization = UN
     tokenizer = Tokenizer(models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100))
     tokenizer.normalizer = normalization.normalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece(prefix=_CONTINUATION)
+    tokenizer.decoder = decoders.WordPiece(prefix=CONTINUATION)
     tokenizer.post_processor = processors.BertProcessing(
         ("[SEP]", ids["[SEP]"]), ("[CLS]", ids["[CLS]"])
     )
@@ -125,7 +125,7 @@ def train_wordpiece(
     pieces = [*alphabet]
     for character in alphabet:
         if len(pre_tokenizer.pre_tokenize_str("a" + character)) == 1:
-            pieces.append(_CONTINUATION + character)
+            pieces.append(CONTINUATION + character)
     first = [*SPECIAL_TOKENS, *pieces]
     if vocab_size < len(first):
         raise DataError(
@@ -138,7 +138,7 @@ def train_wordpiece(
         vocab_size=vocab_size,
         min_frequency=_MIN_FREQUENCY,
         special_tokens=first,
-        continuing_subword_prefix=_CONTINUATION,
+        continuing_subword_prefix=CONTINUATION,
         show_progress=False,
     )
     gaps = dict.fromkeys(map(ord, foreign), " ")

@@ -31,6 +31,7 @@ from tests.checkpoints import save_now
 from tests.prose import documents, prepare, tiny_shards
 from tests.ranks import run_ranks
 from tests.runs import small_recipe
+from tests.token_shards import sentence_lengths_of
 
 # [PAD] is not token 0, so that a default would be noticed
 VOCABULARY = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]", "stack", "##ing", "cafe", "the", "!"]
@@ -216,7 +217,7 @@ def test_the_export_tokenizes_as_the_data_was_prepared(
         [ids.tolist() for ids in np.split(split.tokens_of(k), ends[:-1])]
         for split in map(data.split, ("train", "heldout"))
         for k in range(split.num_documents)
-        for ends in [split.sentence_lengths_of(k).cumsum()]
+        for ends in [sentence_lengths_of(split, k).cumsum()]
     ]
     assert sorted(found) == sorted(expected)
     # the exported folder, and the prepared one, are vocabularies to prepare with

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from stacking_ds.config.sections import DataSection
 from stacking_ds.data.loader import PretrainingData
-from stacking_ds.data.row_store import find_layout, open_layout
-from stacking_ds.data.rows import LayoutSpec
+from stacking_ds.data.rows import LayoutSpec, find_layout, open_layout
 from stacking_ds.data.shard_files import MANIFEST_NAME
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.errors import DataError
@@ -127,8 +126,8 @@ def test_columns_of_another_kind_are_no_shard(
 ) -> None:
     columns = _columns(folder)
     forge_arrow(folder, SHARD, {**columns, column: made(columns[column])})
-    assert f"{SHARD} is not a readable token shard: " in _refused(folder)
-    with pytest.raises(DataError, match="is not a readable token shard"):
+    assert f"{SHARD} is damaged: " in _refused(folder)
+    with pytest.raises(DataError, match=f"{SHARD} is damaged: "):
         TokenShards.open(folder).split("train")
 
 
@@ -139,7 +138,7 @@ def test_columns_and_batches_that_are_too_many_or_too_few(folder: Path) -> None:
     forge_arrow(folder, SHARD, columns, batches=0)
     assert "it has 0 record batches instead of 1" in _refused(folder)
     forge_arrow(folder, SHARD, {"tokens": columns["tokens"]})
-    assert "is not a readable token shard" in _refused(folder)
+    assert f"{SHARD} is damaged: " in _refused(folder)
 
 
 @pytest.mark.parametrize("place", range(7))

@@ -92,13 +92,13 @@ def test_a_split_read_in_pieces_is_the_whole_split(tmp_path_factory, data, at_on
         facts = inspection.split_facts(TokenShards.open(folder).split("train"))
     counting = [text for number, text in enumerate(texts) if number != dropped]
     long = [tuple(each) for text in counting for each in text if len(each) >= 8]
-    assert facts.unknown_tokens == sum(each.count(1) for text in counting for each in text)
-    assert facts.sampled_sentences == len(long)
-    assert facts.repeated_share == (len(long) - len(set(long))) / max(len(long), 1)
-    for each in facts.document_lengths:
-        inside = [text for text in counting if each.first <= sum(map(len, text)) <= each.last]
-        assert each.count == len(inside)
-    assert sum(each.count for each in facts.document_lengths) == len(counting)
+    assert facts["unknown_tokens"] == sum(each.count(1) for text in counting for each in text)
+    assert facts["sampled_sentences"] == len(long)
+    assert facts["repeated_share"] == (len(long) - len(set(long))) / max(len(long), 1)
+    for each in facts["document_lengths"]:
+        inside = [text for text in counting if each["first"] <= sum(map(len, text)) <= each["last"]]
+        assert each["count"] == len(inside)
+    assert sum(each["count"] for each in facts["document_lengths"]) == len(counting)
 
 
 def test_a_sample_holds_all_copies_of_a_sentence_or_none(tmp_path, monkeypatch):
@@ -107,16 +107,16 @@ def test_a_sample_holds_all_copies_of_a_sentence_or_none(tmp_path, monkeypatch):
     rewrite_split(tmp_path, "train", sentences + sentences[::-1])
     monkeypatch.setattr(inspection, "_SENTENCES_IN_SAMPLE", 100)
     facts = inspection.split_facts(TokenShards.open(tmp_path).split("train"))
-    assert facts.one_in == 4
-    assert 40 < facts.sampled_sentences < 160
-    assert facts.repeated_share == 0.5
+    assert facts["one_in"] == 4
+    assert 40 < facts["sampled_sentences"] < 160
+    assert facts["repeated_share"] == 0.5
 
 
 def test_the_order_of_tokens_tells_sentences_apart(tmp_path):
     make_shards(tmp_path, [[8]] * 3)
     rewrite_split(tmp_path, "train", [[*range(5, 13)], [*range(12, 4, -1)], [*range(5, 13)]])
     facts = inspection.split_facts(TokenShards.open(tmp_path).split("train"))
-    assert facts.repeated_share == pytest.approx(1 / 3)
+    assert facts["repeated_share"] == pytest.approx(1 / 3)
 
 
 # --------------------------------------------------------------------------- overlap
@@ -148,8 +148,8 @@ def test_only_a_few_places_of_an_overlap_are_listed(tmp_path):
     rewrite_split(tmp_path, "train", [[5] * 8] * 20, hashes=[9] * 20)
     rewrite_split(tmp_path, "heldout", [[5] * 8] * 2, hashes=[9, 8])
     found = inspection.find_overlap(TokenShards.open(tmp_path))
-    assert found.documents == 20
-    assert len(found.first) == 5
+    assert found["documents"] == 20
+    assert len(found["first"]) == 5
 
 
 @pytest.fixture
@@ -172,13 +172,15 @@ def test_damage_is_named(text, tmp_path, capsys):
     # without --verify too, where rows have to be laid out: they would outlive the damage
     said, error = run(capsys, *plain, code=2)
     assert "verified    the sizes" in said
-    assert f"{path} is not the file its manifest describes" in error
+    assert f"{path} is damaged: it is not the file its manifest describes" in error
     assert not list(flipped.glob("layouts/*/layout.json"))
-    assert f"{path} is not the file its manifest describes" in refused(capsys, *plain, "--verify")
+    assert f"{path} is damaged: it is not the file its manifest describes" in refused(
+        capsys, *plain, "--verify"
+    )
     whole = run(capsys, "inspect", text, "--sequence-length", 10, "--verify")[0]
     assert "verified    every byte" in whole
     path.write_bytes(content[:-8])
-    assert f"{path} has {len(content) - 8} bytes" in refused(capsys, *plain)
+    assert f"{path} is damaged: it has {len(content) - 8} bytes" in refused(capsys, *plain)
     path.unlink()
     assert f"{path} is missing" in refused(capsys, *plain)
 

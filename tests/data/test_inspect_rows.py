@@ -1,7 +1,6 @@
 """`stacking-ds data inspect · layout`: rows, epochs and examples."""
 
 import re
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -100,7 +99,7 @@ def test_examples_are_those_of_the_recipes_first_step(text, tmp_path, capsys):
     found = inspected(capsys, text, *arguments)["examples"]
     options = DataSection(path="-", sequence_length=10, mlm_probability=0.2, examples="documents")
     data = PretrainingData(TokenShards.open(text), "train", options, seed=3)
-    assert found == [asdict(each) for each in shown_examples(data, 3)]
+    assert found == shown_examples(data, 3)
 
 
 def test_stages_in_tokens_and_variants_are_counted_too(text, tmp_path, capsys):
@@ -144,10 +143,10 @@ def test_examples_show_the_masks_that_the_batch_has(tmp_path, kind, packing):
     (batch,) = data.step(0, rows, micro_batch_size=rows).micro_batches
     vocabulary = data.shards.vocabulary
     shown = shown_examples(data, 10**6)
-    words = [MASKED.findall(f"{each.first} {each.second or ''}") for each in shown]
+    words = [MASKED.findall(f"{each['first']} {each['second'] or ''}") for each in shown]
     by_row = data.step(0, rows, micro_batch_size=1).micro_batches
     rows_E = [row for row, one in enumerate(by_row) for _ in one.next_sentence_label_E]
-    assert [each.row for each in shown] == rows_E
+    assert [each["row"] for each in shown] == rows_E
     ids = batch.input_ids_T
     wanted = [
         (vocabulary[label], vocabulary[ids[position]].replace("[MASK]", "MASK"))
@@ -159,21 +158,21 @@ def test_examples_show_the_masks_that_the_batch_has(tmp_path, kind, packing):
     whole[batch.mlm_positions_M] = batch.mlm_labels_M
     for number, each in enumerate(shown):
         start, stop = batch.sequences.starts_E1[number : number + 2].tolist()
-        row = by_row[each.row]
+        row = by_row[each["row"]]
         tokens = [vocabulary[token] for token in whole[start:stop].tolist()]
-        assert each.masked == len(words[number])
-        assert each.row_fill == pytest.approx(len(row.input_ids_T) / 24)
-        assert each.examples_in_row == len(row.next_sentence_label_E)
-        assert each.example == number - rows_E.index(each.row) + 1
-        framed = f"[CLS] {unmasked(each.first)} [SEP]"
-        framed += f" {unmasked(each.second)} [SEP]" if each.second is not None else ""
+        assert each["masked"] == len(words[number])
+        assert each["row_fill"] == pytest.approx(len(row.input_ids_T) / 24)
+        assert each["examples_in_row"] == len(row.next_sentence_label_E)
+        assert each["example"] == number - rows_E.index(each["row"]) + 1
+        framed = f"[CLS] {unmasked(each['first'])} [SEP]"
+        framed += f" {unmasked(each['second'])} [SEP]" if each["second"] is not None else ""
         assert framed == " ".join(tokens)
         label = int(batch.next_sentence_label_E[number])
-        assert each.follows == {0: True, 1: False, -100: None}[label]
+        assert each["follows"] == {0: True, 1: False, -100: None}[label]
     assert len(shown_examples(data, 4)) == 4
     assert shown_examples(data, 0) == []
     if kind == "pairs":
-        assert {each.follows for each in shown} >= {True, False}
+        assert {each["follows"] for each in shown} >= {True, False}
 
 
 def test_pieces_are_joined_to_words(tmp_path, capsys):
@@ -187,7 +186,7 @@ def test_pieces_are_joined_to_words(tmp_path, capsys):
             path="-", sequence_length=10, mlm_probability=0.15, examples="documents"
         )
         data = PretrainingData(TokenShards.open(tmp_path), "train", options, seed=seed)
-        seen |= {each.first for each in shown_examples(data, 3)}
+        seen |= {each["first"] for each in shown_examples(data, 3)}
     assert {
         "un[##believ->MASK]able fox, fox [UNK]",
         "[un->MASK]believable fox, fox [UNK]",

@@ -17,10 +17,9 @@ import psutil
 import pytest
 
 from stacking_ds.config.sections import DataSection
-from stacking_ds.data import row_store
+from stacking_ds.data import rows
 from stacking_ds.data.loader import PretrainingData
-from stacking_ds.data.row_store import find_layout, open_layout
-from stacking_ds.data.rows import LAYOUT_VERSION, LayoutSpec
+from stacking_ds.data.rows import LAYOUT_VERSION, LayoutSpec, find_layout, open_layout
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.errors import DataError
 from stacking_ds.train.plan import open_plan
@@ -60,7 +59,7 @@ def _rows_hash(folder: Path, name: str) -> str:
 
 @pytest.mark.parametrize("name", ROWS_OF_VERSION_1)
 def test_the_rows_of_this_version_stay_what_they_are(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(row_store, "_TOKENS_PER_PART", 100)
+    monkeypatch.setattr(rows, "_TOKENS_PER_PART", 100)
     assert LAYOUT_VERSION == 1, "pin the rows of the new version here"
     assert _rows_hash(tmp_path, name) == ROWS_OF_VERSION_1[name]
 
@@ -68,8 +67,8 @@ def test_the_rows_of_this_version_stay_what_they_are(tmp_path, monkeypatch, name
 def _open_and_say_who_made_it(folder: Path, barrier, answers) -> None:
     split = TokenShards.open(folder).split("train")
     made = []
-    write = row_store._write
-    row_store._write = lambda *arguments: made.append(1) or write(*arguments)
+    write = rows._write
+    rows._write = lambda *arguments: made.append(1) or write(*arguments)
     barrier.wait()
     found = open_layout(split, SPEC)
     answers.put((len(made), found.num_rows, str(found.folder)))
@@ -96,7 +95,7 @@ def test_without_a_lock_the_layout_of_the_faster_node_stays(tmp_path, monkeypatc
     split = make_shards(tmp_path, DOCUMENTS).split("train")
     first = open_layout(split, SPEC)
     inode = first.folder.stat().st_ino
-    again = row_store._write(first.folder, split, SPEC, first.record.identity, 1)
+    again = rows._write(first.folder, split, SPEC, first.record.identity, 1)
     assert first.folder.stat().st_ino == inode, "somebody may have mapped it"
     assert again.record == first.record
     (first.folder / "layout.json").write_text("{")
@@ -207,11 +206,11 @@ def test_rows_of_another_length_have_other_masks(tmp_path):
 _MAKER = """
 import os, signal, sys, threading, time
 from pathlib import Path
-from stacking_ds.data import row_store
+from stacking_ds.data import rows
 from stacking_ds.data.rows import LayoutSpec
 from stacking_ds.data.shards import TokenShards
 
-folder, write = Path(__file__).parent, row_store._write_part
+folder, write = Path(__file__).parent, rows._write_part
 
 def write_when_told(*arguments):
     (folder / f"worker-{os.getpid()}").touch()
@@ -223,11 +222,11 @@ def write_when_told(*arguments):
 
 def make():
     spec = LayoutSpec(examples="pairs", sequence_length=24, packed=True)
-    made = row_store.open_layout(TokenShards.open(folder / "shards").split("train"), spec, 2)
+    made = rows.open_layout(TokenShards.open(folder / "shards").split("train"), spec, 2)
     print(made.num_rows, len(made.record.parts))
 
 def main(threaded, held):
-    row_store._TOKENS_PER_PART, row_store._write_part = 400, write_when_told
+    rows._TOKENS_PER_PART, rows._write_part = 400, write_when_told
     if held == "held":
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
@@ -365,7 +364,7 @@ def test_an_error_of_a_worker_is_the_parents(tmp_path, monkeypatch):
 
 
 def test_many_processes_write_the_rows_that_one_writes(tmp_path, monkeypatch):
-    monkeypatch.setattr(row_store, "_TOKENS_PER_PART", 100)
+    monkeypatch.setattr(rows, "_TOKENS_PER_PART", 100)
     split = make_shards(tmp_path, DOCUMENTS, documents_per_shard=3).split("train")
     alone = open_layout(split, SPEC)
     shutil.rmtree(alone.folder)

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stacking_ds.data.row_store import pack
+from stacking_ds.data.rows import pack
 
 
 @settings(max_examples=200, deadline=None)

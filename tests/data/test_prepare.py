@@ -20,6 +20,7 @@ from stacking_ds.data.tokenizer import UNCASED, build_tokenizer, train_wordpiece
 from stacking_ds.errors import DataError
 from tests import prose
 from tests.prose import prepare
+from tests.token_shards import sentence_lengths_of
 
 
 def content(folder):
@@ -224,7 +225,7 @@ def test_sentences_and_counts_are_kept(tmp_path):
     for document, text in enumerate(texts):
         ids, start = train.tokens_of(document), 0
         for length, sentence in zip(
-            train.sentence_lengths_of(document), split_sentences(text), strict=True
+            sentence_lengths_of(train, document), split_sentences(text), strict=True
         ):
             piece = ids[start : start + length].tolist()
             assert piece == tokenizer.encode(sentence, add_special_tokens=False).ids
@@ -352,7 +353,7 @@ def test_duplicates_are_found_in_bounded_memory(tmp_path):
     counted = [k for k in range(66) if k not in expected]
     assert manifest.train.documents == len(counted) == 38
     assert manifest.train.tokens == sum(len(train.tokens_of(k)) for k in counted)
-    assert manifest.train.sentences == sum(len(train.sentence_lengths_of(k)) for k in counted)
+    assert manifest.train.sentences == sum(len(sentence_lengths_of(train, k)) for k in counted)
     assert manifest.train.tokens + manifest.train.duplicates.tokens == train.num_tokens
     shards = {split: manifest.split(split).shards for split in ("train", "heldout")}
     for hashes_at_once in (1, 7, 68, 69, 1000):

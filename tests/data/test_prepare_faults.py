@@ -219,10 +219,14 @@ def test_a_shard_edited_after_the_manifest_is_named(command, tmp_path):
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(DataError, match=rf"{shard.name} is not the file its manifest describes"):
+    with pytest.raises(
+        DataError, match=rf"{shard.name} is damaged: it is not the file its manifest describes"
+    ):
         TokenShards.open(tmp_path / "out", verify=True)
     shard.write_bytes(content[:-1])
-    with pytest.raises(DataError, match=rf"{shard.name} has \d+ bytes, its manifest says"):
+    with pytest.raises(
+        DataError, match=rf"{shard.name} is damaged: it has \d+ bytes, its manifest says"
+    ):
         TokenShards.open(tmp_path / "out")
 
 

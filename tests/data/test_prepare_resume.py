@@ -22,6 +22,7 @@ from stacking_ds.data.tokenizer import build_tokenizer
 from stacking_ds.errors import DataError
 from tests import prose
 from tests.prose import prepare
+from tests.token_shards import sentence_lengths_of
 
 ROOT = Path(__file__).parents[2]
 # several units, several chunks a unit
@@ -338,7 +339,7 @@ def test_every_sentence_of_every_document_is_there(corpus, tmp_path):
     for name, documents in found.items():
         split = shards.split(name)
         for k in range(split.num_documents):
-            ids, ends = split.tokens_of(k).tolist(), split.sentence_lengths_of(k).cumsum().tolist()
+            ids, ends = split.tokens_of(k).tolist(), sentence_lengths_of(split, k).cumsum().tolist()
             documents.append([ids[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)])
     kept = [document for document in expected if document not in found["heldout"]]
     assert found["train"] == kept

@@ -4,11 +4,10 @@ import errno
 import logging
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from stacking_ds.data import rereading, rows, shards
+from stacking_ds.data import rereading, shards
 from stacking_ds.data.rereading import Rereading
 from stacking_ds.errors import DataError, UnreadableDataError
 from stacking_ds.train.plan import TrainingPlan, open_plan
@@ -45,18 +44,20 @@ def _wait(reading: Rereading) -> None:
         assert time.monotonic() < deadline
 
 
-def _failing(module: Any, monkeypatch: pytest.MonkeyPatch, number: int, times: int) -> None:
-    """The first so many files cannot be read, with this error."""
-    sha256 = module.file_sha256
+SHARDS, ROWS = "train-0", "part-0"
+
+
+def _failing(files: str, monkeypatch: pytest.MonkeyPatch, number: int, times: int) -> None:
+    """The first so many of these files cannot be read, with this error."""
+    sha256 = shards.file_sha256
     left = [number] * times
 
     def read(path: Path) -> str:
-        if left:
+        if left and path.name.startswith(files):
             raise OSError(left.pop(), "as Arrow words it", str(path))
-        found: str = sha256(path)
-        return found
+        return sha256(path)
 
-    monkeypatch.setattr(module, "file_sha256", read)
+    monkeypatch.setattr(shards, "file_sha256", read)
 
 
 def test_whole_data_are_read_to_their_end(plan: TrainingPlan) -> None:
@@ -66,9 +67,14 @@ def test_whole_data_are_read_to_their_end(plan: TrainingPlan) -> None:
     assert not Rereading(plan.data, enabled=False).goes_on(60.0)
 
 
-@pytest.mark.parametrize("module", [shards, rows])
-def test_damage_is_found(plan: TrainingPlan, monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
-    monkeypatch.setattr(module, "file_sha256", lambda path: "0" * 64)
+@pytest.mark.parametrize("files", [SHARDS, ROWS])
+def test_damage_is_found(plan: TrainingPlan, monkeypatch: pytest.MonkeyPatch, files: str) -> None:
+    sha256 = shards.file_sha256
+    monkeypatch.setattr(
+        shards,
+        "file_sha256",
+        lambda path: "0" * 64 if path.name.startswith(files) else sha256(path),
+    )
     with _again(plan) as reading:
         _wait(reading)
         assert reading.failed
@@ -76,17 +82,17 @@ def test_damage_is_found(plan: TrainingPlan, monkeypatch: pytest.MonkeyPatch, mo
             reading.require_whole(7)
 
 
-@pytest.mark.parametrize("module", [shards, rows])
+@pytest.mark.parametrize("files", [SHARDS, ROWS])
 @pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EACCES])
 def test_what_cannot_be_read_is_no_damage_and_tried_again(
     plan: TrainingPlan,
     monkeypatch: pytest.MonkeyPatch,
     log: pytest.LogCaptureFixture,
-    module: Any,
+    files: str,
     number: int,
 ) -> None:
     monkeypatch.setattr(rereading, "_SECONDS_BETWEEN_TRIES", 0.01)
-    _failing(module, monkeypatch, number, times=3)
+    _failing(files, monkeypatch, number, times=3)
     with _again(plan) as reading:
         assert reading.thread is not None
         reading.thread.join(30)
@@ -99,7 +105,7 @@ def test_what_cannot_be_read_is_no_damage_and_tried_again(
 def test_the_end_of_a_run_does_not_wait_for_what_cannot_be_read(
     plan: TrainingPlan, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
 ) -> None:
-    _failing(rows, monkeypatch, errno.ESTALE, times=1000)
+    _failing(ROWS, monkeypatch, errno.ESTALE, times=1000)
     with _again(plan) as reading:
         _wait(reading)
         reading.require_whole(0)
@@ -111,7 +117,7 @@ def test_rows_that_cannot_be_read_are_not_to_be_deleted(
     plan: TrainingPlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     [data] = plan.data.train.values()
-    _failing(rows, monkeypatch, errno.EACCES, times=1)
+    _failing(ROWS, monkeypatch, errno.EACCES, times=1)
     with pytest.raises(UnreadableDataError, match=r"cannot be read \(Permission denied\); mend"):
         list(data.verifying())
     list(data.verifying())

@@ -10,7 +10,7 @@ from stacking_ds.data.shards import TokenShards
 from stacking_ds.errors import DataError
 from tests import prose
 from tests.prose import prepare
-from tests.token_shards import make_shards
+from tests.token_shards import make_shards, sentence_lengths_of
 
 
 @pytest.fixture
@@ -25,7 +25,8 @@ def test_documents_and_positions_agree_over_the_files(folder):
     assert len(train.arrays) > 2
     documents = [train.tokens_of(k) for k in range(train.num_documents)]
     assert all(
-        int(train.sentence_lengths_of(k).sum()) == len(tokens) for k, tokens in enumerate(documents)
+        int(sentence_lengths_of(train, k).sum()) == len(tokens)
+        for k, tokens in enumerate(documents)
     )
     whole = np.concatenate(documents)
     assert len(whole) == train.num_tokens
@@ -67,16 +68,20 @@ def test_missing_truncated_and_altered_files_are_named(folder):
     path = folder / "train-00000-001.arrow"
     good = path.read_bytes()
     path.write_bytes(good[:-100])
-    with pytest.raises(DataError, match=r"train-00000-001\.arrow has \d+ bytes, its manifest says"):
+    with pytest.raises(
+        DataError, match=r"train-00000-001\.arrow is damaged: it has \d+ bytes, its manifest says"
+    ):
         TokenShards.open(folder)
     altered = bytearray(good)
     altered[len(good) // 2] ^= 1
     path.write_bytes(altered)
     TokenShards.open(folder)
-    with pytest.raises(DataError, match=r"train-00000-001\.arrow is not the file its manifest"):
+    with pytest.raises(
+        DataError, match=r"train-00000-001\.arrow is damaged: it is not the file its manifest"
+    ):
         TokenShards.open(folder, verify=True)
     path.write_bytes(b"x" * len(good))
-    with pytest.raises(DataError, match=r"train-00000-001\.arrow is not a readable token shard"):
+    with pytest.raises(DataError, match=r"train-00000-001\.arrow is damaged: .*Arrow"):
         TokenShards.open(folder).split("train")
     path.unlink()
     with pytest.raises(DataError, match=r"train-00000-001\.arrow is missing; bring it back"):
@@ -91,7 +96,9 @@ def test_another_file_in_a_shards_place_is_noticed(folder):
         TokenShards.open(folder)
     manifest["train"]["documents"] += 1
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(DataError, match=r"train-00000-000\.arrow holds .* not what its manifest"):
+    with pytest.raises(
+        DataError, match=r"train-00000-000\.arrow is damaged: it holds .* not what its manifest"
+    ):
         TokenShards.open(folder).split("train")
 
 
@@ -125,7 +132,7 @@ def test_documents_that_do_not_count_are_known_by_file(tmp_path):
     assert train.num_tokens == 3 + 5 + 3 + 5 + 5 + 2
     path = tmp_path / "train-duplicates.arrow"
     path.write_bytes(b"x" * path.stat().st_size)
-    with pytest.raises(DataError, match=r"train-duplicates\.arrow is not a readable list"):
+    with pytest.raises(DataError, match=r"train-duplicates\.arrow is damaged: .*Arrow"):
         TokenShards.open(tmp_path).split("train")
     path.unlink()
     with pytest.raises(DataError, match=r"train-duplicates\.arrow is missing; bring it back"):
@@ -149,5 +156,5 @@ def test_lists_that_overlap_are_damage_and_not_documents(tmp_path):
     place = content.index(offsets)
     content[place + 4 : place + 8] = (2**31 - 1).to_bytes(4, "little")
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"train-00000-000\.arrow is damaged \(its lists overlap\)"):
+    with pytest.raises(DataError, match=r"train-00000-000\.arrow is damaged: its lists overlap"):
         TokenShards.open(tmp_path).split("train")

@@ -322,7 +322,7 @@ def test_damage_since_the_start_is_found_when_the_run_goes_on(shards: Path, tmp_
     path.write_bytes(bytes(content))
     for kind, message in run_ranks(_error_of, 2, config, run_dir, True):
         assert kind == "DataError"
-        assert f"{path.name} is not the file its manifest describes" in message
+        assert f"{path.name} is damaged: it is not the file its manifest describes" in message
         assert "what was trained after step 2, where this attempt began" in message
     assert not (run_dir / "export").exists()
 
