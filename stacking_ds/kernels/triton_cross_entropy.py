@@ -97,16 +97,6 @@ def cross_entropy_backward_kernel(
         tl.store(pointers, d_x, mask=at < V)
 
 
-# For compiling where there is no GPU: the arguments' types, "x" being the dtype of the logits;
-# and the kernels' constants by form; and the rest by `options`.
-TYPES = {"logits_MV": "*x", "labels_M": "*i64", "highest_M": "*fp32"}
-TYPES |= {"rest_M": "*fp32", "loss_M": "*fp32", "d_loss": "*fp32", "stride": "i32"}
-FORMS: list[tuple[Any, dict[str, Any]]] = [
-    (cross_entropy_kernel, {}),
-    (cross_entropy_backward_kernel, {}),
-]
-
-
 # --------------------------------------------------------------------------- on the host
 
 
@@ -115,16 +105,6 @@ def options(vocabulary: int) -> dict[str, Any]:
     block = min(_BLOCK, max(16, triton.next_power_of_2(vocabulary)))
     warps = max(1, min(8, block // 256))
     return {"V": vocabulary, "BLOCK": block, "num_warps": warps, "enable_fp_fusion": True}
-
-
-def traffic(rows: int, vocabulary: int, itemsize: int) -> tuple[int, int]:
-    """Bytes that must cross memory, forward and backward.
-
-    Every tensor once, the logits in backward twice: they are read and written. Padding between
-    rows does not count.
-    """
-    logits, labels, number = rows * vocabulary * itemsize, 8 * rows, 4 * rows
-    return logits + labels + 3 * number, 2 * logits + labels + 2 * number + 4
 
 
 def cross_entropy_sum(logits_MV: torch.Tensor, labels_M: torch.Tensor) -> torch.Tensor:

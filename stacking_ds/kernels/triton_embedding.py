@@ -123,41 +123,7 @@ def embed_backward_kernel(
     tl.store(line + tl.num_programs(0) * H, d_norm_bias, mask=in_row)
 
 
-# For compiling where there is no GPU: the arguments' types, "x" being the dtype of activations
-# and parameters; the kernels' constants by form; and the rest by `options`.
-TYPES = dict.fromkeys(["input_ids_T", "token_type_ids_T", "position_ids_T", "seed"], "*i64")
-TYPES |= dict.fromkeys(["word_VH", "type_KH", "position_PH", "weight_H", "norm_bias_H"], "*x")
-TYPES |= dict.fromkeys(["out_TH", "d_out_TH", "d_sum_TH"], "*x")
-TYPES |= dict.fromkeys(["mean_T", "rstd_T", "partial_2PH"], "*fp32")
-TYPES |= dict.fromkeys(["words", "types", "positions", "tokens"], "i32")
-TYPES |= dict.fromkeys(["eps", "dropout_prob"], "fp32")
-FORMS: list[tuple[Any, dict[str, Any]]] = [
-    (embed_kernel, {}),
-    (embed_kernel, {"seed": None}),
-    (embed_kernel, dict.fromkeys(["seed", "mean_T", "rstd_T"])),
-    (embed_backward_kernel, WALKING),
-    (embed_backward_kernel, {"seed": None, **WALKING}),
-]
-
-
 # --------------------------------------------------------------------------- on the host
-
-
-def traffic(
-    tokens: int, width: int, itemsize: int, *, types: int, positions: int, dropout: bool = True
-) -> tuple[int, int]:
-    """Bytes that must cross memory, forward (to be followed by a backward pass) and backward.
-
-    Every tensor once: what is read and what is written. Of the words that is a row for each token,
-    of the small tables all; the gradients of the three tables are torch's, and not in here. The
-    programs' partial sums are workspace, so time spent on them shows as bandwidth lost.
-    """
-    rows, parameter = tokens * width * itemsize, width * itemsize
-    tables = rows + (types + positions) * parameter
-    ids, of_rows, seed = 3 * 8 * tokens, 8 * tokens, 8 * dropout  # of rows: mean and rstd
-    forward = tables + ids + 2 * parameter + seed + of_rows + rows
-    backward = rows + tables + ids + parameter + seed + of_rows + rows + 2 * parameter
-    return forward, backward
 
 
 def embed(

@@ -77,13 +77,6 @@ def gelu_backward_kernel(
     tl.store(partial_1PF + walker * F + columns, d_bias, mask=columns < F)
 
 
-# For compiling where there is no GPU: the arguments' types, "x" being the dtype of activations
-# and parameters; the kernels' constants by form; and the rest by `options`.
-TYPES = {"inner_TF": "*x", "bias_F": "*x", "out_TF": "*x", "tokens": "i32"}
-TYPES |= {"d_out_TF": "*x", "d_inner_TF": "*x", "partial_1PF": "*fp32"}
-FORMS: list[tuple[Any, dict[str, Any]]] = [(gelu_kernel, {}), (gelu_backward_kernel, {})]
-
-
 # --------------------------------------------------------------------------- on the host
 
 
@@ -92,16 +85,6 @@ def options(width: int) -> dict[str, Any]:
     columns = min(_COLUMNS, max(16, triton.next_power_of_2(width)))
     tile = {"F": width, "COLUMNS": columns, "ROWS": _TILE_ELEMENTS // columns}
     return {**tile, "num_warps": _WARPS, "enable_fp_fusion": True}
-
-
-def traffic(tokens: int, width: int, itemsize: int) -> tuple[int, int]:
-    """Bytes that must cross memory, forward and backward.
-
-    Every tensor once: what is read and what is written. The programs' partial sums are workspace,
-    so time spent on them shows as bandwidth lost.
-    """
-    rows, parameter = tokens * width * itemsize, width * itemsize
-    return 2 * rows + parameter, 3 * rows + 2 * parameter
 
 
 def bias_gelu(inner_TF: torch.Tensor, bias_F: torch.Tensor) -> torch.Tensor:

@@ -87,12 +87,6 @@ def column_sums_kernel(
     tl.store(out_KH + which * H + columns, tl.sum(sums, 0), mask=columns < H)
 
 
-# For compiling where there is no GPU, as in the modules that sum: "x" stands for the dtype of
-# activations and parameters.
-TYPES = {"partial_KPH": "*fp32", "out_KH": "*x", "programs": "i32"}
-FORMS: list[tuple[Any, dict[str, Any]]] = [(column_sums_kernel, {})]
-
-
 def walkers(device: torch.device, tiles: int) -> int:
     """The number of programs that share so many `tiles` of rows: P."""
     if device.type != "cuda":

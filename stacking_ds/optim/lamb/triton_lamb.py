@@ -215,16 +215,6 @@ def apply_kernel(
                 _store(low, line, at, covered & (low != 0), w.to(LOW_DTYPE))
 
 
-# For compiling where there is no GPU: the arguments' types, and the kernels' constants by form.
-TYPES = {"table_IK": "*i64", "chunks_4C": "*i64", "segments_3S": "*i64", "gradient_scale": "*fp32"}
-TYPES |= {"partial_2C": "*fp64", "squares_2P": "*fp64", "chunks": "i32", "parameters": "i32"}
-FORMS: list[tuple[Any, dict[str, Any]]] = [
-    *((accumulate_kernel, constants) for constants in ({}, {"gradient_scale": None})),
-    (reduce_kernel, {}),
-    *((apply_kernel, {"LOW_DTYPE": copy}) for copy in (None, tl.bfloat16, tl.float16, tl.float32)),
-]
-
-
 # --------------------------------------------------------------------------- on the host
 
 
