@@ -24,7 +24,7 @@ from torch.nn import functional
 from stacking_ds.bench.kernels_clock import Clock, Entrant, race
 from stacking_ds.errors import ConfigError
 from stacking_ds.kernels.cross_entropy import IGNORE_INDEX
-from stacking_ds.kernels.operations import EmbeddingTables, Norm, Operations, Weights
+from stacking_ds.kernels.operations import EmbeddingTables, Norm, Operations, TokenIds, Weights
 from stacking_ds.kernels.registry import choose_operations
 
 FORMS = ("plain", "torch", "triton", "compile")
@@ -225,18 +225,15 @@ def _embedding(sizes: Sizes, draw: _Draw) -> Subject:
     width = sizes.hidden_size
     rows = sizes.vocab_size, TYPES, POSITIONS
     tables = EmbeddingTables(*(draw.normal(count, width) for count in rows))
-    words_T, types_T, positions_T = (draw.ids(sizes.tokens, count) for count in rows)
+    ids = TokenIds(*(draw.ids(sizes.tokens, count) for count in rows))
     norm = draw.norm(width)
 
     def chain(add: Callable[..., torch.Tensor], dropout_prob: float) -> torch.Tensor:
-        ids = words_T, types_T, positions_T
         word, token_type, position = map(functional.embedding, ids, tables)
         return functional.dropout(_layer_norm(word + token_type + position, norm), dropout_prob)
 
     return Subject(
-        lambda form, dropout_prob: form.embed(
-            words_T, types_T, positions_T, tables, norm, dropout_prob
-        ),
+        lambda form, dropout_prob: form.embed(ids, tables, norm, dropout_prob),
         chain,
         (*tables, norm.weight_H, norm.bias_H),
         draw.normal(sizes.tokens, width, requires_grad=False),

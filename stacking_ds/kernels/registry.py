@@ -6,12 +6,17 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch.nn import functional
 
-from stacking_ds.config.sections import ActivationCheckpointing, EngineSection, KernelsName
+from stacking_ds.config.sections import (
+    ActivationCheckpointing,
+    EngineSection,
+    KernelsName,
+    ModelSection,
+)
 from stacking_ds.errors import ConfigError
 from stacking_ds.kernels.attention.choice import choose_attention
 from stacking_ds.kernels.attention.padded import attend_padded
@@ -60,28 +65,15 @@ DTYPES: Mapping[str, torch.dtype] = {
 """By the recipe's name of the precision."""
 
 
-class Sizes(Protocol):
-    """The sizes of a model that decide which kernels can run."""
-
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def intermediate_size(self) -> int: ...
-    @property
-    def num_attention_heads(self) -> int: ...
-    @property
-    def attention_probs_dropout_prob(self) -> float: ...
-
-
-def choose_compute(engine: EngineSection, device: torch.device, sizes: Sizes) -> Compute:
-    """Choose kernels by a recipe's engine section, for a model of `sizes` on `device`.
+def choose_compute(engine: EngineSection, device: torch.device, model: ModelSection) -> Compute:
+    """Choose kernels by a recipe's engine section, for a model of these sizes on `device`.
 
     Raises:
         ConfigError: something is named that cannot run here.
     """
     linear: LinearForm = functional.linear
     if engine.fp8:
-        require_fp8(device, sizes.hidden_size, sizes.intermediate_size)
+        require_fp8(device, model.hidden_size, model.intermediate_size)
         linear = linear_fp8
     if engine.cuda_graphs and device.type != "cuda":
         raise ConfigError(
@@ -93,8 +85,8 @@ def choose_compute(engine: EngineSection, device: torch.device, sizes: Sizes) ->
             engine.attention,
             device,
             DTYPES[engine.precision],
-            sizes.hidden_size // sizes.num_attention_heads,
-            sizes.attention_probs_dropout_prob,
+            model.hidden_size // model.num_attention_heads,
+            model.attention_probs_dropout_prob,
         ),
         engine.activation_checkpointing,
         engine.cuda_graphs,

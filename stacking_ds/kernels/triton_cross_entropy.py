@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from triton.language import constexpr, tensor
 
 from stacking_ds.kernels.cross_entropy import IGNORE_INDEX, LOGITS_GONE
-from stacking_ds.kernels.triton_parts import jit
+from stacking_ds.kernels.triton_parts import jit, launch
 
 _IGNORED = constexpr(IGNORE_INDEX)
 
@@ -135,10 +135,8 @@ class _CrossEntropySum(torch.autograd.Function):
         # parts of one tensor would be aligned for some numbers of rows alone
         numbers = [logits_MV.new_empty(rows, dtype=torch.float32) for _ in range(3)]
         highest_M, rest_M, loss_M = numbers
-        if rows:
-            tensors, stride = (logits_MV, labels_M, *numbers), logits_MV.stride(0)
-            with torch.cuda.device(logits_MV.get_device()):
-                cross_entropy_kernel[(rows,)](*tensors, stride, **options(vocabulary))
+        tensors, stride = (logits_MV, labels_M, *numbers), logits_MV.stride(0)
+        launch(cross_entropy_kernel, (rows,), *tensors, stride, **options(vocabulary))
         ctx.save_for_backward(logits_MV, labels_M, highest_M, rest_M)
         ctx.overwritten = False
         return loss_M.sum()
@@ -151,12 +149,10 @@ class _CrossEntropySum(torch.autograd.Function):
         logits_MV, *known = ctx.saved_tensors
         ctx.overwritten = True
         d_logits_MV, (rows, vocabulary) = logits_MV.detach(), logits_MV.shape
+        how, tensors = options(vocabulary), (d_logits_MV, *known, d_loss)
+        grid = rows, triton.cdiv(vocabulary, how["BLOCK"])
+        launch(cross_entropy_backward_kernel, grid, *tensors, logits_MV.stride(0), **how)
         if rows:
-            how, stride = options(vocabulary), logits_MV.stride(0)
-            grid = rows, triton.cdiv(vocabulary, how["BLOCK"])
-            with torch.cuda.device(logits_MV.get_device()):
-                tensors = d_logits_MV, *known, d_loss
-                cross_entropy_backward_kernel[grid](*tensors, stride, **how)
             # for autograd, who has not seen it: what else needs the logits must not read this
             torch.autograd.graph.increment_version(logits_MV)
         return d_logits_MV, None

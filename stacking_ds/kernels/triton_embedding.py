@@ -17,7 +17,15 @@ from torch.autograd.function import once_differentiable
 from triton.language import constexpr, tensor
 
 from stacking_ds.kernels.triton_norm import moments, norm_gradient, options, records, statistics
-from stacking_ds.kernels.triton_parts import WALKING, column_sums, draw_seed, dropped, jit, walkers
+from stacking_ds.kernels.triton_parts import (
+    WALKING,
+    column_sums,
+    draw_seed,
+    dropped,
+    jit,
+    launch,
+    walkers,
+)
 
 # --------------------------------------------------------------------------- on the device
 
@@ -159,10 +167,6 @@ def embed(
     return _forward(*tensors, eps=eps, dropout_prob=dropout_prob, record=False)[0]
 
 
-def _sizes(*tables: torch.Tensor) -> tuple[int, ...]:
-    return tuple(len(table) for table in tables)
-
-
 def _forward(
     *tensors: torch.Tensor, eps: float, dropout_prob: float, record: bool
 ) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
@@ -171,13 +175,10 @@ def _forward(
     out_TH = torch.empty(tokens, word_VH.shape[1], dtype=word_VH.dtype, device=word_VH.device)
     mean_T, rstd_T = moments(out_TH) if record else (None, None)
     seed = draw_seed(dropout_prob, out_TH.device)
-    if tokens:
-        sizes, how = _sizes(word_VH, type_KH, position_PH), options(word_VH.shape[1])
-        made = seed, mean_T, rstd_T, out_TH
-        numbers = tokens, eps, dropout_prob
-        with torch.cuda.device(out_TH.get_device()):
-            grid = (triton.cdiv(tokens, how["ROWS"]),)
-            embed_kernel[grid](*tensors[:6], *sizes, *tensors[6:], *made, *numbers, **how)
+    sizes, how = map(len, (word_VH, type_KH, position_PH)), options(word_VH.shape[1])
+    made, numbers = (seed, mean_T, rstd_T, out_TH), (tokens, eps, dropout_prob)
+    grid = (triton.cdiv(tokens, how["ROWS"]),)
+    launch(embed_kernel, grid, *tensors[:6], *sizes, *tensors[6:], *made, *numbers, **how)
     return out_TH, (seed, mean_T, rstd_T)
 
 
@@ -199,14 +200,9 @@ class _Embed(torch.autograd.Function):
         device, how = d_out_TH.device, options(width)
         programs = walkers(device, triton.cdiv(tokens, how["ROWS"]))
         partial_2PH = torch.empty(2, programs, width, dtype=torch.float32, device=device)
-        if tokens:
-            read = weight_H, seed, mean_T, rstd_T
-            made = d_sum_TH, partial_2PH
-            numbers = tokens, ctx.dropout_prob
-            with torch.cuda.device(d_out_TH.get_device()):
-                embed_backward_kernel[(programs,)](
-                    d_out_TH, *given, *_sizes(*tables), *read, *made, *numbers, **how, **WALKING
-                )
+        read = d_out_TH, *given, *map(len, tables), weight_H, seed, mean_T, rstd_T
+        made, numbers = (d_sum_TH, partial_2PH), (tokens, ctx.dropout_prob)
+        launch(embed_backward_kernel, (programs,), *read, *made, *numbers, **how, **WALKING)
         d_tables = (
             # an id that is no row has made its token NaN; here it would write into other memory
             torch.ops.aten.embedding_dense_backward(

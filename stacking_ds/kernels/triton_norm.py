@@ -16,7 +16,15 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 from triton.language import constexpr, tensor
 
-from stacking_ds.kernels.triton_parts import WALKING, column_sums, draw_seed, dropped, jit, walkers
+from stacking_ds.kernels.triton_parts import (
+    WALKING,
+    column_sums,
+    draw_seed,
+    dropped,
+    jit,
+    launch,
+    walkers,
+)
 
 # A program's tile: 16 elements a thread, so that with two tensors to read four loads of 16 bytes
 # are on the way at once.
@@ -212,12 +220,10 @@ def _forward(
     out_TH = torch.empty_like(inner_TH) if normed else None
     mean_T, rstd_T = moments(inner_TH) if normed and record else (None, None)
     how = options(width)
-    if tokens:
-        given = inner_TH, bias_H, residual_TH, weight_H, norm_bias_H, seed
-        made = sum_TH, mean_T, rstd_T, out_TH
-        with torch.cuda.device(inner_TH.get_device()):
-            grid = (triton.cdiv(tokens, how["ROWS"]),)
-            add_norm_kernel[grid](*given, *made, tokens, eps, dropout_prob, **how)
+    given = inner_TH, bias_H, residual_TH, weight_H, norm_bias_H, seed
+    made = sum_TH, mean_T, rstd_T, out_TH
+    grid = (triton.cdiv(tokens, how["ROWS"]),)
+    launch(add_norm_kernel, grid, *given, *made, tokens, eps, dropout_prob, **how)
     if out_TH is None:
         assert sum_TH is not None
         return sum_TH, (None, None, None, seed)
@@ -249,12 +255,10 @@ class _AddNorm(torch.autograd.Function):
         programs = walkers(device, triton.cdiv(tokens, how["ROWS"]))
         shape = 2 * normed + ctx.has_bias, programs, width
         partial_KPH = torch.empty(shape, dtype=torch.float32, device=device)
-        if tokens:
-            read = d_out_TH, sum_TH, mean_T, rstd_T, weight_H, seed
-            made = d_sum_TH, d_inner_TH, partial_KPH
-            numbers, how = (tokens, ctx.dropout_prob), {"BIAS": ctx.has_bias, **how, **WALKING}
-            with torch.cuda.device(d_out_TH.get_device()):
-                add_norm_backward_kernel[(programs,)](*read, *made, *numbers, **how)
+        read = d_out_TH, sum_TH, mean_T, rstd_T, weight_H, seed
+        made = d_sum_TH, d_inner_TH, partial_KPH
+        numbers, how = (tokens, ctx.dropout_prob), {"BIAS": ctx.has_bias, **how, **WALKING}
+        launch(add_norm_backward_kernel, (programs,), *read, *made, *numbers, **how)
         sums: list[torch.Tensor | None] = [*column_sums(partial_KPH, ctx.parameter_dtype)]
         d_weight_H, d_norm_bias_H = sums[:2] if normed else (None, None)
         d_sum_TH = d_sum_TH if normed else d_out_TH

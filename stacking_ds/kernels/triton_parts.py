@@ -23,6 +23,15 @@ def jit(function: Callable[..., Any]) -> Any:
     return triton.jit(function, do_not_specialize=varying)
 
 
+def launch(
+    kernel: Any, grid: tuple[int, ...], first: torch.Tensor, /, *rest: Any, **how: Any
+) -> None:
+    """Run a kernel on the device of its first argument, if there is anything to do."""
+    if 0 not in grid:
+        with torch.cuda.device(first.get_device()):
+            kernel[grid](first, *rest, **how)
+
+
 # The fewest with which Philox4x32 passes all of BigCrush (Salmon et al. 2011, table 2).
 ROUNDS = constexpr(7)
 
@@ -100,6 +109,5 @@ def column_sums(partial_KPH: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Te
     sums, programs, width = partial_KPH.shape
     out_KH = torch.empty(sums, width, dtype=dtype, device=partial_KPH.device)
     grid = (triton.cdiv(width, OPTIONS["COLUMNS"]), sums)
-    with torch.cuda.device(partial_KPH.get_device()):
-        column_sums_kernel[grid](partial_KPH, out_KH, programs, H=width, **OPTIONS)
+    launch(column_sums_kernel, grid, partial_KPH, out_KH, programs, H=width, **OPTIONS)
     return out_KH.unbind()
