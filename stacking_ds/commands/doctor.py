@@ -5,6 +5,7 @@ import json
 import os
 import textwrap
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,9 +75,6 @@ def report(world: "World", options: argparse.Namespace) -> int:
     return _FAILED if failed else 0
 
 
-# ---------------------------------------------------------------------------- table
-
-
 def _greet(found: "Examination") -> None:
     counts = f"{plural(len(found.nodes), 'node')}, {plural(len(found.ranks), 'rank')}"
     say(f"{counts}: {join_names(list(found.nodes))}\n")
@@ -85,33 +83,22 @@ def _greet(found: "Examination") -> None:
 def _say_finding(finding: "Finding") -> None:
     lead = f"{finding.check:<{_CHECK_COLUMNS}}{finding.verdict:<{_VERDICT_COLUMNS}}"
     indent = " " * len(lead)
-    lines = [lead + line for line in _wrapped(finding.text)[:1]]
-    lines += [indent + line for line in _wrapped(finding.text)[1:]]
+    say(_wrapped(finding.text, lead, indent))
     if finding.remedy:
-        first, *rest = _wrapped(f"-> {finding.remedy}")
-        lines += [indent + first, *(f"{indent}   {line}" for line in rest)]
-    say("\n".join(lines))
+        say(_wrapped(f"-> {finding.remedy}", indent, f"{indent}   "))
 
 
-def _wrapped(text: str) -> list[str]:
-    width = _LINE_COLUMNS - _CHECK_COLUMNS - _VERDICT_COLUMNS
-    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]
+def _wrapped(text: str, first: str, rest: str) -> str:
+    fill = partial(textwrap.fill, break_long_words=False, break_on_hyphens=False)
+    return fill(text, _LINE_COLUMNS, initial_indent=first, subsequent_indent=rest)
 
 
 def _conclude(found: "Examination") -> None:
     verdicts = [finding.verdict for finding in found.findings]
     failed, warnings = verdicts.count("FAILED"), verdicts.count("warning")
     counts = [f"{failed:,} FAILED"] * (failed > 0) + [plural(warnings, "warning")] * (warnings > 0)
-    say(f"\n{', '.join(counts) or 'all is well'}: {_meaning(found.failed)}")
-
-
-def _meaning(failed: bool) -> str:
-    if failed:
-        return "a run would stop, or be wrong, for what has FAILED"
-    return "a run can start"
-
-
-# ----------------------------------------------------------------------------- JSON
+    then = "a run would stop, or be wrong, for what has FAILED" if failed else "a run can start"
+    say(f"\n{', '.join(counts) or 'all is well'}: {then}")
 
 
 def _require_writable(path: Path | None) -> None:

@@ -16,8 +16,7 @@ from stacking_ds.doctor.facts import (
     Examinee,
     NodeFacts,
     RankFacts,
-    alike_facts,
-    all_facts,
+    node_facts,
     open_examinee,
     rank_facts,
 )
@@ -25,6 +24,8 @@ from stacking_ds.doctor.shared_folder import probe
 from stacking_ds.doctor.speed import Matmul, clock_offset, measure_all_reduce, measure_matmul
 from stacking_ds.errors import ConfigError
 from stacking_ds.train.plan import TrainingPlan
+
+_NOT_TOLD = {"code_files"}  # long, and its sha256 says the same
 
 
 @dataclass
@@ -40,10 +41,6 @@ class Examination:
     def failed(self) -> bool:
         return any(finding.verdict == "FAILED" for finding in self.findings)
 
-    def names(self) -> dict[int, str]:
-        """Of the nodes, by the rank that speaks for each."""
-        return {facts.rank: name for name, facts in self.nodes.items()}
-
     def to_record(self) -> dict[str, Any]:
         """As plain JSON."""
         return {
@@ -51,7 +48,7 @@ class Examination:
             "findings": [asdict(finding) for finding in self.findings],
             "measured": self.measured,
             "nodes": {
-                name: facts.model_dump(exclude={"code_files"}) for name, facts in self.nodes.items()
+                name: node.model_dump(exclude=_NOT_TOLD) for name, node in self.nodes.items()
             },
             "ranks": [facts.model_dump() for facts in self.ranks],
         }
@@ -78,7 +75,7 @@ def examine(
     examinee, node = Examinee(run_dir), None
     if world.speaks_for_node:
         examinee = open_examinee(recipe, overrides, run_dir, world.size)
-        node = all_facts(world, examinee).model_dump()
+        node = node_facts(world, examinee).model_dump()
     sent = world.gather_on_first((node, rank_facts(world).model_dump()))
     found = Examination(
         nodes=checks.by_name(NodeFacts.read(each for each, _ in sent)),
@@ -97,7 +94,8 @@ def _checks(
     world: World, examinee: Examinee, precision: str, found: Examination
 ) -> Iterator[Finding]:
     """The findings, on rank 0; every rank has to go through all of it."""
-    names, first = found.names(), world.is_first
+    names, first = {node.rank: name for name, node in found.nodes.items()}, world.is_first
+    backend = str(dist.get_backend())
     if first:
         yield from checks.alike(found.nodes)
     probing = probe(world, examinee.run_dir)
@@ -107,8 +105,6 @@ def _checks(
             yield checks.locks(probing, names)
     if first:
         yield from checks.sufficient_on_each_node(found.nodes, found.ranks)
-    backend = str(dist.get_backend())
-    if first:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         yield checks.network(found.nodes, backend, place)
     offsets = world.gather_on_first(clock_offset(world))
@@ -118,7 +114,7 @@ def _checks(
     if first:
         found.measured["matrix_products"] = products
         yield checks.matrix_products(Matmul.read(products))
-    if world.any(first and "FAILED" in {each.verdict for each in found.findings[-1:]}):
+    if world.any(first and found.findings[-1].verdict == "FAILED"):
         return  # a rank that cannot compute would keep the others waiting
     speed = measure_all_reduce(world)
     if first:
@@ -126,9 +122,6 @@ def _checks(
             figures = {"bus_bytes_per_second": speed.bus_bytes_per_second}
             found.measured["all_reduce"] = asdict(speed) | figures
         yield checks.all_reduce(speed, backend)
-
-
-# ------------------------------------------------------------------------ before a run
 
 
 def require_alike(world: World, plan: TrainingPlan, run_dir: Path) -> None:
@@ -141,17 +134,20 @@ def require_alike(world: World, plan: TrainingPlan, run_dir: Path) -> None:
     mine = None
     if world.speaks_for_node:
         examinee = Examinee(run_dir, plan.config, plan.ds_json, plan)
-        mine = alike_facts(world, examinee).model_dump(exclude={"code_files"})
+        mine = node_facts(world, examinee, only_alike=True).model_dump(exclude=_NOT_TOLD)
     sent = world.gather_on_first(mine)
     world.on_first(lambda: _require(sent))
 
 
 def _require(sent: Sequence[Mapping[str, Any] | None]) -> None:
     findings = checks.alike(checks.by_name(NodeFacts.read(sent)))
-    failed = [finding for finding in findings if finding.verdict == "FAILED"]
-    if failed:
-        reasons = "; ".join(f"{each.check}: {each.text} ({each.remedy})" for each in failed)
+    reasons = [
+        f"{each.check}: {each.text} ({each.remedy})"
+        for each in findings
+        if each.verdict == "FAILED"
+    ]
+    if reasons:
         raise ConfigError(
-            f"the nodes are not fit for this run: {reasons}. `stacking-ds doctor`, started in the "
-            f"same way, tells more"
+            f"the nodes are not fit for this run: {'; '.join(reasons)}. `stacking-ds doctor`, "
+            f"started in the same way, tells more"
         )
