@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -40,12 +40,12 @@ class RankView:
     """Whether it waits for a batch of its own loader."""
     failure: RankFailure | None = None
 
-    def update(self, beats: int, moves: int, work: int, now: float) -> None:
+    def update(self, now: float, beats: int, moves: int, work: int, loading: int) -> None:
         if beats != self.beats:
             self.heard = now
         if (moves, work) != (self.moves, self.work):
             self.moved = now
-        self.beats, self.moves, self.work = beats, moves, work
+        self.beats, self.moves, self.work, self.loading = beats, moves, work, bool(loading)
 
 
 @dataclass(frozen=True)
@@ -65,25 +65,22 @@ def find_missing(
     Who failed by itself comes before who is silent, who is silent before who waits for a batch or
     is stuck in work that the others wait for, or behind them.
     """
-    failed = [rank for rank, seen in enumerate(ranks) if seen.failure and not seen.failure.contact]
-    if failed:
-        return Missing("failed", tuple(failed))
-    silent = [
-        rank for rank, seen in enumerate(ranks) if not seen.failure and now - seen.heard > silence
-    ]
-    if silent:
-        return Missing("silent", tuple(silent))
-    if now - max(seen.moved for seen in ranks) > timeout:
-        loading = tuple(rank for rank, seen in enumerate(ranks) if seen.loading and timeout)
-        if loading:
-            return Missing("loading", loading)
-        # when contact is lost, who is at work has not noticed yet
-        behind = tuple(rank for rank, seen in enumerate(ranks) if seen.work and timeout)
-        if not behind:
-            least = min(seen.moves for seen in ranks)
-            behind = tuple(rank for rank, seen in enumerate(ranks) if seen.moves == least)
-        return Missing("together" if len(behind) == len(ranks) else "stuck", behind)
-    return None
+
+    def those(are_so: Callable[[RankView], object]) -> tuple[int, ...]:
+        return tuple(rank for rank, seen in enumerate(ranks) if are_so(seen))
+
+    if failed := those(lambda seen: seen.failure and not seen.failure.contact):
+        return Missing("failed", failed)
+    if silent := those(lambda seen: not seen.failure and now - seen.heard > silence):
+        return Missing("silent", silent)
+    if now - max(seen.moved for seen in ranks) <= timeout:
+        return None
+    if loading := those(lambda seen: seen.loading and timeout):
+        return Missing("loading", loading)
+    least = min(seen.moves for seen in ranks)
+    # when contact is lost, who is at work has not noticed yet
+    behind = those(lambda seen: seen.work and timeout) or those(lambda seen: seen.moves == least)
+    return Missing("together" if len(behind) == len(ranks) else "stuck", behind)
 
 
 def sentence(
@@ -168,23 +165,14 @@ class Progress:
                 self._thread, self._count, self._seconds = thread, 1, 0.0
                 # a loader's processes look up now and then, whatever this thread does
                 self._others = {child.pid for child in children}
+            own = [one for one in psutil.Process().threads() if one.id == thread.native_id]
             started_for_it = [child for child in children if child.pid not in self._others]
-            seconds = _processor_seconds(thread, started_for_it)
+            times = [child.cpu_times() for child in started_for_it]
         except (OSError, psutil.Error):
             return max(1, self._count)
+        seconds = sum(one.user_time + one.system_time for one in own)
+        seconds += sum(one.user + one.system for one in times)
         if seconds > self._seconds:
             self._seconds = seconds
             self._count += 1
         return self._count
-
-
-def _processor_seconds(thread: threading.Thread, processes: list[psutil.Process]) -> float:
-    seconds = sum(
-        own.user_time + own.system_time
-        for own in psutil.Process().threads()
-        if own.id == thread.native_id
-    )
-    for process in processes:
-        times = process.cpu_times()
-        seconds += times.user + times.system
-    return float(seconds)

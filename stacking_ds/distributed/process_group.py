@@ -8,7 +8,6 @@ import os
 import resource
 import socket
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -51,7 +50,10 @@ def start(timeout: timedelta = _TIMEOUT) -> World:
     local_rank, local_size = int(environment["LOCAL_RANK"]), int(environment["LOCAL_WORLD_SIZE"])
     # DeepSpeed reads these too, and looks for an MPI where it misses one
     _add(environment)
-    _allow_many_files()
+    # rank 0 has a connection or more from each of the others
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     on_cuda = torch.cuda.is_available()
     backend = "nccl" if on_cuda else "gloo"
     refusal = _refusal(local_rank, local_size, size)
@@ -116,13 +118,6 @@ def _form_groups(
 def _add(environment: dict[str, str]) -> None:
     _added.update(name for name in environment if name not in os.environ)
     os.environ.update(environment)
-
-
-def _allow_many_files() -> None:
-    # rank 0 has a connection or more from each of the others
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def stop() -> None:
@@ -234,20 +229,16 @@ def agree(
         ) from None
     if kind == _FINE:
         return
-    _let_all_read(store, rank, size)
-    if kind == "lost":
-        raise LostRankToldError(text) if rank else LostRankError(text)
-    raise agreed(ConfigError(text))
-
-
-def _let_all_read(store: Any, rank: int, size: int) -> None:
-    """Keep the store with the verdict, which goes when rank 0 does, until all have read it."""
+    # the store goes when rank 0 does: until all have read the verdict in it
     deadline = time.monotonic() + _SECONDS_TO_READ
     with suppress(dist.DistError):
         read = store.add("read", 1)
         while rank == 0 and read < size and time.monotonic() < deadline:
             time.sleep(0.05)
             read = store.add("read", 0)
+    if kind == "lost":
+        raise LostRankToldError(text) if rank else LostRankError(text)
+    raise agreed(ConfigError(text))
 
 
 def _verdict(store: Any, size: int) -> str:
@@ -255,8 +246,14 @@ def _verdict(store: Any, size: int) -> str:
     try:
         told = [one.decode().split(" ", 2) for one in store.multi_get(keys)]
     except dist.DistError:
-        came = [rank for rank, key in enumerate(keys) if store.check([key])]
-        return f"lost {_who_came(store, came, size)}"
+        came = dict.fromkeys(key for key in keys if store.check([key]))
+        hosts = list(dict.fromkeys(store.get(key).decode().split(" ")[1] for key in came))
+        absent = [rank for rank, key in enumerate(keys) if key not in came]
+        return (
+            f"lost {len(absent)} of {size} ranks have not come in time: "
+            f"{first_of(absent, _NAMED)}; those that have are on {first_of(hosts, _NAMED)}. See "
+            f"what the absent ones have said, or raise cluster.timeout_seconds"
+        )
     refusals = [(rank, host, text) for rank, (_, host, text) in enumerate(told) if text]
     if refusals:
         rank, host, text = refusals[0]
@@ -272,13 +269,3 @@ def _verdict(store: Any, size: int) -> str:
             f"or hide all GPUs with CUDA_VISIBLE_DEVICES= to train on the CPUs"
         )
     return _FINE
-
-
-def _who_came(store: Any, came: Sequence[int], size: int) -> str:
-    hosts = dict.fromkeys(store.get(f"rank/{rank}").decode().split(" ")[1] for rank in came)
-    absent = sorted(set(range(size)) - set(came))
-    return (
-        f"{len(absent)} of {size} ranks have not come in time: {first_of(absent, _NAMED)}; those "
-        f"that have are on {first_of(list(hosts), _NAMED)}. See what the absent ones have said, or "
-        f"raise cluster.timeout_seconds"
-    )
