@@ -20,24 +20,19 @@ class RankFailure:
     rank: int
     step: int
     why: str
-    contact: bool
-    """True where it only lost contact with others, which is no fault of its own."""
+    contact: bool  # true where it only lost contact with others, which is no fault of its own
 
 
 @dataclass
 class RankView:
     """A rank as rank 0 sees it; times are rank 0's, without its own pauses."""
 
-    heard: float
-    """When it was last heard of."""
-    moved: float
-    """When it was last seen to have moved."""
+    heard: float  # when it was last heard of
+    moved: float  # when it was last seen to have moved
     beats: int = 0
     moves: int = 0
-    work: int = 0
-    """Grows while it works by itself; 0 while it does not."""
-    loading: bool = False
-    """Whether it waits for a batch of its own loader."""
+    work: int = 0  # grows while it works by itself; 0 while it does not
+    loading: bool = False  # whether it waits for a batch of its own loader
     failure: RankFailure | None = None
 
     def update(self, now: float, beats: int, moves: int, work: int, loading: int) -> None:

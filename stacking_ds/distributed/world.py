@@ -23,16 +23,13 @@ _SECONDS_TO_LET_GO = 5.0
 class Pulse:
     """Progress of this rank; `FailureDetector` compares it with the others'."""
 
+    # what all ranks do alike: collectives entered, micro-batches begun; who has fewer is behind
     moves: int = 0
-    """Counts what all ranks do alike: collectives entered, micro-batches begun. Who has fewer is
-    behind."""
     step: int = 0
+    # the thread that the main thread waits for, while it only meets the others to tell them so
     work: threading.Thread | None = None
-    """The thread that the main thread waits for, while it only meets the others to tell them so."""
-    loading: bool = False
-    """Whether the main thread waits for its next batch."""
-    waiting: bool = False
-    """Whether meetings are no moves, since they are for waiting."""
+    loading: bool = False  # whether the main thread waits for its next batch
+    waiting: bool = False  # whether meetings are no moves, since they are for waiting
 
     def move(self) -> None:
         if not self.waiting:

@@ -104,8 +104,7 @@ class Check:
     rule: Rule
     remedy: str
     verdict: Verdict = "FAILED"
-    needs: str = ""
-    """The check without which a node knows nothing of this."""
+    needs: str = ""  # the check without which a node knows nothing of this
 
 
 def _alike(what: Callable[[NodeFacts], Mapping[str, str]], shown: int = 60) -> Rule:

@@ -55,32 +55,20 @@ class NodeFacts(WireRecord):
     local_size: int = 1
     versions: dict[str, str] = Field(default={})
     code_sha256: str = ""
-    code_files: dict[str, str] = Field(default={}, repr=False)
-    """The beginning of each file's sha256, for telling which differ."""
-    recipe: dict[str, str] = Field(default={})
-    """sha256 of the resolved recipe and of the DeepSpeed JSON."""
-    data: dict[str, str] = Field(default={})
-    """sha256 of the training data and of the vocabulary."""
-    checkpoint_bytes: int = 0
-    """One checkpoint of the last stage."""
-    run_bytes: int = 0
-    """The most that the run's checkpoints take at once."""
-    kept_bytes: int = 0
-    """What those take that are there already; rank 0's node looks."""
-    free_bytes: int | None = None
-    """At the run directory."""
-    scratch_bytes: dict[str, int] = Field(default={})
-    """Free in the temporary folder and in shared memory, by path."""
+    code_files: dict[str, str] = Field(default={}, repr=False)  # how each file's sha256 begins
+    recipe: dict[str, str] = Field(default={})  # sha256 of the recipe and of the DeepSpeed JSON
+    data: dict[str, str] = Field(default={})  # sha256 of the training data and of the vocabulary
+    checkpoint_bytes: int = 0  # one checkpoint of the last stage
+    run_bytes: int = 0  # the most that the run's checkpoints take at once
+    kept_bytes: int = 0  # what those take that are there already; rank 0's node looks
+    free_bytes: int | None = None  # at the run directory
+    scratch_bytes: dict[str, int] = Field(default={})  # free in TMPDIR and shared memory, by path
     gpus: str = ""
     gpu_count: int = 0
-    address: str = ""
-    """What the node's own name resolves to."""
-    interface: str = ""
-    """What GLOO_SOCKET_IFNAME says."""
-    open_files: int | None = None
-    """How many a process may have open; None is without limit."""
-    problems: dict[str, str] = Field(default={})
-    """Why something is not known, by the name of the check."""
+    address: str = ""  # what the node's own name resolves to
+    interface: str = ""  # what GLOO_SOCKET_IFNAME says
+    open_files: int | None = None  # how many a process may have open; None is without limit
+    problems: dict[str, str] = Field(default={})  # why something is not known, by its check
 
 
 class RankFacts(WireRecord):
@@ -89,8 +77,7 @@ class RankFacts(WireRecord):
     host: str
     rank: int
     threads: int
-    core_mask: str
-    """The cores that it may run on, as the bits of a hexadecimal number."""
+    core_mask: str  # the cores that it may run on, as the bits of a hexadecimal number
 
 
 @dataclass
@@ -136,8 +123,8 @@ def rank_facts(world: World) -> RankFacts:
 
 
 def node_facts(world: World, examinee: Examinee, *, only_alike: bool = False) -> NodeFacts:
-    """What has to be the same on all nodes and the room at the run directory; unless `only_alike`,
-    also what has to be sufficient on each node."""
+    """Gather what has to be the same on all nodes and the room at the run directory; unless
+    `only_alike`, also what has to be sufficient on each node."""
     run_dir, host = examinee.run_dir, socket.gethostname()
     looks: list[tuple[str, Callable[[], Mapping[str, Any]]]] = [
         ("versions", lambda: {"versions": _versions()}),

@@ -40,14 +40,11 @@ class Probing(WireRecord, frozen=False):
 
     place: str
     token: str = ""
-    levels_up: int = 0
-    """From the run directory to the place: a node that has it elsewhere looks there."""
-    problem: str = ""
-    """Why rank 0 itself cannot write."""
+    levels_up: int = 0  # from the run directory to the place, also on nodes that have it elsewhere
+    problem: str = ""  # why rank 0 itself cannot write
     lock_problem: str = ""
     answers: tuple[Answer, ...] = ()
-    left: str = ""
-    """What could not be removed."""
+    left: str = ""  # what could not be removed
 
     @property
     def exists(self) -> bool:

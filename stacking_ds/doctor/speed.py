@@ -12,17 +12,16 @@ import torch.distributed as dist
 from stacking_ds.console import say_on_stderr
 from stacking_ds.distributed.world import World
 from stacking_ds.doctor.facts import WireRecord
+from stacking_ds.errors import EXIT_USER_ERROR
 from stacking_ds.kernels.registry import DTYPES
 from stacking_ds.process.device import measure_matmul_peak, seconds_now
 from stacking_ds.process.exit import end_now
 
-_CLOCK_ROUNDS = 8
 _LARGE_BYTES = {"cuda": 64 << 20, "cpu": 16 << 20}
 _SECONDS_EACH = 1.0
 _MOST_ROUNDS = 200
 # the first collective of thousands of ranks connects them all
 _HANGING_SECONDS = 120.0
-_FAILED = 2
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def clock_offset(world: World) -> tuple[float, float]:
     readings of this rank's clock. The round with the shortest trip says most.
     """
     trips = []
-    for _ in range(_CLOCK_ROUNDS):
+    for _ in range(8):
         begun = _clock()
         world.barrier()
         [first] = world.sum([_clock() if world.is_first else 0.0])
@@ -134,11 +133,10 @@ def _all_reduce_seconds(tensor: torch.Tensor) -> float:
 
 
 def _give_up() -> None:
-    message = (
+    say_on_stderr(
         f"stacking-ds: error: [{socket.gethostname()}] an all-reduce over all ranks has not ended "
         f"in {_HANGING_SECONDS:.0f} s though they have met: see that no firewall is between the "
         f"nodes, set NCCL_SOCKET_IFNAME to the interface that joins them, and read what "
         f"NCCL_DEBUG=INFO says"
     )
-    say_on_stderr(message)
-    end_now(_FAILED)
+    end_now(EXIT_USER_ERROR)

@@ -34,20 +34,13 @@ _MPI_KEEPALIVE = (
 class Timeouts:
     """The times that things are waited for."""
 
-    pause_seconds: float = 5.0
-    """Between a failed attempt and the next."""
-    survivors_seconds: float = 10.0
-    """For what is left of an attempt that ended by itself."""
-    probe_seconds: float = 20.0
-    """For a host to answer at all."""
-    sweep_seconds: float = 30.0
-    """For a host to say what runs on it."""
-    look_seconds: float = 2.0
-    """Between two looks at all hosts that are to be clear, or at the run's records."""
-    end_seconds: float = 30.0
-    """For all processes to end once the run's records say that it has ended."""
-    count_seconds: float = 60.0
-    """Between two counts of the ranks while all seems well."""
+    pause_seconds: float = 5.0  # between a failed attempt and the next
+    survivors_seconds: float = 10.0  # for what is left of an attempt that ended by itself
+    probe_seconds: float = 20.0  # for a host to answer at all
+    sweep_seconds: float = 30.0  # for a host to say what runs on it
+    look_seconds: float = 2.0  # between two looks at hosts to be clear, or at the run's records
+    end_seconds: float = 30.0  # for all processes to end once the run's records say that it has
+    count_seconds: float = 60.0  # between two counts of the ranks while all seems well
 
 
 @dataclass(frozen=True)
@@ -55,8 +48,7 @@ class LaunchRequest:
     """Options of `launch`. Either `hostfile` or `ranks` is given."""
 
     command: tuple[str, ...]
-    run_dir: Path | None = None
-    """That of the run which `command` trains; None if it trains none."""
+    run_dir: Path | None = None  # that of the run which `command` trains; None if it trains none
     hostfile: Path | None = None
     ranks: int | None = None
     restarts: int = 0
