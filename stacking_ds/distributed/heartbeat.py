@@ -50,7 +50,7 @@ _SECONDS_TO_END = 15.0  # for a main thread that can still end by itself
 _SECONDS_TO_TELL = 10.0  # the file system or the pipe may be what hangs
 
 # names that earlier versions understand: a node with one of those is to be told of as such
-_VERDICT, _FAILURES = "watch/verdict", "watch/fates"
+_BEAT, _VERDICT, _FAILURES = "watch/beat/", "watch/verdict", "watch/fates"
 
 
 class FailureDetector:
@@ -128,14 +128,14 @@ class FailureDetector:
                 time.sleep(2 * self._interval)
         elif contact:
             self._decided.wait(_INTERVALS_TO_DECIDE * self._interval)
-        if contact:
-            is_told = self._verdict and not self._speaks
-            kind_of_loss = LostRankToldError if is_told else LostRankError
-            lost = kind_of_loss(self._verdict or _lost_contact(self._world, error))
-            self._record(str(lost))
+        if not contact:
             self._leaving.set()
-            raise lost from error
+            return
+        is_told = self._verdict and not self._speaks
+        verdict = self._verdict or _lost_contact(self._world, error)
+        self._record(verdict)
         self._leaving.set()
+        raise (LostRankToldError if is_told else LostRankError)(verdict) from error
 
     def _record(self, verdict: str) -> None:
         with suppress(OSError, UserError):
@@ -179,12 +179,12 @@ class FailureDetector:
                 self._decide(self._first_is_gone("ended, or its launcher did"))
 
     def _tell(self, store: Any, count: int) -> None:
-        pulse = self._world.pulse
+        pulse, rank = self._world.pulse, self._world.rank
         work = self._progress.look(pulse.work)
-        store.set(_key(self._world.rank), f"{count} {pulse.moves} {work} {int(pulse.loading)}")
+        store.set(f"{_BEAT}{rank}", f"{count} {pulse.moves} {work} {int(pulse.loading)}")
 
     def _look(self, store: Any) -> None:
-        keys = [_key(rank) for rank in range(self._world.size)]
+        keys = [f"{_BEAT}{rank}" for rank in range(self._world.size)]
         *beats, failures = store.multi_get([*keys, _FAILURES])
         now = self._clock.now()
         for seen, beat in zip(self._seen, beats, strict=True):
@@ -200,7 +200,7 @@ class FailureDetector:
             self._decide(store.get(_VERDICT).decode())
             return
         # the store answers also while rank 0 itself is stopped
-        beat = store.get(_key(0))
+        beat = store.get(f"{_BEAT}0")
         if beat != self._first_beat:
             self._first_beat, self._heard_of_first = beat, self._clock.now()
 
@@ -268,10 +268,6 @@ class FailureDetector:
             say_on_stderr(f"[rank {self._world.rank}] its main thread is at:\n{stack}")
         self._record(self._verdict)
         end_now(EXIT_LOST_RANK)
-
-
-def _key(rank: int) -> str:
-    return f"watch/beat/{rank}"
 
 
 def _lost_contact(world: World, error: BaseException) -> str:

@@ -90,27 +90,16 @@ def sentence(
         assert first.failure is not None
         why = " ".join(first.failure.why.split())[:_SHOWN_CHARACTERS]
         return f"{who} failed after step {first.failure.step}: {why}"
-    if missing.how == "silent":
-        return (
-            f"{who} {verb} gone or cut off: last heard of {now - first.heard:.0f} s ago, after "
-            f"step {step}"
-        )
-    still = now - max(seen.moved for seen in ranks)
-    if missing.how == "loading":
-        return (
-            f"{who} {verb} without a batch after step {step}: the loader has handed over none for "
-            f"{still:.0f} s; its processes are stopped, or hang in the file system of the token "
-            f"shards"
-        )
-    if missing.how == "stuck":
-        return (
-            f"{who} {verb} stuck after step {step} while the others wait: no rank has moved "
-            f"for {still:.0f} s"
-        )
-    return (
-        f"no rank has moved for {still:.0f} s after step {step}, and none is behind: the "
-        f"network between them, or a collective of the engine, is stuck"
-    )
+    heard, after = f"{now - first.heard:.0f} s ago", f"after step {step}"
+    still = f"{now - max(seen.moved for seen in ranks):.0f} s"
+    return {
+        "silent": f"{who} {verb} gone or cut off: last heard of {heard}, {after}",
+        "loading": f"{who} {verb} without a batch {after}: the loader has handed over none for "
+        f"{still}; its processes are stopped, or hang in the file system of the token shards",
+        "stuck": f"{who} {verb} stuck {after} while the others wait: no rank has moved for {still}",
+        "together": f"no rank has moved for {still} {after}, and none is behind: the network "
+        f"between them, or a collective of the engine, is stuck",
+    }[missing.how]
 
 
 # --------------------------------------------------------------- time and work
@@ -161,12 +150,11 @@ class Progress:
                 # a loader's processes look up now and then, whatever this thread does
                 self._others = {child.pid for child in children}
             own = [one for one in psutil.Process().threads() if one.id == thread.native_id]
-            started_for_it = [child for child in children if child.pid not in self._others]
-            times = [child.cpu_times() for child in started_for_it]
+            times = [child.cpu_times() for child in children if child.pid not in self._others]
         except (OSError, psutil.Error):
             return max(1, self._count)
         seconds = sum(one.user_time + one.system_time for one in own)
-        seconds += sum(one.user + one.system for one in times)
+        seconds += sum(one.user + one.system for one in times)  # of those started for it
         if seconds > self._seconds:
             self._seconds = seconds
             self._count += 1

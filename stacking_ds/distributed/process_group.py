@@ -8,7 +8,7 @@ import os
 import resource
 import socket
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -24,9 +24,7 @@ from stacking_ds.process.launchers import by_srun, complete_environment, interfa
 _TIMEOUT = timedelta(minutes=10)
 # a failure detector, which names who is missing, is to speak before a collective gives up
 _AFTER_THE_WATCH = timedelta(seconds=30)
-_GROUP_TIMEOUTS = ("default_pg_timeout", "default_pg_nccl_timeout")
-_added: set[str] = set()
-_timeouts_before: dict[str, Any] = {}
+_to_undo = ExitStack()
 _NAMED = 3
 _FINE = "fine"
 _SECONDS_TO_READ = 3.0
@@ -46,8 +44,9 @@ def start(timeout: timedelta = _TIMEOUT) -> World:
         LostRankError: not all ranks have come, or they do not reach one another.
     """
     environment = complete_environment()
-    rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-    local_rank, local_size = int(environment["LOCAL_RANK"]), int(environment["LOCAL_WORLD_SIZE"])
+    rank, size, local_rank, local_size = (
+        int(environment[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    )
     # DeepSpeed reads these too, and looks for an MPI where it misses one
     _add(environment)
     # rank 0 has a connection or more from each of the others
@@ -91,17 +90,12 @@ def _form_groups(
     store: Any, backend: str, rank: int, size: int, timeout: timedelta
 ) -> dist.ProcessGroup | None:
     # DeepSpeed makes groups of its own and gives them no time-out: they take these
-    for name in _GROUP_TIMEOUTS:
-        _timeouts_before.setdefault(name, getattr(distributed_c10d, name))
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        _to_undo.callback(setattr, distributed_c10d, name, getattr(distributed_c10d, name))
         setattr(distributed_c10d, name, timeout)
+    own = dist.PrefixStore("group", store)  # type: ignore[attr-defined]
     try:
-        dist.init_process_group(
-            backend,
-            store=dist.PrefixStore("group", store),  # type: ignore[attr-defined]
-            rank=rank,
-            world_size=size,
-            timeout=timeout,
-        )
+        dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=timeout)
         return dist.new_group(backend="gloo", timeout=timeout) if backend == "nccl" else None
     except RuntimeError as error:
         stop()
@@ -116,7 +110,8 @@ def _form_groups(
 
 
 def _add(environment: dict[str, str]) -> None:
-    _added.update(name for name in environment if name not in os.environ)
+    for name in environment.keys() - os.environ.keys():
+        _to_undo.callback(os.environ.pop, name, None)
     os.environ.update(environment)
 
 
@@ -124,11 +119,7 @@ def stop() -> None:
     """Leave the process group, and take what `start` added from the environment."""
     if dist.is_initialized():
         dist.destroy_process_group()
-    for name, before in _timeouts_before.items():
-        setattr(distributed_c10d, name, before)
-    _timeouts_before.clear()
-    while _added:
-        os.environ.pop(_added.pop(), None)
+    _to_undo.close()
 
 
 # what gloo and NCCL say when the other end is gone or late
@@ -209,8 +200,7 @@ def agree(
 
     Args:
         refusal: why this rank cannot take part.
-        patience: how long to wait for rank 0's word, which itself waits for the others as long as
-            the store does.
+        patience: how long to wait for rank 0, which waits for the others as long as the store does.
 
     Raises:
         ConfigError: on every rank, if one cannot.
@@ -254,17 +244,18 @@ def _verdict(store: Any, size: int) -> str:
             f"{first_of(absent, _NAMED)}; those that have are on {first_of(hosts, _NAMED)}. See "
             f"what the absent ones have said, or raise cluster.timeout_seconds"
         )
-    refusals = [(rank, host, text) for rank, (_, host, text) in enumerate(told) if text]
-    if refusals:
-        rank, host, text = refusals[0]
-        more = f" ({len(refusals)} of {size} ranks)" if len(refusals) > 1 else ""
-        return f"refused rank {rank} on {host}{more}: {text}"
-    backend, first_host = told[0][:2]
-    odd = [(rank, host) for rank, (other, host, _) in enumerate(told) if other != backend]
+    backend, first_host, _ = told[0]
+    refusing = [rank for rank, (_, _, text) in enumerate(told) if text]
+    odd = [rank for rank, (other, _, _) in enumerate(told) if other != backend]
+    if refusing:
+        rank = refusing[0]
+        more = f" ({len(refusing)} of {size} ranks)" if len(refusing) > 1 else ""
+        return f"refused rank {rank} on {told[rank][1]}{more}: {told[rank][2]}"
     if odd:
+        rank = odd[0]
         seen, sees = ("no GPU", "one") if backend == "nccl" else ("a GPU", "none")
         return (
-            f"refused rank {odd[0][0]} on {odd[0][1]} ({len(odd)} of {size} ranks in all) sees "
+            f"refused rank {rank} on {told[rank][1]} ({len(odd)} of {size} ranks in all) sees "
             f"{seen}, while rank 0 on {first_host} sees {sees}: mend the driver or torch there, "
             f"or hide all GPUs with CUDA_VISIBLE_DEVICES= to train on the CPUs"
         )
