@@ -69,6 +69,7 @@ def build_engine(
     lifecycle.return_free_pages()  # what the parameters had before DeepSpeed flattened them
     sharded_state.reset_moments(engine)
     sharded_state.mend_loss_scaling(engine)
+    gradients.measure_at_once(engine)
     if isinstance(optimizer, ShardedOptimizer):
         optimizer.bind(
             gradients.shards(engine),

@@ -148,6 +148,11 @@ def _engine_defaults(zero_stage: int, precision: Precision) -> list[_Owned]:
             "compiled at first use",
         ),
         _Owned(
+            "timers.throughput.enabled",
+            False,
+            reason="it waits for the device twice in every micro-step; the log has tokens/s",
+        ),
+        _Owned(
             "zero_optimization.memory_efficient_linear",
             False,
             reason="it replaces torch's linear for the whole process and rounds bf16 differently",

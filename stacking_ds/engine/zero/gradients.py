@@ -65,6 +65,43 @@ def adder_over_ranks(engine: Any) -> Callable[[torch.Tensor], None] | None:
     return add
 
 
+def measure_at_once(engine: Any) -> None:
+    """Make an update at ZeRO 1, 2 and 3 measure the gradient of all its parameter groups together:
+    one norm, one all-reduce, one wait for the device.
+
+    DeepSpeed 0.19.8 looks for infinities parameter by parameter, and then takes a norm, an
+    all-reduce and a wait for each group, of which there are two a layer. The norm here is infinite
+    where an element anywhere is not finite, on all ranks, and DeepSpeed then skips the step by
+    itself. It is on the host, so that what each group derives of it waits for nothing.
+
+    Offloaded gradients are left alone: DeepSpeed measures them as they arrive on the host.
+    """
+    wrapper, masters = engine.optimizer, masters_of(engine)
+    if masters is Masters.GROUPS and not wrapper.cpu_offload:
+        wrapper.has_overflow = lambda partition_gradients=True: False
+        wrapper.scaled_global_norm = lambda norm_type=2: _norm_over_ranks(wrapper)
+    elif masters is Masters.PARAMETERS and not wrapper.offload_optimizer:
+        wrapper.has_overflow = lambda partition_gradients=True: False
+        wrapper._get_norm_groups = lambda: [_norm_over_ranks(wrapper)]
+
+
+def _norm_over_ranks(wrapper: Any) -> torch.Tensor:
+    """The 2-norm of what all ranks hold of the gradient, in fp32 on the host."""
+    held = [
+        gradient.detach()
+        for gradients in wrapper.averaged_gradients.values()
+        for gradient in gradients
+        if not getattr(gradient, "_zero_padding", False)
+    ]
+    norms = torch._foreach_norm(held, 2, torch.float64) if held else []
+    # a rank of many may hold padding alone
+    nothing = torch.zeros((), dtype=torch.float64, device=wrapper.device)
+    squares = torch.stack([nothing, *norms]).square().sum()
+    dist.all_reduce(squares, group=wrapper.dp_process_group)
+    norm = squares.sqrt().float().cpu()
+    return norm if norm.isfinite() else torch.tensor(torch.inf)
+
+
 def gradient_norm_at_step(engine: Any) -> Callable[[], torch.Tensor] | None:
     """The global 2-norm of the gradients in the engine's present step, where they are not clipped,
     to be asked from within the base optimizer's `step`; None where that gets them all at once."""
