@@ -287,9 +287,11 @@ def test_rejections_keep_twenty_places_however_many_there_are():
     rejections = Rejections()
     for number in range(100):
         rejections.add("not JSON", f"a.jsonl:{number}".format)
-    (rejected,) = rejections.taken()
+    (rejected,) = rejections.found()
     assert (rejected.documents, len(rejected.first)) == (100, 20)
-    assert rejections.taken() == ()
+    rejections.extend([rejected])
+    (rejected,) = rejections.found()
+    assert (rejected.documents, len(rejected.first)) == (200, 20)
 
 
 def test_what_was_counted_is_refused_when_an_unfinished_prepare_goes_on_so(tmp_path):

@@ -16,7 +16,7 @@ from itertools import zip_longest
 from typing import Any
 
 from stacking_ds.console import shortened
-from stacking_ds.data.pool import Report, Work, WorkerDiedError, do_in_workers
+from stacking_ds.data.pool import Report, WorkerDiedError, do_in_workers
 from stacking_ds.data.prepare.finish import empty_split, finish_splits
 from stacking_ds.data.prepare.folder import (
     EMPTY,
@@ -213,7 +213,8 @@ class _Preparation:
             self._require_same_work(started, settings)
         try:
             say_what_documents_are(self.corpus, self.options.reading, self.say)
-            self._ensure_vocabulary(plan)
+            if folder.vocabulary() is None:
+                folder.keep_vocabulary(self.given or self._trained(plan))
             self._do_units(plan)
         except (DataError, OSError):
             self._tidy()
@@ -240,8 +241,8 @@ class _Preparation:
         known = hashes_of(self.folder.records(plan).values())
         for index, source in enumerate(self.corpus.sources):
             for number, path in enumerate(source.paths):
-                same = files[index][number] == plan.files[index][number]
-                if not same and known.get((index, number)) != file_sha256(path):
+                touched = files[index][number] != plan.files[index][number]
+                if touched and known.get((index, number)) != file_sha256(path):
                     raise self._other(f"{path} has changed, or was touched, before it was read")
         plan = plan.model_copy(update={"files": files})
         self.folder.note(started.model_copy(update={"plan": plan}))
@@ -272,18 +273,12 @@ class _Preparation:
             if not trained and not any(record.chunks for record in records.values()):
                 self.folder.discard()
 
-    def _ensure_vocabulary(self, plan: WorkPlan) -> None:
-        if self.folder.vocabulary() is None:
-            self.folder.keep_vocabulary(
-                self.given
-                or train_vocabulary(
-                    self.corpus,
-                    plan,
-                    self.options,
-                    self.request.normalization,
-                    lambda *now: self.progress(PrepareProgress("vocabulary", *now)),
-                )
-            )
+    def _trained(self, plan: WorkPlan) -> list[str]:
+        def report(*now: Any) -> None:
+            self.progress(PrepareProgress("vocabulary", *now))
+
+        normalization = self.request.normalization
+        return train_vocabulary(self.corpus, plan, self.options, normalization, report)
 
     def _do_units(self, plan: WorkPlan) -> None:
         index, count = self.options.part
@@ -291,9 +286,8 @@ class _Preparation:
         read = dict.fromkeys(units, (0, 0))
         records = self.folder.records(plan)
         kept = sum(one.source_bytes for unit, one in records.items() if unit in units)
-        total = plan.source_bytes
-        if total is not None:
-            total = sum(plan.units[unit].source_bytes for unit in units)
+        sizes = [plan.units[unit].source_bytes for unit in units]
+        total = None if plan.source_bytes is None else sum(sizes)
 
         def report(unit: int, documents: int, source_bytes: int) -> None:
             read[unit] = (documents, source_bytes)
@@ -303,15 +297,16 @@ class _Preparation:
         if self.options.workers > 1 and len(units) > 1:
             self._do_in_workers(units, report)
         elif units:
-            maker = UnitMaker(self.options, self.corpus)
+            make = UnitMaker(self.options, self.corpus)
             for unit in units:
-                maker.do(unit, partial(report, unit))
+                make(unit, partial(report, unit))
 
     def _do_in_workers(self, units: range, report: Report) -> None:
-        work, temporary = partial(_unit_work, self.options), self.folder.temporary
-        tidy = partial(remove_unfinished, temporary)
+        tidy = partial(remove_unfinished, self.folder.temporary)
         try:
-            do_in_workers(work, units, self.options.workers, report, tidy)
+            do_in_workers(
+                partial(UnitMaker, self.options), units, self.options.workers, report, tidy
+            )
         except WorkerDiedError as died:
             remedy = ", with fewer --workers if it was memory" if died.out_of_memory else ""
             raise DataError(
@@ -330,7 +325,7 @@ class _Preparation:
         rejections = Rejections()
         for chunk in chunks:
             rejections.extend(chunk.rejected)
-        rejected = rejections.taken()
+        rejected = rejections.found()
         if not all(split.documents for split in splits.values()):
             error = empty_split(splits, rejected, self.options, bool(self.corpus.text_files))
             folder.discard()
@@ -362,10 +357,9 @@ class _Preparation:
         }
         for name, content in contents.items():
             write_file(self.folder.path / name, content, self.folder.temporary)
+        hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
         return tuple(
-            VocabularyFile(
-                name=name, size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest()
-            )
+            VocabularyFile(name=name, size_bytes=len(content), sha256=hashes[name])
             for name, content in contents.items()
         )
 
@@ -388,9 +382,3 @@ def _difference(field: str, there: Any, here: Any) -> str:
 
 def _shown(value: Any) -> str:
     return shortened(str(value) if isinstance(value, Normalization) else repr(value), 160)
-
-
-def _unit_work(options: PrepareOptions) -> Work:
-    """What a worker does with the number of a unit."""
-    maker = UnitMaker(options)
-    return maker.do

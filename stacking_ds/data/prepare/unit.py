@@ -7,8 +7,10 @@ Shapes: T tokens, S sentences, B bytes, P pieces of text, U different ones.
 import hashlib
 import string
 from array import array
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -28,12 +30,18 @@ from stacking_ds.data.prepare.work_plan import Corpus, InputFile
 from stacking_ds.data.shard_files import (
     Rejected,
     ShardWriter,
-    SplitName,
     file_sha256,
     token_dtype,
 )
 from stacking_ds.data.shards import numbers
-from stacking_ds.data.sources.documents import Fault, Item, Reader, reading_of, split_sentences
+from stacking_ds.data.sources.documents import (
+    Fault,
+    Item,
+    Reader,
+    SourcePiece,
+    reading_of,
+    split_sentences,
+)
 from stacking_ds.data.tokenizer import (
     UNCASED,
     Normalization,
@@ -146,29 +154,25 @@ class Rejections:
     """Counts what is left out, by reason, and keeps the first places."""
 
     def __init__(self) -> None:
-        self._counts: dict[str, int] = {}
-        self._first: dict[str, list[str]] = {}
+        self._counts: Counter[str] = Counter()
+        self._first: defaultdict[str, list[str]] = defaultdict(list)
 
     def add(self, reason: str, place: Callable[[], str]) -> None:
-        self._counts[reason] = self._counts.get(reason, 0) + 1
-        first = self._first.setdefault(reason, [])
-        if len(first) < _FIRST_PLACES:
-            first.append(place())
+        self._counts[reason] += 1
+        if len(self._first[reason]) < _FIRST_PLACES:
+            self._first[reason].append(place())
 
     def extend(self, rejected: Iterable[Rejected]) -> None:
         for one in rejected:
-            self._counts[one.reason] = self._counts.get(one.reason, 0) + one.documents
-            first = self._first.setdefault(one.reason, [])
-            first.extend(one.first[: _FIRST_PLACES - len(first)])
+            self._counts[one.reason] += one.documents
+            self._first[one.reason] += one.first[: _FIRST_PLACES - len(self._first[one.reason])]
 
-    def taken(self) -> tuple[Rejected, ...]:
-        """All of them, by reason in alphabetical order; then starts anew."""
-        found = tuple(
+    def found(self) -> tuple[Rejected, ...]:
+        """All of them, by reason in alphabetical order."""
+        return tuple(
             Rejected(reason=reason, documents=count, first=tuple(self._first[reason]))
             for reason, count in sorted(self._counts.items())
         )
-        self._counts, self._first = {}, {}
-        return found
 
 
 def words_of(text: str) -> bytes:
@@ -192,7 +196,7 @@ class UnitMaker:
     """Makes units in a folder in which a prepare has begun and which has its vocabulary."""
 
     def __init__(self, options: PrepareOptions, corpus: Corpus | None = None) -> None:
-        self._options = options
+        self.options = options
         self.folder = UnfinishedFolder(options.out_dir)
         started, vocabulary = self.folder.started(), self.folder.vocabulary()
         if started is None or vocabulary is None:
@@ -203,12 +207,12 @@ class UnitMaker:
         self._plan, self._corpus = started.plan, corpus or options.open_corpus()
         if self._corpus.identity() != (started.request.heldout_sources, started.request.sources):
             raise DataError(f"{options.out_dir}: the files of its sources changed meanwhile")
-        self._vocab_size, self._unknown_id = len(vocabulary), special_ids(vocabulary).unk
+        self.vocab_size, self.unknown_id = len(vocabulary), special_ids(vocabulary).unk
         self._vocabulary_sha256 = vocabulary_sha256(vocabulary)
-        self._tokenizer = SentenceTokenizer(vocabulary, started.request.normalization)
+        self.tokenizer = SentenceTokenizer(vocabulary, started.request.normalization)
 
-    def do(self, number: int, report: Callable[[int, int], None]) -> None:
-        """Do what is left of a unit. `report` is called with the documents and the bytes of the
+    def __call__(self, number: int, report: Callable[[int, int], None]) -> None:
+        """Does what is left of a unit. `report` is called with the documents and the bytes of the
         source that it has read. Raises DataError for bad input and for a folder that cannot be
         written; what is done by then is kept."""
         try:
@@ -225,13 +229,12 @@ class UnitMaker:
         nothing."""
         record = record.model_copy(update={"hashes": record.hashes or self._hashes(number)})
         unit = self._plan.units[number]
-        items = self._corpus.read(unit, self._options.reading)
+        items = self._corpus.read(unit, self.options.reading)
         for _ in islice(items, record.items):
             pass
         is_more = True
         while is_more:
-            writers = {split: ShardWriter(self._vocab_size, self._unknown_id) for split in SPLITS}
-            writer = _ChunkWriter(unit.heldout, self._options, self._tokenizer, writers)
+            writer = _ChunkWriter(self, unit.heldout)
             is_more = writer.fill(items, record, report)
             if writer.items or not record.chunks:
                 chunk = writer.write(self.folder, f"{number:05d}-{len(record.chunks):03d}.arrow")
@@ -249,7 +252,7 @@ class UnitMaker:
         for index, chunk in enumerate(record.chunks):
             # what had been counted is refused now: read it again, to name the place
             bad = any(rejected.reason != EMPTY for rejected in chunk.rejected)
-            refused = bad and self._options.bad_documents == "refuse"
+            refused = bad and self.options.bad_documents == "refuse"
             shards = [shard for shard in (chunk.heldout, chunk.train) if shard is not None]
             if refused or not all(map(self.folder.is_whole, shards)):
                 return record.model_copy(
@@ -258,20 +261,27 @@ class UnitMaker:
         return record
 
     def _hashes(self, number: int) -> tuple[FileHash, ...]:
+        """Of the files that start in the unit, so that a file is hashed once, whatever it is cut
+        into."""
         found = []
-        for source, file in self._plan.hashed_by(number):
-            path = self._corpus.sources[source].paths[file]
-            with reading_of(path):
-                sha256 = file_sha256(path)
-            found.append(FileHash(source=source, file=file, sha256=sha256))
+        for source, piece, path in self._files(number):
+            if piece.start == 0:
+                with reading_of(path):
+                    sha256 = file_sha256(path)
+                found.append(FileHash(source=source, file=piece.file, sha256=sha256))
         return tuple(found)
 
-    def _check_unchanged(self, number: int) -> None:
+    def _files(self, number: int) -> Iterator[tuple[int, SourcePiece, Path]]:
+        """The pieces of files in a unit, with the indices of their sources."""
         for segment in self._plan.units[number].segments:
-            file, paths = segment.piece.file, self._corpus.sources[segment.source].paths
-            if paths and InputFile.of(paths[file]) != self._plan.files[segment.source][file]:
+            if paths := self._corpus.sources[segment.source].paths:
+                yield segment.source, segment.piece, paths[segment.piece.file]
+
+    def _check_unchanged(self, number: int) -> None:
+        for source, piece, path in self._files(number):
+            if InputFile.of(path) != self._plan.files[source][piece.file]:
                 raise DataError(
-                    f"{paths[file]} changed while it was read; delete {self.folder.path} and "
+                    f"{path} changed while it was read; delete {self.folder.path} and "
                     "prepare it again from files that stay as they are"
                 )
 
@@ -289,15 +299,9 @@ class _ChunkWriter:
     """Gives documents of a unit to the writers of its splits, until these hold a chunk; documents
     are tokenized in groups."""
 
-    def __init__(
-        self,
-        heldout: bool,
-        options: PrepareOptions,
-        tokenizer: SentenceTokenizer,
-        writers: dict[SplitName, ShardWriter],
-    ) -> None:
-        self._heldout, self._options = heldout, options
-        self._tokenizer, self._writers = tokenizer, writers
+    def __init__(self, maker: UnitMaker, heldout: bool) -> None:
+        self._options, self._tokenizer, self._heldout = maker.options, maker.tokenizer, heldout
+        self._writers = {split: ShardWriter(maker.vocab_size, maker.unknown_id) for split in SPLITS}
         self._rejections = Rejections()
         self._sentences: list[str] = []
         self._group: list[_Counted] = []
@@ -336,7 +340,7 @@ class _ChunkWriter:
             items=self.items,
             heldout=files["heldout"],
             train=files["train"],
-            rejected=self._rejections.taken(),
+            rejected=self._rejections.found(),
             source_bytes=self._source_bytes,
             text_bytes=self._text_bytes,
         )

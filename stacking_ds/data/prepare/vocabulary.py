@@ -9,11 +9,10 @@ model would be used with other ids than it was trained with.
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, processors
+from tokenizers import Tokenizer, processors
 
 from stacking_ds.console import first_of, shortened
 from stacking_ds.data.prepare.folder import PrepareOptions
@@ -69,16 +68,15 @@ def read_vocabulary(
     or of another tokenizer than BERT's, that contradict each other or the options, and for tokens
     that the text, normalised so, would not spell.
     """
+    normalization = Normalization.keeping(cased=cased, accents=keep_accents)
     if path is None:
-        return None, Normalization.keeping(cased=cased, accents=keep_accents)
-    folder, stated, stated_by = None, None, None
+        return None, normalization
+    stated, stated_by = None, None
     try:
         is_folder = path.is_dir()
     except OSError as error:
-        reason = error.strerror or error
-        raise DataError(
-            f"vocabulary {shortened(str(path), 160)} cannot be read: {reason}"
-        ) from error
+        name = shortened(str(path), 160)
+        raise DataError(f"vocabulary {name} cannot be read: {error.strerror or error}") from error
     if is_folder:
         folder, names = path, ("tokenizer.json", "vocab.txt")
         path = next((path / name for name in names if (path / name).exists()), path)
@@ -89,14 +87,13 @@ def read_vocabulary(
         vocabulary, normalization = _read_json(path)
         stated_by = path
         for switch, value in (stated or {}).items():
-            if asdict(normalization)[switch] != value:
+            if (other := getattr(normalization, switch)) != value:
                 raise DataError(
-                    f"{folder}: tokenizer.json says {switch}={asdict(normalization)[switch]} and "
+                    f"{path.parent}: tokenizer.json says {switch}={other} and "
                     f"tokenizer_config.json {value}: make them agree"
                 )
     else:
         vocabulary = load_vocabulary(path)
-        normalization = Normalization.keeping(cased=cased, accents=keep_accents)
         if stated is not None:
             normalization = Normalization(**stated)
             stated_by = path.parent / "tokenizer_config.json"
@@ -119,17 +116,14 @@ def _read_json(path: Path) -> tuple[list[str], Normalization]:
     content = _load(path)
     try:
         kind = content["model"].get("type", "WordPiece")
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is not the tokenizer.json of a WordPiece tokenizer") from error
-    if kind != "WordPiece":
-        raise DataError(f"{path} holds a {kind} model; stacking_ds needs WordPiece: {_REMEDY}")
-    try:
         # the library fills in what older files leave out
-        tokenizer = Tokenizer.from_str(json.dumps(content))
+        tokenizer = Tokenizer.from_str(json.dumps(content)) if kind == "WordPiece" else None
     except Exception as error:  # the library knows no narrower one
         raise DataError(
             f"{path} is not the tokenizer.json of a WordPiece tokenizer: {error}"
         ) from error
+    if tokenizer is None:
+        raise DataError(f"{path} holds a {kind} model; stacking_ds needs WordPiece: {_REMEDY}")
     _require_like_bert(path, tokenizer)
     ids = tokenizer.get_vocab(with_added_tokens=True)
     vocabulary = sorted(ids, key=ids.__getitem__)
@@ -154,13 +148,8 @@ def _require_like_bert(path: Path, tokenizer: Tokenizer) -> None:
         different.append(f"the pre-tokenizer {_shown(written['pre_tokenizer'])}")
     if different:
         raise DataError(f"{path} is not BERT's: it has {'; '.join(different)}: {_REMEDY}")
-    _require_no_added(path, tokenizer.get_added_tokens_decoder().values())
-
-
-def _require_no_added(path: Path, added: Iterable[AddedToken]) -> None:
-    others = [token.content for token in added if token.content not in SPECIAL_TOKENS]
-    if others:
-        raise _added(path, others)
+    added = tokenizer.get_added_tokens_decoder().values()
+    _require_none_added(path, [token.content for token in added])
     for token in added:
         if token.single_word or token.normalized:
             raise DataError(
@@ -169,11 +158,12 @@ def _require_no_added(path: Path, added: Iterable[AddedToken]) -> None:
             )
 
 
-def _added(path: Path, tokens: Sequence[str]) -> DataError:
-    return DataError(
-        f"{path} adds tokens to its vocabulary, which BERT's does not: "
-        f"{first_of(list(map(_shown, tokens)), 3)}: {_REMEDY}"
-    )
+def _require_none_added(path: Path, tokens: Iterable[str]) -> None:
+    if others := [_shown(token) for token in tokens if token not in SPECIAL_TOKENS]:
+        raise DataError(
+            f"{path} adds tokens to its vocabulary, which BERT's does not: {first_of(others, 3)}: "
+            f"{_REMEDY}"
+        )
 
 
 def _require_framed(path: Path, theirs: Tokenizer, ours: Tokenizer) -> None:
@@ -205,8 +195,8 @@ def _normalization(path: Path, written: dict[str, Any] | None) -> Normalization:
 def _stated_by_config(folder: Path) -> dict[str, bool] | None:
     """The switches that the folder's tokenizer_config.json sets; None without such a file."""
     added = folder / "added_tokens.json"
-    if added.exists() and (others := [one for one in _load(added) if one not in SPECIAL_TOKENS]):
-        raise _added(added, others)
+    if added.exists():
+        _require_none_added(added, _load(added))
     path = folder / "tokenizer_config.json"
     if not path.exists():
         return None
@@ -225,8 +215,7 @@ def _stated_by_config(folder: Path) -> dict[str, bool] | None:
         raise DataError(
             f"{path} cannot be used: its added_tokens_decoder is no such thing"
         ) from None
-    if others := [token for token in tokens if token not in SPECIAL_TOKENS]:
-        raise _added(path, others)
+    _require_none_added(path, tokens)
     for key in ("never_split", "additional_special_tokens", "extra_special_tokens"):
         if config.get(key):
             raise DataError(
@@ -251,7 +240,11 @@ def _require_spelt(
     """Raises DataError for tokens that the text would not spell. `stated_by` is the file that says
     how the text is normalised; None where the options do."""
     mend = f"mend {stated_by}, which says so" if stated_by else ""
-    words = [token.removeprefix("##") for token in vocabulary if not _is_marker(token)]
+    words = [
+        token.removeprefix("##")
+        for token in vocabulary
+        if not (token.startswith("[") and token.endswith("]"))
+    ]
     few = _STRANGE_SHARE * len(vocabulary)
     blanks = [word for word in words if " " in word or "\t" in word]
     if len(blanks) > few:
@@ -284,10 +277,6 @@ def _require_spelt(
         )
 
 
-def _is_marker(token: str) -> bool:
-    return token.startswith("[") and token.endswith("]")
-
-
 def _load(path: Path) -> Any:
     try:
         content = read_json(path)
@@ -317,19 +306,14 @@ def train_vocabulary(
     """A vocabulary of the training documents. `report` is called with the documents and the bytes
     of the sources that were read, twice from the start, and about how many bytes there are.
     Raises DataError where there is no text, or none that fits into `vocab_size`."""
-    sample = VocabularySample(
-        corpus,
-        plan,
-        options,
-        lambda documents, read: report(documents, read, sample.source_bytes),
-    )
+    sample = VocabularySample(corpus, plan, options, report)
     if next(iter(sample), None) is None:
-        why = f"all held out (--heldout-fraction is {options.heldout_fraction})"
+        held_out = f"all held out (--heldout-fraction is {options.heldout_fraction})"
+        why = f"empty, or {held_out}"
         if corpus.text_files:
-            rule = f"few since documents end by --documents {options.documents}"
-            why = f"empty, {why}, or {rule}"
-        else:
-            why = f"empty, or {why}"
+            why = (
+                f"empty, {held_out}, or few since documents end by --documents {options.documents}"
+            )
         raise DataError(
             "the sources hold no training document with any text to train a vocabulary on: they "
             f"are {why}"
@@ -349,7 +333,7 @@ class VocabularySample:
         corpus: Corpus,
         plan: WorkPlan,
         options: PrepareOptions,
-        report: Callable[[int, int], None],
+        report: Callable[[int, int, int | None], None],
         characters: int = SAMPLE_CHARACTERS,
     ) -> None:
         self._corpus, self._options, self._report = corpus, options, report
@@ -358,8 +342,7 @@ class VocabularySample:
         sizes = [
             sum(segment.piece.text_bytes or 0 for segment in unit.segments) for unit in self._units
         ]
-        known = [size for size in sizes if size]
-        mean = max(1, sum(known) // len(known)) if known else 1
+        mean = max(1, sum(sizes) // max(1, sum(map(bool, sizes))))
         sizes = [size or mean for size in sizes]
         self._budgets = [-(-characters * size // sum(sizes)) for size in sizes]
         self.source_bytes: int | None = None
@@ -387,6 +370,6 @@ class VocabularySample:
                     seen.add(number)
                     yield item.text
                     left -= len(item.text)
-                    self._report(documents, source_bytes)
+                    self._report(documents, source_bytes, self.source_bytes)
                 if left <= 0:
                     break

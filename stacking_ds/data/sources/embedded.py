@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from pydoc_data import topics
 
@@ -31,14 +32,14 @@ from stacking_ds.data.sources.documents import (
     Reading,
     Source,
     SourcePiece,
+    even_pieces,
     split_sentences,
 )
 from stacking_ds.errors import DataError
 
 # ---- sentences that have been said before, in the same or nearly the same words
 
-_SHINGLE_WORDS = 4
-_MIN_NEW_SHARE = 0.6
+_SHINGLE_WORDS, _MIN_NEW_SHARE = 4, 0.6
 _WORD = re.compile(r"[a-z]+")
 
 
@@ -113,8 +114,7 @@ _FUNCTION_WORDS = frozenset(
         were when where which while will with would you your""",
     )
 )
-_MIN_WORDS = 5
-_MAX_WORDS = 90
+_MIN_WORDS, _MAX_WORDS = 5, 90
 
 
 def paragraphs(documentation: str) -> Iterator[list[str]]:
@@ -125,23 +125,14 @@ def paragraphs(documentation: str) -> Iterator[list[str]]:
         if len(lines) > 1 and _UNDERLINE.match(lines[1]):
             skipping = bool(_SKIPPED_SECTION.match(lines[0].strip()))
             lines = lines[2:]
-        if not lines or skipping or _is_not_prose(lines):
+        is_code = any(map(_NOT_PROSE_LINE.match, lines))
+        if not lines or skipping or is_code or _NOT_PROSE_START.match(lines[0]):
             continue
-        sentences = list(_sentences(" ".join(lines)))
-        if sentences:
+        text = " ".join(lines)
+        for pattern, replacement in _MARKUP:
+            text = pattern.sub(replacement, text)
+        if sentences := [one for one in split_sentences(text) if _is_sentence(one)]:
             yield sentences
-
-
-def _is_not_prose(lines: list[str]) -> bool:
-    return bool(_NOT_PROSE_START.match(lines[0])) or any(map(_NOT_PROSE_LINE.match, lines))
-
-
-def _sentences(text: str) -> Iterator[str]:
-    for pattern, replacement in _MARKUP:
-        text = pattern.sub(replacement, text)
-    for sentence in split_sentences(text):
-        if _is_sentence(sentence):
-            yield sentence
 
 
 def _is_sentence(sentence: str) -> bool:
@@ -164,38 +155,23 @@ TEXT_BYTES = 3_800_000
 # Raise it whenever other text comes out of the same packages.
 _CLEANING_VERSION = 1
 
-# The dependencies that carry prose: import name -> distribution. A package that is not installed
-# is left out, which `identity` shows.
+# The dependencies that carry prose, by what is imported. A package that is not installed is left
+# out, which `identity` shows.
+_IMPORTED = (
+    *("PIL", "absl", "anyio", "click", "datasets", "dateutil", "deepspeed", "dill", "filelock"),
+    *("fsspec", "grpc", "huggingface_hub", "jinja2", "markdown", "mpmath", "networkx", "numpy"),
+    *("packaging", "pandas", "psutil", "pyarrow", "pydantic", "sympy", "tensorboard", "torch"),
+    *("transformers", "werkzeug"),
+)
+# the distributions that are called otherwise
 _DISTRIBUTIONS = {
     "PIL": "pillow",
     "absl": "absl-py",
-    "anyio": "anyio",
-    "click": "click",
-    "datasets": "datasets",
     "dateutil": "python-dateutil",
-    "deepspeed": "deepspeed",
-    "dill": "dill",
-    "filelock": "filelock",
-    "fsspec": "fsspec",
     "grpc": "grpcio",
     "huggingface_hub": "huggingface-hub",
-    "jinja2": "jinja2",
-    "markdown": "markdown",
-    "mpmath": "mpmath",
-    "networkx": "networkx",
-    "numpy": "numpy",
-    "packaging": "packaging",
-    "pandas": "pandas",
-    "psutil": "psutil",
-    "pyarrow": "pyarrow",
-    "pydantic": "pydantic",
-    "sympy": "sympy",
-    "tensorboard": "tensorboard",
-    "torch": "torch",
-    "transformers": "transformers",
-    "werkzeug": "werkzeug",
 }
-PACKAGES = ("python", *_DISTRIBUTIONS)
+PACKAGES = ("python", *_IMPORTED)
 _HELDOUT = ("jinja2", "pydantic", "tensorboard")
 
 # Tests, copies of other packages, and the model zoo of transformers, whose files are variations
@@ -204,8 +180,7 @@ _SKIPPED_FOLDERS = {"models", "pydoc_data", "site-packages", "dist-packages", "_
     *("_vendor", "_vendored", "third_party", "vendor"),
     *("idle_test", "test", "testing", "tests"),
 }
-_MIN_SENTENCES = 4
-_MIN_CHARACTERS = 300
+_MIN_SENTENCES, _MIN_CHARACTERS = 4, 300
 
 
 class Embedded(Source):
@@ -228,8 +203,7 @@ class Embedded(Source):
         return TEXT_BYTES
 
     def pieces(self, piece_bytes: int, reading: Reading) -> list[SourcePiece]:
-        size = TEXT_BYTES
-        return [SourcePiece(file=0, start=0, stop=1, source_bytes=size, text_bytes=size)]
+        return even_pieces(0, 1, piece_bytes, TEXT_BYTES, TEXT_BYTES)
 
     def open(self, piece: SourcePiece, reading: Reading) -> Reader:
         return _EmbeddedDocuments()
@@ -251,23 +225,19 @@ def _all_documents() -> list[tuple[SplitName, str]]:
 
 
 def licences() -> list[tuple[str, str | None]]:
-    """Python and each package with its version, and the licence it states; None where it does
-    not."""
+    """Python and each package, with its version and the licence that it states, if it does."""
     found: list[tuple[str, str | None]] = [(f"python {platform.python_version()}", "PSF-2.0")]
-    for package, distribution in _DISTRIBUTIONS.items():
-        if importlib.util.find_spec(package) is not None:
-            try:
-                stated = metadata.metadata(distribution)
-            except metadata.PackageNotFoundError:
-                found.append((f"{distribution} of unknown version", None))
-                continue
-            # old packages put the whole text there
-            lines = [
-                stated[field].strip().split("\n")[0][:80]
-                for field in ("License-Expression", "License")
-                if field in stated
-            ]
-            found.append((f"{distribution} {stated['Version']}", lines[0] if lines else None))
+    for package in filter(importlib.util.find_spec, _IMPORTED):
+        distribution = _DISTRIBUTIONS.get(package, package)
+        try:
+            stated = metadata.metadata(distribution)
+        except metadata.PackageNotFoundError:
+            found.append((f"{distribution} of unknown version", None))
+            continue
+        texts = [stated[key] for key in ("License-Expression", "License") if key in stated]
+        # old packages put the whole text there
+        licence = texts[0].strip().split("\n")[0][:80] if texts else None
+        found.append((f"{distribution} {stated['Version']}", licence))
     return found
 
 
@@ -286,24 +256,10 @@ def documents(packages: Sequence[str] = PACKAGES) -> Iterator[tuple[SplitName, s
         chosen = [package for package in packages if (package in _HELDOUT) == (split == "heldout")]
         named = [item for package in chosen for item in _documentation(package)]
         for _, texts in sorted(named, key=lambda item: hashlib.sha256(item[0].encode()).digest()):
-            document = _new_prose(texts, seen)
-            if document is not None:
+            prose = [list(filter(seen.accept, one)) for text in texts for one in paragraphs(text)]
+            document = "\n".join(" ".join(sentences) for sentences in prose if sentences)
+            if sum(map(len, prose)) >= _MIN_SENTENCES and len(document) >= _MIN_CHARACTERS:
                 yield split, document
-
-
-def _new_prose(texts: Sequence[str], seen: SeenSentences) -> str | None:
-    """The prose of `texts` that was not seen before, one paragraph a line; None if too little."""
-    lines: list[str] = []
-    num_sentences = 0
-    for text in texts:
-        for paragraph in paragraphs(text):
-            sentences = [sentence for sentence in paragraph if seen.accept(sentence)]
-            if sentences:
-                lines.append(" ".join(sentences))
-                num_sentences += len(sentences)
-    document = "\n".join(lines)
-    long_enough = num_sentences >= _MIN_SENTENCES and len(document) >= _MIN_CHARACTERS
-    return document if long_enough else None
 
 
 def _documentation(package: str) -> Iterator[tuple[str, list[str]]]:
@@ -320,56 +276,42 @@ def _documentation(package: str) -> Iterator[tuple[str, list[str]]]:
     for root in roots:
         for path in sorted(root.rglob("*.py")):
             parts = path.relative_to(root).parts
-            if not _SKIPPED_FOLDERS.intersection(parts):
-                texts = _docstrings(path)
-                if texts:
-                    yield "/".join((package, *parts)), texts
+            if not _SKIPPED_FOLDERS.intersection(parts) and (texts := _docstrings(path)):
+                yield "/".join((package, *parts)), texts
 
 
 def _docstrings(path: Path) -> list[str]:
     """The triple-quoted docstrings of a source file in order; none if this Python cannot parse it.
 
     Packages ship files that are no Python of this version (templates, tests of parsers), which
-    are not errors here.
+    are not errors here, nor do they deserve warnings. Without the garbage collector, which would
+    walk the growing tree over and over, it takes a quarter less.
     """
+    collecting = gc.isenabled()
+    gc.disable()
     try:
         source = path.read_text(encoding="utf-8")
         if '"""' not in source and "'''" not in source:
             return []
-        tree = _parse(source)
-    except (SyntaxError, ValueError, RecursionError):
-        return []
-    return list(_docstrings_of(tree))
-
-
-def _parse(source: str) -> ast.Module:
-    """The syntax tree, without the warnings that other people's code deserves, and without the
-    garbage collector, which would walk the growing tree over and over (a quarter of the time)."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return ast.parse(source)
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError):
+        return []
     finally:
         if collecting:
             gc.enable()
+    return list(_docstrings_of(tree))
 
 
 def _docstrings_of(node: ast.Module | ast.ClassDef | ast.FunctionDef) -> Iterator[str]:
-    docstring = ast.get_docstring(node, clean=False)
-    if docstring:
+    if docstring := ast.get_docstring(node, clean=False):
         yield docstring
     for child in node.body:
         if isinstance(child, ast.ClassDef | ast.FunctionDef):
             yield from _docstrings_of(child)
         elif isinstance(child, ast.Expr) and isinstance(child.value, ast.Call):
             # numpy and torch document compiled functions by calls: add_docstr(name, "...").
-            yield from _string_arguments(child.value)
-
-
-def _string_arguments(call: ast.Call) -> Iterator[str]:
-    for argument in call.args:
-        for node in ast.walk(argument):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                yield node.value
+            for part in chain.from_iterable(map(ast.walk, child.value.args)):
+                if isinstance(part, ast.Constant) and isinstance(part.value, str):
+                    yield part.value

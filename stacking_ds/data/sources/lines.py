@@ -58,13 +58,12 @@ class Start(NamedTuple):
     is_all: bool
 
 
-class BrokenPackedError(Exception):
-    """A compressed file that cannot be unpacked any further; `fault` says so of a line."""
+class RestIsLostError(Exception):
+    """The file cannot be read any further, for the reason that `fault` states of line 0."""
 
-    def __init__(self, path: Path, error: Exception) -> None:
-        kind = _NAMES[path.suffix.lower()]
-        sentence = f"is in a broken {kind} file: {error}; from there on nothing can be read"
-        self.fault = Fault(f"broken {kind}", sentence, 0, 0, True)
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(fault.sentence)
+        self.fault = fault
 
 
 def content_suffix(path: Path) -> str:
@@ -79,7 +78,7 @@ def is_packed(path: Path) -> bool:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    """The file as it lies there. Raises BrokenPackedError for what then fails to be unpacked."""
+    """The file as it lies there. Raises RestIsLostError for what then fails to be unpacked."""
     with open_regular(path) as raw:
         try:
             if is_packed(path) and not os.fstat(raw.fileno()).st_size:
@@ -89,7 +88,9 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
             # what a file system says has a number
             if getattr(error, "errno", None) is not None or not is_packed(path):
                 raise
-            raise BrokenPackedError(path, error) from error
+            kind = _NAMES[path.suffix.lower()]
+            sentence = f"is in a broken {kind} file: {error}; from there on nothing can be read"
+            raise RestIsLostError(Fault(f"broken {kind}", sentence, 0, 0, True)) from error
 
 
 def lines_of(
@@ -109,8 +110,8 @@ def lines_of(
                 first = number == 1 and piece.start == 0
                 yield _decoded(line, number, size, max_bytes, first)
                 number += lines
-    except BrokenPackedError as broken:
-        yield Line(number, "", 0, fault=replace(broken.fault, number=number))
+    except RestIsLostError as lost:
+        yield Line(number, "", 0, fault=replace(lost.fault, number=number))
 
 
 def start_of(path: Path, most_bytes: int, ends: Ends = TEXT_ENDS) -> Start:
@@ -121,7 +122,7 @@ def start_of(path: Path, most_bytes: int, ends: Ends = TEXT_ENDS) -> Start:
     """
     content = b""
     whole = SourcePiece(file=0, start=0, stop=2**62, source_bytes=None, text_bytes=None)
-    with suppress(BrokenPackedError), _opened(path) as raw:
+    with suppress(RestIsLostError), _opened(path) as raw:
         file = cast("io.BufferedReader", _from_start(raw, path, whole, most_bytes, ends)[0])
         # one byte too many tells that there is more
         while block := file.read1(most_bytes + 1 - len(content)):
@@ -131,22 +132,22 @@ def start_of(path: Path, most_bytes: int, ends: Ends = TEXT_ENDS) -> Start:
     return Start(text, len(used), is_all=used == content)
 
 
-def text_blocks(path: Path) -> Iterator[str | Fault]:
-    """All the text of a file, in blocks; a fault, with the number 0, where it cannot go on.
+def text_blocks(path: Path) -> Iterator[str]:
+    """All the text of a file, in blocks.
 
-    Raises DamagedFileError for what is no regular file, OSError for what cannot be read.
+    Raises RestIsLostError where it cannot go on, DamagedFileError for what is no regular file,
+    OSError for what cannot be read.
     """
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    try:
-        with _opened(path) as raw:
-            file = _unpacked(raw, path)
+    with _opened(path) as raw:
+        file = _unpacked(raw, path)
+        try:
             while block := file.read(_BLOCK_BYTES):
                 yield decoder.decode(block)
             yield decoder.decode(b"", final=True)
-    except UnicodeDecodeError as error:
-        yield Fault("not UTF-8", f"is not UTF-8: {error.reason}", 0, 0, True)
-    except BrokenPackedError as broken:
-        yield broken.fault
+        except UnicodeDecodeError as error:
+            fault = Fault("not UTF-8", f"is not UTF-8: {error.reason}", 0, 0, True)
+            raise RestIsLostError(fault) from error
 
 
 def has_newlines(path: Path, max_bytes: int, ends: Ends = TEXT_ENDS) -> bool:
@@ -158,10 +159,7 @@ def has_newlines(path: Path, max_bytes: int, ends: Ends = TEXT_ENDS) -> bool:
 def skip_line(file: BinaryIO, last: bytes) -> int:
     """Reads to the end of the line of which `last` was read; the number of bytes skipped."""
     skipped = 0
-    while not last.endswith(b"\n"):
-        last = file.readline(_BLOCK_BYTES)
-        if not last:
-            break
+    while not last.endswith(b"\n") and (last := file.readline(_BLOCK_BYTES)):
         skipped += len(last)
     return skipped
 
@@ -179,15 +177,13 @@ def _raw_lines(
         length, lines = len(line), 1
         if length > limit:
             length += skip_line(file, line)
-        elif line.isspace():
+        elif blank and line.isspace():
             # of a text that is nothing but newlines each would take a microsecond
-            if blank:
-                left = 2**62 if to_the_end else piece.stop - position - length
-                skipped, more = _skip_blank_lines(file, left)
-                length, lines = length + skipped, lines + more
-            blank = True
+            left = 2**62 if to_the_end else piece.stop - position - length
+            skipped, more = _skip_blank_lines(file, left)
+            length, lines = length + skipped, lines + more
         else:
-            blank = False
+            blank = line.isspace()
         before = position
         position = raw.tell() if to_the_end else position + length
         yield line, lines, position - before
@@ -231,8 +227,7 @@ def _from_start(
     if piece.start:
         raw.seek(piece.start)
         return raw, False
-    file = _unpacked(raw, path)
-    other = _other_ends(file, max_bytes, ends)
+    other = _other_ends(_unpacked(raw, path), max_bytes, ends)
     raw.seek(0)
     file = _unpacked(raw, path)
     if not other:

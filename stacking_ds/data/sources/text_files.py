@@ -31,6 +31,7 @@ from stacking_ds.data.sources.lines import (
     TEXT_ENDS,
     Ends,
     Line,
+    RestIsLostError,
     has_newlines,
     is_packed,
     lines_of,
@@ -42,6 +43,7 @@ from stacking_ds.errors import DataError
 
 _SKIP_BYTES = _LOOK_BYTES = 2**20
 _JSON_BLANKS = re.compile(r"[ \t\n\r]*")
+_DECODER = json.JSONDecoder()
 _ROWS_LOOKED_AT = _KEYS_NAMED = 20
 # what a line may begin and end with that nobody sees
 _INVISIBLE = "\ufeff\u200b"
@@ -270,92 +272,88 @@ class JsonFile(JsonLines):
         if self._has_lines:
             yield from super().rows()
             return
-        before = 0
-        values = _values(self.path, self.reading.max_bytes)
-        for number, (value, characters) in enumerate(values, start=1):
-            found = replace(value, number=number) if isinstance(value, Fault) else value
-            yield found, number, characters - before
-            before = characters
-
-
-def _values(path: Path, limit: int) -> Iterator[tuple[Any, int]]:
-    """The objects of the file's array, or those that follow one another, and the characters read up
-    to their ends; a fault where it cannot go on."""
-    decoder = json.JSONDecoder()
-    text = _Buffer(text_blocks(path))
-    in_array, needs_comma = text.next_visible() == "[", False
-    if in_array:
-        text.position += 1
-    while True:
-        character = text.next_visible()
-        if text.fault is not None:
-            yield text.fault, text.read
-            return
-        if needs_comma and character == ",":
-            text.position += 1
-            character, needs_comma = text.next_visible(), False
-        if not character or (in_array and character == "]"):
-            if in_array and not character:
-                yield _not_json("its array does not end"), text.read
-            return
-        if needs_comma:
-            yield _not_json("a comma is missing"), text.read
-            return
+        number = before = 0
+        text = _JsonText(self.path, self.reading.max_bytes)
         try:
-            value, end = decoder.raw_decode(text.content, text.position)
-        except (ValueError, RecursionError) as error:
-            # it may go on in the next block; each try has twice as much
-            if isinstance(error, RecursionError) or not text.grow(limit):
-                long = len(text.content) - text.position > limit
-                yield too_long(0, 0, limit) if long else _not_json(error), text.read
-                return
-            continue
-        text.position, needs_comma = end, in_array
-        yield value, text.read
+            for value in text.values():
+                number += 1
+                yield value, number, text.used - before
+                before = text.used
+        except RestIsLostError as lost:
+            yield replace(lost.fault, number=number + 1), number + 1, 0
 
 
-def _not_json(reason: object) -> Fault:
-    return Fault("not JSON", f"is not JSON: {reason}; the rest is not read", 0, 0, True)
+class _JsonText:
+    """The text of a file, read as far as it is needed; `used` is how many characters were used."""
 
-
-class _Buffer:
-    """The text that was read and not yet used. `read` is how many characters were used."""
-
-    def __init__(self, blocks: Iterator[str | Fault]) -> None:
-        self._blocks = blocks
-        self.content, self.position, self._gone = "", 0, 0
-        self.fault: Fault | None = None
+    def __init__(self, path: Path, most_characters: int) -> None:
+        self._blocks, self._most_characters = text_blocks(path), most_characters
+        self._held, self._position, self._gone = "", 0, 0
+        self._lost: RestIsLostError | None = None
 
     @property
-    def read(self) -> int:
-        return self._gone + self.position
+    def used(self) -> int:
+        return self._gone + self._position
 
-    def next_visible(self) -> str:
-        """Goes to the next character that is no blank, and tells it; nothing at the end."""
+    def values(self) -> Iterator[Any]:
+        """Those of the file's array, or that follow one another. Raises RestIsLostError where it
+        cannot go on."""
+        in_array = self._skips("[")
+        while self._next() and not (in_array and self._next() == "]"):
+            yield self._value()
+            if in_array and not self._skips(",") and self._next() not in ("", "]"):
+                raise _not_json("a comma is missing")
+        if in_array and not self._next():
+            raise _not_json("its array does not end")
+
+    def _value(self) -> Any:
         while True:
-            blanks = _JSON_BLANKS.match(self.content, self.position)
+            try:
+                value, self._position = _DECODER.raw_decode(self._held, self._position)
+            except (ValueError, RecursionError) as error:
+                left = len(self._held) - self._position
+                if left > self._most_characters:
+                    raise RestIsLostError(too_long(0, 0, self._most_characters)) from error
+                # it may go on in the next block; each try has twice as much
+                if isinstance(error, RecursionError) or not self._read(left):
+                    raise _not_json(error) from error
+            else:
+                return value
+
+    def _skips(self, character: str) -> bool:
+        """Goes on behind the next character that is no blank, if it is this one."""
+        is_next = self._next() == character
+        self._position += is_next
+        return is_next
+
+    def _next(self) -> str:
+        """The next character that is no blank; nothing at the end."""
+        while True:
+            blanks = _JSON_BLANKS.match(self._held, self._position)
             assert blanks is not None  # it may be of no length
-            self.position = blanks.end()
-            if self.position < len(self.content):
-                return self.content[self.position]
-            if not self._more():
+            self._position = blanks.end()
+            if self._position < len(self._held):
+                return self._held[self._position]
+            if not self._read(1):
+                if self._lost is not None:
+                    raise self._lost
                 return ""
 
-    def grow(self, limit: int) -> bool:
-        """Reads as much again as is there; whether there was more, and it is within the limit."""
-        held = len(self.content) - self.position
-        if held > limit:
-            return False
-        grown = False
-        while len(self.content) - self.position < 2 * held and self._more():
-            grown = True
-        return grown
+    def _read(self, characters: int) -> bool:
+        """Reads blocks until there are so many characters more; False if there were none."""
+        blocks: list[str] = []
+        try:
+            while sum(map(len, blocks)) < characters:
+                blocks.append(next(self._blocks))
+        except StopIteration:
+            pass
+        except RestIsLostError as lost:  # what was read before may be whole
+            self._lost = lost
+        self._gone += self._position
+        self._held, self._position = self._held[self._position :] + "".join(blocks), 0
+        return bool(blocks)
 
-    def _more(self) -> bool:
-        block = next(self._blocks, None)
-        if block is None or isinstance(block, Fault):
-            self.fault = self.fault or block
-            return False
-        self._gone += self.position
-        self.content, self.position = self.content[self.position :] + block, 0
-        return True
+
+def _not_json(reason: object) -> RestIsLostError:
+    sentence = f"is not JSON: {reason}; the rest is not read"
+    return RestIsLostError(Fault("not JSON", sentence, 0, 0, True))
