@@ -86,15 +86,13 @@ class SourcePiece(Record):
     text_bytes: int | None
 
 
-def even_pieces(
-    file: int, parts: int, piece_bytes: int, source_bytes: int, text_bytes: int
-) -> list[SourcePiece]:
-    """Cuts `parts` rows, row groups or batches into pieces of about `piece_bytes` of text, as if
-    all were of one size."""
-    count = max(1, min(parts, round(text_bytes / piece_bytes)))
-    sizes = {"source_bytes": source_bytes // count, "text_bytes": text_bytes // count}
+def even_pieces(whole: SourcePiece, parts: int, piece_bytes: int) -> list[SourcePiece]:
+    """Cuts the whole, which is of `parts` rows, row groups or batches, into pieces of about
+    `piece_bytes` of text, as if all parts were of one size."""
+    count = max(1, min(parts, round((whole.text_bytes or 0) / piece_bytes)))
     cuts = [parts * i // count for i in range(count + 1)]
-    return [SourcePiece(file=file, start=one, stop=two, **sizes) for one, two in pairwise(cuts)]
+    sizes = {name: (getattr(whole, name) or 0) // count for name in ("source_bytes", "text_bytes")}
+    return [whole.model_copy(update={"start": a, "stop": b, **sizes}) for a, b in pairwise(cuts)]
 
 
 @dataclass(frozen=True)
@@ -134,10 +132,9 @@ class FileReader(Reader):
     def __init__(self, path: Path, piece: SourcePiece, reading: Reading) -> None:
         self.path, self.piece, self.reading = path, piece, reading
 
-    @classmethod
-    @abstractmethod
-    def cut(cls, path: Path, file: int, piece_bytes: int, reading: Reading) -> list[SourcePiece]:
-        """Cuts the file, which has the number `file`, as `Source.pieces` does."""
+    def cut(self, piece_bytes: int) -> list[SourcePiece]:
+        """Cuts the piece, which is the whole file, as `Source.pieces` does."""
+        return [self.piece]
 
     @abstractmethod
     def read(self) -> Iterator[Item]:

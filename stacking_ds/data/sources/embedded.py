@@ -32,7 +32,6 @@ from stacking_ds.data.sources.documents import (
     Reading,
     Source,
     SourcePiece,
-    even_pieces,
     split_sentences,
 )
 from stacking_ds.errors import DataError
@@ -203,7 +202,8 @@ class Embedded(Source):
         return TEXT_BYTES
 
     def pieces(self, piece_bytes: int, reading: Reading) -> list[SourcePiece]:
-        return even_pieces(0, 1, piece_bytes, TEXT_BYTES, TEXT_BYTES)
+        size = TEXT_BYTES
+        return [SourcePiece(file=0, start=0, stop=1, source_bytes=size, text_bytes=size)]
 
     def open(self, piece: SourcePiece, reading: Reading) -> Reader:
         return _EmbeddedDocuments()

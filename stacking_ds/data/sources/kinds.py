@@ -20,21 +20,14 @@ from pathlib import Path
 from stacking_ds.console import is_utf8, readable_name
 from stacking_ds.data.sources.documents import (
     FileReader,
-    Reader,
     Reading,
     Source,
     SourcePiece,
     reading_of,
 )
 from stacking_ds.data.sources.embedded import Embedded
-from stacking_ds.data.sources.lines import PACKED_SUFFIXES, content_suffix, is_packed
-from stacking_ds.data.sources.tables import (
-    PARQUET_FACTOR,
-    ArrowFile,
-    DelimitedFile,
-    HuggingFace,
-    ParquetFile,
-)
+from stacking_ds.data.sources.lines import PACKED_SUFFIXES, content_suffix, is_packed, whole
+from stacking_ds.data.sources.tables import ArrowFile, DelimitedFile, HuggingFace, ParquetFile
 from stacking_ds.data.sources.text_files import JsonFile, JsonLines, TextFile
 from stacking_ds.errors import DataError
 
@@ -93,20 +86,20 @@ class _Files(Source):
         return [f"{path.name}, {_stat(path).st_size:,} bytes" for path in self.paths]
 
     def estimate(self) -> int:
-        return sum(
-            _stat(path).st_size
-            * (PARQUET_FACTOR if is_packed(path) or content_suffix(path) == ".parquet" else 1)
-            for path in self.paths
-        )
+        found = 0
+        for path in self.paths:
+            with reading_of(path):
+                found += whole(path, 0).text_bytes or 0
+        return found
 
     def pieces(self, piece_bytes: int, reading: Reading) -> list[SourcePiece]:
         found: list[SourcePiece] = []
         for index, path in enumerate(self.paths):
             with reading_of(path):
-                found += _READERS[content_suffix(path)].cut(path, index, piece_bytes, reading)
+                found += self.open(whole(path, index), reading).cut(piece_bytes)
         return found
 
-    def open(self, piece: SourcePiece, reading: Reading) -> Reader:
+    def open(self, piece: SourcePiece, reading: Reading) -> FileReader:
         path = self.paths[piece.file]
         return _READERS[content_suffix(path)](path, piece, reading)
 

@@ -76,6 +76,14 @@ def is_packed(path: Path) -> bool:
     return path.suffix.lower() in PACKED_SUFFIXES
 
 
+def whole(path: Path, file: int) -> SourcePiece:
+    """All of a file, which has that number in its source."""
+    size = path.stat().st_size
+    # what is compressed, as Parquet is in itself, has about three times as much text
+    text_bytes = 3 * size if is_packed(path) or content_suffix(path) == ".parquet" else size
+    return SourcePiece(file=file, start=0, stop=size, source_bytes=size, text_bytes=text_bytes)
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
     """The file as it lies there. Raises RestIsLostError for what then fails to be unpacked."""
@@ -104,7 +112,10 @@ def lines_of(
     number = 1
     try:
         with _opened(path) as raw:
-            file, translated = _from_start(raw, path, piece, max_bytes, ends)
+            raw.seek(piece.start)
+            file, translated = raw, False
+            if not piece.start:
+                file, translated = _from_start(raw, path, max_bytes, ends)
             to_the_end = translated or is_packed(path)
             for line, lines, size in _raw_lines(file, raw, piece, max_bytes, to_the_end):
                 first = number == 1 and piece.start == 0
@@ -121,9 +132,8 @@ def start_of(path: Path, most_bytes: int, ends: Ends = TEXT_ENDS) -> Start:
     Raises DamagedFileError for what is no regular file, OSError for what cannot be read.
     """
     content = b""
-    whole = SourcePiece(file=0, start=0, stop=2**62, source_bytes=None, text_bytes=None)
     with suppress(RestIsLostError), _opened(path) as raw:
-        file = cast("io.BufferedReader", _from_start(raw, path, whole, most_bytes, ends)[0])
+        file = cast("io.BufferedReader", _from_start(raw, path, most_bytes, ends)[0])
         # one byte too many tells that there is more
         while block := file.read1(most_bytes + 1 - len(content)):
             content += block
@@ -219,14 +229,8 @@ def _decoded(line: bytes, number: int, source_bytes: int, limit: int, first: boo
 # ------------------------------------------------------------- unpacking, and other line ends
 
 
-def _from_start(
-    raw: BinaryIO, path: Path, piece: SourcePiece, max_bytes: int, ends: Ends
-) -> tuple[BinaryIO, bool]:
-    """What the file holds, from the piece's start; and whether its line ends had to be made
-    newlines, as in a piece that is the whole of a file."""
-    if piece.start:
-        raw.seek(piece.start)
-        return raw, False
+def _from_start(raw: BinaryIO, path: Path, max_bytes: int, ends: Ends) -> tuple[BinaryIO, bool]:
+    """What the file holds; and whether its line ends had to be made newlines."""
     other = _other_ends(_unpacked(raw, path), max_bytes, ends)
     raw.seek(0)
     file = _unpacked(raw, path)

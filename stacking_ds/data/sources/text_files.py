@@ -21,7 +21,6 @@ from stacking_ds.data.sources.documents import (
     Fault,
     FileReader,
     Item,
-    Reading,
     SourcePiece,
     item_of_row,
     too_long,
@@ -52,20 +51,40 @@ _INVISIBLE = "\ufeff\u200b"
 class LineReader(FileReader):
     """A piece of a file of lines, which are numbered."""
 
+    ends: Ends = TEXT_ENDS
+
     @cached_property
     def before(self) -> int:  # type: ignore[override]
         return 0 if is_packed(self.path) else _count_lines(self.path, self.piece.start)
+
+    def cut_lines(self, piece_bytes: int, *, after_blank: bool = False) -> list[SourcePiece]:
+        """Cuts where a line starts, one `after_blank` line if so; not at all what is compressed or
+        has no newlines."""
+        path, whole, size = self.path, self.piece, self.piece.stop
+        count = round(size / piece_bytes)
+        if is_packed(path) or count <= 1:
+            return [whole]
+        if not has_newlines(path, self.reading.max_bytes, self.ends):
+            return [whole]
+        cuts = [0]
+        with path.open("rb") as raw:
+            for index in range(1, count):
+                if (target := size * index // count) > cuts[-1]:
+                    cuts.append(_next_start(raw, target, after_blank))
+        return [
+            SourcePiece(file=whole.file, start=a, stop=b, source_bytes=b - a, text_bytes=b - a)
+            for a, b in pairwise(sorted({0, *cuts, size}))
+        ]
 
 
 class TextFile(LineReader):
     """A piece of a .txt file."""
 
-    @classmethod
-    def cut(cls, path: Path, file: int, piece_bytes: int, reading: Reading) -> list[SourcePiece]:
-        if reading.documents == "file":
-            return [whole(path, file)]
-        after_blank = reading.documents == "blank-line"
-        return _cut_lines(path, file, piece_bytes, reading, TEXT_ENDS, after_blank)
+    def cut(self, piece_bytes: int) -> list[SourcePiece]:
+        rule = self.reading.documents
+        if rule == "file":
+            return [self.piece]
+        return self.cut_lines(piece_bytes, after_blank=rule == "blank-line")
 
     def read(self) -> Iterator[Item]:
         return self._each_line() if self.reading.documents == "line" else self._paragraphs()
@@ -138,10 +157,11 @@ def _ended(parts: list[str], start: int, source_bytes: int, fault: Fault | None)
 class JsonLines(LineReader):
     """A piece of a file that has an object a line."""
 
-    @classmethod
-    def cut(cls, path: Path, file: int, piece_bytes: int, reading: Reading) -> list[SourcePiece]:
-        cls(path, whole(path, file), reading).check_keys()
-        return _cut_lines(path, file, piece_bytes, reading, JSON_ENDS, after_blank=False)
+    ends = JSON_ENDS
+
+    def cut(self, piece_bytes: int) -> list[SourcePiece]:
+        self.check_keys()
+        return self.cut_lines(piece_bytes)
 
     def read(self) -> Iterator[Item]:
         for row, number, size in self.rows():
@@ -150,7 +170,7 @@ class JsonLines(LineReader):
 
     def rows(self) -> Iterator[tuple[Any, int, int]]:
         """Each value, or what is wrong with it, with its number and the bytes that it took."""
-        for line in lines_of(self.path, self.piece, self.reading.max_bytes, JSON_ENDS):
+        for line in lines_of(self.path, self.piece, self.reading.max_bytes, self.ends):
             value: Any = line.fault
             if value is None:
                 if not line.content or line.content.isspace():
@@ -188,34 +208,6 @@ class JsonLines(LineReader):
         )
 
 
-def whole(path: Path, file: int) -> SourcePiece:
-    """All of a file, which is not to be cut."""
-    size = path.stat().st_size
-    text_bytes = 3 * size if is_packed(path) else size
-    return SourcePiece(file=file, start=0, stop=size, source_bytes=size, text_bytes=text_bytes)
-
-
-def _cut_lines(
-    path: Path, file: int, piece_bytes: int, reading: Reading, ends: Ends, after_blank: bool
-) -> list[SourcePiece]:
-    """Cuts where a line starts, one `after_blank` line if so; not at all what is compressed or has
-    no newlines."""
-    size = path.stat().st_size
-    count = round(size / piece_bytes)
-    if is_packed(path) or count <= 1 or not has_newlines(path, reading.max_bytes, ends):
-        return [whole(path, file)]
-    cuts = [0]
-    with path.open("rb") as raw:
-        for index in range(1, count):
-            if (target := size * index // count) > cuts[-1]:
-                cuts.append(_next_start(raw, target, after_blank))
-    starts = sorted({0, *(cut for cut in cuts if cut < size)})
-    return [
-        SourcePiece(file=file, start=one, stop=two, source_bytes=two - one, text_bytes=two - one)
-        for one, two in pairwise((*starts, size))
-    ]
-
-
 def _next_start(raw: BinaryIO, target: int, after_blank: bool) -> int:
     """The first byte at or behind `target` where a line starts, or one after a blank line; the end
     of the file if there is none."""
@@ -245,14 +237,11 @@ def _count_lines(path: Path, stop: int) -> int:
 class JsonFile(JsonLines):
     """A .json file; numbers are those of lines where each holds an object, else of the objects."""
 
-    @classmethod
-    def cut(cls, path: Path, file: int, piece_bytes: int, reading: Reading) -> list[SourcePiece]:
-        piece = whole(path, file)
-        reader = cls(path, piece, reading)
-        if reader._has_lines:
-            return super().cut(path, file, piece_bytes, reading)
-        reader.check_keys()
-        return [piece]
+    def cut(self, piece_bytes: int) -> list[SourcePiece]:
+        if self._has_lines:
+            return super().cut(piece_bytes)
+        self.check_keys()
+        return [self.piece]
 
     @cached_property
     def _has_lines(self) -> bool:
