@@ -47,23 +47,24 @@ def finish_splits(
     found = {}
     for split in SPLITS:
         path = folder / f"{split}-duplicates.arrow"
-        column = pa.array(duplicates[split], pa.int64())
+        documents = duplicates[split]
+        column = pa.array(documents, pa.int64())
         size_bytes, sha256 = write_arrow(pa.record_batch({"document": column}), path, temporary)
-        sentences, tokens = _held_by(batches[split], duplicates[split])
-        gone = DuplicatesFile(
-            name=path.name,
-            size_bytes=size_bytes,
-            sha256=sha256,
-            documents=len(duplicates[split]),
-            sentences=sentences,
-            tokens=tokens,
-        )
+        sentences = tokens = 0
+        for first, batch in _numbered(batches[split]):
+            low, high = np.searchsorted(documents, (first, first + len(batch)))
+            rows = documents[low:high] - first
+            lengths = numbers(batch.column("sentence_lengths").offsets)
+            offsets = numbers(batch.column("tokens").offsets)
+            sentences += int((lengths[rows + 1] - lengths[rows]).sum())
+            tokens += int((offsets[rows + 1] - offsets[rows]).sum())
+        gone = {"documents": len(documents), "sentences": sentences, "tokens": tokens}
         found[split] = SplitManifest(
-            documents=sum(shard.documents for shard in shards[split]) - gone.documents,
-            sentences=sum(shard.sentences for shard in shards[split]) - sentences,
-            tokens=sum(shard.tokens for shard in shards[split]) - tokens,
+            **{
+                name: sum(getattr(one, name) for one in shards[split]) - gone[name] for name in gone
+            },
             shards=tuple(shards[split]),
-            duplicates=gone,
+            duplicates=DuplicatesFile(name=path.name, size_bytes=size_bytes, sha256=sha256, **gone),
         )
     _check_apart(every, first_train, repeated, hashes_at_once)
     return found
@@ -124,19 +125,6 @@ def _check_apart(
             )
 
 
-def _held_by(batches: Sequence[pa.RecordBatch], documents: Documents) -> tuple[int, int]:
-    """The sentences and tokens of these documents of a split."""
-    sentences = tokens = 0
-    for first, batch in _numbered(batches):
-        low, high = np.searchsorted(documents, (first, first + len(batch)))
-        rows = documents[low:high] - first
-        lengths = numbers(batch.column("sentence_lengths").offsets)
-        offsets = numbers(batch.column("tokens").offsets)
-        sentences += int((lengths[rows + 1] - lengths[rows]).sum())
-        tokens += int((offsets[rows + 1] - offsets[rows]).sum())
-    return sentences, tokens
-
-
 def empty_split(
     splits: Mapping[SplitName, SplitManifest],
     rejected: Sequence[Rejected],
@@ -152,20 +140,17 @@ def empty_split(
         return DataError("the sources to hold out hold no document with any text")
     if train.documents + heldout.documents == 1 and not options.heldout_sources:
         return DataError(f"the sources hold one document, and two splits need two: {name_it}")
-    if not train.documents and not heldout.documents + train.duplicates.documents:
+    if not train.documents and heldout.documents > 1 and not options.heldout_sources:
+        return DataError(
+            f"all {heldout.documents} documents fell into the held-out split; lower "
+            f"--heldout-fraction (it is {options.heldout_fraction}), or {name_it}"
+        )
+    if not train.documents:
         gone = [f"{one.documents} left out, {one.reason}: {one.first[0]}" for one in rejected]
+        if heldout.documents + train.duplicates.documents:
+            gone = [f"{train.duplicates.documents} that are held out, or occur twice"]
         why = f" ({'; '.join(gone)})" if gone else ""
         return DataError(f"the sources hold no training document with any text{why}")
-    if not train.documents:
-        if heldout.documents > 1 and not options.heldout_sources:
-            return DataError(
-                f"all {heldout.documents} documents fell into the held-out split; lower "
-                f"--heldout-fraction (it is {options.heldout_fraction}), or {name_it}"
-            )
-        return DataError(
-            "the sources hold no training document with any text "
-            f"({train.duplicates.documents} that are held out, or occur twice)"
-        )
     batches = [_mapped(options.out_dir / shard.name) for shard in train.shards]
     lowest = min(int(numbers(batch.column("document_hash")).min()) for batch in batches)
     enough = math.ceil((lowest + 1) / 2**64 * 10_000) / 10_000

@@ -11,12 +11,12 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from stacking_ds.data.pool import Report
 from stacking_ds.data.prepare.folder import (
     EMPTY,
     SPLITS,
@@ -27,12 +27,7 @@ from stacking_ds.data.prepare.folder import (
     UnitRecord,
 )
 from stacking_ds.data.prepare.work_plan import Corpus, InputFile
-from stacking_ds.data.shard_files import (
-    Rejected,
-    ShardWriter,
-    file_sha256,
-    token_dtype,
-)
+from stacking_ds.data.shard_files import Rejected, ShardWriter, file_sha256, token_dtype
 from stacking_ds.data.shards import numbers
 from stacking_ds.data.sources.documents import (
     Fault,
@@ -56,9 +51,7 @@ _GROUP_CHARACTERS, _GROUP_DOCUMENTS = 2**22, 2**15
 
 # ---- WordPiece for millions of sentences: each word is looked up once, and all else is arrays
 
-_MAX_PIECES = 2**18
-_MAX_PIECE_BYTES = 2**25
-
+_MAX_PIECES, _MAX_PIECE_BYTES = 2**18, 2**25
 _WORD, _MARK, _SPACE = 0, 1, 2
 _CLASS = np.full(256, _WORD, dtype=np.uint8)
 _CLASS[list(string.punctuation.encode())] = _MARK
@@ -68,8 +61,8 @@ _LOWER[list(string.ascii_uppercase.encode())] += 32
 
 
 class SentenceTokenizer:
-    """Gives the ids that `build_tokenizer` gives each sentence without special tokens, where text
-    that spells "[MASK]" is text. Its memory is bounded."""
+    """Gives the ids that `build_tokenizer` gives each sentence, in bounded memory; text that spells
+    "[MASK]" is text."""
 
     def __init__(self, vocabulary: Sequence[str], normalization: Normalization = UNCASED) -> None:
         tokenizer = build_tokenizer(vocabulary, normalization)
@@ -137,9 +130,7 @@ class SentenceTokenizer:
 def _piece_bounds(bytes_B: NDArray[np.uint8], starts: NDArray[np.int64]) -> NDArray[np.int64]:
     """Where pieces start, and the end; every start of a sentence is among them. Shape [P + 1]."""
     kinds = _CLASS[bytes_B]
-    before = np.empty_like(kinds)
-    before[0] = _WORD
-    before[1:] = kinds[:-1]
+    before = np.append(np.uint8(_WORD), kinds[:-1])
     is_start = kinds == _SPACE
     is_start |= (kinds == _MARK) & (before != _SPACE)
     is_start |= (kinds == _WORD) & (before == _MARK)
@@ -211,10 +202,9 @@ class UnitMaker:
         self._vocabulary_sha256 = vocabulary_sha256(vocabulary)
         self.tokenizer = SentenceTokenizer(vocabulary, started.request.normalization)
 
-    def __call__(self, number: int, report: Callable[[int, int], None]) -> None:
-        """Does what is left of a unit. `report` is called with the documents and the bytes of the
-        source that it has read. Raises DataError for bad input and for a folder that cannot be
-        written; what is done by then is kept."""
+    def __call__(self, number: int, report: Report) -> None:
+        """Does what is left of a unit, and reports the documents and the bytes of the source read.
+        Raises DataError for bad input and a folder that cannot be written; what is done is kept."""
         try:
             record = self._kept(number)
             if record.complete:
@@ -224,9 +214,8 @@ class UnitMaker:
         except OSError as error:
             raise self.folder.unwritable(error) from error
 
-    def _make(self, number: int, record: UnitRecord, report: Callable[[int, int], None]) -> None:
-        """Makes the chunks that are not there yet; a unit without documents has one, which holds
-        nothing."""
+    def _make(self, number: int, record: UnitRecord, report: Report) -> None:
+        """Makes the chunks that are missing; a unit without documents has one, which is empty."""
         record = record.model_copy(update={"hashes": record.hashes or self._hashes(number)})
         unit = self._plan.units[number]
         items = self._corpus.read(unit, self.options.reading)
@@ -239,10 +228,10 @@ class UnitMaker:
             if writer.items or not record.chunks:
                 chunk = writer.write(self.folder, f"{number:05d}-{len(record.chunks):03d}.arrow")
                 record = record.model_copy(update={"chunks": (*record.chunks, chunk)})
-                self.folder.keep_record(number, record)
+                self.folder.keep(record, number)
                 report(record.items, record.source_bytes)
         self._check_unchanged(number)
-        self.folder.keep_record(number, record.model_copy(update={"complete": True}))
+        self.folder.keep(record.model_copy(update={"complete": True}), number)
 
     def _kept(self, number: int) -> UnitRecord:
         """What an earlier run has done, up to the first chunk that is damaged."""
@@ -261,8 +250,7 @@ class UnitMaker:
         return record
 
     def _hashes(self, number: int) -> tuple[FileHash, ...]:
-        """Of the files that start in the unit, so that a file is hashed once, whatever it is cut
-        into."""
+        """Of the files that start in the unit, so that each is hashed once."""
         found = []
         for source, piece, path in self._files(number):
             if piece.start == 0:
@@ -286,15 +274,6 @@ class UnitMaker:
                 )
 
 
-class _Counted(NamedTuple):
-    """A document whose sentences wait for being tokenized."""
-
-    sentences: int
-    document_hash: int
-    is_heldout: bool
-    place: Callable[[], str]
-
-
 class _ChunkWriter:
     """Gives documents of a unit to the writers of its splits, until these hold a chunk; documents
     are tokenized in groups."""
@@ -304,19 +283,14 @@ class _ChunkWriter:
         self._writers = {split: ShardWriter(maker.vocab_size, maker.unknown_id) for split in SPLITS}
         self._rejections = Rejections()
         self._sentences: list[str] = []
-        self._group: list[_Counted] = []
+        # of each document its sentences, its hash, whether it is held out, and its place
+        self._group: list[tuple[int, int, bool, Callable[[], str]]] = []
         self._characters = self._group_characters = 0
         self.items = self._source_bytes = self._text_bytes = 0
 
-    def fill(
-        self,
-        items: Iterator[tuple[Item, Reader]],
-        done: UnitRecord,
-        report: Callable[[int, int], None],
-    ) -> bool:
-        """Takes items until the chunk is full; False if they ended. `report` is called now and then
-        with the documents and the bytes of the source read so far in this unit, of which others
-        are `done`."""
+    def fill(self, items: Iterator[tuple[Item, Reader]], done: UnitRecord, report: Report) -> bool:
+        """Takes items until the chunk is full; False if they ended. Reports now and then what of
+        the unit is read, with what is `done`."""
         enough = min(_GROUP_CHARACTERS, self._options.shard_characters)
         for item, reader in items:
             self.items += 1
@@ -362,7 +336,7 @@ class _ChunkWriter:
         number, sentences = document_hash(words), split_sentences(item.text)
         is_heldout = self._options.split_of(item, number, self._heldout) == "heldout"
         self._sentences += sentences
-        self._group.append(_Counted(len(sentences), number, is_heldout, place))
+        self._group.append((len(sentences), number, is_heldout, place))
         self._group_characters += len(item.text)
         self._text_bytes += len(words)
 
@@ -371,12 +345,12 @@ class _ChunkWriter:
         if not self._group:
             return
         tokens, lengths = self._tokenizer(self._sentences)
-        owner = np.repeat(np.arange(len(self._group)), [one.sentences for one in self._group])
-        counts = np.bincount(owner[lengths > 0], minlength=len(self._group)).astype(np.int32)
+        all_counts, all_hashes, are_heldout, places = zip(*self._group, strict=True)
+        owner = np.repeat(np.arange(len(places)), all_counts)
+        counts = np.bincount(owner[lengths > 0], minlength=len(places)).astype(np.int32)
         for index in np.flatnonzero(counts == 0):
-            self._rejections.add(EMPTY, self._group[index].place)
-        hashes = np.array([one.document_hash for one in self._group], dtype=np.uint64)
-        heldout = np.array([one.is_heldout for one in self._group])
+            self._rejections.add(EMPTY, places[index])
+        hashes, heldout = np.array(all_hashes, dtype=np.uint64), np.array(are_heldout)
         for split in SPLITS:
             chosen: NDArray[np.bool_] = heldout if split == "heldout" else ~heldout
             sentences = chosen[owner]

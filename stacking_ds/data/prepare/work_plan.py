@@ -3,23 +3,21 @@
 The plan is the same on every machine and in every run. A unit is tokenized by one process, and what
 it writes depends on nothing else, so any number of processes may share the units, in any order.
 
-Where a .txt file's documents end is a convention that the file does not name. Taken wrongly, the
-lines of a list become one document, or an article as many as it has paragraphs, and all goes on as
-if nothing were wrong: so the first look says what is odd.
+Where a .txt file's documents end it does not say. Taken wrongly, the lines of a list become one
+document, or an article as many as it has paragraphs: so the first look says what is odd.
 """
 
-import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from stacking_ds.console import first_of, plural
+from stacking_ds.console import plural
 from stacking_ds.data.shard_files import DataManifest, DocumentRule, SourceFile
 from stacking_ds.data.sources.documents import (
     Item,
@@ -33,10 +31,7 @@ from stacking_ds.data.sources.kinds import SeenFiles, open_source
 from stacking_ds.data.sources.lines import content_suffix, is_packed, start_of
 from stacking_ds.records import Record
 
-logger = logging.getLogger("stacking_ds")
-
 _UNITS = 64
-_NAMED = 10
 _MIN_UNIT_BYTES, _MAX_UNIT_BYTES = 4 * 2**20, 256 * 2**20
 
 
@@ -82,8 +77,8 @@ class WorkPlan(Record):
     @property
     def source_bytes(self) -> int | None:
         """The size of all sources; None if a part of it is unknown."""
-        pieces = [segment.piece for unit in self.units for segment in unit.segments]
-        if any(piece.source_bytes is None for piece in pieces):
+        segments = [segment for unit in self.units for segment in unit.segments]
+        if any(segment.piece.source_bytes is None for segment in segments):
             return None
         return sum(unit.source_bytes for unit in self.units)
 
@@ -96,14 +91,6 @@ class Corpus:
     num_heldout: int
 
     @property
-    def heldout(self) -> Sequence[Source]:
-        return self.sources[: self.num_heldout]
-
-    @property
-    def train(self) -> Sequence[Source]:
-        return self.sources[self.num_heldout :]
-
-    @property
     def text_files(self) -> list[Path]:
         """The .txt files of all sources."""
         paths = (path for source in self.sources for path in source.paths)
@@ -111,11 +98,9 @@ class Corpus:
 
     def identity(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The identity by which held-out and training sources are recognised."""
-        heldout, train = (
-            tuple(line for source in sources for line in source.identity())
-            for sources in (self.heldout, self.train)
-        )
-        return heldout, train
+        lines = [source.identity() for source in self.sources]
+        heldout, train = lines[: self.num_heldout], lines[self.num_heldout :]
+        return tuple(chain.from_iterable(heldout)), tuple(chain.from_iterable(train))
 
     def files(self) -> tuple[tuple[InputFile, ...], ...]:
         """The files of each source as they are now."""
@@ -157,42 +142,30 @@ def open_corpus(
 
 def make_plan(corpus: Corpus, reading: Reading, unit_bytes: int | None = None) -> WorkPlan:
     """Cuts the corpus into units of about `unit_bytes` of text; by default a 64th of it, within 4
-    and 256 MiB. Small neighbouring files share a unit, a shard of a dataset is a unit.
-    Raises DataError for files that cannot be opened or have no text under the reading's key."""
+    and 256 MiB. Small neighbouring files share a unit. Raises DataError as `Source.pieces` does."""
     if unit_bytes is None:
         total = sum(source.estimate() for source in corpus.sources)
         unit_bytes = min(max(total // _UNITS, _MIN_UNIT_BYTES), _MAX_UNIT_BYTES)
-    units: list[WorkUnit] = []
-    for heldout in (True, False):
-        groups: list[list[Segment]] = []
-        size = math.inf  # of the last group; infinite where the next piece begins another
-        for index, source in enumerate(corpus.sources):
-            if (index < corpus.num_heldout) != heldout:
-                continue
-            for piece in source.pieces(unit_bytes, reading):
-                # what nobody knows the size of is a unit
-                text_bytes = math.inf if piece.text_bytes is None else piece.text_bytes
-                if size + text_bytes > 1.5 * unit_bytes:
-                    groups.append([])
-                    size = 0
-                groups[-1].append(Segment(source=index, piece=piece))
-                size += text_bytes
-                if size >= unit_bytes:
-                    size = math.inf
-        units += [WorkUnit(heldout=heldout, segments=tuple(group)) for group in groups]
-    return WorkPlan(units=tuple(units), files=corpus.files())
-
-
-def say_what_is_left_out(corpus: Corpus) -> None:
-    """Warns of what lies in the folders that are sources and is not read, and of files that have
-    several names."""
-    for source in corpus.sources:
-        for sentence, names in (
-            ("only its files of known kinds are read; left alone", source.unread),
-            ("read once, under one name", source.repeated),
-        ):
-            if names:
-                logger.warning("%s: %s: %s", source.name, sentence, first_of(names, _NAMED))
+    groups: list[list[Segment]] = []
+    size = math.inf  # of the last group; infinite where the next piece begins another
+    for index, source in enumerate(corpus.sources):
+        if index == corpus.num_heldout:
+            size = math.inf
+        for piece in source.pieces(unit_bytes, reading):
+            # what nobody knows the size of is a unit
+            text_bytes = math.inf if piece.text_bytes is None else piece.text_bytes
+            if size + text_bytes > 1.5 * unit_bytes:
+                groups.append([])
+                size = 0
+            groups[-1].append(Segment(source=index, piece=piece))
+            size += text_bytes
+            if size >= unit_bytes:
+                size = math.inf
+    units = tuple(
+        WorkUnit(heldout=group[0].source < corpus.num_heldout, segments=tuple(group))
+        for group in groups
+    )
+    return WorkPlan(units=units, files=corpus.files())
 
 
 # ---- a first look at .txt files, before hours are spent on them
@@ -222,14 +195,15 @@ class FirstLook(NamedTuple):
 
 @dataclass(frozen=True)
 class _Seen:
-    """The beginning of a file, or all of it: the words of each line, block by block; how much more
-    of it there is; and whether its lines could be documents, or parts of wrapped sentences."""
+    """The beginning of a file, or all of it: the words of each line, block by block; and how much
+    more of it there is. It could be a list if it has no blank line, though lines that are no parts
+    of sentences; it is wrapped if lines end within sentences."""
 
     path: Path
     blocks: list[list[int]]
     factor: float
-    sentence_share: float
-    line_characters: float
+    could_be_a_list: bool
+    is_wrapped: bool
 
     @property
     def lines(self) -> int:
@@ -237,11 +211,9 @@ class _Seen:
 
     def count(self, rule: DocumentRule) -> float:
         """About how many documents it holds."""
-        if rule == "file" or not self.blocks:
-            return float(bool(self.blocks))
-        seen = len(self.blocks) if rule == "blank-line" else self.lines
+        seen = {"file": 1, "blank-line": len(self.blocks), "line": self.lines}[rule]
         # what ends where the look does was not seen to end
-        return 1 + (seen - 1) * self.factor
+        return 1 + (seen - 1) * self.factor if self.blocks else 0
 
     def words(self, rule: DocumentRule) -> list[float]:
         """The words of the documents seen."""
@@ -252,27 +224,12 @@ class _Seen:
             return sizes if self.factor == 1 else sizes[:-1]
         return [sum(sizes) * self.factor] if sizes else []
 
-    @property
-    def could_be_a_list(self) -> bool:
-        """True if it has no blank line, though lines that are no parts of sentences."""
-        are_whole = self.sentence_share >= 0.6 or self.line_characters >= 200
-        return len(self.blocks) == 1 and self.lines >= _ENOUGH_LINES and are_whole
-
-    @property
-    def is_wrapped(self) -> bool:
-        are_narrow = 30 <= self.line_characters <= 120
-        return self.lines >= _ENOUGH_LINES and are_narrow and self.sentence_share <= 0.4
-
 
 def look_at(corpus: Corpus, reading: Reading) -> FirstLook:
-    """Look at the beginnings of the .txt files, of 500 at most. Raises DataError for one that
-    cannot be read."""
+    """Looks at the beginnings of 500 .txt files at most. Raises DataError for unreadable ones."""
     paths = corpus.text_files
-    if not paths:
-        return FirstLook()
-    step = -(-len(paths) // _MOST_FILES)
-    chosen = paths[::step]
-    most = min(max(_ALL_BYTES // len(chosen), _LEAST_BYTES), _MOST_BYTES)
+    chosen = paths[:: max(1, -(-len(paths) // _MOST_FILES))]
+    most = min(max(_ALL_BYTES // max(1, len(chosen)), _LEAST_BYTES), _MOST_BYTES)
     seen = [_look(path, most) for path in chosen]
     if not any(file.blocks for file in seen):
         return FirstLook()
@@ -296,16 +253,6 @@ def look_at(corpus: Corpus, reading: Reading) -> FirstLook:
             f"end by --documents ({alternatives})"
         )
     return FirstLook(statement, tuple(odd))
-
-
-def say_what_documents_are(corpus: Corpus, reading: Reading, say: Callable[[str], None]) -> None:
-    """Says what .txt files are taken for, and warns of what is odd, before hours are spent on it.
-    Raises DataError for a file that cannot be read."""
-    found = look_at(corpus, reading)
-    if found.statement:
-        say(found.statement)
-    for warning in found.warnings:
-        logger.warning("warning: %s", warning)
 
 
 def odd_documents(manifest: DataManifest) -> str | None:
@@ -377,14 +324,17 @@ def _look(path: Path, most_bytes: int) -> _Seen:
     if not start.is_all and len(lines) > 1:
         lines.pop()
     filled = [line for line in lines if line]
-    ends = sum(bool(_ENDS_A_SENTENCE.search(line)) for line in filled)
+    ends = sum(bool(_ENDS_A_SENTENCE.search(line)) for line in filled) / max(1, len(filled))
+    characters = median(map(len, filled or [""]))
     blocks = [
         [len(line.split()) for line in block]
         for has_words, block in groupby(lines, key=bool)
         if has_words
     ]
-    characters = median(map(len, filled or [""]))
-    return _Seen(path, blocks, factor, ends / max(1, len(filled)), characters)
+    enough = len(filled) >= _ENOUGH_LINES
+    is_list = enough and len(blocks) == 1 and (ends >= 0.6 or characters >= 200)
+    is_wrapped = enough and ends <= 0.4 and 30 <= characters <= 120
+    return _Seen(path, blocks, factor, is_list, is_wrapped)
 
 
 def _rounded(count: float, exact: bool) -> str:

@@ -2,10 +2,9 @@
 library and of this package's dependencies.
 
 Nothing is imported or downloaded: source files are parsed, not run. A document is one help topic
-or one module. The order follows the hash of the documents' names, so it depends neither on the
-file system nor on where packages are installed. A few packages are held out whole. They are read
-first, and a sentence whose words have nearly all been read before is dropped, so nothing that is
-held out remains in the training split.
+or one module. The order follows the hash of the documents' names, so that it is the same wherever
+packages are installed. A few packages are held out whole. They are read first, and a sentence whose
+words have nearly all been read before is dropped, so that nothing held out is in the other split.
 """
 
 import ast
@@ -17,7 +16,7 @@ import platform
 import re
 import sysconfig
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cache
 from importlib import metadata
 from itertools import chain
@@ -46,8 +45,7 @@ class SeenSentences:
     """Remembers every run of four words it has accepted (Broder 1997 calls them shingles).
 
     Numbers, case and punctuation do not count. A template with one name exchanged shares most of
-    its runs with the first of its kind, and so does a sentence put together from known ones. The
-    sets are exact, which a few megabytes of text can afford.
+    its runs with the first of its kind, and so does a sentence put together from known ones.
     """
 
     def __init__(self) -> None:
@@ -154,9 +152,10 @@ TEXT_BYTES = 3_800_000
 # Raise it whenever other text comes out of the same packages.
 _CLEANING_VERSION = 1
 
-# The dependencies that carry prose, by what is imported. A package that is not installed is left
-# out, which `identity` shows.
-_IMPORTED = (
+# Python and the dependencies that carry prose, by what is imported. A package that is not installed
+# is left out, which `identity` shows.
+PACKAGES = (
+    "python",
     *("PIL", "absl", "anyio", "click", "datasets", "dateutil", "deepspeed", "dill", "filelock"),
     *("fsspec", "grpc", "huggingface_hub", "jinja2", "markdown", "mpmath", "networkx", "numpy"),
     *("packaging", "pandas", "psutil", "pyarrow", "pydantic", "sympy", "tensorboard", "torch"),
@@ -170,7 +169,6 @@ _DISTRIBUTIONS = {
     "grpc": "grpcio",
     "huggingface_hub": "huggingface-hub",
 }
-PACKAGES = ("python", *_IMPORTED)
 _HELDOUT = ("jinja2", "pydantic", "tensorboard")
 
 # Tests, copies of other packages, and the model zoo of transformers, whose files are variations
@@ -182,21 +180,32 @@ _SKIPPED_FOLDERS = {"models", "pydoc_data", "site-packages", "dist-packages", "_
 _MIN_SENTENCES, _MIN_CHARACTERS = 4, 300
 
 
-class Embedded(Source):
-    """The corpus as a source; its first packages are held out."""
+class Embedded(Source, Reader):
+    """The corpus as a source of one piece; its first packages are held out."""
 
+    name = "embedded"
     holds_out = True
-
-    def __init__(self, name: str = "embedded", download: bool = False) -> None:
-        self.name = name
 
     def identity(self) -> list[str]:
         """The version of the cleaning, of Python and of each package."""
         versions = [f"embedded corpus, cleaning {_CLEANING_VERSION}"]
-        return versions + [name for name, _ in licences()]
+        return versions + [name for name, _ in self.contents()]
 
     def contents(self) -> list[tuple[str, str | None]]:
-        return licences()
+        """Python and each package, with its version and the licence that it states, if it does."""
+        found: list[tuple[str, str | None]] = [(f"python {platform.python_version()}", "PSF-2.0")]
+        for package in filter(importlib.util.find_spec, PACKAGES[1:]):
+            distribution = _DISTRIBUTIONS.get(package, package)
+            try:
+                stated = metadata.metadata(distribution)
+            except metadata.PackageNotFoundError:
+                found.append((f"{distribution} of unknown version", None))
+                continue
+            texts = [stated[key] for key in ("License-Expression", "License") if key in stated]
+            # old packages put the whole text there
+            licence = texts[0].strip().split("\n")[0][:80] if texts else None
+            found.append((f"{distribution} {stated['Version']}", licence))
+        return found
 
     def estimate(self) -> int:
         return TEXT_BYTES
@@ -206,51 +215,26 @@ class Embedded(Source):
         return [SourcePiece(file=0, start=0, stop=1, source_bytes=size, text_bytes=size)]
 
     def open(self, piece: SourcePiece, reading: Reading) -> Reader:
-        return _EmbeddedDocuments()
+        return self
 
-
-class _EmbeddedDocuments(Reader):
     def items(self) -> Iterator[Item]:
-        for number, (split, text) in enumerate(_all_documents(), start=1):
+        for number, (split, text) in enumerate(documents(), start=1):
             yield Document(text, number, len(text), split)
 
     def place(self, number: int) -> tuple[str, str]:
         return f"embedded:{number}", f"the embedded corpus, document {number}"
 
 
-@cache
-def _all_documents() -> list[tuple[SplitName, str]]:
-    """A few megabytes, kept since reading them takes much longer than tokenizing them."""
-    return list(documents())
-
-
-def licences() -> list[tuple[str, str | None]]:
-    """Python and each package, with its version and the licence that it states, if it does."""
-    found: list[tuple[str, str | None]] = [(f"python {platform.python_version()}", "PSF-2.0")]
-    for package in filter(importlib.util.find_spec, _IMPORTED):
-        distribution = _DISTRIBUTIONS.get(package, package)
-        try:
-            stated = metadata.metadata(distribution)
-        except metadata.PackageNotFoundError:
-            found.append((f"{distribution} of unknown version", None))
-            continue
-        texts = [stated[key] for key in ("License-Expression", "License") if key in stated]
-        # old packages put the whole text there
-        licence = texts[0].strip().split("\n")[0][:80] if texts else None
-        found.append((f"{distribution} {stated['Version']}", licence))
-    return found
-
-
-def documents(packages: Sequence[str] = PACKAGES) -> Iterator[tuple[SplitName, str]]:
+@cache  # a few megabytes, and reading them takes much longer than tokenizing them
+def documents(packages: tuple[str, ...] = PACKAGES) -> list[tuple[SplitName, str]]:
     """The split and the text of each document, held-out ones first; one paragraph a line.
 
     `packages` are import names out of PACKAGES; "python" stands for the help topics and the
     standard library. Raises DataError for a name that is not among them.
     """
-    unknown = sorted(set(packages) - set(PACKAGES))
-    if unknown:
+    if unknown := sorted(set(packages) - set(PACKAGES)):
         raise DataError(f"the embedded corpus knows no package {unknown[0]!r}; it has {PACKAGES}")
-    seen = SeenSentences()
+    seen, found = SeenSentences(), []
     splits: tuple[SplitName, SplitName] = ("heldout", "train")
     for split in splits:
         chosen = [package for package in packages if (package in _HELDOUT) == (split == "heldout")]
@@ -259,7 +243,8 @@ def documents(packages: Sequence[str] = PACKAGES) -> Iterator[tuple[SplitName, s
             prose = [list(filter(seen.accept, one)) for text in texts for one in paragraphs(text)]
             document = "\n".join(" ".join(sentences) for sentences in prose if sentences)
             if sum(map(len, prose)) >= _MIN_SENTENCES and len(document) >= _MIN_CHARACTERS:
-                yield split, document
+                found.append((split, document))
+    return found
 
 
 def _documentation(package: str) -> Iterator[tuple[str, list[str]]]:
@@ -267,8 +252,7 @@ def _documentation(package: str) -> Iterator[tuple[str, list[str]]]:
     if package == "python":
         for topic, text in topics.topics.items():
             # Descriptions of methods are indented by one level; code in them by two.
-            lines = (line.removeprefix("   ") for line in text.split("\n"))
-            yield f"topic {topic}", ["\n".join(lines)]
+            yield f"topic {topic}", [re.sub("^   ", "", text, flags=re.MULTILINE)]
         roots = [Path(sysconfig.get_path("stdlib"))]
     else:
         spec = importlib.util.find_spec(package)
@@ -281,12 +265,9 @@ def _documentation(package: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _docstrings(path: Path) -> list[str]:
-    """The triple-quoted docstrings of a source file in order; none if this Python cannot parse it.
-
-    Packages ship files that are no Python of this version (templates, tests of parsers), which
-    are not errors here, nor do they deserve warnings. Without the garbage collector, which would
-    walk the growing tree over and over, it takes a quarter less.
-    """
+    """The triple-quoted docstrings of a source file in order; none if this Python cannot parse it,
+    as it is with templates and tests of parsers."""
+    # the garbage collector would walk the growing tree over and over, a quarter of the time
     collecting = gc.isenabled()
     gc.disable()
     try:

@@ -276,9 +276,9 @@ class HuggingFace(Source):
         """Raises DataError for what the library raises."""
         import datasets
 
+        known = (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError)
         # what damaged files and odd tables make of `datasets` and pandas besides
         others = (LookupError, TypeError, AttributeError, NotImplementedError, pa.ArrowException)
-        known = (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError)
         try:
             yield
         except (*known, *others) as error:
@@ -296,28 +296,24 @@ class _DatasetRows(Reader):
         self._source, self._piece, self._reading = source, piece, reading
 
     def items(self) -> Iterator[Item]:
-        return self._downloaded() if self._source.download else self._streamed()
+        piece, reading, dataset = self._piece, self._reading, self._source.dataset
+        if self._source.download:
+            row_bytes = (piece.source_bytes or 0) / max(1, piece.stop - piece.start)
+            arrow = dataset.with_format("arrow")
+            for start in range(piece.start, piece.stop, _ROWS_PER_READ):
+                rows = arrow[start : min(piece.stop, start + _ROWS_PER_READ)]
+                column = rows.column(reading.text_key).combine_chunks()
+                yield from items_of_column(column, start - piece.start + 1, row_bytes, reading)
+            return
+        with self._source.named_failures():
+            shard = dataset.shard(num_shards=piece.stop, index=piece.start)
+            for number, row in enumerate(shard, start=1):
+                text = row.get(reading.text_key)
+                size = len(text) if isinstance(text, str | bytes) else 0
+                yield item_of_row(row, number, size, reading)
 
     def place(self, number: int) -> tuple[str, str]:
         name, start = self._source.name, self._piece.start
         if self._source.download:
             return f"{name}:{start + number}", f"{name}, row {start + number}"
         return f"{name}:{start}:{number}", f"{name}, shard {start}, row {number}"
-
-    def _downloaded(self) -> Iterator[Item]:
-        key, piece = self._reading.text_key, self._piece
-        row_bytes = (piece.source_bytes or 0) / max(1, piece.stop - piece.start)
-        arrow = self._source.dataset.with_format("arrow")
-        for start in range(piece.start, piece.stop, _ROWS_PER_READ):
-            rows = arrow[start : min(piece.stop, start + _ROWS_PER_READ)]
-            column = rows.column(key).combine_chunks()
-            yield from items_of_column(column, start - piece.start + 1, row_bytes, self._reading)
-
-    def _streamed(self) -> Iterator[Item]:
-        dataset, key = self._source.dataset, self._reading.text_key
-        with self._source.named_failures():
-            rows = dataset.shard(num_shards=self._piece.stop, index=self._piece.start)
-            for number, row in enumerate(rows, start=1):
-                text = row.get(key)
-                size = len(text) if isinstance(text, str | bytes) else 0
-                yield item_of_row(row, number, size, self._reading)

@@ -87,9 +87,9 @@ class TextFile(LineReader):
         return self.cut_lines(piece_bytes, after_blank=rule == "blank-line")
 
     def read(self) -> Iterator[Item]:
-        return self._each_line() if self.reading.documents == "line" else self._paragraphs()
-
-    def _each_line(self) -> Iterator[Item]:
+        if self.reading.documents != "line":
+            yield from self._paragraphs()
+            return
         for line in self._lines():
             if line.fault is not None:
                 yield line.fault
@@ -130,11 +130,11 @@ class TextFile(LineReader):
     def _lines(self) -> Iterator[Line]:
         """The lines; one with carriage returns inside is several."""
         for line in lines_of(self.path, self.piece, self.reading.max_bytes):
-            if "\r" not in line.content or "\r" not in line.content.rstrip("\r\n"):
+            parts, size = line.content.rstrip("\r\n").split("\r"), line.source_bytes
+            if len(parts) == 1:
                 yield line
                 continue
-            size = line.source_bytes
-            for part in line.content.rstrip("\r\n").split("\r"):
+            for part in parts:
                 yield Line(line.number, part, size, len(part.encode()))
                 size = 0
 
@@ -171,33 +171,26 @@ class JsonLines(LineReader):
     def rows(self) -> Iterator[tuple[Any, int, int]]:
         """Each value, or what is wrong with it, with its number and the bytes that it took."""
         for line in lines_of(self.path, self.piece, self.reading.max_bytes, self.ends):
-            value: Any = line.fault
-            if value is None:
-                if not line.content or line.content.isspace():
-                    continue
-                try:
-                    value = json.loads(line.content)
-                except (ValueError, RecursionError) as error:
-                    value = Fault(
-                        "not JSON", f"is not JSON: {error}", line.number, line.source_bytes
-                    )
-            yield value, line.number, line.source_bytes
+            number, size = line.number, line.source_bytes
+            if line.fault is None and not line.content.strip():
+                continue
+            try:
+                value = line.fault or json.loads(line.content)
+            except (ValueError, RecursionError) as error:
+                value = Fault("not JSON", f"is not JSON: {error}", number, size)
+            yield value, number, size
 
     def check_keys(self) -> None:
         """Raises DataError if none of the first rows has the reading's key, and some have others;
         warns of it where such rows are to be left out."""
-        keys: dict[str, None] = {}
-        for row, *_ in islice(self.rows(), _ROWS_LOOKED_AT):
-            if isinstance(row, dict):
-                if self.reading.text_key in row:
-                    return
-                keys |= dict.fromkeys(row)
-        if not keys:
+        first = islice(self.rows(), _ROWS_LOOKED_AT)
+        keys = sorted({key for row, *_ in first if isinstance(row, dict) for key in row})
+        if not keys or self.reading.text_key in keys:
             return
         sentence = (
             f"{self.path} has in its first {_ROWS_LOOKED_AT} rows no text under the key "
             f"{self.reading.text_key!r}, only the keys "
-            f"{shortened(str(sorted(keys)[:_KEYS_NAMED]), 400)}"
+            f"{shortened(str(keys[:_KEYS_NAMED]), 400)}"
         )
         if not self.reading.leaves_out:
             raise DataError(f"{sentence}; name the one that holds the text by --text-key")
@@ -223,12 +216,9 @@ def _next_start(raw: BinaryIO, target: int, after_blank: bool) -> int:
 
 def _count_lines(path: Path, stop: int) -> int:
     """The newlines in the first `stop` bytes."""
-    count = 0
     with path.open("rb") as raw:
-        while stop > 0 and (block := raw.read(min(stop, _SKIP_BYTES))):
-            count += block.count(b"\n")
-            stop -= len(block)
-    return count
+        blocks = iter(lambda: raw.read(min(stop - raw.tell(), _SKIP_BYTES)), b"")
+        return sum(block.count(b"\n") for block in blocks)
 
 
 # ---- .json
@@ -262,34 +252,30 @@ class JsonFile(JsonLines):
             yield from super().rows()
             return
         number = before = 0
-        text = _JsonText(self.path, self.reading.max_bytes)
         try:
-            for value in text.values():
+            for value, used in _JsonText(self.path, self.reading.max_bytes).values():
                 number += 1
-                yield value, number, text.used - before
-                before = text.used
+                yield value, number, used - before
+                before = used
         except RestIsLostError as lost:
             yield replace(lost.fault, number=number + 1), number + 1, 0
 
 
 class _JsonText:
-    """The text of a file, read as far as it is needed; `used` is how many characters were used."""
+    """The text of a file, read as far as it is needed."""
 
     def __init__(self, path: Path, most_characters: int) -> None:
         self._blocks, self._most_characters = text_blocks(path), most_characters
         self._held, self._position, self._gone = "", 0, 0
         self._lost: RestIsLostError | None = None
 
-    @property
-    def used(self) -> int:
-        return self._gone + self._position
-
-    def values(self) -> Iterator[Any]:
-        """Those of the file's array, or that follow one another. Raises RestIsLostError where it
-        cannot go on."""
+    def values(self) -> Iterator[tuple[Any, int]]:
+        """Those of the file's array, or that follow one another, and how many characters were used
+        up to their ends. Raises RestIsLostError where it cannot go on."""
         in_array = self._skips("[")
         while self._next() and not (in_array and self._next() == "]"):
-            yield self._value()
+            value = self._value()
+            yield value, self._gone + self._position
             if in_array and not self._skips(",") and self._next() not in ("", "]"):
                 raise _not_json("a comma is missing")
         if in_array and not self._next():
@@ -330,17 +316,17 @@ class _JsonText:
 
     def _read(self, characters: int) -> bool:
         """Reads blocks until there are so many characters more; False if there were none."""
-        blocks: list[str] = []
+        self._gone += self._position
+        self._held, self._position = self._held[self._position :], 0
+        enough = len(self._held) + characters
         try:
-            while sum(map(len, blocks)) < characters:
-                blocks.append(next(self._blocks))
-        except StopIteration:
-            pass
+            for block in self._blocks:
+                self._held += block
+                if len(self._held) >= enough:
+                    break
         except RestIsLostError as lost:  # what was read before may be whole
             self._lost = lost
-        self._gone += self._position
-        self._held, self._position = self._held[self._position :] + "".join(blocks), 0
-        return bool(blocks)
+        return len(self._held) > enough - characters
 
 
 def _not_json(reason: object) -> RestIsLostError:
