@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stacking_ds.data.counter_random import Words, derive_key, random_bits
+from stacking_ds.data.counter_random import Integers, Words, derive_key, random_bits
 from stacking_ds.data.shards import TokenSplit
 from stacking_ds.errors import DataError
 
@@ -43,8 +43,6 @@ _COIN, _LENGTH, _ORDER, _SHIFT = range(4)
 # Seconds of the same document that are passed over in search of another's.
 _MOST_LOOKED_AT = 64
 _32_BITS = np.uint64(32)
-
-Integers = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ class Examples:
         first_E = self.first_length_E.astype(np.int64)  # what is wrong in a file might overflow
         return first_E + self.second_length_E + 2 + (self.second_length_E > 0)
 
-    def __getitem__(self, chosen: NDArray[np.int64]) -> "Examples":
+    def __getitem__(self, chosen: Integers) -> "Examples":
         return Examples(*(column[chosen] for column in self.columns))
 
     @property

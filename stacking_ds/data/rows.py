@@ -26,11 +26,10 @@ from typing import Annotated, Any
 import filelock
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
 from stacking_ds.config.sections import DataSection, ExampleKind
-from stacking_ds.data.counter_random import derive_key
+from stacking_ds.data.counter_random import Integers, derive_key
 from stacking_ds.data.examples import (
     Examples,
     concatenate,
@@ -69,8 +68,6 @@ _EXAMPLES = pa.list_(
         }
     )
 )
-
-Integers = NDArray[np.int64]
 
 
 class LayoutSpec(Record):

@@ -14,7 +14,7 @@ import hashlib
 import os
 import uuid
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -237,7 +237,7 @@ class ShardWriter:
 
     def __init__(self, vocab_size: int, unknown_id: int | None = None) -> None:
         self._dtype, self._unknown_id = token_dtype(vocab_size), unknown_id
-        self._clear()
+        self._added: list[tuple[NDArray[Any], ...]] = []
 
     def add(
         self,
@@ -248,21 +248,18 @@ class ShardWriter:
     ) -> None:
         """Appends documents: their tokens one after another, the lengths of their sentences in
         tokens, and how many sentences each document has; none of these is zero."""
-        if not len(sentence_counts_D):
-            return
-        self._tokens.append(tokens_T.astype(self._dtype, copy=False))
-        self._sentence_lengths.append(sentence_lengths_S.astype(np.int32, copy=False))
-        self._sentence_counts.append(sentence_counts_D)
-        self._hashes.append(document_hashes_D)
+        if len(sentence_counts_D):
+            tokens_T = tokens_T.astype(self._dtype, copy=False)
+            lengths_S = sentence_lengths_S.astype(np.int32, copy=False)
+            self._added.append((tokens_T, lengths_S, sentence_counts_D, document_hashes_D))
 
     def write(self, folder: Path, name: str, temporary: Path) -> ShardFile | None:
         """Writes what was collected as `folder`/`name`, by way of a file in `temporary`, and starts
         anew. Returns its record; None, and no file, if nothing was collected."""
-        if not self._hashes:
+        if not self._added:
             return None
-        tokens, lengths = np.concatenate(self._tokens), np.concatenate(self._sentence_lengths)
-        counts, hashes = np.concatenate(self._sentence_counts), np.concatenate(self._hashes)
-        self._clear()
+        tokens, lengths, counts, hashes = map(np.concatenate, zip(*self._added, strict=True))
+        self._added = []
         unknown = self._unknown_id
         sentence_offsets = _offsets(counts)
         batch = pa.record_batch(
@@ -286,12 +283,6 @@ class ShardWriter:
             tokens=len(tokens),
             unknown_tokens=None if unknown is None else int(np.count_nonzero(tokens == unknown)),
         )
-
-    def _clear(self) -> None:
-        self._tokens: list[NDArray[np.unsignedinteger]] = []
-        self._sentence_lengths: list[NDArray[np.int32]] = []
-        self._sentence_counts: list[NDArray[np.int32]] = []
-        self._hashes: list[NDArray[np.uint64]] = []
 
 
 def write_arrow(batch: pa.RecordBatch, path: Path, temporary: Path) -> tuple[int, str]:
