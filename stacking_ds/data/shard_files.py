@@ -87,13 +87,18 @@ class Rejected(Record):
         )
 
 
-class ShardFile(Record):
-    """One Arrow file of a split, duplicates included. `unknown_tokens` are those that are [UNK];
-    None where nobody counted, as in earlier versions and in lists of duplicates."""
+class RecordedFile(Record):
+    """One file, as it was written."""
 
     name: FileName
     size_bytes: Positive
     sha256: Sha256
+
+
+class ShardFile(RecordedFile):
+    """One Arrow file of a split, duplicates included. `unknown_tokens` are those that are [UNK];
+    None where nobody counted, as in earlier versions and in lists of duplicates."""
+
     documents: Count
     sentences: Count
     tokens: Count
@@ -126,19 +131,16 @@ class SplitManifest(Record):
     def unknown_share(self) -> float | None:
         """The share of [UNK] in the tokens of all files; None where an earlier version wrote
         one."""
-        counts = [shard.unknown_tokens for shard in self.shards]
-        if None in counts:
-            return None
-        tokens = sum(shard.tokens for shard in self.shards)
-        return sum(count or 0 for count in counts) / max(tokens, 1)
+        unknown = 0
+        for shard in self.shards:
+            if shard.unknown_tokens is None:
+                return None
+            unknown += shard.unknown_tokens
+        return unknown / max(sum(shard.tokens for shard in self.shards), 1)
 
 
-class VocabularyFile(Record):
+class VocabularyFile(RecordedFile):
     """`vocab.txt` or `tokenizer.json`."""
-
-    name: FileName
-    size_bytes: Positive
-    sha256: Sha256
 
 
 class DataManifest(Record):
@@ -196,7 +198,7 @@ def read_manifest(folder: Path) -> DataManifest:
         folder.stat()  # where its name is too long, nothing is damaged
         raise DataError(f"{error}; delete the folder and prepare it again") from error
     except OSError as error:
-        raise not_opened(path, error) from error
+        raise unreadable(UnreadableDataError, path, error) from error
     try:
         return DataManifest.model_validate_json(text)
     except ValidationError as error:
@@ -210,18 +212,8 @@ def read_manifest(folder: Path) -> DataManifest:
         ) from error
 
 
-def not_opened(path: Path, error: OSError) -> UnreadableDataError:
-    """The error for a file that may be whole, but that the system does not let us read."""
-    return unreadable(UnreadableDataError, path, error)
-
-
 def file_sha256(path: Path) -> str:
-    """The sha256 of a file's bytes, in hexadecimal.
-
-    Raises:
-        DamagedFileError: it is no regular file.
-        OSError: it is not there, or cannot be read.
-    """
+    """The sha256 of a file's bytes, in hexadecimal. Raises what `open_regular` does."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -261,19 +253,13 @@ class ShardWriter:
         tokens, lengths, counts, hashes = map(np.concatenate, zip(*self._added, strict=True))
         self._added = []
         unknown = self._unknown_id
-        sentence_offsets = _offsets(counts)
-        batch = pa.record_batch(
-            {
-                "tokens": pa.ListArray.from_arrays(
-                    pa.array(_offsets(lengths)[sentence_offsets]), pa.array(tokens)
-                ),
-                "sentence_lengths": pa.ListArray.from_arrays(
-                    pa.array(sentence_offsets), pa.array(lengths)
-                ),
-                "document_hash": pa.array(hashes),
-            }
-        )
-        size_bytes, sha256 = write_arrow(batch, folder / name, temporary)
+        offsets = _offsets(counts)
+        columns = {
+            "tokens": pa.ListArray.from_arrays(_offsets(lengths)[offsets], tokens),
+            "sentence_lengths": pa.ListArray.from_arrays(offsets, lengths),
+            "document_hash": hashes,
+        }
+        size_bytes, sha256 = write_arrow(pa.record_batch(columns), folder / name, temporary)
         return ShardFile(
             name=name,
             size_bytes=size_bytes,
