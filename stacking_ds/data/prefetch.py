@@ -36,6 +36,13 @@ _SECONDS_TO_END = 5.0  # not for ever: what hangs in a file system cannot even b
 _MORE_MEMORY = "give the job more, or set data.loader_workers or the batch lower"
 
 
+_REASONS: dict[int, str] = {
+    signal.SIGKILL: f"as when memory runs out: {_MORE_MEMORY}",
+    signal.SIGBUS: "as when a file of the token shards is cut off under it, or its disk fails: "
+    "`stacking-ds data inspect` looks at the shards",
+}
+
+
 class Steps(Protocol):
     """A maker of the step of any number."""
 
@@ -108,7 +115,8 @@ class _Worker:
         self._ready: queue.SimpleQueue[RankStep | Exception | None] = queue.SimpleQueue()
         self._room = threading.Semaphore(1)
         self._closing = False
-        self._pipe, theirs = _pipe()
+        reader, writer = os.pipe()
+        self._pipe, theirs = os.fdopen(reader, "rb"), os.fdopen(writer, "wb")
         self.process: ForkProcess = multiprocessing.get_context("fork").Process(
             target=_work, args=(steps, share, theirs), daemon=True
         )
@@ -134,11 +142,16 @@ class _Worker:
                 break
             # looks are counted, not the clock: a suspended job is none that hangs
             waited += _LOOK_SECONDS
-            before, used = used, self._processor_seconds()
+            before, (state, used) = used, self._looked_at()
             if used != before:
                 waited = 0.0
             if waited >= patience.timeout_seconds:
-                raise LoaderError(self._hangs(number, waited))
+                raise LoaderError(
+                    f"a loader process (pid {self.process.pid}, {state}) has not handed over the "
+                    f"batch of step {number + 1} and has not moved for {waited:.0f} s: it is "
+                    f"stopped, or hangs in the file system of the token shards; --resume goes on "
+                    f"from the last checkpoint"
+                )
             if patience.asked_to_stop():
                 since_asked += _LOOK_SECONDS
                 idle += _LOOK_SECONDS if used == before else 0.0
@@ -175,46 +188,25 @@ class _Worker:
         except Exception as error:  # noqa: BLE001 - raised where the step is waited for
             self._ready.put(error)
 
-    def _processor_seconds(self) -> float:
+    def _looked_at(self) -> tuple[str, float]:
+        """The state of the process, and the processor time that it has taken, in seconds."""
         with suppress(psutil.Error):
-            times = psutil.Process(self.process.pid).cpu_times()
-            return float(times.user + times.system)
-        return 0.0
-
-    def _hangs(self, number: int, seconds: float) -> str:
-        state = "gone"
-        with suppress(psutil.Error):
-            state = psutil.Process(self.process.pid).status()
-        return (
-            f"a loader process (pid {self.process.pid}, {state}) has not handed over the batch of "
-            f"step {number + 1} and has not moved for {seconds:.0f} s: it is stopped, or hangs in "
-            f"the file system of the token shards; --resume goes on from the last checkpoint"
-        )
+            process = psutil.Process(self.process.pid)
+            times = process.cpu_times()
+            return process.status(), float(times.user + times.system)
+        return "gone", 0.0
 
     def _ended(self, number: int) -> str:
         self.process.join(_SECONDS_TO_END)
         code = self.process.exitcode
         how, why = f"ended with exit code {code}", "what it said stands above"
         if code is not None and code < 0:
-            number_of_signal = signal.Signals(-code)
-            how = f"was ended by {number_of_signal.name}"
-            why = {
-                signal.SIGKILL: f"as when memory runs out: {_MORE_MEMORY}",
-                signal.SIGBUS: "as when a file of the token shards is cut off under it, or its "
-                "disk fails: `stacking-ds data inspect` looks at the shards",
-            }.get(number_of_signal, "which nothing here sends")
+            how = f"was ended by {signal.Signals(-code).name}"
+            why = _REASONS.get(-code, "which nothing here sends")
         return (
             f"a loader process (pid {self.process.pid}) {how} before it handed over the batch of "
             f"step {number + 1}, {why}; --resume goes on from the last checkpoint"
         )
-
-
-# ------------------------------------------------------------- through the pipe
-
-
-def _pipe() -> tuple[BinaryIO, BinaryIO]:
-    reader, writer = os.pipe()
-    return os.fdopen(reader, "rb"), os.fdopen(writer, "wb")
 
 
 def _send(pipe: BinaryIO, found: RankStep | Exception) -> None:
@@ -229,9 +221,9 @@ def _send(pipe: BinaryIO, found: RankStep | Exception) -> None:
 
 def _receive(pipe: BinaryIO, *, pin_memory: bool) -> RankStep | Exception:
     """Raises EOFError or UnpicklingError where the pipe ends."""
+    found: RankStep | Exception
     found, length = pickle.load(pipe)
-    if not isinstance(found, RankStep):
-        assert isinstance(found, Exception)
+    if isinstance(found, Exception):
         return found
     content = torch.empty(length, dtype=torch.int32, pin_memory=pin_memory)
     if pipe.readinto(content.numpy().data) < content.nbytes:  # type: ignore[attr-defined]
@@ -239,10 +231,8 @@ def _receive(pipe: BinaryIO, *, pin_memory: bool) -> RankStep | Exception:
     return replace(found, content=content)
 
 
-# ------------------------------------------------------------- in the worker's process
-
-
 def _work(steps: Steps, share: Iterable[int], pipe: BinaryIO) -> None:
+    """The worker's: build its steps."""
     # Ctrl-C, SLURM and a closed terminal signal every process; what a stop means is the rank's to
     # say, and a worker that dies of it would take the rank along
     for number in STOP_SIGNALS:
