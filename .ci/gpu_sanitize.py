@@ -13,7 +13,7 @@ import torch
 from stacking_ds import kernels
 from stacking_ds.bench.lamb import Sizes
 from stacking_ds.bench.lamb_rivals import Tensors, our_step
-from stacking_ds.kernels.operations import EmbeddingTables, Norm, Weights
+from stacking_ds.kernels.operations import EmbeddingTables, Norm, TokenIds, Weights
 from stacking_ds.optim import lamb
 
 # tokens and hidden size: fewer than a tile and more, rows that vectors do not divide
@@ -80,7 +80,7 @@ def _results(
     yield form.linear_add_norm(drawn(tokens, width), weights, residual_TH, norm, dropout)
     yield form.norm(drawn(tokens, width), norm)
     tables = EmbeddingTables(*(drawn(rows, width) for rows in (VOCABULARY, TYPES, POSITIONS)))
-    yield form.embed(ids(VOCABULARY), ids(TYPES), ids(POSITIONS), tables, norm, dropout)
+    yield form.embed(TokenIds(ids(VOCABULARY), ids(TYPES), ids(POSITIONS)), tables, norm, dropout)
     labels_M = ids(VOCABULARY)
     labels_M[0] = -100
     yield form.cross_entropy_sum(drawn(tokens, VOCABULARY), labels_M)

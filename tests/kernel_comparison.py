@@ -74,7 +74,10 @@ class Recorder:
         )
 
 
-def recorded(monkeypatch: pytest.MonkeyPatch, module: Any, form: int) -> Recorder:
-    kernel = module.FORMS[form][0]
-    monkeypatch.setattr(module, kernel.__name__, recorder := Recorder(kernel))
-    return recorder
+def recorded(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> tuple[Recorder, Recorder]:
+    """The launches of a kernel of `module`, and of its backward."""
+    names = f"{name}_kernel", f"{name}_backward_kernel"
+    forward, backward = (Recorder(getattr(module, kernel)) for kernel in names)
+    for kernel, recorder in zip(names, (forward, backward), strict=True):
+        monkeypatch.setattr(module, kernel, recorder)
+    return forward, backward

@@ -154,9 +154,10 @@ def follow_unsharded(world: World, cases: Cases, **lamb: Any) -> list[Any]:
         names = [name for name, _ in model.named_parameters()]
         order = [p for group in optimizer.param_groups for p in group["params"]]
         by_id = {id(p): name for name, p in model.named_parameters()}
-        ratios = dict(zip([by_id[id(p)] for p in order], expected.trust_ratios, strict=True))
-        assert sorted(statistics.names) == sorted(names)
-        for name, ratio in zip(statistics.names, statistics.trust_ratios, strict=True):
-            assert ratio == pytest.approx(ratios[name], rel=1e-4), name
+        wanted = [one.trust_ratio for one in expected]
+        ratios = dict(zip([by_id[id(p)] for p in order], wanted, strict=True))
+        assert sorted(one.name for one in statistics) == sorted(names)
+        for one in statistics:
+            assert one.trust_ratio == pytest.approx(ratios[one.name], rel=1e-4), one.name
         found.append((before, after))
     return found

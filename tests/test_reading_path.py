@@ -63,6 +63,34 @@ def test_a_reader_enters_what_gets_the_value_and_nothing_else(package: Path) -> 
     assert (count.climbs, count.returns) == (2, 2)
 
 
+def test_a_dataclass_keeps_what_it_is_given_in_the_field_of_that_name(package: Path) -> None:
+    (package / "top.py").write_text(
+        """
+from dataclasses import dataclass
+from small.bottom import look
+
+@dataclass
+class Record:
+    first: int
+    second: int
+    def use(self):
+        self.idle()
+        look(self.second)
+    def idle(self):
+        look(self.first)
+
+def story(value, other):
+    Record(other, second=value).use()
+
+def other_story(value, other):
+    Record(value.part, second=value.part).use()   # parts: nothing keeps the value
+"""
+    )
+    count = read(package, "top:story:value")
+    assert [name for _, name in count.trail] == ["story", "Record.use", "look"]
+    assert [name for _, name in read(package, "top:other_story:value").trail] == ["other_story"]
+
+
 def test_a_function_that_is_not_there_is_an_error(package: Path) -> None:
     with pytest.raises(KeyError, match="no top:nothing"):
         read(package, "top:nothing:value")

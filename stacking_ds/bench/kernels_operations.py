@@ -7,8 +7,7 @@
     cross_entropy   of masked positions
 
 x comes from a matrix product, which adds the bias in passing where a form leaves it to torch; its
-backward pass sums the bias's gradient over all tokens. Bytes are those of the fused form, as the
-modules of its kernels count them: each tensor once.
+backward pass sums the bias's gradient over all tokens. Bytes are those of the fused form.
 
 Shapes: T tokens, H hidden size, F = 4 H, M masked positions, V vocabulary.
 """
@@ -25,7 +24,7 @@ from torch.nn import functional
 from stacking_ds.bench.kernels_clock import Clock, Entrant, race
 from stacking_ds.errors import ConfigError
 from stacking_ds.kernels.cross_entropy import IGNORE_INDEX
-from stacking_ds.kernels.operations import EmbeddingTables, Norm, Operations, Weights
+from stacking_ds.kernels.operations import EmbeddingTables, Norm, Operations, TokenIds, Weights
 from stacking_ds.kernels.registry import choose_operations
 
 FORMS = ("plain", "torch", "triton", "compile")
@@ -61,8 +60,8 @@ class Subject:
     """(how a bias is added, dropout_prob)"""
     inputs: tuple[torch.Tensor, ...]
     gradient: torch.Tensor
-    traffic: tuple[int, int] | None
-    """Bytes forward and backward; None where Triton's modules, which count them, are absent."""
+    traffic: tuple[int, int]
+    """Bytes forward and backward, by the functions below."""
     prepare: Callable[[], Any] = lambda: None
 
     def entrant(self, forward: Callable[[], torch.Tensor]) -> Entrant:
@@ -93,9 +92,6 @@ def _product(
     return x_TO if bias_O is None else _added(x_TO, bias_O)
 
 
-# ------------------------------------------------------------------------ the subjects
-
-
 class _Draw:
     """Tensors of one dtype on one device, the same in every run."""
 
@@ -119,19 +115,65 @@ class _Draw:
         return Norm(self.normal(size), self.normal(size), _EPS)
 
 
+# ------------------------------------------------- bytes that must cross memory, in the fused form
+#
+# Forward (to be followed by a backward pass) and backward. Every tensor once: what is read and what
+# is written. The programs' partial sums are workspace, so time spent on them shows as bandwidth
+# lost.
+
+
+def gelu_traffic(tokens: int, width: int, itemsize: int) -> tuple[int, int]:
+    rows, parameter = tokens * width * itemsize, width * itemsize
+    return 2 * rows + parameter, 3 * rows + 2 * parameter
+
+
+def norm_traffic(
+    tokens: int,
+    width: int,
+    itemsize: int,
+    *,
+    bias: bool = True,
+    residual: bool = True,
+    dropout: bool = True,
+    norm: bool = True,
+) -> tuple[int, int]:
+    rows, parameter = tokens * width * itemsize, width * itemsize
+    seed, of_rows = 8 * dropout, 8 * tokens * norm  # of rows: mean and rstd
+    written = (bias or residual or dropout) + norm  # the sum, and what came of it
+    forward = (1 + residual + written) * rows + (bias + 2 * norm) * parameter + seed + of_rows
+    # without dropout inner and residual have one gradient, which without a norm is the output's
+    written = norm * (residual or not dropout) + dropout
+    backward = (1 + norm + written) * rows + (bias + 3 * norm) * parameter + seed + of_rows
+    return forward, backward
+
+
+def embedding_traffic(
+    tokens: int, width: int, itemsize: int, *, types: int, positions: int, dropout: bool = True
+) -> tuple[int, int]:
+    """Of the words a row for each token, of the small tables all; the gradients of the three tables
+    are torch's, and not in here."""
+    rows, parameter = tokens * width * itemsize, width * itemsize
+    tables = rows + (types + positions) * parameter
+    ids, of_rows, seed = 3 * 8 * tokens, 8 * tokens, 8 * dropout  # of rows: mean and rstd
+    forward = tables + ids + 2 * parameter + seed + of_rows + rows
+    backward = rows + tables + ids + parameter + seed + of_rows + rows + 2 * parameter
+    return forward, backward
+
+
+def cross_entropy_traffic(rows: int, vocabulary: int, itemsize: int) -> tuple[int, int]:
+    """The logits in backward twice, as they are read and written; no padding between rows."""
+    logits, labels, number = rows * vocabulary * itemsize, 8 * rows, 4 * rows
+    return logits + labels + 3 * number, 2 * logits + labels + 2 * number + 4
+
+
+# ------------------------------------------------------------------------ the subjects
+
+
 def subjects(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Subject]]:
     """One after the other, so that each finds the memory of the one before."""
     makers = (_gelu, _add_norm, _norm, _embedding, _cross_entropy)
     for name, make in zip(OPERATIONS, makers, strict=True):
         yield name, make(sizes, _Draw(sizes, device))
-
-
-def _counted(module: str, *arguments: Any, **options: Any) -> tuple[int, int] | None:
-    if importlib.util.find_spec("triton") is None:
-        return None
-    counting = importlib.import_module(f"stacking_ds.kernels.triton_{module}")
-    forward, backward = counting.traffic(*arguments, **options)
-    return int(forward), int(backward)
 
 
 def _gelu(sizes: Sizes, draw: _Draw) -> Subject:
@@ -142,7 +184,7 @@ def _gelu(sizes: Sizes, draw: _Draw) -> Subject:
         lambda add, dropout_prob: functional.gelu(add(x_TF, bias_F)),
         (x_TF, bias_F),
         draw.normal(sizes.tokens, width, requires_grad=False),
-        _counted("operations", sizes.tokens, width, sizes.dtype.itemsize),
+        gelu_traffic(sizes.tokens, width, sizes.dtype.itemsize),
     )
 
 
@@ -162,7 +204,7 @@ def _add_norm(sizes: Sizes, draw: _Draw) -> Subject:
         chain,
         (x_TH, residual_TH, bias_H, norm.weight_H, norm.bias_H),
         draw.normal(*shape, requires_grad=False),
-        _counted("norm", *shape, sizes.dtype.itemsize),
+        norm_traffic(*shape, sizes.dtype.itemsize),
     )
 
 
@@ -175,7 +217,7 @@ def _norm(sizes: Sizes, draw: _Draw) -> Subject:
         lambda add, dropout_prob: _layer_norm(x_TH, norm),
         (x_TH, norm.weight_H, norm.bias_H),
         draw.normal(*shape, requires_grad=False),
-        _counted("norm", *shape, sizes.dtype.itemsize, **without),
+        norm_traffic(*shape, sizes.dtype.itemsize, **without),
     )
 
 
@@ -183,23 +225,20 @@ def _embedding(sizes: Sizes, draw: _Draw) -> Subject:
     width = sizes.hidden_size
     rows = sizes.vocab_size, TYPES, POSITIONS
     tables = EmbeddingTables(*(draw.normal(count, width) for count in rows))
-    words_T, types_T, positions_T = (draw.ids(sizes.tokens, count) for count in rows)
+    ids = TokenIds(*(draw.ids(sizes.tokens, count) for count in rows))
     norm = draw.norm(width)
 
     def chain(add: Callable[..., torch.Tensor], dropout_prob: float) -> torch.Tensor:
-        ids = words_T, types_T, positions_T
         word, token_type, position = map(functional.embedding, ids, tables)
         return functional.dropout(_layer_norm(word + token_type + position, norm), dropout_prob)
 
     return Subject(
-        lambda form, dropout_prob: form.embed(
-            words_T, types_T, positions_T, tables, norm, dropout_prob
-        ),
+        lambda form, dropout_prob: form.embed(ids, tables, norm, dropout_prob),
         chain,
         (*tables, norm.weight_H, norm.bias_H),
         draw.normal(sizes.tokens, width, requires_grad=False),
-        _counted(
-            "embedding", sizes.tokens, width, sizes.dtype.itemsize, types=TYPES, positions=POSITIONS
+        embedding_traffic(
+            sizes.tokens, width, sizes.dtype.itemsize, types=TYPES, positions=POSITIONS
         ),
     )
 
@@ -223,7 +262,7 @@ def _cross_entropy(sizes: Sizes, draw: _Draw) -> Subject:
         ),
         (logits_MV,),
         torch.ones((), device=draw.device),
-        _counted("cross_entropy", sizes.masked, sizes.vocab_size, sizes.dtype.itemsize),
+        cross_entropy_traffic(sizes.masked, sizes.vocab_size, sizes.dtype.itemsize),
         restore,
     )
 
@@ -246,6 +285,7 @@ def measure_operations(
 ) -> dict[str, Any]:
     """A row for each operation, width, pass and form; `sizes` of a width."""
     forms, absent = _forms(device, compiled)
+    has_triton = importlib.util.find_spec("triton") is not None
     rows, copies = [], []
     for width in widths:
         for name, subject in subjects(sizes(width), device):
@@ -253,7 +293,8 @@ def measure_operations(
             for form in ("torch", "triton"):
                 if form in forms:
                     _require_agreement(name, form, subject, forms, sizes(width).dtype)
-            counted = subject.traffic or (None, None)
+            # without the fused form nothing is held against its bytes
+            counted = subject.traffic if has_triton else (None, None)
             found = race(entrants, clock, rounds, counted[0] or subject.gradient.nbytes)
             copies.append(found.copy_bytes_per_second)
             for way, nbytes in zip(("forward", "backward"), counted, strict=True):

@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 
 from stacking_ds.console import first_of, shortened
@@ -41,25 +42,40 @@ def step_of(folder: Path) -> int | None:
     return int(found[1]) if found else None
 
 
-def _steps_in(root: Path) -> list[int]:
-    """Raises:
-    UnreadableError: nobody knows what is in the folder.
-    """
-    try:
-        steps = [step_of(path) for path in root.iterdir() if _NAME.fullmatch(path.name)]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:  # not as `glob`, to which such a folder is empty
-        raise unreadable(UnreadableError, root, error) from None
-    return sorted(step for step in steps if step is not None)
-
-
 # --------------------------------------------------------------------------- looking
 
 
 def saved_steps(run_dir: Path) -> list[int]:
-    """The steps of all checkpoints of a run, in order."""
-    return _steps_in(run_dir / "checkpoints")
+    """The steps of all checkpoints of a run, in order.
+
+    Raises:
+        UnreadableError: nobody knows what is in their folder.
+    """
+    root = run_dir / "checkpoints"
+    try:
+        names = [_NAME.fullmatch(path.name) for path in root.iterdir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:  # not as `glob`, to which such a folder is empty
+        raise unreadable(UnreadableError, root, error) from None
+    return sorted(int(name[1]) for name in names if name)
+
+
+def saved(run_dir: Path) -> list[Path]:
+    """All checkpoints of a run, by step."""
+    return [run_dir / "checkpoints" / folder_name(step) for step in saved_steps(run_dir)]
+
+
+def newest_first(run_dir: Path) -> list[Path]:
+    """All checkpoints of a run from the one `latest` names, if it does, back to the first; then
+    those beyond, which have been given up."""
+    folders = saved(run_dir)[::-1]
+    with suppress(CheckpointError):
+        newest = latest(run_dir)
+        if newest in folders:
+            place = folders.index(newest)
+            folders = folders[place:] + folders[:place]
+    return folders
 
 
 def named_by_latest(root: Path) -> str | None:
@@ -87,7 +103,7 @@ def latest(run_dir: Path) -> Path | None:
         UnreadableError: nobody knows which one it is.
         CheckpointError: `latest` is damaged, or names a folder that is not there.
     """
-    root, steps = run_dir / "checkpoints", saved_steps(run_dir)
+    root, there = run_dir / "checkpoints", saved(run_dir)
     try:
         name = named_by_latest(root)
         wrong = f"names {name!r}, which is not there"
@@ -96,39 +112,38 @@ def latest(run_dir: Path) -> Path | None:
     except OSError as error:
         raise unreadable(UnreadableError, root / "latest", error) from None
     if name is None:
-        return root / folder_name(steps[-1]) if steps else None
-    folder = root / name
+        return there[-1] if there else None
     if _NAME.fullmatch(name):
-        if folder.is_dir():
-            return folder
-        if _removed(folder).is_dir():  # a save of the same step was killed between two renames
-            return _removed(folder)
-    if not steps:
+        # removed where a save of the same step was killed between two renames
+        for folder in (root / name, _removed(root / name)):
+            if folder.is_dir():
+                return folder
+    if not there:
         raise CheckpointError(
             f"{root / 'latest'} {wrong}, and there is no checkpoint: take that file away, and the "
             f"run starts anew"
         )
-    others = first_of([folder_name(step) for step in steps])
     raise CheckpointError(
         f"{root / 'latest'} {wrong}; say from which checkpoint to go on with `stacking-ds "
-        f"checkpoint use {shlex.quote(str(run_dir))} STEP` (there is: {others})"
+        f"checkpoint use {shlex.quote(str(run_dir))} STEP` (there is: "
+        f"{first_of([folder.name for folder in there])})"
     )
 
 
 def fall_back(folder: Path) -> str:
     """Remedy where the checkpoint `folder` cannot be used: the end of an error's sentence."""
-    root, step = folder.parent, step_of(folder)
-    if root.name != "checkpoints" or step is None:
+    step = step_of(folder)
+    if folder.parent.name != "checkpoints" or step is None:
         return "bring it back from a copy, or use another checkpoint of its run"
     others = [
         other
-        for other in _steps_in(root)
-        if other != step and os.path.isfile(root / folder_name(other) / "manifest.json")
+        for other in saved_steps(folder.parent.parent)
+        if other != step and os.path.isfile(folder.with_name(folder_name(other)) / "manifest.json")
     ]
     if not others:
         return "there is no other checkpoint, so start the run again with another --run-dir"
     earlier = [other for other in others if other < step]
-    nearest = root / folder_name(earlier[-1] if earlier else others[0])
+    nearest = folder.with_name(folder_name(earlier[-1] if earlier else others[0]))
     return f"go on from {nearest.name}: `{use_command(nearest)}`, and then --resume"
 
 
@@ -172,28 +187,18 @@ def point_to(folder: Path) -> None:
 def prune(run_dir: Path, *, keep_last: int, keep_steps: Collection[int]) -> None:
     """Remove all checkpoints but the newest `keep_last`, those of `keep_steps` (the boundaries)
     and the one `latest` names; and what killed saves left behind. For one rank, between saves."""
-    root = run_dir / "checkpoints"
-    newest = latest(run_dir)
-    if newest is None:
+    newest, folders = latest(run_dir), saved(run_dir)
+    if newest not in folders:  # None, or what a save of the same step has left under another name
         return
-    newest_step = step_of(newest)
-    if newest.name.startswith("."):  # what a save of the same step left under another name
-        return
-    assert newest_step is not None
     # what lies beyond `latest` was given up by whoever went back to an earlier checkpoint
-    steps = [step for step in saved_steps(run_dir) if step <= newest_step]
-    for step in steps[: max(0, len(steps) - keep_last)]:
-        if step not in keep_steps:
-            _remove(root / folder_name(step))
-    for left_behind in [*root.glob(".step_*.partial"), *root.glob(".step_*.removed")]:
-        shutil.rmtree(left_behind)
-
-
-def _remove(folder: Path) -> None:
-    # renamed first: a removal that is killed must not leave what looks like a checkpoint
-    shutil.rmtree(_removed(folder), ignore_errors=True)
-    folder.rename(_removed(folder))
-    shutil.rmtree(_removed(folder))
+    for folder in folders[: max(0, folders.index(newest) + 1 - keep_last)]:
+        if step_of(folder) not in keep_steps:
+            # renamed first: a removal that is killed must not leave what looks like a checkpoint
+            shutil.rmtree(_removed(folder), ignore_errors=True)
+            shutil.rmtree(folder.rename(_removed(folder)))
+    for left_behind in run_dir.glob("checkpoints/.step_*"):
+        if _HIDDEN.fullmatch(left_behind.name):
+            shutil.rmtree(left_behind)
 
 
 # -------------------------------------------------------------------------- choosing
@@ -208,26 +213,22 @@ def choose(place: Path, name: str | None = None) -> Path:
         CheckpointError: there is none; the message lists those that are there.
     """
     if is_checkpoint(place):
-        if name is not None:
-            raise CheckpointError(
-                f"{place} is a checkpoint already; leave out {name}, or give its run"
-            )
-        return place
+        if name is None:
+            return place
+        raise CheckpointError(f"{place} is a checkpoint already; leave out {name}, or give its run")
     require_run(place)
     if name is None:
-        found = latest(place)
-        if found is None:
-            raise _none_yet(place)
-        return found
-    there = [folder_name(step) for step in saved_steps(place)]
-    if re.fullmatch("[0-9]{1,18}", name):
-        name = folder_name(int(name))
+        if newest := latest(place):
+            return newest
+        raise _none_yet(place)
+    there = {folder.name: folder for folder in saved(place)}
+    name = folder_name(int(name)) if re.fullmatch("[0-9]{1,18}", name) else name
     if name not in there:
         raise CheckpointError(
             f"{place} has no checkpoint {shortened(repr(name))}; there is: "
-            f"{first_of(there) or 'none'}"
+            f"{first_of(list(there)) or 'none'}"
         )
-    return place / "checkpoints" / name
+    return there[name]
 
 
 def choose_all(place: Path) -> list[Path]:
@@ -239,10 +240,9 @@ def choose_all(place: Path) -> list[Path]:
     if is_checkpoint(place):
         return [place]
     require_run(place)
-    found = [place / "checkpoints" / folder_name(step) for step in saved_steps(place)]
-    if not found:
-        raise _none_yet(place)
-    return found
+    if found := saved(place):
+        return found
+    raise _none_yet(place)
 
 
 def _none_yet(run_dir: Path) -> CheckpointError:

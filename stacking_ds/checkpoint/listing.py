@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -12,11 +13,11 @@ from pydantic import ValidationError
 
 from stacking_ds.checkpoint.folders import (
     fall_back,
-    folder_name,
     is_checkpoint,
     latest,
+    newest_first,
     require_run,
-    saved_steps,
+    saved,
     use_command,
 )
 from stacking_ds.checkpoint.load import problems as problems_of
@@ -25,6 +26,8 @@ from stacking_ds.checkpoint.manifest import Manifest, Parameter, read_manifest
 from stacking_ds.config.run import RunConfig
 from stacking_ds.console import aligned, first_of, plural, readable_size
 from stacking_ds.errors import CheckpointError, UnreadableError, UserError
+
+_COUNTS = ("step", "stage", "num_hidden_layers", "world_size", "zero_stage")
 
 Say = Callable[[str], None]
 State = Literal["whole", "damaged", "unreadable"]
@@ -44,27 +47,21 @@ def listed(run_dir: Path) -> list[dict[str, Any]]:
     if is_checkpoint(run_dir):
         raise CheckpointError(f"{run_dir} is one checkpoint; give the directory of its run")
     require_run(run_dir)
-    try:
+    newest = None
+    with suppress(CheckpointError):  # `latest` names what is not there, so none of these
         newest = latest(run_dir)
-    except CheckpointError:
-        newest = None  # `latest` names what is not there, so none of these
-    root = run_dir / "checkpoints"
-    folders = [root / folder_name(step) for step in saved_steps(run_dir)]
     records = []
-    for folder in [*folders, *sorted(root.glob(".step_*"))]:
-        try:
+    for folder in [*saved(run_dir), *sorted(run_dir.glob("checkpoints/.step_*"))]:
+        with suppress(FileNotFoundError):  # a job at work has just published or removed it
             records.append({**_on_disk(folder), "is_latest": folder == newest, **_says(folder)})
-        except FileNotFoundError:
-            continue  # a job at work has just published or removed it
     return records
 
 
 def _on_disk(folder: Path) -> dict[str, Any]:
     written = datetime.fromtimestamp(folder.stat().st_mtime).astimezone()
-    try:
+    size_bytes = None
+    with suppress(PermissionError):
         size_bytes = sum(path.lstat().st_size for path in folder.iterdir())
-    except PermissionError:
-        size_bytes = None
     return {
         "name": folder.name,
         "is_unfinished": folder.name.startswith("."),
@@ -76,10 +73,7 @@ def _on_disk(folder: Path) -> dict[str, Any]:
 def _says(folder: Path) -> dict[str, Any]:
     """Record of what the manifest says, or the `problem` with it."""
     known: dict[str, Any] = dict.fromkeys(
-        (
-            *("step", "stage", "num_hidden_layers", "world_size", "zero_stage", "precision"),
-            *("is_boundary", "is_end", "problem", "is_damaged"),
-        )
+        (*_COUNTS, "precision", "is_boundary", "is_end", "problem", "is_damaged")
     )
     if folder.name.startswith("."):
         return known
@@ -88,15 +82,9 @@ def _says(folder: Path) -> dict[str, Any]:
     except CheckpointError as error:
         damaged = not isinstance(error, UnreadableError)
         return {**known, "problem": str(error), "is_damaged": damaged}
-    known |= {
-        "step": manifest.step,
-        "stage": manifest.train_state.get("stage_index"),
-        "num_hidden_layers": manifest.num_hidden_layers,
-        "world_size": manifest.world_size,
-        "zero_stage": manifest.zero_stage,
-    }
-    config = config_of(manifest)
-    if config is not None:
+    known |= {key: getattr(manifest, key, None) for key in _COUNTS}
+    known["stage"] = manifest.train_state.get("stage_index")
+    if config := config_of(manifest):
         schedule = config.stage_schedule()
         known["precision"] = config.engine.precision
         known["is_boundary"] = manifest.step in schedule.boundaries
@@ -135,10 +123,6 @@ def listing(run_dir: Path) -> str:
 
 
 def _row(record: dict[str, Any]) -> list[str]:
-    numbers = [
-        "-" if record[key] is None else f"{record[key]:,}"
-        for key in ("step", "stage", "num_hidden_layers", "world_size", "zero_stage")
-    ]
     remarks = {
         "latest": record["is_latest"],
         "boundary": record["is_boundary"],
@@ -149,7 +133,7 @@ def _row(record: dict[str, Any]) -> list[str]:
     }
     return [
         record["name"],
-        *numbers,
+        *(_number(record[key]) for key in _COUNTS),
         record["precision"] or "-",
         "-" if record["size_bytes"] is None else readable_size(record["size_bytes"]),
         record["written"][:16].replace("T", " "),
@@ -179,18 +163,18 @@ def verify(folders: Sequence[Path], say: Say) -> bool:
 
 
 def _verify(folder: Path, say: Say) -> State:
-    problems = problems_of(folder)
-    for problem in problems:
+    state: State = "whole"
+    for problem in problems_of(folder):
         if isinstance(problem, UnreadableError):
             say(f"not verified: {problem}")
+            state = "unreadable" if state == "whole" else state
         else:
             say(f"damaged: {str(problem).removesuffix(f'; {fall_back(folder)}')}")
-    if not problems:
+            state = "damaged"
+    if state == "whole":
         manifest = read_manifest(folder)
         say(f"whole: {folder}: {_files(manifest)}, {_count(manifest)}")
-        return "whole"
-    unreadable = all(isinstance(problem, UnreadableError) for problem in problems)
-    return "unreadable" if unreadable else "damaged"
+    return state
 
 
 def _files(manifest: Manifest) -> str:
@@ -207,16 +191,8 @@ def _count(manifest: Manifest) -> str:
 def _way_out(damaged: Sequence[Path], states: dict[Path, State], say: Say) -> str:
     root = damaged[0].parent
     if root.name != "checkpoints":
-        return "bring it back from a copy, or use another checkpoint of its run"
-    try:
-        newest = latest(root.parent)
-    except CheckpointError:
-        newest = None
-    folders = [root / folder_name(step) for step in reversed(saved_steps(root.parent))]
-    if newest in folders:
-        place = folders.index(newest)
-        folders = folders[place:] + folders[:place]  # later ones have been given up: they come last
-    for folder in folders:
+        return fall_back(damaged[0])
+    for folder in newest_first(root.parent):
         if folder not in states:
             states[folder] = _verify(folder, say)
         if states[folder] == "whole":
@@ -225,9 +201,12 @@ def _way_out(damaged: Sequence[Path], states: dict[Path, State], say: Say) -> st
         if "unreadable" in states.values():
             return "no checkpoint that can be read is whole"
         return "no checkpoint is whole: start the run again with another --run-dir"
-    if folder == newest:
-        names = first_of([path.name for path in damaged])
-        return f"`latest` names {folder.name}, so --resume goes on from it; {names} may be deleted"
+    with suppress(CheckpointError):
+        if folder == latest(root.parent):
+            names = first_of([path.name for path in damaged])
+            return (
+                f"`latest` names {folder.name}, so --resume goes on from it; {names} may be deleted"
+            )
     return f"`{use_command(folder)}`, and then --resume goes on from there"
 
 
@@ -260,7 +239,7 @@ def contents(folder: Path) -> str:
         "data": f"shards {manifest.data_sha256[:16]}, vocabulary {manifest.vocabulary_sha256[:16]}",
         "written with": ", ".join(" ".join(each) for each in manifest.package_versions.items()),
     }
-    if config is not None:
+    if config:
         facts |= _plans(manifest, config)
     width = max(map(len, facts))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in facts.items())
@@ -272,10 +251,10 @@ def _number(value: float | None) -> str:
 
 def _plans(manifest: Manifest, config: RunConfig) -> dict[str, str]:
     """Facts that the recipe gives of the checkpoint's step and of the next one."""
-    schedule, step = config.stage_schedule(), manifest.step
-    facts = {"step": f"{step:,} of {schedule.total_steps:,}", "precision": config.engine.precision}
-    if config.engine.precision != "fp16":
-        facts["loss scale"] = f"none in {config.engine.precision}"
+    schedule, step, precision = config.stage_schedule(), manifest.step, config.engine.precision
+    facts = {"step": f"{step:,} of {schedule.total_steps:,}", "precision": precision}
+    if precision != "fp16":
+        facts["loss scale"] = f"none in {precision}"
     if step == schedule.total_steps:
         facts["step"] += ", the end of the run"
         return facts
@@ -299,17 +278,15 @@ def parameter_lines(folder: Path) -> Iterator[str]:
         CheckpointError: the manifest, or a file where it is read, is missing or damaged.
     """
     manifest = read_manifest(folder)
-    cells = {name: [name, *_shape_and_cut(each)] for name, each in manifest.parameters.items()}
-    head = ["parameter", "shape", "cut"]
-    *lines, title = aligned([*cells.values(), head], left=(0, 1, 2))
-    padded = dict(zip(cells, lines, strict=True))
-    width = max(map(len, [*lines, title]))
+    rows = [(name, *_shape_and_cut(each)) for name, each in manifest.parameters.items()]
+    title, *lines = aligned([("parameter", "shape", "cut"), *rows], left=(0, 1, 2))
+    width = max(map(len, [title, *lines]))
     yield f"{title:<{width}}  {'mean':>12}  {'std':>12}  {'norm':>12}"
-    for name, master in read_parameters(folder):
+    for line, (_, master) in zip(lines, read_parameters(folder), strict=True):
         mean = float(master.mean(dtype=torch.float64))
         norm = float(torch.linalg.vector_norm(master, dtype=torch.float64))
         std = math.sqrt(max(norm**2 / master.numel() - mean**2, 0.0))  # rounding may undercut 0
-        yield f"{padded[name]:<{width}}  {mean:>12.4g}  {std:>12.4g}  {norm:>12.4g}"
+        yield f"{line:<{width}}  {mean:>12.4g}  {std:>12.4g}  {norm:>12.4g}"
 
 
 def _shape_and_cut(parameter: Parameter) -> tuple[str, str]:

@@ -1,83 +1,46 @@
 """Fill an engine, or a reader's hands, from a checkpoint: only the intervals that are needed."""
 
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO, Literal
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from stacking_ds.checkpoint.folders import fall_back
-from stacking_ds.checkpoint.manifest import Manifest, RankFile, checksum, read_manifest
+from stacking_ds.checkpoint.manifest import (
+    ELEMENT_BYTES,
+    Count,
+    Manifest,
+    Positive,
+    RankFile,
+    checksum,
+    read_manifest,
+)
+from stacking_ds.console import shortened
 from stacking_ds.distributed.world import World
-from stacking_ds.errors import CheckpointError, UnreadableError, unreadable
-from stacking_ds.files import DamagedFileError, is_count, open_regular, parse_json
+from stacking_ds.errors import CheckpointError, UnreadableError, UserError, unreadable
+from stacking_ds.files import DamagedFileError, open_regular
+from stacking_ds.records import Record, first_problem
 from stacking_ds.sharding.fragments import MASTER, Fragment
 
-# ------------------------------------------------------------- the header of a file
-
-
-LENGTH_BYTES = 8
+_LENGTH_BYTES = 8
 """Of the number that says how many bytes of header follow it."""
-
-_ELEMENT_BYTES = 4
-# safetensors' own bound
 _MOST_HEADER_BYTES = 100_000_000
+"""safetensors' own bound."""
 
 
-def header_end(length: bytes | bytearray, size_bytes: int) -> int:
-    """The place in a file of `size_bytes` where the header ends, by its first bytes.
+class _Tensor(Record):
+    """What the header of a file says of a tensor."""
 
-    Raises:
-        ValueError: it would not end in the file.
-    """
-    end = LENGTH_BYTES + int.from_bytes(length, "little")
-    if end > min(size_bytes, LENGTH_BYTES + _MOST_HEADER_BYTES):
-        raise ValueError(f"its header would end at byte {end}")
-    return end
+    dtype: Literal["F32"]
+    shape: tuple[Positive]
+    data_offsets: tuple[Count, Count]
 
 
-def read_header(
-    header: bytes | bytearray, start: int, size_bytes: int
-) -> dict[str, tuple[int, int]]:
-    """Name to first byte and number of elements, of 1-D fp32 tensors that fill the bytes from
-    `start` to `size_bytes` and share none.
-
-    Raises:
-        ValueError: it says anything else.
-    """
-    entries = parse_json(header)
-    if not isinstance(entries, dict):
-        raise ValueError("its header is not a JSON object")
-    entries.pop("__metadata__", None)
-    found = {name: _tensor(name, entry) for name, entry in entries.items()}
-    place = start
-    for name, (offset, numel) in sorted(found.items(), key=lambda entry: entry[1]):
-        if start + offset != place:
-            raise ValueError(f"its header puts {_shown(name)} where another tensor or none is")
-        place += _ELEMENT_BYTES * numel
-    if place != size_bytes:
-        raise ValueError(f"its tensors end at byte {place} instead of {size_bytes}")
-    return {name: (start + offset, numel) for name, (offset, numel) in found.items()}
-
-
-def _tensor(name: str, entry: Any) -> tuple[int, int]:
-    """The offset and the number of elements."""
-    match entry:
-        case {"dtype": "F32", "shape": [numel], "data_offsets": [begin, end]}:
-            counts = all(map(is_count, (numel, begin, end)))
-            if counts and numel > 0 and end - begin == _ELEMENT_BYTES * numel:
-                return begin, numel
-    raise ValueError(f"its header says of {_shown(name)} what is true of no 1-D fp32 tensor")
-
-
-def _shown(name: str) -> str:
-    return re.sub(r"[^\w./-]", "?", name)[:100]
-
-
-# -------------------------------------------------------------- intervals, verified
+_HEADER = TypeAdapter(dict[str, _Tensor])
 
 
 class FragmentReader:
@@ -96,42 +59,40 @@ class FragmentReader:
             CheckpointError: it is missing, or damaged where it is read.
         """
         cut = self._manifest.parameters[name].cut
-        try:
-            for rank in cut.holders(start, stop):
-                low, high = cut.interval(rank)
-                first, last = max(start, low), min(stop, high)
+        for rank in cut.holders(start, stop):
+            low, high = cut.interval(rank)
+            first, last = max(start, low), min(stop, high)
+            try:
                 if rank not in self._files:
                     self._files[rank] = self._open(rank)
                 saved = self._files[rank].read(f"{key}/{name}", high - low, first - low, last - low)
-                view[first - start : last - start].copy_(saved)
-        except _DamageError as damage:
-            raise CheckpointError(f"{damage}; {fall_back(self._folder)}") from None
-        except OSError as error:
-            raise self._unreadable(rank, error) from None
+            except (DamagedFileError, OSError) as error:
+                problem = self._problem(rank, error)
+                if isinstance(problem, UnreadableError):
+                    raise problem from None
+                raise CheckpointError(f"{problem}; {fall_back(self._folder)}") from None
+            view[first - start : last - start].copy_(saved)
 
     def problems(self) -> Iterator[CheckpointError]:
         """Read every byte of every file; an error for each that is not as it was written, and an
         `UnreadableError` for each of which nobody knows."""
         for rank in range(self._manifest.world_size):
             try:
-                file = self._open(rank)
-                file.verify_all()
-                file.require_only(self._manifest.tensors_of(rank))
-            except _DamageError as damage:
-                yield CheckpointError(str(damage))
-            except OSError as error:
-                yield self._unreadable(rank, error)
+                self._open(rank).verify_all(self._manifest.tensors_of(rank))
+            except (DamagedFileError, OSError) as error:
+                yield self._problem(rank, error)
 
     def _open(self, rank: int) -> "_VerifiedFile":
         return _VerifiedFile(self._folder, self._manifest.files[rank], self._manifest.chunk_bytes)
 
-    def _unreadable(self, rank: int, error: OSError) -> UnreadableError:
+    def _problem(self, rank: int, error: DamagedFileError | OSError) -> CheckpointError:
+        """The error without a remedy."""
         path = self._folder / self._manifest.files[rank].name  # not every error knows it
+        if isinstance(error, DamagedFileError):
+            return CheckpointError(str(error))
+        if isinstance(error, FileNotFoundError):
+            return CheckpointError(f"{path} cannot be read ({error.strerror})")
         return unreadable(UnreadableError, path, error)
-
-
-class _DamageError(Exception):
-    """Damage of a file, without the remedy."""
 
 
 class _VerifiedFile:
@@ -146,64 +107,69 @@ class _VerifiedFile:
         self._record = record
         self._chunk_bytes = chunk_bytes
         self._last_chunk: tuple[int, bytes] = (-1, b"")
-        try:
-            with self._file() as file:
-                size = os.fstat(file.fileno()).st_size
-        except FileNotFoundError as error:
-            raise _DamageError(f"{self._path} cannot be read ({error.strerror})") from None
+        with open_regular(self._path) as file:
+            size = os.fstat(file.fileno()).st_size
         if size != record.size_bytes:
             raise self._damaged(f"it has {size} bytes instead of {record.size_bytes}")
 
     def read(self, tensor: str, numel: int, start: int, stop: int) -> torch.Tensor:
         """The elements [start, stop), at least one, of a 1-D fp32 tensor of `numel`."""
-        place = self.find(tensor, numel)
-        found = self._bytes(place + _ELEMENT_BYTES * start, place + _ELEMENT_BYTES * stop)
+        place = self._find(tensor, numel)
+        found = self._bytes(place + ELEMENT_BYTES * start, place + ELEMENT_BYTES * stop)
         return torch.frombuffer(found, dtype=torch.float32)
 
-    def find(self, tensor: str, numel: int) -> int:
-        """The first byte of a tensor of `numel` elements."""
-        place, found = self._tensors.get(tensor, (0, None))
-        if found != numel:
-            raise self._damaged(f"it does not hold the {numel} elements of {tensor}")
-        return place
-
-    def require_only(self, numel: Mapping[str, int]) -> None:
-        """It holds these tensors, of so many elements each, and no others."""
-        for tensor, expected in numel.items():
-            self.find(tensor, expected)
-        if len(self._tensors) > len(numel):
-            raise self._damaged(f"it holds {len(self._tensors)} tensors instead of {len(numel)}")
-
-    def verify_all(self) -> None:
+    def verify_all(self, tensors: Mapping[str, int]) -> None:
+        """Every byte, and that it holds these tensors, of so many elements each, and no others."""
         count = len(self._record.checksums)
-        with self._file() as file:
+        with open_regular(self._path) as file:
             damaged = [i for i in range(count) if not self._is_whole(i, self._chunk(file, i))]
         if damaged:
             raise self._damaged(
                 f"{len(damaged)} of {count} chunks are not those that were written, the first at "
                 f"byte {damaged[0] * self._chunk_bytes}"
             )
+        for tensor, numel in tensors.items():
+            self._find(tensor, numel)
+        if len(self._tensors) > len(tensors):
+            raise self._damaged(f"it holds {len(self._tensors)} tensors instead of {len(tensors)}")
+
+    def _find(self, tensor: str, numel: int) -> int:
+        """The first byte of a tensor of `numel` elements."""
+        place, found = self._tensors.get(tensor, (0, None))
+        if found != numel:
+            raise self._damaged(f"it does not hold the {numel} elements of {tensor}")
+        return place
 
     @cached_property
     def _tensors(self) -> dict[str, tuple[int, int]]:
-        """Name to first byte and number of elements."""
-        size_bytes = self._record.size_bytes
+        """Name to first byte and number of elements, of tensors that fill the rest of the file and
+        share no byte."""
+        size = self._record.size_bytes
+        end = _LENGTH_BYTES + int.from_bytes(self._bytes(0, min(_LENGTH_BYTES, size)), "little")
+        if end > min(size, _LENGTH_BYTES + _MOST_HEADER_BYTES):
+            raise self._damaged(f"its header would end at byte {end}")
         try:
-            end = header_end(self._bytes(0, min(LENGTH_BYTES, size_bytes)), size_bytes)
-            return read_header(self._bytes(LENGTH_BYTES, end), end, size_bytes)
-        except ValueError as error:
-            raise self._damaged(str(error)) from None
-
-    def _file(self) -> BinaryIO:
-        try:
-            return open_regular(self._path)
-        except DamagedFileError as damage:
-            raise self._damaged(damage.reason) from None
+            header = _HEADER.validate_json(self._bytes(_LENGTH_BYTES, end))
+        except ValidationError as error:
+            raise self._damaged(
+                f"its header is not one of 1-D fp32 tensors: {first_problem(error)}"
+            ) from None
+        found, place = {}, end
+        for name, tensor in sorted(header.items(), key=lambda entry: entry[1].data_offsets):
+            [numel], (first, last) = tensor.shape, tensor.data_offsets
+            if end + first != place or last - first != ELEMENT_BYTES * numel:
+                raise self._damaged(
+                    f"its header puts {shortened(name)} where another tensor or none is"
+                )
+            found[name], place = (place, numel), end + last
+        if place != size:
+            raise self._damaged(f"its tensors end at byte {place} instead of {size}")
+        return found
 
     def _bytes(self, start: int, stop: int) -> bytearray:
         """The bytes [start, stop), whose chunks are verified."""
         found = bytearray(stop - start)
-        with self._file() as file:
+        with open_regular(self._path) as file:
             for index in range(start // self._chunk_bytes, -(-stop // self._chunk_bytes)):
                 low = index * self._chunk_bytes
                 if self._last_chunk[0] != index:  # small tensors share one
@@ -225,15 +191,11 @@ class _VerifiedFile:
     def _is_whole(self, index: int, chunk: bytes) -> bool:
         return checksum(chunk) == self._record.checksums[index]
 
-    def _damaged(self, reason: str) -> _DamageError:
-        return _DamageError(f"{self._path} is damaged: {reason}")
+    def _damaged(self, reason: str) -> DamagedFileError:
+        return DamagedFileError(self._path, reason)
 
 
-def load(
-    folder: Path,
-    targets: Sequence[Fragment],
-    world: World | None = None,
-) -> Manifest:
+def load(folder: Path, targets: Sequence[Fragment], world: World | None = None) -> Manifest:
     """Fill the live fragments `targets` with the elements saved in `folder`.
 
     Works at any world size, ZeRO stage and precision: only the intervals that this rank needs are
@@ -246,11 +208,23 @@ def load(
         world: given, it is a collective, and an error on one rank is raised on all.
 
     Raises:
-        CheckpointError: a file that is missing or damaged, or the checkpoint of another model.
+        CheckpointError: a file that is missing or damaged, the checkpoint of another model, or
+            whatever else has kept it from being loaded.
     """
+
+    def fill() -> Manifest:
+        try:
+            return _fill(folder, targets)
+        except UserError:
+            raise
+        except Exception as error:
+            raise CheckpointError(
+                f"{folder} could not be loaded ({error!r}); mend that and resume again"
+            ) from error
+
     if world is None:
-        return _fill(folder, targets)
-    manifest: Manifest = world.on_all(lambda: _fill(folder, targets))
+        return fill()
+    manifest: Manifest = world.on_all(fill)
     return manifest
 
 
@@ -272,18 +246,15 @@ def require_shapes(folder: Path, manifest: Manifest, shapes: Mapping[str, tuple[
     """Raises:
     CheckpointError: the parameters are not those of a model with these.
     """
-    more = manifest.parameters.keys() - shapes.keys()
-    if more:
-        raise _of_another_model(folder, f"has {min(more)}, which this model lacks")
-    for name, shape in shapes.items():
-        saved = manifest.parameters.get(name)
-        if saved is None or saved.shape != shape:
-            found = f"has {name} with shape {saved.shape}" if saved else f"has no {name}"
-            raise _of_another_model(folder, f"{found}, this model needs shape {shape}")
-
-
-def _of_another_model(folder: Path, difference: str) -> CheckpointError:
-    return CheckpointError(
+    found = {name: parameter.shape for name, parameter in manifest.parameters.items()}
+    if more := found.keys() - shapes.keys():
+        difference = f"has {min(more)}, which this model lacks"
+    elif differs := next((name for name in shapes if found.get(name) != shapes[name]), None):
+        has = f"{differs} with shape {found[differs]}" if differs in found else f"no {differs}"
+        difference = f"has {has}, this model needs shape {shapes[differs]}"
+    else:
+        return
+    raise CheckpointError(
         f"{folder} is of another model: it {difference}; resume with the recipe the run was "
         f"started with"
     )

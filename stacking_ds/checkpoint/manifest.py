@@ -21,7 +21,7 @@ CHUNK_BYTES = 1 << 20
 make a short manifest."""
 
 _MOST = 2**53
-_ELEMENT_BYTES = 4
+ELEMENT_BYTES = 4
 
 Count = Annotated[int, Field(ge=0, le=_MOST)]
 Positive = Annotated[int, Field(ge=1, le=_MOST)]
@@ -120,7 +120,7 @@ class Manifest(Contents):
                 raise ValueError(f"not all elements of {name} are in a file")
         numel = sum(parameter.cut.numel for parameter in self.parameters.values())
         # so that nobody makes room for what cannot be there
-        if numel * len(self.keys) * _ELEMENT_BYTES > sum(file.size_bytes for file in self.files):
+        if numel * len(self.keys) * ELEMENT_BYTES > sum(file.size_bytes for file in self.files):
             raise ValueError(f"{numel} parameters do not fit into the files")
         if self.train_state.get("step", self.step) != self.step:
             raise ValueError(f"train_state is not that of step {self.step}")

@@ -29,6 +29,7 @@ from stacking_ds.checkpoint.folders import (
 )
 from stacking_ds.checkpoint.manifest import (
     CHUNK_BYTES,
+    ELEMENT_BYTES,
     Contents,
     Manifest,
     Parameter,
@@ -42,11 +43,6 @@ from stacking_ds.distributed.world import World
 from stacking_ds.errors import CheckpointError
 from stacking_ds.files import DamagedFileError, sync
 from stacking_ds.sharding.fragments import Fragment
-
-# safetensors files: https://huggingface.co/docs/safetensors has the format
-
-
-_ELEMENT_BYTES = 4
 
 
 def save_file(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
@@ -65,7 +61,7 @@ def safetensors_header(
     entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     places, end = {}, 0
     for name, shape in shapes.items():
-        places[name], end = end, end + _ELEMENT_BYTES * math.prod(shape)
+        places[name], end = end, end + ELEMENT_BYTES * math.prod(shape)
         entries[name] = {"dtype": "F32", "shape": shape, "data_offsets": [places[name], end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the numbers are aligned

@@ -5,21 +5,20 @@ import json
 import os
 import textwrap
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stacking_ds.commands.train import add_local_rank, add_set
 from stacking_ds.console import join_names, plural, say
-from stacking_ds.errors import ConfigError
+from stacking_ds.errors import EXIT_USER_ERROR, ConfigError
 from stacking_ds.files import write_whole
 
 if TYPE_CHECKING:
     from stacking_ds.distributed.world import World
     from stacking_ds.doctor.checks import Finding
-    from stacking_ds.doctor.examination import Examination
 
 
-_FAILED = 2
 # who asks whether a rank is missing does not want to wait as long as a run would
 _MEETING_SECONDS = 45.0
 _CHECK_COLUMNS, _VERDICT_COLUMNS, _LINE_COLUMNS = 17, 9, 110
@@ -61,57 +60,39 @@ def report(world: "World", options: argparse.Namespace) -> int:
     Raises:
         ConfigError: on every rank, if the JSON file cannot be written.
     """
-    from stacking_ds.doctor.examination import examine
+    from stacking_ds.doctor.examination import Examination
 
     world.on_first(lambda: _require_writable(options.json))
-    found = examine(
-        world, options.recipe, options.set, options.run_dir, greet=_greet, say=_say_finding
-    )
+    found = Examination(world, options.recipe, options.set, options.run_dir)
+    if world.is_first:
+        counts = f"{plural(len(found.nodes), 'node')}, {plural(len(found.ranks), 'rank')}"
+        say(f"{counts}: {join_names(list(found.nodes))}\n")
+    for finding in found.look():
+        _say_finding(finding)
     failed: bool = world.broadcast(found.failed)
     world.on_first(lambda: _write(options.json, found.to_record()))
     if world.is_first:
-        _conclude(found)
-    return _FAILED if failed else 0
-
-
-# ---------------------------------------------------------------------------- table
-
-
-def _greet(found: "Examination") -> None:
-    counts = f"{plural(len(found.nodes), 'node')}, {plural(len(found.ranks), 'rank')}"
-    say(f"{counts}: {join_names(list(found.nodes))}\n")
+        verdicts = [finding.verdict for finding in found.findings]
+        counts = ", ".join(
+            [f"{verdicts.count('FAILED'):,} FAILED"] * failed
+            + [plural(verdicts.count("warning"), "warning")] * ("warning" in verdicts)
+        )
+        then = "a run would stop, or be wrong, for what has FAILED" if failed else "a run can start"
+        say(f"\n{counts or 'all is well'}: {then}")
+    return EXIT_USER_ERROR if failed else 0
 
 
 def _say_finding(finding: "Finding") -> None:
     lead = f"{finding.check:<{_CHECK_COLUMNS}}{finding.verdict:<{_VERDICT_COLUMNS}}"
     indent = " " * len(lead)
-    lines = [lead + line for line in _wrapped(finding.text)[:1]]
-    lines += [indent + line for line in _wrapped(finding.text)[1:]]
+    say(_wrapped(finding.text, lead, indent))
     if finding.remedy:
-        first, *rest = _wrapped(f"-> {finding.remedy}")
-        lines += [indent + first, *(f"{indent}   {line}" for line in rest)]
-    say("\n".join(lines))
+        say(_wrapped(f"-> {finding.remedy}", indent, f"{indent}   "))
 
 
-def _wrapped(text: str) -> list[str]:
-    width = _LINE_COLUMNS - _CHECK_COLUMNS - _VERDICT_COLUMNS
-    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]
-
-
-def _conclude(found: "Examination") -> None:
-    verdicts = [finding.verdict for finding in found.findings]
-    failed, warnings = verdicts.count("FAILED"), verdicts.count("warning")
-    counts = [f"{failed:,} FAILED"] * (failed > 0) + [plural(warnings, "warning")] * (warnings > 0)
-    say(f"\n{', '.join(counts) or 'all is well'}: {_meaning(found.failed)}")
-
-
-def _meaning(failed: bool) -> str:
-    if failed:
-        return "a run would stop, or be wrong, for what has FAILED"
-    return "a run can start"
-
-
-# ----------------------------------------------------------------------------- JSON
+def _wrapped(text: str, first: str, rest: str) -> str:
+    fill = partial(textwrap.fill, break_long_words=False, break_on_hyphens=False)
+    return fill(text, _LINE_COLUMNS, initial_indent=first, subsequent_indent=rest)
 
 
 def _require_writable(path: Path | None) -> None:

@@ -16,14 +16,14 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from datetime import timedelta
-from types import TracebackType
+from functools import partial
 from typing import Any
 
 from stacking_ds.console import say_on_stderr
 from stacking_ds.distributed.lost_ranks import (
     AwakeClock,
-    Missing,
     Progress,
     RankFailure,
     RankView,
@@ -50,7 +50,7 @@ _SECONDS_TO_END = 15.0  # for a main thread that can still end by itself
 _SECONDS_TO_TELL = 10.0  # the file system or the pipe may be what hangs
 
 # names that earlier versions understand: a node with one of those is to be told of as such
-_VERDICT, _FAILURES = "watch/verdict", "watch/fates"
+_BEAT, _VERDICT, _FAILURES = "watch/beat/", "watch/verdict", "watch/fates"
 
 
 class FailureDetector:
@@ -60,13 +60,7 @@ class FailureDetector:
     LostRankError which says who is missing, as far as rank 0 can find out.
     """
 
-    def __init__(
-        self,
-        world: World,
-        *,
-        timeout_seconds: float,
-        silence_seconds: float,
-    ) -> None:
+    def __init__(self, world: World, *, timeout_seconds: float, silence_seconds: float) -> None:
         """Args:
         timeout_seconds: how long it may be that no rank moves.
         silence_seconds: how long a rank may be silent.
@@ -76,7 +70,6 @@ class FailureDetector:
         self._world = world
         self._timeout, self._silence = timeout_seconds, silence_seconds
         self._interval = min(_LONGEST_INTERVAL_SECONDS, silence_seconds / _INTERVALS_OF_SILENCE)
-        self._clock = AwakeClock(_INTERVALS_OF_PAUSE * self._interval)
         self._progress = Progress()
         self._hosts: list[str] = []
         self._seen: list[RankView] = []
@@ -107,73 +100,53 @@ class FailureDetector:
         self._clock = AwakeClock(_INTERVALS_OF_PAUSE * self._interval)
         self._heard_of_first = now = self._clock.now()
         self._seen = [RankView(heard=now, moved=now) for _ in self._hosts]
-        for action, arguments in ((self._beat, (store,)), (self._judge, ())):
-            thread = threading.Thread(target=action, args=arguments, name="heartbeat", daemon=True)
-            thread.start()
-            self._threads.append(thread)
+        for target in (partial(self._beat, store), self._judge):
+            self._threads.append(threading.Thread(target=target, name="heartbeat", daemon=True))
+            self._threads[-1].start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._world.size == 1:
             return
         if error is None or isinstance(error, AgreedError):
-            gone = self._leave_together()
-            if gone is None or error is not None:
+            try:
+                self._world.barrier()  # some have more to tidy up, and are watched while they do
+                self._leaving.set()
+                for thread in self._threads:
+                    thread.join()
+                self._world.barrier()  # rank 0 takes the store with it
                 return
-            error = gone
+            except RuntimeError as gone:
+                if error is not None:
+                    return
+                error = gone
         contact = is_lost_contact(error)
         self._report(error, contact)
-        if contact:
-            raise self._lost(error) from error
-        if isinstance(error, Exception) and self._world.is_first:
-            self._let_others_read()
-        self._leaving.set()
-
-    def _leave_together(self) -> RuntimeError | None:
-        """Meet the others at the end; the error of a rank that does not find them."""
-        try:
-            self._world.barrier()  # some have more to tidy up, and are watched while they do
-            self._leaving.set()
-            for thread in self._threads:
-                thread.join()
-            self._world.barrier()  # rank 0 takes the store with it
-        except RuntimeError as error:
-            return error
-        return None
-
-    def _lost(self, error: BaseException) -> LostRankError:
-        if self._world.is_first:
-            self._let_others_read()
-        else:
+        if self._world.is_first and isinstance(error, Exception):
+            # the store goes when this rank does, and the others are to read the verdict in it
+            if self._decided.wait(_INTERVALS_TO_DECIDE * self._interval):
+                time.sleep(2 * self._interval)
+        elif contact:
             self._decided.wait(_INTERVALS_TO_DECIDE * self._interval)
+        if not contact:
+            self._leaving.set()
+            return
         is_told = self._verdict and not self._speaks
-        kind = LostRankToldError if is_told else LostRankError
-        lost = kind(self._verdict or _lost_contact(self._world, error))
-        self._record(str(lost))
+        verdict = self._verdict or _lost_contact(self._world, error)
+        self._record(verdict)
         self._leaving.set()
-        return lost
+        raise (LostRankToldError if is_told else LostRankError)(verdict) from error
 
     def _record(self, verdict: str) -> None:
         with suppress(OSError, UserError):
             self.record(verdict)
 
-    def _let_others_read(self) -> None:
-        """Keep the store with the verdict, which goes when rank 0 does, for a while."""
-        if self._decided.wait(_INTERVALS_TO_DECIDE * self._interval):
-            time.sleep(2 * self._interval)
-
     def _report(self, error: BaseException, contact: bool) -> None:
-        failure = RankFailure(
-            self._world.rank, self._world.pulse.step, f"{type(error).__name__}: {error}", contact
-        )
+        why, step = f"{type(error).__name__}: {error}", self._world.pulse.step
+        failure = RankFailure(self._world.rank, step, why, contact)
         self._alarm = self._clock.now()
         with suppress(RuntimeError):  # rank 0 is gone with the store
-            self._connect().append(_FAILURES, json.dumps(failure.__dict__) + "\n")
+            self._connect().append(_FAILURES, json.dumps(asdict(failure)) + "\n")
 
     def _connect(self) -> Any:
         # its own connection: one that waits for an answer would hold up the others
@@ -206,23 +179,20 @@ class FailureDetector:
                 self._decide(self._first_is_gone("ended, or its launcher did"))
 
     def _tell(self, store: Any, count: int) -> None:
-        pulse = self._world.pulse
+        pulse, rank = self._world.pulse, self._world.rank
         work = self._progress.look(pulse.work)
-        store.set(_key(self._world.rank), f"{count} {pulse.moves} {work} {int(pulse.loading)}")
+        store.set(f"{_BEAT}{rank}", f"{count} {pulse.moves} {work} {int(pulse.loading)}")
 
     def _look(self, store: Any) -> None:
-        keys = [_key(rank) for rank in range(self._world.size)]
+        keys = [f"{_BEAT}{rank}" for rank in range(self._world.size)]
         *beats, failures = store.multi_get([*keys, _FAILURES])
         now = self._clock.now()
         for seen, beat in zip(self._seen, beats, strict=True):
-            count, moves, work, loading = map(int, beat.split())
-            seen.update(count, moves, work, now)
-            seen.loading = bool(loading)
-        for line in failures.decode().splitlines():
-            if line:
-                failure = RankFailure(**json.loads(line))
-                self._seen[failure.rank].failure = failure
-                self._alarm = self._alarm or now
+            seen.update(now, *map(int, beat.split()))
+        for line in filter(None, failures.decode().splitlines()):
+            failure = RankFailure(**json.loads(line))
+            self._seen[failure.rank].failure = failure
+            self._alarm = self._alarm or now
 
     def _listen(self, store: Any) -> None:
         if store.check([_VERDICT]):
@@ -230,7 +200,7 @@ class FailureDetector:
             self._decide(store.get(_VERDICT).decode())
             return
         # the store answers also while rank 0 itself is stopped
-        beat = store.get(_key(0))
+        beat = store.get(f"{_BEAT}0")
         if beat != self._first_beat:
             self._first_beat, self._heard_of_first = beat, self._clock.now()
 
@@ -252,22 +222,22 @@ class FailureDetector:
         silence = self._silence
         if self._alarm is not None:
             silence = min(silence, (_INTERVALS_TO_GATHER - 1) * self._interval)
-        missing = find_missing(self._seen, now, silence=silence, timeout=self._timeout)
-        if missing is None and self._alarm is not None:
+
+        def missing_by(timeout: float) -> str | None:
+            missing = find_missing(self._seen, now, silence=silence, timeout=timeout)
+            step = self._world.pulse.step
+            return sentence(missing, self._seen, self._hosts, now, step) if missing else None
+
+        verdict = missing_by(self._timeout)
+        if verdict is None and self._alarm is not None:
             if now - self._alarm < _INTERVALS_TO_GATHER * self._interval:
                 return
-            missing = find_missing(self._seen, now, silence=silence, timeout=0.0)
-        if missing is not None:
-            self._decide(self._sentence(missing, now))
-        elif not self._warned:
-            behind = find_missing(self._seen, now, silence=silence, timeout=self._timeout / 2)
-            if behind is not None:
-                self._warned = True
-                said = self._sentence(behind, now)
-                say_on_stderr(f"{said}; waiting for {self._timeout / 2:.0f} s more")
-
-    def _sentence(self, missing: Missing, now: float) -> str:
-        return sentence(missing, self._seen, self._hosts, now, self._world.pulse.step)
+            verdict = missing_by(0.0)
+        if verdict is not None:
+            self._decide(verdict)
+        elif not self._warned and (behind := missing_by(self._timeout / 2)) is not None:
+            self._warned = True
+            say_on_stderr(f"{behind}; waiting for {self._timeout / 2:.0f} s more")
 
     def _first_is_gone(self, how: str) -> str:
         step = self._world.pulse.step
@@ -293,19 +263,11 @@ class FailureDetector:
             say_on_stderr(f"stacking-ds: error: {self._verdict}")
         named = f"rank {self._world.rank} on " in self._verdict
         if named or (self._world.is_first and "none is behind" in self._verdict):
-            say_on_stderr(_main_thread_stack(self._world.rank))
+            frame = sys._current_frames().get(threading.main_thread().ident or 0)
+            stack = "".join(traceback.format_stack(frame)[-12:]) if frame else ""
+            say_on_stderr(f"[rank {self._world.rank}] its main thread is at:\n{stack}")
         self._record(self._verdict)
         end_now(EXIT_LOST_RANK)
-
-
-def _key(rank: int) -> str:
-    return f"watch/beat/{rank}"
-
-
-def _main_thread_stack(rank: int) -> str:
-    frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    stack = "".join(traceback.format_stack(frame)[-12:]) if frame else ""
-    return f"[rank {rank}] its main thread is at:\n{stack}"
 
 
 def _lost_contact(world: World, error: BaseException) -> str:

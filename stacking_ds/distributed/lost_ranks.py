@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -20,32 +20,27 @@ class RankFailure:
     rank: int
     step: int
     why: str
-    contact: bool
-    """True where it only lost contact with others, which is no fault of its own."""
+    contact: bool  # true where it only lost contact with others, which is no fault of its own
 
 
 @dataclass
 class RankView:
     """A rank as rank 0 sees it; times are rank 0's, without its own pauses."""
 
-    heard: float
-    """When it was last heard of."""
-    moved: float
-    """When it was last seen to have moved."""
+    heard: float  # when it was last heard of
+    moved: float  # when it was last seen to have moved
     beats: int = 0
     moves: int = 0
-    work: int = 0
-    """Grows while it works by itself; 0 while it does not."""
-    loading: bool = False
-    """Whether it waits for a batch of its own loader."""
+    work: int = 0  # grows while it works by itself; 0 while it does not
+    loading: bool = False  # whether it waits for a batch of its own loader
     failure: RankFailure | None = None
 
-    def update(self, beats: int, moves: int, work: int, now: float) -> None:
+    def update(self, now: float, beats: int, moves: int, work: int, loading: int) -> None:
         if beats != self.beats:
             self.heard = now
         if (moves, work) != (self.moves, self.work):
             self.moved = now
-        self.beats, self.moves, self.work = beats, moves, work
+        self.beats, self.moves, self.work, self.loading = beats, moves, work, bool(loading)
 
 
 @dataclass(frozen=True)
@@ -65,25 +60,22 @@ def find_missing(
     Who failed by itself comes before who is silent, who is silent before who waits for a batch or
     is stuck in work that the others wait for, or behind them.
     """
-    failed = [rank for rank, seen in enumerate(ranks) if seen.failure and not seen.failure.contact]
-    if failed:
-        return Missing("failed", tuple(failed))
-    silent = [
-        rank for rank, seen in enumerate(ranks) if not seen.failure and now - seen.heard > silence
-    ]
-    if silent:
-        return Missing("silent", tuple(silent))
-    if now - max(seen.moved for seen in ranks) > timeout:
-        loading = tuple(rank for rank, seen in enumerate(ranks) if seen.loading and timeout)
-        if loading:
-            return Missing("loading", loading)
-        # when contact is lost, who is at work has not noticed yet
-        behind = tuple(rank for rank, seen in enumerate(ranks) if seen.work and timeout)
-        if not behind:
-            least = min(seen.moves for seen in ranks)
-            behind = tuple(rank for rank, seen in enumerate(ranks) if seen.moves == least)
-        return Missing("together" if len(behind) == len(ranks) else "stuck", behind)
-    return None
+
+    def those(are_so: Callable[[RankView], object]) -> tuple[int, ...]:
+        return tuple(rank for rank, seen in enumerate(ranks) if are_so(seen))
+
+    if failed := those(lambda seen: seen.failure and not seen.failure.contact):
+        return Missing("failed", failed)
+    if silent := those(lambda seen: not seen.failure and now - seen.heard > silence):
+        return Missing("silent", silent)
+    if now - max(seen.moved for seen in ranks) <= timeout:
+        return None
+    if loading := those(lambda seen: seen.loading and timeout):
+        return Missing("loading", loading)
+    least = min(seen.moves for seen in ranks)
+    # when contact is lost, who is at work has not noticed yet
+    behind = those(lambda seen: seen.work and timeout) or those(lambda seen: seen.moves == least)
+    return Missing("together" if len(behind) == len(ranks) else "stuck", behind)
 
 
 def sentence(
@@ -98,27 +90,16 @@ def sentence(
         assert first.failure is not None
         why = " ".join(first.failure.why.split())[:_SHOWN_CHARACTERS]
         return f"{who} failed after step {first.failure.step}: {why}"
-    if missing.how == "silent":
-        return (
-            f"{who} {verb} gone or cut off: last heard of {now - first.heard:.0f} s ago, after "
-            f"step {step}"
-        )
-    still = now - max(seen.moved for seen in ranks)
-    if missing.how == "loading":
-        return (
-            f"{who} {verb} without a batch after step {step}: the loader has handed over none for "
-            f"{still:.0f} s; its processes are stopped, or hang in the file system of the token "
-            f"shards"
-        )
-    if missing.how == "stuck":
-        return (
-            f"{who} {verb} stuck after step {step} while the others wait: no rank has moved "
-            f"for {still:.0f} s"
-        )
-    return (
-        f"no rank has moved for {still:.0f} s after step {step}, and none is behind: the "
-        f"network between them, or a collective of the engine, is stuck"
-    )
+    heard, after = f"{now - first.heard:.0f} s ago", f"after step {step}"
+    still = f"{now - max(seen.moved for seen in ranks):.0f} s"
+    return {
+        "silent": f"{who} {verb} gone or cut off: last heard of {heard}, {after}",
+        "loading": f"{who} {verb} without a batch {after}: the loader has handed over none for "
+        f"{still}; its processes are stopped, or hang in the file system of the token shards",
+        "stuck": f"{who} {verb} stuck {after} while the others wait: no rank has moved for {still}",
+        "together": f"no rank has moved for {still} {after}, and none is behind: the network "
+        f"between them, or a collective of the engine, is stuck",
+    }[missing.how]
 
 
 # --------------------------------------------------------------- time and work
@@ -168,23 +149,13 @@ class Progress:
                 self._thread, self._count, self._seconds = thread, 1, 0.0
                 # a loader's processes look up now and then, whatever this thread does
                 self._others = {child.pid for child in children}
-            started_for_it = [child for child in children if child.pid not in self._others]
-            seconds = _processor_seconds(thread, started_for_it)
+            own = [one for one in psutil.Process().threads() if one.id == thread.native_id]
+            times = [child.cpu_times() for child in children if child.pid not in self._others]
         except (OSError, psutil.Error):
             return max(1, self._count)
+        seconds = sum(one.user_time + one.system_time for one in own)
+        seconds += sum(one.user + one.system for one in times)  # of those started for it
         if seconds > self._seconds:
             self._seconds = seconds
             self._count += 1
         return self._count
-
-
-def _processor_seconds(thread: threading.Thread, processes: list[psutil.Process]) -> float:
-    seconds = sum(
-        own.user_time + own.system_time
-        for own in psutil.Process().threads()
-        if own.id == thread.native_id
-    )
-    for process in processes:
-        times = process.cpu_times()
-        seconds += times.user + times.system
-    return float(seconds)

@@ -8,8 +8,7 @@ import os
 import resource
 import socket
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -25,9 +24,7 @@ from stacking_ds.process.launchers import by_srun, complete_environment, interfa
 _TIMEOUT = timedelta(minutes=10)
 # a failure detector, which names who is missing, is to speak before a collective gives up
 _AFTER_THE_WATCH = timedelta(seconds=30)
-_GROUP_TIMEOUTS = ("default_pg_timeout", "default_pg_nccl_timeout")
-_added: set[str] = set()
-_timeouts_before: dict[str, Any] = {}
+_to_undo = ExitStack()
 _NAMED = 3
 _FINE = "fine"
 _SECONDS_TO_READ = 3.0
@@ -47,11 +44,15 @@ def start(timeout: timedelta = _TIMEOUT) -> World:
         LostRankError: not all ranks have come, or they do not reach one another.
     """
     environment = complete_environment()
-    rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-    local_rank, local_size = int(environment["LOCAL_RANK"]), int(environment["LOCAL_WORLD_SIZE"])
+    rank, size, local_rank, local_size = (
+        int(environment[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    )
     # DeepSpeed reads these too, and looks for an MPI where it misses one
     _add(environment)
-    _allow_many_files()
+    # rank 0 has a connection or more from each of the others
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     on_cuda = torch.cuda.is_available()
     backend = "nccl" if on_cuda else "gloo"
     refusal = _refusal(local_rank, local_size, size)
@@ -89,17 +90,12 @@ def _form_groups(
     store: Any, backend: str, rank: int, size: int, timeout: timedelta
 ) -> dist.ProcessGroup | None:
     # DeepSpeed makes groups of its own and gives them no time-out: they take these
-    for name in _GROUP_TIMEOUTS:
-        _timeouts_before.setdefault(name, getattr(distributed_c10d, name))
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        _to_undo.callback(setattr, distributed_c10d, name, getattr(distributed_c10d, name))
         setattr(distributed_c10d, name, timeout)
+    own = dist.PrefixStore("group", store)  # type: ignore[attr-defined]
     try:
-        dist.init_process_group(
-            backend,
-            store=dist.PrefixStore("group", store),  # type: ignore[attr-defined]
-            rank=rank,
-            world_size=size,
-            timeout=timeout,
-        )
+        dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=timeout)
         return dist.new_group(backend="gloo", timeout=timeout) if backend == "nccl" else None
     except RuntimeError as error:
         stop()
@@ -114,26 +110,16 @@ def _form_groups(
 
 
 def _add(environment: dict[str, str]) -> None:
-    _added.update(name for name in environment if name not in os.environ)
+    for name in environment.keys() - os.environ.keys():
+        _to_undo.callback(os.environ.pop, name, None)
     os.environ.update(environment)
-
-
-def _allow_many_files() -> None:
-    # rank 0 has a connection or more from each of the others
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def stop() -> None:
     """Leave the process group, and take what `start` added from the environment."""
     if dist.is_initialized():
         dist.destroy_process_group()
-    for name, before in _timeouts_before.items():
-        setattr(distributed_c10d, name, before)
-    _timeouts_before.clear()
-    while _added:
-        os.environ.pop(_added.pop(), None)
+    _to_undo.close()
 
 
 # what gloo and NCCL say when the other end is gone or late
@@ -214,8 +200,7 @@ def agree(
 
     Args:
         refusal: why this rank cannot take part.
-        patience: how long to wait for rank 0's word, which itself waits for the others as long as
-            the store does.
+        patience: how long to wait for rank 0, which waits for the others as long as the store does.
 
     Raises:
         ConfigError: on every rank, if one cannot.
@@ -234,20 +219,16 @@ def agree(
         ) from None
     if kind == _FINE:
         return
-    _let_all_read(store, rank, size)
-    if kind == "lost":
-        raise LostRankToldError(text) if rank else LostRankError(text)
-    raise agreed(ConfigError(text))
-
-
-def _let_all_read(store: Any, rank: int, size: int) -> None:
-    """Keep the store with the verdict, which goes when rank 0 does, until all have read it."""
+    # the store goes when rank 0 does: until all have read the verdict in it
     deadline = time.monotonic() + _SECONDS_TO_READ
     with suppress(dist.DistError):
         read = store.add("read", 1)
         while rank == 0 and read < size and time.monotonic() < deadline:
             time.sleep(0.05)
             read = store.add("read", 0)
+    if kind == "lost":
+        raise LostRankToldError(text) if rank else LostRankError(text)
+    raise agreed(ConfigError(text))
 
 
 def _verdict(store: Any, size: int) -> str:
@@ -255,30 +236,27 @@ def _verdict(store: Any, size: int) -> str:
     try:
         told = [one.decode().split(" ", 2) for one in store.multi_get(keys)]
     except dist.DistError:
-        came = [rank for rank, key in enumerate(keys) if store.check([key])]
-        return f"lost {_who_came(store, came, size)}"
-    refusals = [(rank, host, text) for rank, (_, host, text) in enumerate(told) if text]
-    if refusals:
-        rank, host, text = refusals[0]
-        more = f" ({len(refusals)} of {size} ranks)" if len(refusals) > 1 else ""
-        return f"refused rank {rank} on {host}{more}: {text}"
-    backend, first_host = told[0][:2]
-    odd = [(rank, host) for rank, (other, host, _) in enumerate(told) if other != backend]
+        came = dict.fromkeys(key for key in keys if store.check([key]))
+        hosts = list(dict.fromkeys(store.get(key).decode().split(" ")[1] for key in came))
+        absent = [rank for rank, key in enumerate(keys) if key not in came]
+        return (
+            f"lost {len(absent)} of {size} ranks have not come in time: "
+            f"{first_of(absent, _NAMED)}; those that have are on {first_of(hosts, _NAMED)}. See "
+            f"what the absent ones have said, or raise cluster.timeout_seconds"
+        )
+    backend, first_host, _ = told[0]
+    refusing = [rank for rank, (_, _, text) in enumerate(told) if text]
+    odd = [rank for rank, (other, _, _) in enumerate(told) if other != backend]
+    if refusing:
+        rank = refusing[0]
+        more = f" ({len(refusing)} of {size} ranks)" if len(refusing) > 1 else ""
+        return f"refused rank {rank} on {told[rank][1]}{more}: {told[rank][2]}"
     if odd:
+        rank = odd[0]
         seen, sees = ("no GPU", "one") if backend == "nccl" else ("a GPU", "none")
         return (
-            f"refused rank {odd[0][0]} on {odd[0][1]} ({len(odd)} of {size} ranks in all) sees "
+            f"refused rank {rank} on {told[rank][1]} ({len(odd)} of {size} ranks in all) sees "
             f"{seen}, while rank 0 on {first_host} sees {sees}: mend the driver or torch there, "
             f"or hide all GPUs with CUDA_VISIBLE_DEVICES= to train on the CPUs"
         )
     return _FINE
-
-
-def _who_came(store: Any, came: Sequence[int], size: int) -> str:
-    hosts = dict.fromkeys(store.get(f"rank/{rank}").decode().split(" ")[1] for rank in came)
-    absent = sorted(set(range(size)) - set(came))
-    return (
-        f"{len(absent)} of {size} ranks have not come in time: {first_of(absent, _NAMED)}; those "
-        f"that have are on {first_of(list(hosts), _NAMED)}. See what the absent ones have said, or "
-        f"raise cluster.timeout_seconds"
-    )

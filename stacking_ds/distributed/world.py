@@ -23,16 +23,13 @@ _SECONDS_TO_LET_GO = 5.0
 class Pulse:
     """Progress of this rank; `FailureDetector` compares it with the others'."""
 
+    # what all ranks do alike: collectives entered, micro-batches begun; who has fewer is behind
     moves: int = 0
-    """Counts what all ranks do alike: collectives entered, micro-batches begun. Who has fewer is
-    behind."""
     step: int = 0
+    # the thread that the main thread waits for, while it only meets the others to tell them so
     work: threading.Thread | None = None
-    """The thread that the main thread waits for, while it only meets the others to tell them so."""
-    loading: bool = False
-    """Whether the main thread waits for its next batch."""
-    waiting: bool = False
-    """Whether meetings are no moves, since they are for waiting."""
+    loading: bool = False  # whether the main thread waits for its next batch
+    waiting: bool = False  # whether meetings are no moves, since they are for waiting
 
     def move(self) -> None:
         if not self.waiting:
@@ -68,7 +65,7 @@ class World:
         self.pulse.move()
         total = torch.tensor(list(values), dtype=torch.float64)
         dist.all_reduce(total, group=self.host_group)
-        return [float(value) for value in total]
+        return list(total.tolist())
 
     def any(self, flag: bool) -> bool:
         """True on every rank if `flag` is true on at least one."""
@@ -79,15 +76,11 @@ class World:
     ) -> list[torch.Tensor]:
         """Send each rank its 1-D fp32 host tensor; what came from each, of the sizes expected."""
         self.pulse.move()
-        received = torch.empty(sum(incoming_sizes))
-        dist.all_to_all_single(
-            received,
-            torch.cat(list(outgoing)),
-            list(incoming_sizes),
-            [part.numel() for part in outgoing],
-            group=self.host_group,
-        )
-        return list(torch.split(received, list(incoming_sizes)))
+        sent, sizes = torch.cat(list(outgoing)), list(incoming_sizes)
+        received = torch.empty(sum(sizes))
+        sent_sizes = [part.numel() for part in outgoing]
+        dist.all_to_all_single(received, sent, sizes, sent_sizes, group=self.host_group)
+        return list(torch.split(received, sizes))
 
     def gather(self, value: Any) -> list[Any]:
         """The picklable `value` of every rank, in rank order, on every rank."""
@@ -118,9 +111,9 @@ class World:
         try:
             yield
         except KeyboardInterrupt:
-            # a thread that comes back from native code into an interpreter that has ended can abort
-            # the process
             if work is not None:
+                # else it may come back from native code into an interpreter that has ended, and
+                # abort the process
                 work.join(_SECONDS_TO_LET_GO)
             raise
         finally:
@@ -132,8 +125,8 @@ class World:
         It may take longer than a collective may: the others are told now and then to wait on.
         """
         work = _Work(action, self) if self.is_first else None
-        done, result, failure = False, None, None
         with self.waiting_for(work.thread if work else None):
+            done, result, failure = self.broadcast(work.look() if work else None)
             while not done:
                 done, result, failure = self.broadcast(work.look() if work else None)
         if failure is not None:
@@ -155,7 +148,14 @@ class World:
             return result
         own = failure and _sentence_of(failure)
         told = own and (type(own), str(own))
-        raise agreed(_first_failure(self.gather((socket.gethostname(), told)), own)) from failure
+        ranks = self.gather((socket.gethostname(), told))
+        failed = [(rank, host, error) for rank, (host, error) in enumerate(ranks) if error]
+        if own is not None and len(failed) == self.size and len({each[2] for each in failed}) == 1:
+            raise agreed(own) from failure
+        rank, host, (kind, text) = failed[0]
+        others = f" ({len(failed)} of {self.size} ranks failed)" if len(failed) > 1 else ""
+        kind = kind if issubclass(kind, UserError) else RuntimeError
+        raise agreed(kind(f"rank {rank} on {host}: {text}{others}")) from failure
 
 
 class _Work:
@@ -170,24 +170,21 @@ class _Work:
         if world.size == 1:
             self._run()
         else:
-            self.thread = threading.Thread(target=self._run_beside, name="work", daemon=True)
+            self.thread = threading.Thread(target=self._run, name="work", daemon=True)
             self.thread.start()
 
-    def _run_beside(self) -> None:
+    def _run(self) -> None:
         try:
-            if self._device.type == "cuda":
+            if self.thread is not None and self._device.type == "cuda":
                 torch.cuda.set_device(self._device)  # each thread has its own
             self._result = self._action()
         except Exception as error:  # noqa: BLE001 - handed to every rank, raised there
             self._failure = error
-        except BaseException as error:  # noqa: BLE001 - an exit in a thread would look like success
+        except BaseException as error:
+            if self.thread is None:
+                raise
+            # an exit in a thread would look like success
             self._failure = RuntimeError(f"{type(error).__name__}: {error}")
-
-    def _run(self) -> None:
-        try:
-            self._result = self._action()
-        except Exception as error:  # noqa: BLE001 - raised where it is looked at
-            self._failure = error
 
     def look(self) -> tuple[bool, Any, Exception | None]:
         """Tell whether it is done, its result and its error, after a while at most."""
@@ -196,19 +193,6 @@ class _Work:
             if self.thread.is_alive():
                 return False, None, None
         return True, self._result, self._failure
-
-
-def _first_failure(
-    told: Sequence[tuple[str, tuple[type[Exception], str] | None]], own: Exception | None
-) -> Exception:
-    failed = [(rank, host, error) for rank, (host, error) in enumerate(told) if error]
-    kinds = {error for _, _, error in failed}
-    if own is not None and len(failed) == len(told) and len(kinds) == 1:
-        return own
-    rank, host, (kind, text) = failed[0]
-    others = f" ({len(failed)} of {len(told)} ranks failed)" if len(failed) > 1 else ""
-    whose = f"rank {rank} on {host}: {text}{others}"
-    return kind(whose) if issubclass(kind, UserError) else RuntimeError(whose)
 
 
 def _sentence_of(error: Exception) -> Exception:

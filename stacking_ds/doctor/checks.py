@@ -1,8 +1,8 @@
 """Checks of a cluster: what of each node is compared, by which rule, and the remedy. Pure.
 
-`TABLE` holds the checks of what nodes know of themselves. The functions below it judge what the
-ranks have tried together. Of values that are equally frequent the first one met, that of rank 0's
-node, counts as usual.
+Tables hold the checks of what nodes know of themselves; functions below them judge what the ranks
+have tried together. Of values that are equally frequent the first one met, that of rank 0's node,
+counts as usual.
 """
 
 import ipaddress
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Literal
 
-from stacking_ds.console import join_names, plural, readable_size
+from stacking_ds.console import first_of, join_names, plural, readable_size
 from stacking_ds.doctor.facts import NodeFacts, RankFacts
 from stacking_ds.doctor.shared_folder import KEPT, Probing
 from stacking_ds.doctor.speed import AllReduce, Matmul
@@ -48,14 +48,10 @@ class Finding:
 def conclude(check: str, ok: str, nodes: Collection[str], *faults: Fault) -> Finding:
     """The first of the faults for which one of the `nodes` is to blame; `ok` if there is none."""
     for verdict, clauses, remedy in faults:
-        blamed = {node for names, _ in clauses for node in names}
+        blamed = dict.fromkeys(node for names, _ in clauses for node in names)
         if blamed:
             texts = [_said_of(names, text, len(nodes)) for names, text in clauses if names]
-            in_order = dict.fromkeys([*filter(blamed.__contains__, nodes), *sorted(blamed)])
-            more = len(texts) - _NAMED
-            rest = [f"and {more:,} more"] if more > 0 else []
-            text = "; ".join([*texts[:_NAMED], *rest])
-            return Finding(check, verdict, text, remedy, tuple(in_order))
+            return Finding(check, verdict, first_of(texts, _NAMED, "; "), remedy, tuple(blamed))
     return Finding(check, "ok", ok)
 
 
@@ -73,26 +69,19 @@ def by_name(facts: Sequence[NodeFacts]) -> dict[str, NodeFacts]:
 
 def _said_of(nodes: Sequence[str], text: str, num_nodes: int) -> str:
     """The text with the nodes before it; none is named that is alone or where it is all of them."""
+    shown = text[:_SHOWN_CHARACTERS]
     if len(nodes) == num_nodes:
-        return f"all {num_nodes:,} nodes: {text}" if num_nodes > 1 else text
-    return f"{join_names(nodes)}: {text}"
+        return f"all {num_nodes:,} nodes: {shown}" if num_nodes > 1 else shown
+    return f"{join_names(nodes)}: {shown}"
 
 
-def _problems(problems: Mapping[str, str]) -> list[Clause]:
-    """A clause for each problem and the nodes that have it."""
-    by_text: dict[str, list[str]] = {}
-    for node, problem in problems.items():
-        by_text.setdefault(problem[:_SHOWN_CHARACTERS], []).append(node)
-    return [(nodes, problem) for problem, nodes in by_text.items()]
-
-
-def _by_value(values: Mapping[str, str]) -> list[tuple[str, list[str]]]:
-    """Each value with its nodes, the most frequent one, which is usual, first."""
+def _grouped(values: Mapping[str, str]) -> list[Clause]:
+    """The nodes of each value, or problem; the most frequent one, which is usual, first."""
     nodes: dict[str, list[str]] = {}
     for node, value in values.items():
         nodes.setdefault(value, []).append(node)
-    usual = Counter(values.values()).most_common(1)
-    return sorted(nodes.items(), key=lambda each: each[0] != usual[0][0])
+    grouped = [(names, value) for value, names in nodes.items()]
+    return sorted(grouped, key=lambda clause: -len(clause[0]))
 
 
 def _the_others(nodes: Sequence[str]) -> str:
@@ -109,16 +98,13 @@ Rule = Callable[[Nodes, Sequence[RankFacts]], Judged]
 
 @dataclass(frozen=True)
 class Check:
-    """A row of the table. Rows of one name are one check: the first that is broken counts."""
+    """A row of the tables. Rows of one name are one check: the first that is broken counts."""
 
     name: str
     rule: Rule
     remedy: str
     verdict: Verdict = "FAILED"
-    sufficient: bool = False
-    """Whether nodes may differ in it, as long as each has enough; else every run compares it."""
-    needs: str = ""
-    """The check without which a node knows nothing of this."""
+    needs: str = ""  # the check without which a node knows nothing of this
 
 
 def _alike(what: Callable[[NodeFacts], Mapping[str, str]], shown: int = 60) -> Rule:
@@ -126,18 +112,15 @@ def _alike(what: Callable[[NodeFacts], Mapping[str, str]], shown: int = 60) -> R
 
     def rule(nodes: Nodes, ranks: Sequence[RankFacts]) -> Judged:
         known = {node: what(facts) for node, facts in nodes.items()}
-        usual_values: list[str] = []
+        told: list[str] = []
         clauses: list[Clause] = []
         for name in dict.fromkeys(name for values in known.values() for name in values):
-            (usual, agreeing), *odd = _by_value(
-                {node: values.get(name, "missing") for node, values in known.items()}
-            )
-            usual_values.append(f"{name} {usual[:shown]}".strip())
-            than = f"{_the_others(agreeing)} {usual[:shown]}"
-            for value, others in odd:
-                told = f"{name} {value[:shown]}".strip()
-                clauses.append((others, f"{told}, {than}"))
-        return ", ".join(usual_values) or None, clauses
+            found = _grouped({node: values.get(name, "missing") for node, values in known.items()})
+            (agreeing, usual), *odd = [(who, value[:shown]) for who, value in found]
+            told.append(f"{name} {usual}".strip())
+            than = f"{_the_others(agreeing)} {usual}"
+            clauses += [(who, f"{name} {value}, {than}".strip()) for who, value in odd]
+        return ", ".join(told) or None, clauses
 
     return rule
 
@@ -145,17 +128,15 @@ def _alike(what: Callable[[NodeFacts], Mapping[str, str]], shown: int = 60) -> R
 def _code(nodes: Nodes, ranks: Sequence[RankFacts]) -> Judged:
     if not nodes:
         return None, []
-    (usual, agreeing), *odd = _by_value({name: node.code_sha256 for name, node in nodes.items()})
+    (agreeing, usual), *odd = _grouped({name: node.code_sha256 for name, node in nodes.items()})
+    there = nodes[agreeing[0]].code_files
     clauses: list[Clause] = []
-    for digest, others in odd:
-        here, there = nodes[others[0]].code_files, nodes[agreeing[0]].code_files
-        files = sorted(
-            file for file in here.keys() | there.keys() if here.get(file) != there.get(file)
-        )
+    for who, digest in odd:
+        here = nodes[who[0]].code_files
+        files = sorted({name for name, _ in here.items() ^ there.items()})
         what = join_names(files) if files else f"stacking_ds {digest[:_HASH_CHARACTERS]}"
-        clauses.append((others, f"{what}, other than on {_the_others(agreeing)}"))
-    count = len(nodes[agreeing[0]].code_files)
-    counted = f" ({plural(count, 'file')})" if count else ""
+        clauses.append((who, f"{what}, other than on {_the_others(agreeing)}"))
+    counted = f" ({plural(len(there), 'file')})" if there else ""
     return f"{usual[:_HASH_CHARACTERS]}{counted}", clauses
 
 
@@ -167,34 +148,35 @@ def _room_for(what: str, need: Callable[[Collection[NodeFacts]], int]) -> Rule:
         if not free:
             return None, []
         least, needed = readable_size(min(free.values())), need(nodes.values())
-        short = [name for name, size in free.items() if size < needed]
         text = f"{least} free at the run directory, {what} {readable_size(needed)}"
         most = max(node.run_bytes for node in nodes.values())
         takes = f", checkpoints take up to {readable_size(most)}" if most else ""
-        return f"{least} free{takes}", [(short, text)]
+        return f"{least} free{takes}", [_below(free, needed, text)]
 
     return rule
 
 
+def _below(values: Mapping[str, int], least: int, text: str) -> Clause:
+    return [node for node, value in values.items() if value < least], text
+
+
 def _scratch_space(nodes: Nodes, ranks: Sequence[RankFacts]) -> Judged:
     clauses: list[Clause] = []
-    shown: list[str] = []
     for place in dict.fromkeys(place for node in nodes.values() for place in node.scratch_bytes):
-        needed = _LEAST_SCRATCH_BYTES.get(place, _LEAST_TEMPORARY_BYTES)
         free = {n: f.scratch_bytes[place] for n, f in nodes.items() if place in f.scratch_bytes}
-        shown.append(f"{readable_size(min(free.values()))} free in {place}")
-        short = [name for name, size in free.items() if size < needed]
-        clauses.append((short, shown[-1]))
-    return ", ".join(shown), clauses
+        needed = _LEAST_SCRATCH_BYTES.get(place, _LEAST_TEMPORARY_BYTES)
+        text = f"{readable_size(min(free.values()))} free in {place}"
+        clauses.append(_below(free, needed, text))
+    return ", ".join(text for _, text in clauses), clauses
 
 
 def _ranks_for_gpus(nodes: Nodes, ranks: Sequence[RankFacts]) -> Judged:
-    over = [name for name, node in nodes.items() if 0 < node.gpu_count < node.local_size]
-    if not over:
-        return "", []
-    first = nodes[over[0]]
-    text = f"{plural(first.local_size, 'rank')} on {plural(first.gpu_count, 'GPU')}"
-    return "", [(over, text)]
+    over = {n: node for n, node in nodes.items() if 0 < node.gpu_count < node.local_size}
+    texts = [
+        f"{plural(node.local_size, 'rank')} on {plural(node.gpu_count, 'GPU')}"
+        for node in over.values()
+    ]
+    return "", [(list(over), text) for text in texts[:1]]
 
 
 def _cores(nodes: Nodes, ranks: Sequence[RankFacts]) -> Judged:
@@ -205,10 +187,10 @@ def _cores(nodes: Nodes, ranks: Sequence[RankFacts]) -> Judged:
     for rank in ranks:
         threads[rank.host] += rank.threads
         masks[rank.host] |= int(rank.core_mask, 16)
-    busy = [host for host in threads if threads[host] > masks[host].bit_count()]
+    cores = {host: mask.bit_count() for host, mask in masks.items()}
+    busy = [host for host in threads if threads[host] > cores[host]]
     host = (busy or list(threads))[0]
-    cores = plural(masks[host].bit_count(), "core")
-    text = f"{plural(threads[host], 'thread')} of all ranks on {cores}"
+    text = f"{plural(threads[host], 'thread')} of all ranks on {plural(cores[host], 'core')}"
     return text, [(busy, text)]
 
 
@@ -216,12 +198,11 @@ def _open_files(nodes: Nodes, ranks: Sequence[RankFacts]) -> Judged:
     limits = {n: node.open_files for n, node in nodes.items() if node.open_files is not None}
     if not limits:
         return "no limit", []
-    least = min(limits.values())
-    low = [name for name, limit in limits.items() if limit < _LEAST_OPEN_FILES]
-    return f"limit {least:,}", [(low, f"a process may open {least:,}")]
+    least = f"{min(limits.values()):,}"
+    return f"limit {least}", [_below(limits, _LEAST_OPEN_FILES, f"a process may open {least}")]
 
 
-TABLE = (
+_ALIKE = (
     Check(
         "versions",
         _alike(lambda node: node.versions),
@@ -261,20 +242,20 @@ TABLE = (
         "make room, choose another --run-dir, or lower checkpoint.keep_last",
         verdict="warning",
     ),
+)
+_SUFFICIENT = (
     Check(
         "temporary space",
         _scratch_space,
         "make room, or set TMPDIR to a larger folder; a container's shared memory grows with "
         "--shm-size",
         verdict="warning",
-        sufficient=True,
     ),
     Check(
         "devices",
         _ranks_for_gpus,
         "start at most as many ranks on a node as it has GPUs (slots=, --num_gpus); nvidia-smi "
         "tells whether all its GPUs work",
-        sufficient=True,
     ),
     Check(
         "devices",
@@ -282,46 +263,42 @@ TABLE = (
         "every step waits for the slowest: use nodes with the same GPUs, or find out why one shows "
         "fewer (nvidia-smi)",
         verdict="warning",
-        sufficient=True,
     ),
     Check(
         "cores",
         _cores,
         "lower OMP_NUM_THREADS or the ranks of a node, so that threads do not wait for one another",
         verdict="warning",
-        sufficient=True,
     ),
     Check(
         "open files",
         _open_files,
         f"raise it to {_LEAST_OPEN_FILES:,} or more: ulimit -n, or LimitNOFILE of sshd and slurmd",
         verdict="warning",
-        sufficient=True,
     ),
 )
 
 
 def alike(nodes: Nodes) -> list[Finding]:
     """All that has to be the same on all nodes, and the room at the run directory."""
-    return _findings([check for check in TABLE if not check.sufficient], nodes, [])
+    return _findings(_ALIKE, nodes, [])
 
 
 def sufficient_on_each_node(nodes: Nodes, ranks: Sequence[RankFacts]) -> list[Finding]:
     """Findings of what may differ between nodes, but not fall below a minimum."""
-    return _findings([check for check in TABLE if check.sufficient], nodes, ranks)
+    return _findings(_SUFFICIENT, nodes, ranks)
 
 
 def _findings(checks: Sequence[Check], nodes: Nodes, ranks: Sequence[RankFacts]) -> list[Finding]:
     found = []
     for name, rows in groupby(checks, key=lambda check: check.name):
         ok, faults = None, []
-        problems = {n: node.problems[name] for n, node in nodes.items() if name in node.problems}
-        told = _problems(problems)
+        ill = _grouped({n: f.problems[name] for n, f in nodes.items() if name in f.problems})
         for check in rows:
             unknown = {name, check.needs}
             well = {n: node for n, node in nodes.items() if not unknown & node.problems.keys()}
             ok, clauses = check.rule(well, ranks)
-            faults.append((check.verdict, [*told, *clauses], check.remedy))
+            faults.append((check.verdict, [*ill, *clauses], check.remedy))
         if ok is not None or any(clauses for _, clauses, _ in faults):
             found.append(conclude(name, ok or "", nodes, *faults))
     return found
@@ -333,7 +310,6 @@ def _findings(checks: Sequence[Check], nodes: Nodes, ranks: Sequence[RankFacts])
 def run_directory(probing: Probing, names: Mapping[int, str]) -> Finding:
     """Every node sees what rank 0 writes, and the other way round. `names`: by rank."""
     place, first = probing.place, [names[0]]
-    problems = {names[answer.rank]: answer.problem for answer in probing.answers if answer.problem}
     where = place if probing.exists else f"{place}, where it will be made"
     who = f"all {len(names):,} nodes see and write" if len(names) > 1 else "can be written"
     return conclude(
@@ -347,7 +323,7 @@ def run_directory(probing: Probing, names: Mapping[int, str]) -> Finding:
         ),
         (
             "FAILED",
-            _problems(problems),
+            _grouped({names[each.rank]: each.problem for each in probing.answers if each.problem}),
             "give a --run-dir on a file system that all nodes share and may write",
         ),
         (
@@ -360,10 +336,7 @@ def run_directory(probing: Probing, names: Mapping[int, str]) -> Finding:
 
 def locks(probing: Probing, names: Mapping[int, str]) -> Finding:
     """The lock that keeps a second job out of a run."""
-    unkept = {
-        names[answer.rank]: answer.lock for answer in probing.answers if answer.lock not in KEPT
-    }
-    clauses: list[Clause] = _problems(unkept)
+    clauses = _grouped({names[e.rank]: e.lock for e in probing.answers if e.lock not in KEPT})
     if probing.lock_problem:
         clauses = [([names[0]], f"not to be had in {probing.place} ({probing.lock_problem})")]
     return conclude(
@@ -407,29 +380,25 @@ def network(nodes: Nodes, backend: str, meeting_place: str) -> Finding:
     told = f"{backend}, met at {meeting_place}"
     if first.interface:
         told += f", GLOO_SOCKET_IFNAME={first.interface}"
-    address = f", {name} is {first.address}" if first.address and len(nodes) > 1 else ""
-    reasons = {node: _why_hidden(facts) for node, facts in nodes.items() if not facts.interface}
-    hidden = {node: reason for node, reason in reasons.items() if reason and len(nodes) > 1}
-    found = conclude(
-        "network",
-        f"{told}{address}",
-        nodes,
-        (
-            "warning",
-            _problems(hidden),
-            "set GLOO_SOCKET_IFNAME to the interface that joins the nodes (`ip -br address`; in "
-            ".deepspeed_env for the deepspeed launcher), or mend /etc/hosts",
-        ),
+    hidden: dict[str, str] = {}
+    for node, facts in nodes.items() if len(nodes) > 1 else ():
+        if facts.interface:
+            continue
+        if "network" in facts.problems:
+            hidden[node] = f"its own name does not resolve ({facts.problems['network']})"
+        elif facts.address and ipaddress.ip_address(facts.address).is_loopback:
+            hidden[node] = (
+                f"its own name resolves to {facts.address}, where no other node can reach it"
+            )
+    if not hidden:
+        address = f", {name} is {first.address}" if first.address and len(nodes) > 1 else ""
+        return Finding("network", "ok", f"{told}{address}")
+    remedy = (
+        "set GLOO_SOCKET_IFNAME to the interface that joins the nodes (`ip -br address`; in "
+        ".deepspeed_env for the deepspeed launcher), or mend /etc/hosts"
     )
-    return replace(found, text=f"{told}; {found.text}") if hidden else found
-
-
-def _why_hidden(node: NodeFacts) -> str:
-    if "network" in node.problems:
-        return f"its own name does not resolve ({node.problems['network']})"
-    if node.address and ipaddress.ip_address(node.address).is_loopback:
-        return f"its own name resolves to {node.address}, where no other node can reach it"
-    return ""
+    found = conclude("network", told, nodes, ("warning", _grouped(hidden), remedy))
+    return replace(found, text=f"{told}; {found.text}")
 
 
 def all_reduce(measured: AllReduce | None, backend: str) -> Finding:
@@ -450,20 +419,18 @@ def all_reduce(measured: AllReduce | None, backend: str) -> Finding:
 def matrix_products(measured: Sequence[Matmul]) -> Finding:
     """No node is much slower than the rest, and all can compute."""
     by_speed = sorted(measured, key=lambda each: each.flops_per_second)
-    least, median, most = (by_speed[i].flops_per_second for i in (0, len(by_speed) // 2, -1))
-    slow: dict[str, Matmul] = {}
-    for each in by_speed:
-        if each.flops_per_second < _SLOW * median:
-            slow.setdefault(each.host, each)
-    text = f"{_flops(least)} on rank {by_speed[0].rank:,}, the median is {_flops(median)}"
-    to = f"{_flops(least)} to " if len(measured) > 1 else ""
+    slowest, middle, fastest = (by_speed[i] for i in (0, len(by_speed) // 2, -1))
+    bound = _SLOW * middle.flops_per_second
+    slow = dict.fromkeys(each.host for each in by_speed if each.flops_per_second < bound)
+    text = f"{slowest.flops} on rank {slowest.rank:,}, the median is {middle.flops}"
+    to = f"{slowest.flops} to " if len(measured) > 1 else ""
     return conclude(
         "matrix products",
-        f"{to}{_flops(most)} a rank in {measured[0].dtype}",
+        f"{to}{fastest.flops} a rank in {fastest.dtype}",
         dict.fromkeys(each.host for each in measured),
         (
             "FAILED",
-            _problems({each.host: each.problem for each in measured if each.problem}),
+            _grouped({each.host: each.problem for each in measured if each.problem}),
             "see what else is at work there, and whether the device is sound (nvidia-smi)",
         ),
         (
@@ -473,7 +440,3 @@ def matrix_products(measured: Sequence[Matmul]) -> Finding:
             "and temperature of its GPUs (nvidia-smi -q -d PERFORMANCE)",
         ),
     )
-
-
-def _flops(value: float) -> str:
-    return f"{value / 1e12:,.0f} TFLOP/s" if value >= 1e13 else f"{value / 1e9:,.0f} GFLOP/s"

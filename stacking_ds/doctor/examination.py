@@ -2,8 +2,8 @@
 hides nothing; and before every run those that compare nodes."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,7 @@ from stacking_ds.doctor.facts import (
     Examinee,
     NodeFacts,
     RankFacts,
-    alike_facts,
-    all_facts,
+    node_facts,
     open_examinee,
     rank_facts,
 )
@@ -26,23 +25,33 @@ from stacking_ds.doctor.speed import Matmul, clock_offset, measure_all_reduce, m
 from stacking_ds.errors import ConfigError
 from stacking_ds.train.plan import TrainingPlan
 
+_NOT_TOLD = {"code_files"}  # long, and its sha256 says the same
 
-@dataclass
+
 class Examination:
-    """Findings so far; on rank 0."""
+    """An examination of the cluster, and of the recipe and run directory if they are given.
 
-    nodes: dict[str, NodeFacts]
-    ranks: list[RankFacts]
-    findings: list[Finding] = field(default_factory=list)
-    measured: dict[str, Any] = field(default_factory=dict)
+    To make one, and to go through `look`, are collectives; what is found is known on rank 0 alone.
+    """
+
+    def __init__(
+        self, world: World, recipe: str | None, overrides: Sequence[str], run_dir: Path | None
+    ) -> None:
+        self._world, examinee, node = world, Examinee(run_dir), None
+        if world.speaks_for_node:
+            examinee = open_examinee(recipe, overrides, run_dir, world.size)
+            node = node_facts(world, examinee).model_dump()
+        sent = world.gather_on_first((node, rank_facts(world).model_dump()))
+        self.nodes = checks.by_name(NodeFacts.read(each for each, _ in sent))
+        self.ranks = RankFacts.read(each for _, each in sent)
+        precision = examinee.config.engine.precision if examinee.config else "bf16"
+        self._run_dir, self._precision = examinee.run_dir, world.broadcast(precision)
+        self.findings: list[Finding] = []
+        self.measured: dict[str, Any] = {}
 
     @property
     def failed(self) -> bool:
         return any(finding.verdict == "FAILED" for finding in self.findings)
-
-    def names(self) -> dict[int, str]:
-        """Of the nodes, by the rank that speaks for each."""
-        return {facts.rank: name for name, facts in self.nodes.items()}
 
     def to_record(self) -> dict[str, Any]:
         """As plain JSON."""
@@ -51,84 +60,46 @@ class Examination:
             "findings": [asdict(finding) for finding in self.findings],
             "measured": self.measured,
             "nodes": {
-                name: facts.model_dump(exclude={"code_files"}) for name, facts in self.nodes.items()
+                name: node.model_dump(exclude=_NOT_TOLD) for name, node in self.nodes.items()
             },
             "ranks": [facts.model_dump() for facts in self.ranks],
         }
 
+    def look(self) -> Iterator[Finding]:
+        """Each finding as soon as it is made, on rank 0."""
+        for finding in self._checks():
+            self.findings.append(finding)
+            yield finding
 
-def examine(
-    world: World,
-    recipe: str | None,
-    overrides: Sequence[str],
-    run_dir: Path | None,
-    *,
-    greet: Callable[[Examination], None],
-    say: Callable[[Finding], None],
-) -> Examination:
-    """Examine the cluster, and the recipe and run directory if they are given. A collective.
-
-    Args:
-        greet: called on rank 0 when all nodes have been heard, before the first finding.
-        say: called on rank 0 with each finding.
-
-    Returns:
-        What was found, complete on rank 0 alone.
-    """
-    examinee, node = Examinee(run_dir), None
-    if world.speaks_for_node:
-        examinee = open_examinee(recipe, overrides, run_dir, world.size)
-        node = all_facts(world, examinee).model_dump()
-    sent = world.gather_on_first((node, rank_facts(world).model_dump()))
-    found = Examination(
-        nodes=checks.by_name(NodeFacts.read(each for each, _ in sent)),
-        ranks=RankFacts.read(each for _, each in sent),
-    )
-    if world.is_first:
-        greet(found)
-    precision = examinee.config.engine.precision if examinee.config else "bf16"
-    for finding in _checks(world, examinee, world.broadcast(precision), found):
-        found.findings.append(finding)
-        say(finding)
-    return found
-
-
-def _checks(
-    world: World, examinee: Examinee, precision: str, found: Examination
-) -> Iterator[Finding]:
-    """The findings, on rank 0; every rank has to go through all of it."""
-    names, first = found.names(), world.is_first
-    if first:
-        yield from checks.alike(found.nodes)
-    probing = probe(world, examinee.run_dir)
-    if probing is not None:
-        yield checks.run_directory(probing, names)
-        if not probing.problem:
-            yield checks.locks(probing, names)
-    if first:
-        yield from checks.sufficient_on_each_node(found.nodes, found.ranks)
-    backend = str(dist.get_backend())
-    if first:
-        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        yield checks.network(found.nodes, backend, place)
-    offsets = world.gather_on_first(clock_offset(world))
-    if first:
-        yield checks.clocks({names[rank]: offsets[rank] for rank in names})
-    products = world.gather_on_first(measure_matmul(world, precision).model_dump())
-    if first:
-        found.measured["matrix_products"] = products
-        yield checks.matrix_products(Matmul.read(products))
-    if world.any(first and "FAILED" in {each.verdict for each in found.findings[-1:]}):
-        return  # a rank that cannot compute would keep the others waiting
-    speed = measure_all_reduce(world)
-    if first:
-        if speed is not None:
-            figures = {"bus_bytes_per_second": speed.bus_bytes_per_second}
-            found.measured["all_reduce"] = asdict(speed) | figures
-        yield checks.all_reduce(speed, backend)
-
-
-# ------------------------------------------------------------------------ before a run
+    def _checks(self) -> Iterator[Finding]:
+        world, first, backend = self._world, self._world.is_first, str(dist.get_backend())
+        names = {node.rank: name for name, node in self.nodes.items()}
+        if first:
+            yield from checks.alike(self.nodes)
+        probing = probe(world, self._run_dir)
+        if probing is not None:
+            yield checks.run_directory(probing, names)
+            if not probing.problem:
+                yield checks.locks(probing, names)
+        if first:
+            yield from checks.sufficient_on_each_node(self.nodes, self.ranks)
+            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            yield checks.network(self.nodes, backend, place)
+        offsets = world.gather_on_first(clock_offset(world))
+        if first:
+            yield checks.clocks({names[rank]: offsets[rank] for rank in names})
+        products = world.gather_on_first(measure_matmul(world, self._precision).model_dump())
+        if first:
+            self.measured["matrix_products"] = products
+            yield checks.matrix_products(Matmul.read(products))
+        if world.any(first and self.findings[-1].verdict == "FAILED"):
+            return  # a rank that cannot compute would keep the others waiting
+        speed = measure_all_reduce(world)
+        if first:
+            if speed is not None:
+                figures = {"bus_bytes_per_second": speed.bus_bytes_per_second}
+                self.measured["all_reduce"] = asdict(speed) | figures
+            yield checks.all_reduce(speed, backend)
 
 
 def require_alike(world: World, plan: TrainingPlan, run_dir: Path) -> None:
@@ -141,17 +112,20 @@ def require_alike(world: World, plan: TrainingPlan, run_dir: Path) -> None:
     mine = None
     if world.speaks_for_node:
         examinee = Examinee(run_dir, plan.config, plan.ds_json, plan)
-        mine = alike_facts(world, examinee).model_dump(exclude={"code_files"})
+        mine = node_facts(world, examinee, only_alike=True).model_dump(exclude=_NOT_TOLD)
     sent = world.gather_on_first(mine)
     world.on_first(lambda: _require(sent))
 
 
 def _require(sent: Sequence[Mapping[str, Any] | None]) -> None:
     findings = checks.alike(checks.by_name(NodeFacts.read(sent)))
-    failed = [finding for finding in findings if finding.verdict == "FAILED"]
-    if failed:
-        reasons = "; ".join(f"{each.check}: {each.text} ({each.remedy})" for each in failed)
+    reasons = [
+        f"{each.check}: {each.text} ({each.remedy})"
+        for each in findings
+        if each.verdict == "FAILED"
+    ]
+    if reasons:
         raise ConfigError(
-            f"the nodes are not fit for this run: {reasons}. `stacking-ds doctor`, started in the "
-            f"same way, tells more"
+            f"the nodes are not fit for this run: {'; '.join(reasons)}. `stacking-ds doctor`, "
+            f"started in the same way, tells more"
         )

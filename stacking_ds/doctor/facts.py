@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import torch
 from pydantic import Field
@@ -32,9 +32,7 @@ from stacking_ds.records import Record
 from stacking_ds.run.directory import default_run_dir
 from stacking_ds.train.plan import TrainingPlan, open_plan
 
-T = TypeVar("T")
 _PACKAGES = ("deepspeed", "numpy", "transformers", "tokenizers", "safetensors")
-_SHARED_MEMORY = Path("/dev/shm")
 # a master and two moments of fp32
 _BYTES_PER_PARAMETER = 12
 
@@ -57,32 +55,20 @@ class NodeFacts(WireRecord):
     local_size: int = 1
     versions: dict[str, str] = Field(default={})
     code_sha256: str = ""
-    code_files: dict[str, str] = Field(default={}, repr=False)
-    """The beginning of each file's sha256, for telling which differ."""
-    recipe: dict[str, str] = Field(default={})
-    """sha256 of the resolved recipe and of the DeepSpeed JSON."""
-    data: dict[str, str] = Field(default={})
-    """sha256 of the training data and of the vocabulary."""
-    checkpoint_bytes: int = 0
-    """One checkpoint of the last stage."""
-    run_bytes: int = 0
-    """The most that the run's checkpoints take at once."""
-    kept_bytes: int = 0
-    """What those take that are there already; rank 0's node looks."""
-    free_bytes: int | None = None
-    """At the run directory."""
-    scratch_bytes: dict[str, int] = Field(default={})
-    """Free in the temporary folder and in shared memory, by path."""
+    code_files: dict[str, str] = Field(default={}, repr=False)  # how each file's sha256 begins
+    recipe: dict[str, str] = Field(default={})  # sha256 of the recipe and of the DeepSpeed JSON
+    data: dict[str, str] = Field(default={})  # sha256 of the training data and of the vocabulary
+    checkpoint_bytes: int = 0  # one checkpoint of the last stage
+    run_bytes: int = 0  # the most that the run's checkpoints take at once
+    kept_bytes: int = 0  # what those take that are there already; rank 0's node looks
+    free_bytes: int | None = None  # at the run directory
+    scratch_bytes: dict[str, int] = Field(default={})  # free in TMPDIR and shared memory, by path
     gpus: str = ""
     gpu_count: int = 0
-    address: str = ""
-    """What the node's own name resolves to."""
-    interface: str = ""
-    """What GLOO_SOCKET_IFNAME says."""
-    open_files: int | None = None
-    """How many a process may have open; None is without limit."""
-    problems: dict[str, str] = Field(default={})
-    """Why something is not known, by the name of the check."""
+    address: str = ""  # what the node's own name resolves to
+    interface: str = ""  # what GLOO_SOCKET_IFNAME says
+    open_files: int | None = None  # how many a process may have open; None is without limit
+    problems: dict[str, str] = Field(default={})  # why something is not known, by its check
 
 
 class RankFacts(WireRecord):
@@ -91,8 +77,7 @@ class RankFacts(WireRecord):
     host: str
     rank: int
     threads: int
-    core_mask: str
-    """The cores that it may run on, as the bits of a hexadecimal number."""
+    core_mask: str  # the cores that it may run on, as the bits of a hexadecimal number
 
 
 @dataclass
@@ -127,51 +112,6 @@ def open_examinee(
     return found
 
 
-# -------------------------------------------------------------------------- a node
-
-
-def alike_facts(world: World, examinee: Examinee) -> NodeFacts:
-    """All that has to be the same on all nodes, and the room at the run directory."""
-    known = _Collecting(examinee.problems)
-    plan, run_dir = examinee.plan, examinee.run_dir
-    code = known("code", _code) or {}
-    last_stage = plan.schedule.stages[-1].index if plan else 0
-    return NodeFacts(
-        host=socket.gethostname(),
-        rank=world.rank,
-        local_size=world.local_size,
-        versions=known("versions", _versions) or {},
-        code_sha256=_sha256(json.dumps(code)) if code else "",
-        code_files={name: digest[:12] for name, digest in code.items()},
-        recipe=known("recipe", lambda: _recipe(examinee)) or {},
-        data=known("data", lambda: _data(plan) if plan else {}) or {},
-        checkpoint_bytes=_checkpoint_bytes(plan, last_stage) if plan else 0,
-        run_bytes=_run_bytes(plan) if plan else 0,
-        free_bytes=known("disk space", lambda: _free_bytes_at(run_dir)),
-        problems=known.problems,
-    )
-
-
-def all_facts(world: World, examinee: Examinee) -> NodeFacts:
-    """Those, and what is to be sufficient on each node."""
-    alike = alike_facts(world, examinee)
-    known = _Collecting(alike.problems)
-    run_dir = examinee.run_dir if world.is_first else None
-    gpus = known("devices", _gpus) or []
-    return alike.model_copy(
-        update={
-            "kept_bytes": known("disk space", lambda: _kept_bytes(run_dir)) or 0,
-            "scratch_bytes": known("temporary space", _scratch_bytes) or {},
-            "gpus": ", ".join(f"{count} x {gpu}" for gpu, count in Counter(gpus).items()),
-            "gpu_count": len(gpus),
-            "address": known("network", lambda: _address_of(alike.host)) or "",
-            "interface": os.environ.get("GLOO_SOCKET_IFNAME", ""),
-            "open_files": known("open files", _open_files),
-            "problems": known.problems,
-        }
-    )
-
-
 def rank_facts(world: World) -> RankFacts:
     """The facts that each rank has to itself."""
     return RankFacts(
@@ -182,18 +122,34 @@ def rank_facts(world: World) -> RankFacts:
     )
 
 
-class _Collecting:
-    """Collects facts that may not be had: of each check keeps the sentence of its first failure."""
-
-    def __init__(self, problems: Mapping[str, str]) -> None:
-        self.problems = dict(problems)
-
-    def __call__(self, check: str, look: Callable[[], T]) -> T | None:
+def node_facts(world: World, examinee: Examinee, *, only_alike: bool = False) -> NodeFacts:
+    """Gather what has to be the same on all nodes and the room at the run directory; unless
+    `only_alike`, also what has to be sufficient on each node."""
+    run_dir, host = examinee.run_dir, socket.gethostname()
+    looks: list[tuple[str, Callable[[], Mapping[str, Any]]]] = [
+        ("versions", lambda: {"versions": _versions()}),
+        ("code", lambda: _fingerprint(_code())),
+        ("recipe", lambda: {"recipe": _recipe(examinee)}),
+        ("data", lambda: _of_plan(examinee.plan)),
+        ("disk space", lambda: {"free_bytes": run_dir and _free_bytes(nearest_existing(run_dir))}),
+    ]
+    if not only_alike:
+        looks += [
+            ("disk space", lambda: {"kept_bytes": _kept_bytes(run_dir) if world.is_first else 0}),
+            ("temporary space", lambda: {"scratch_bytes": _scratch_bytes()}),
+            ("devices", lambda: _counted(_gpus())),
+            ("network", lambda: {"address": _address_of(host)}),
+            ("open files", lambda: {"open_files": _open_files()}),
+        ]
+    found: dict[str, Any] = {"host": host, "rank": world.rank, "local_size": world.local_size}
+    problems = dict(examinee.problems)
+    for check, look in looks:
         try:
-            return look()
+            found |= look()
         except Exception as error:  # noqa: BLE001 - the node reports it; the others must not wait
-            self.problems.setdefault(check, _sentence(error))
-            return None
+            problems.setdefault(check, _sentence(error))
+    interface = os.environ.get("GLOO_SOCKET_IFNAME", "")
+    return NodeFacts(**found, interface=interface, problems=problems)
 
 
 def _sentence(error: Exception) -> str:
@@ -216,19 +172,17 @@ def _versions() -> dict[str, str]:
 
 
 def _code() -> dict[str, str]:
-    """The sha256 of each source of the package and of what it bundles, by the name it has in a
-    checkout."""
-    package = Path(stacking_ds.__file__).parent
-    bundled = ds_config_path("zero1").parent
-    files = {
-        **{f"stacking_ds/{path.relative_to(package)}": path for path in package.rglob("*.py")},
-        **{
-            f"ds_configs/{path.relative_to(bundled)}": path
-            for pattern in ("*.json", "recipes/*.yaml")
-            for path in bundled.glob(pattern)
-        },
-    }
+    """sha256 of each source of the package and of what it bundles, by its name in a checkout."""
+    package, bundled = Path(stacking_ds.__file__).parent, ds_config_path("zero1").parent
+    files = {f"stacking_ds/{path.relative_to(package)}": path for path in package.rglob("*.py")}
+    for pattern in ("*.json", "recipes/*.yaml"):
+        files |= {f"ds_configs/{path.relative_to(bundled)}": path for path in bundled.glob(pattern)}
     return {name: hashlib.sha256(files[name].read_bytes()).hexdigest() for name in sorted(files)}
+
+
+def _fingerprint(code: Mapping[str, str]) -> dict[str, Any]:
+    files = {name: digest[:12] for name, digest in code.items()}
+    return {"code_sha256": _sha256(json.dumps(code)), "code_files": files}
 
 
 def _recipe(examinee: Examinee) -> dict[str, str]:
@@ -240,33 +194,27 @@ def _recipe(examinee: Examinee) -> dict[str, str]:
     return found
 
 
-def _data(plan: TrainingPlan) -> dict[str, str]:
-    return {"data": plan.data.sha256, "vocabulary": plan.data.vocabulary_sha256}
-
-
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-# ---------------------------------------------------------------------------- disks
-
-
-def _checkpoint_bytes(plan: TrainingPlan, stage_index: int) -> int:
-    depth = plan.schedule.stages[stage_index].num_hidden_layers
-    return _BYTES_PER_PARAMETER * plan.model_config(depth).num_parameters
-
-
-def _run_bytes(plan: TrainingPlan) -> int:
-    """The newest of the last stage, one more that is being written, and one of each boundary, which
-    has the depth before it."""
-    each = [_checkpoint_bytes(plan, stage.index) for stage in plan.schedule.stages.stages]
-    return (plan.config.checkpoint.keep_last + 1) * each[-1] + sum(each[:-1])
+def _of_plan(plan: TrainingPlan | None) -> dict[str, Any]:
+    """Its data, and its checkpoints' bytes. The most at once: the newest of the last stage, one
+    more that is being written, and one of each boundary, which has the depth before it."""
+    if plan is None:
+        return {}
+    depths = [stage.num_hidden_layers for stage in plan.schedule.stages.stages]
+    *before, last = (_BYTES_PER_PARAMETER * plan.model_config(n).num_parameters for n in depths)
+    return {
+        "data": {"data": plan.data.sha256, "vocabulary": plan.data.vocabulary_sha256},
+        "checkpoint_bytes": last,
+        "run_bytes": (plan.config.checkpoint.keep_last + 1) * last + sum(before),
+    }
 
 
 def _kept_bytes(run_dir: Path | None) -> int:
-    if run_dir is None:
-        return 0
-    return sum(file.stat().st_size for file in (run_dir / "checkpoints").glob("step_*/*"))
+    files = run_dir.glob("checkpoints/step_*/*") if run_dir else ()
+    return sum(file.stat().st_size for file in files)
 
 
 def nearest_existing(path: Path) -> Path:
@@ -275,28 +223,25 @@ def nearest_existing(path: Path) -> Path:
     return next(place for place in (absolute, *absolute.parents) if place.exists())
 
 
-def _free_bytes_at(run_dir: Path | None) -> int | None:
-    return None if run_dir is None else _free_bytes(nearest_existing(run_dir))
-
-
 def _free_bytes(folder: Path) -> int:
     # quotas of a user or a project do not show here
     return shutil.disk_usage(folder).free
 
 
 def _scratch_bytes() -> dict[str, int]:
-    places = [Path(tempfile.gettempdir()), _SHARED_MEMORY]
+    places = [Path(tempfile.gettempdir()), Path("/dev/shm")]
     return {str(place): _free_bytes(place) for place in places if place.is_dir()}
 
 
-# ------------------------------------------------------------- devices and network
-
-
 def _gpus() -> list[str]:
-    if not torch.cuda.is_available():
-        return []
-    found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    found = map(torch.cuda.get_device_properties, range(count))
     return [f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB" for gpu in found]
+
+
+def _counted(gpus: Sequence[str]) -> dict[str, Any]:
+    counts = ", ".join(f"{count} x {gpu}" for gpu, count in Counter(gpus).items())
+    return {"gpus": counts, "gpu_count": len(gpus)}
 
 
 def _address_of(host: str) -> str:

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
 
 from stacking_ds.distributed.world import World
 from stacking_ds.doctor.facts import WireRecord, nearest_existing
@@ -28,7 +27,7 @@ KEPT = (_REFUSED, _UNTRIED)
 """What an answer says of a lock that holds, or that there was no need to try."""
 
 
-class Answer(WireRecord):
+class Answer(WireRecord, frozen=False):
     """The answer of the first rank of a node: what it has met there."""
 
     rank: int
@@ -36,19 +35,16 @@ class Answer(WireRecord):
     lock: str = _UNTRIED
 
 
-class Probing(WireRecord):
+class Probing(WireRecord, frozen=False):
     """A probe: what rank 0 asks the nodes to look at, and knows in the end."""
 
     place: str
     token: str = ""
-    levels_up: int = 0
-    """From the run directory to the place: a node that has it elsewhere looks there."""
-    problem: str = ""
-    """Why rank 0 itself cannot write."""
+    levels_up: int = 0  # from the run directory to the place, also on nodes that have it elsewhere
+    problem: str = ""  # why rank 0 itself cannot write
     lock_problem: str = ""
     answers: tuple[Answer, ...] = ()
-    left: str = ""
-    """What could not be removed."""
+    left: str = ""  # what could not be removed
 
     @property
     def exists(self) -> bool:
@@ -79,47 +75,50 @@ def probe(world: World, run_dir: Path | None) -> Probing | None:
         if run_dir is None or not world.is_first:
             return None
         folder = call.folder(run_dir)
-        answers = tuple(_heard(folder, call, answer) for answer in Answer.read(sent))
-    left = str(folder) if folder.exists() else ""
-    return call.model_copy(update={"answers": answers, "left": left})
+        call.answers = tuple(Answer.read(sent))
+        for answer in call.answers:
+            if not answer.problem and not _appears(folder / str(answer.rank), call.token):
+                answer.problem = f"writes into {call.place} what rank 0 does not see"
+    call.left = str(folder) if folder.exists() else ""
+    return call
 
 
 def _begin(run_dir: Path, held: ExitStack) -> Probing:
     """Rank 0's part, undone when `held` is closed."""
-    told: dict[str, Any] = {"token": secrets.token_hex(8), "place": str(run_dir.absolute())}
+    begun = Probing(token=secrets.token_hex(8), place=str(run_dir.absolute()))
     try:
         found, absolute = nearest_existing(run_dir), run_dir.absolute()
-        told["place"] = str(found.resolve())
-        told["levels_up"] = (absolute, *absolute.parents).index(found)
-        folder = Probing.model_validate(told).folder(run_dir)
+        begun.place = str(found.resolve())
+        begun.levels_up = (absolute, *absolute.parents).index(found)
+        folder = begun.folder(run_dir)
         folder.mkdir()
         held.callback(_remove, folder)
-        (folder / "0").write_text(told["token"])
+        (folder / "0").write_text(begun.token)
         lock = held.enter_context((folder / _LOCK).open("a"))
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            told["lock_problem"] = error.strerror or str(error)
+            begun.lock_problem = error.strerror or str(error)
     except OSError as error:
-        told["problem"] = error.strerror or str(error)
-    return Probing.model_validate(told)
+        begun.problem = error.strerror or str(error)
+    return begun
 
 
 def _answer(run_dir: Path | None, call: Probing, rank: int) -> Answer:
+    answer = Answer(rank=rank)
     if run_dir is None:
-        problem = "cannot name the run directory: the recipe could not be read there"
-        return Answer(rank=rank, problem=problem)
+        answer.problem = "cannot name the run directory: the recipe could not be read there"
+        return answer
     folder = call.folder(run_dir)
     if not _appears(folder / "0", call.token):
-        problem = f"does not see what rank 0 has written into {call.place}"
-        return Answer(rank=rank, problem=problem)
-    if rank == 0:
-        return Answer(rank=rank)  # a second lock of its own process tells nothing over NFS
-    try:
-        (folder / str(rank)).write_text(call.token)
-    except OSError as error:
-        return Answer(rank=rank, problem=f"cannot write into {folder.parent} ({error.strerror})")
-    return Answer(rank=rank, lock=_UNTRIED if call.lock_problem else _try_lock(folder / _LOCK))
+        answer.problem = f"does not see what rank 0 has written into {call.place}"
+    elif rank:  # a second lock of rank 0's own process tells nothing over NFS
+        try:
+            (folder / str(rank)).write_text(call.token)
+            answer.lock = _UNTRIED if call.lock_problem else _try_lock(folder / _LOCK)
+        except OSError as error:
+            answer.problem = f"cannot write into {folder.parent} ({error.strerror})"
+    return answer
 
 
 def _try_lock(path: Path) -> str:
@@ -131,14 +130,6 @@ def _try_lock(path: Path) -> str:
     except OSError as error:
         return f"no lock to be had ({error.strerror})"
     return "got a lock that rank 0 holds"
-
-
-def _heard(folder: Path, call: Probing, answer: Answer) -> Answer:
-    """The answer, if rank 0 sees what that node has written."""
-    if answer.problem or _appears(folder / str(answer.rank), call.token):
-        return answer
-    problem = f"writes into {call.place} what rank 0 does not see"
-    return answer.model_copy(update={"problem": problem})
 
 
 def _appears(path: Path, token: str) -> bool:

@@ -12,18 +12,16 @@ import torch.distributed as dist
 from stacking_ds.console import say_on_stderr
 from stacking_ds.distributed.world import World
 from stacking_ds.doctor.facts import WireRecord
+from stacking_ds.errors import EXIT_USER_ERROR
 from stacking_ds.kernels.registry import DTYPES
 from stacking_ds.process.device import measure_matmul_peak, seconds_now
 from stacking_ds.process.exit import end_now
 
-_CLOCK_ROUNDS = 8
-_SMALL_BYTES = 4
 _LARGE_BYTES = {"cuda": 64 << 20, "cpu": 16 << 20}
 _SECONDS_EACH = 1.0
 _MOST_ROUNDS = 200
 # the first collective of thousands of ranks connects them all
 _HANGING_SECONDS = 120.0
-_FAILED = 2
 
 
 @dataclass(frozen=True)
@@ -52,6 +50,12 @@ class Matmul(WireRecord):
     flops_per_second: float = 0.0
     problem: str = ""
 
+    @property
+    def flops(self) -> str:
+        """The speed, for people."""
+        value = self.flops_per_second
+        return f"{value / 1e12:,.0f} TFLOP/s" if value >= 1e13 else f"{value / 1e9:,.0f} GFLOP/s"
+
 
 def clock_offset(world: World) -> tuple[float, float]:
     """This rank's clock minus rank 0's, and how wrong that may be, in seconds. A collective.
@@ -60,7 +64,7 @@ def clock_offset(world: World) -> tuple[float, float]:
     readings of this rank's clock. The round with the shortest trip says most.
     """
     trips = []
-    for _ in range(_CLOCK_ROUNDS):
+    for _ in range(8):
         begun = _clock()
         world.barrier()
         [first] = world.sum([_clock() if world.is_first else 0.0])
@@ -77,15 +81,19 @@ def _clock() -> float:
 def measure_matmul(world: World, precision: str) -> Matmul:
     """In the recipe's precision on a GPU, in fp32 on the CPU, whose bf16 may be emulated."""
     name = precision if world.device.type == "cuda" else "fp32"
-    dtype = DTYPES[name]
-    found = Matmul(host=socket.gethostname(), rank=world.rank, dtype=name)
+    flops, problem = 0.0, ""
     try:
-        flops = measure_matmul_peak(world.device, dtype)
+        flops = measure_matmul_peak(world.device, DTYPES[name])
     except Exception as error:  # noqa: BLE001 - the rank reports it; the others must not wait
-        text = str(error).splitlines() or [""]
-        problem = f"cannot compute ({type(error).__name__}: {text[0]})"
-        return found.model_copy(update={"problem": problem})
-    return found.model_copy(update={"flops_per_second": flops})
+        text = (str(error).splitlines() or [""])[0]
+        problem = f"cannot compute ({type(error).__name__}: {text})"
+    return Matmul(
+        host=socket.gethostname(),
+        rank=world.rank,
+        dtype=name,
+        flops_per_second=flops,
+        problem=problem,
+    )
 
 
 def measure_all_reduce(world: World) -> AllReduce | None:
@@ -93,9 +101,7 @@ def measure_all_reduce(world: World) -> AllReduce | None:
     if world.size == 1:
         return None
     large_bytes = _LARGE_BYTES[world.device.type]
-    small, large = (
-        torch.zeros(size // 4, device=world.device) for size in (_SMALL_BYTES, large_bytes)
-    )
+    small, large = (torch.zeros(size // 4, device=world.device) for size in (4, large_bytes))
     # NCCL waits for long inside a call that nothing interrupts
     timer = threading.Timer(_HANGING_SECONDS, _give_up)
     timer.daemon = True
@@ -127,11 +133,10 @@ def _all_reduce_seconds(tensor: torch.Tensor) -> float:
 
 
 def _give_up() -> None:
-    message = (
+    say_on_stderr(
         f"stacking-ds: error: [{socket.gethostname()}] an all-reduce over all ranks has not ended "
         f"in {_HANGING_SECONDS:.0f} s though they have met: see that no firewall is between the "
         f"nodes, set NCCL_SOCKET_IFNAME to the interface that joins them, and read what "
         f"NCCL_DEBUG=INFO says"
     )
-    say_on_stderr(message)
-    end_now(_FAILED)
+    end_now(EXIT_USER_ERROR)

@@ -42,53 +42,39 @@ def keep_mask(shape: torch.Size, dropout_prob: float, dtype: torch.dtype) -> tor
     return numbers.clamp_(lowest_kept - 1, lowest_kept).sub_(lowest_kept - 1).to(dtype)
 
 
-def dropout(inner: torch.Tensor, dropout_prob: float) -> torch.Tensor:
-    """Each element 0 with probability `dropout_prob`, else divided by 1 - dropout_prob
-    (Srivastava et al. 2014)."""
-    if dropout_prob == 0.0 or inner.device.type != "cpu":
-        return functional.dropout(inner, dropout_prob)
-    dropped: torch.Tensor = _Dropout.apply(inner, dropout_prob)  # type: ignore[no-untyped-call]
-    return dropped
+def dropout_add(
+    inner: torch.Tensor, residual: torch.Tensor | None, dropout_prob: float
+) -> torch.Tensor:
+    """residual + dropout(inner), of one shape; without residual, dropout alone.
 
-
-def dropout_add(inner: torch.Tensor, residual: torch.Tensor, dropout_prob: float) -> torch.Tensor:
-    """residual + dropout(inner), of one shape."""
+    Each element is 0 with probability `dropout_prob`, else divided by 1 - dropout_prob (Srivastava
+    et al. 2014).
+    """
     if dropout_prob == 0.0 or inner.device.type != "cpu":
-        return residual + functional.dropout(inner, dropout_prob)
+        dropped = functional.dropout(inner, dropout_prob)
+        return dropped if residual is None else residual + dropped
     added: torch.Tensor = _DropoutAdd.apply(inner, residual, dropout_prob)  # type: ignore[no-untyped-call]
     return added
-
-
-class _Dropout(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, inner: torch.Tensor, dropout_prob: float) -> torch.Tensor:  # type: ignore[no-untyped-def]
-        keep = keep_mask(inner.shape, dropout_prob, inner.dtype)
-        ctx.save_for_backward(keep)
-        ctx.scale = 1.0 / (1.0 - dropout_prob)
-        return (inner * keep).mul_(ctx.scale)
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[no-untyped-def]
-        (keep,) = ctx.saved_tensors
-        return (grad * keep).mul_(ctx.scale), None
 
 
 class _DropoutAdd(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, inner: torch.Tensor, residual: torch.Tensor, dropout_prob: float
+        ctx, inner: torch.Tensor, residual: torch.Tensor | None, dropout_prob: float
     ) -> torch.Tensor:
         keep = keep_mask(inner.shape, dropout_prob, inner.dtype)
         ctx.save_for_backward(keep)
-        ctx.scale = 1.0 / (1.0 - dropout_prob)
+        ctx.scale, ctx.adds = 1.0 / (1.0 - dropout_prob), residual is not None
+        if residual is None:
+            return (inner * keep).mul_(ctx.scale)
         return torch.add(residual, inner * keep, alpha=ctx.scale)
 
     @staticmethod
     def backward(  # type: ignore[no-untyped-def]
         ctx, grad: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
         (keep,) = ctx.saved_tensors
-        return (grad * keep).mul_(ctx.scale), grad, None
+        return (grad * keep).mul_(ctx.scale), grad if ctx.adds else None, None
 
 
 LinearForm = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -109,6 +95,14 @@ class Norm(NamedTuple):
     weight_H: torch.Tensor
     bias_H: torch.Tensor
     eps: float
+
+
+class TokenIds(NamedTuple):
+    """Rows of the `EmbeddingTables`: T of each."""
+
+    word: torch.Tensor
+    token_type: torch.Tensor
+    position: torch.Tensor
 
 
 class EmbeddingTables(NamedTuple):
@@ -159,19 +153,11 @@ class Operations:
         return self.norm(self.linear_add(x_TI, weights, residual_TH, dropout_prob), norm)
 
     def embed(
-        self,
-        input_ids_T: torch.Tensor,
-        token_type_ids_T: torch.Tensor,
-        position_ids_T: torch.Tensor,
-        tables: EmbeddingTables,
-        norm: Norm,
-        dropout_prob: float,
+        self, ids: TokenIds, tables: EmbeddingTables, norm: Norm, dropout_prob: float
     ) -> torch.Tensor:
         """dropout(LayerNorm(word + token type + position)). Shape [T, H]."""
-        summed_TH = functional.embedding(input_ids_T, tables.word)
-        summed_TH = summed_TH + functional.embedding(token_type_ids_T, tables.token_type)
-        summed_TH = summed_TH + functional.embedding(position_ids_T, tables.position)
-        return dropout(self.norm(summed_TH, norm), dropout_prob)
+        word_TH, type_TH, position_TH = map(functional.embedding, ids, tables)
+        return dropout_add(self.norm(word_TH + type_TH + position_TH, norm), None, dropout_prob)
 
     def cross_entropy_sum(self, logits_MV: torch.Tensor, labels_M: torch.Tensor) -> torch.Tensor:
         """As `stacking_ds.kernels.cross_entropy` has it: its backward overwrites the logits."""

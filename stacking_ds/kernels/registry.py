@@ -6,12 +6,17 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, get_args
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch.nn import functional
 
-from stacking_ds.config.sections import ActivationCheckpointing, EngineSection, KernelsName
+from stacking_ds.config.sections import (
+    ActivationCheckpointing,
+    EngineSection,
+    KernelsName,
+    ModelSection,
+)
 from stacking_ds.errors import ConfigError
 from stacking_ds.kernels.attention.choice import choose_attention
 from stacking_ds.kernels.attention.padded import attend_padded
@@ -50,6 +55,7 @@ class Compute:
 
 
 logger = logging.getLogger("stacking_ds")
+Form = TypeVar("Form")
 
 DTYPES: Mapping[str, torch.dtype] = {
     "fp32": torch.float32,
@@ -59,28 +65,15 @@ DTYPES: Mapping[str, torch.dtype] = {
 """By the recipe's name of the precision."""
 
 
-class Sizes(Protocol):
-    """The sizes of a model that decide which kernels can run."""
-
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def intermediate_size(self) -> int: ...
-    @property
-    def num_attention_heads(self) -> int: ...
-    @property
-    def attention_probs_dropout_prob(self) -> float: ...
-
-
-def choose_compute(engine: EngineSection, device: torch.device, sizes: Sizes) -> Compute:
-    """Choose kernels by a recipe's engine section, for a model of `sizes` on `device`.
+def choose_compute(engine: EngineSection, device: torch.device, model: ModelSection) -> Compute:
+    """Choose kernels by a recipe's engine section, for a model of these sizes on `device`.
 
     Raises:
         ConfigError: something is named that cannot run here.
     """
     linear: LinearForm = functional.linear
     if engine.fp8:
-        require_fp8(device, sizes.hidden_size, sizes.intermediate_size)
+        require_fp8(device, model.hidden_size, model.intermediate_size)
         linear = linear_fp8
     if engine.cuda_graphs and device.type != "cuda":
         raise ConfigError(
@@ -92,71 +85,95 @@ def choose_compute(engine: EngineSection, device: torch.device, sizes: Sizes) ->
             engine.attention,
             device,
             DTYPES[engine.precision],
-            sizes.hidden_size // sizes.num_attention_heads,
-            sizes.attention_probs_dropout_prob,
+            model.hidden_size // model.num_attention_heads,
+            model.attention_probs_dropout_prob,
         ),
         engine.activation_checkpointing,
         engine.cuda_graphs,
     )
 
 
+@dataclass(frozen=True)
+class Forms(Generic[Form]):
+    """Forms of one part of the step, of which a recipe names one or leaves it to "auto"."""
+
+    key: str
+    """The recipe's."""
+    log_name: str
+    on: str
+    """What must lie on a form's device: the beginning of a sentence."""
+    leave: str
+    """The remedy that always helps."""
+    slow: str
+    """The form where Triton cannot run."""
+    makers: Mapping[str, Callable[..., Form]]
+    """By name; of the device, and whatever else `choose` is given."""
+
+    def choose(self, name: str, device: torch.device, *arguments: Any) -> Form:
+        """The form called `name` for tensors on `device`; "auto" says in the log what it chose.
+
+        Raises:
+            ConfigError: no such form, or it cannot run here.
+        """
+        names = (*self.makers, "auto")
+        if name not in names:
+            raise ConfigError(f"{self.key}={name!r} must be one of {names}")
+        if name != "auto":
+            return self.makers[name](device, *arguments)
+        name, why = self.slow, f"{self.on} on {device.type}"
+        if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+            name, why = "triton", f"{self.on} on a GPU"
+        elif device.type == "cuda":
+            why = "Triton is not installed: expect a slow step on this GPU"
+        made = self.makers[name](device, *arguments)
+        logger.info("%s: %s (%s)", self.log_name, name, why)
+        return made
+
+    def require_gpu(self, name: str, device: torch.device, need: str) -> None:
+        if device.type != "cuda":
+            raise ConfigError(
+                f"{self.key}={name}, but {self.on} on {device.type}: {need}; {self.leave}"
+            )
+
+    def by_triton(self, device: torch.device, need: str, tried: Callable[[], Form]) -> Form:
+        """The form that `tried` makes and has had a try with, so that what cannot run says so
+        before training has begun."""
+        if importlib.util.find_spec("triton") is None:
+            raise ConfigError(
+                f"{self.key}=triton, but Triton is not installed; it comes with torch for CUDA. "
+                f"Install that, or {self.leave}"
+            )
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            self.require_gpu("triton", device, need)
+        try:
+            return tried()
+        except Exception as error:
+            raise ConfigError(
+                f"{self.key}=triton cannot run here ({type(error).__name__}: {error}); mend that "
+                f"(it needs a C compiler and Triton 3.6 or later), or set {self.key}={self.slow}, "
+                f"which is slower"
+            ) from error
+
+
 def choose_operations(
     name: KernelsName, device: torch.device, linear: LinearForm = functional.linear
 ) -> Operations:
-    """The form called `name` for tensors on `device`; "auto" says in the log what it chose.
-
-    Raises:
-        ConfigError: no such form, or it cannot run here.
-    """
-    if name not in get_args(KernelsName):
-        raise ConfigError(f"engine.kernels={name!r} must be one of {get_args(KernelsName)}")
-    chosen, why = (name, "") if name != "auto" else _fastest(device)
-    made = _MAKERS[chosen](device, linear)
-    if why:
-        logger.info("kernels: %s (%s)", chosen, why)
-    return made
-
-
-def _fastest(device: torch.device) -> tuple[str, str]:
-    if device.type != "cuda":
-        return "torch", f"the model is on {device.type}"
-    if importlib.util.find_spec("triton") is None:
-        return "torch", "Triton is not installed: expect a slow step on this GPU"
-    return "triton", "the model is on a GPU"
+    """As `Forms.choose`, with `linear` for the layers' matrix products."""
+    return _OPERATIONS.choose(name, device, linear)
 
 
 def _triton(device: torch.device, linear: LinearForm) -> Operations:
-    if importlib.util.find_spec("triton") is None:
-        raise ConfigError(
-            "engine.kernels=triton, but Triton is not installed; it comes with torch for CUDA. "
-            "Install that, or leave the kernels to auto"
-        )
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ConfigError(
-            f"engine.kernels=triton, but the model is on {device.type}: Triton needs an NVIDIA "
-            f"GPU; leave the kernels to auto"
-        )
-    try:
+    def tried() -> Operations:
         from stacking_ds.kernels.triton_operations import TritonOperations
 
-        made = TritonOperations(linear)
-        _try_out(made, device)
-    except Exception as error:
-        raise ConfigError(
-            f"Triton cannot run a layer's kernels here ({type(error).__name__}: {error}); mend "
-            f"that (it needs a C compiler and Triton 3.6 or later), or set engine.kernels=torch, "
-            f"which is slower"
-        ) from error
-    return made
+        made, one_H = TritonOperations(linear), torch.ones(4, device=device)
+        x_TH = torch.tensor([[1.0, 2.0, 3.0, 4.0]], device=device)
+        found = made.norm(x_TH, Norm(one_H, 0 * one_H, 1e-12))
+        if not 1.3 < float(found[0, -1]) < 1.4:
+            raise ArithmeticError(f"the norm of 1, 2, 3, 4 became {found.tolist()}")
+        return made
 
-
-def _try_out(operations: Operations, device: torch.device) -> None:
-    """One norm of a few numbers: what cannot run says so before training has begun."""
-    x_TH = torch.tensor([[1.0, 2.0, 3.0, 4.0]], device=device)
-    one_H = torch.ones(4, device=device)
-    found = operations.norm(x_TH, Norm(one_H, 0 * one_H, 1e-12))
-    if not 1.3 < float(found[0, -1]) < 1.4:
-        raise ArithmeticError(f"the norm of 1, 2, 3, 4 became {found.tolist()}")
+    return _OPERATIONS.by_triton(device, "Triton needs an NVIDIA GPU", tried)
 
 
 def _compile(device: torch.device, linear: LinearForm) -> Operations:
@@ -171,17 +188,20 @@ def _compile(device: torch.device, linear: LinearForm) -> Operations:
 
 
 def _apex(device: torch.device, linear: LinearForm) -> Operations:
-    if device.type != "cuda":
-        raise ConfigError(
-            f"engine.kernels=apex, but the model is on {device.type}: apex runs on an NVIDIA GPU "
-            f"alone; leave the kernels to auto"
-        )
+    _OPERATIONS.require_gpu("apex", device, "apex runs on an NVIDIA GPU alone")
     return ApexOperations(linear, find_fused_layer_norm())
 
 
-_MAKERS: dict[str, Callable[[torch.device, LinearForm], Operations]] = {
-    "torch": lambda device, linear: Operations(linear),
-    "triton": _triton,
-    "compile": _compile,
-    "apex": _apex,
-}
+_OPERATIONS = Forms[Operations](
+    key="engine.kernels",
+    log_name="kernels",
+    on="the model is",
+    leave="leave the kernels to auto",
+    slow="torch",
+    makers={
+        "torch": lambda device, linear: Operations(linear),
+        "triton": _triton,
+        "compile": _compile,
+        "apex": _apex,
+    },
+)

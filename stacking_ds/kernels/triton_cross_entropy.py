@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from triton.language import constexpr, tensor
 
 from stacking_ds.kernels.cross_entropy import IGNORE_INDEX, LOGITS_GONE
-from stacking_ds.kernels.triton_parts import jit
+from stacking_ds.kernels.triton_parts import jit, launch
 
 _IGNORED = constexpr(IGNORE_INDEX)
 
@@ -97,16 +97,6 @@ def cross_entropy_backward_kernel(
         tl.store(pointers, d_x, mask=at < V)
 
 
-# For compiling where there is no GPU: the arguments' types, "x" being the dtype of the logits;
-# and the kernels' constants by form; and the rest by `options`.
-TYPES = {"logits_MV": "*x", "labels_M": "*i64", "highest_M": "*fp32"}
-TYPES |= {"rest_M": "*fp32", "loss_M": "*fp32", "d_loss": "*fp32", "stride": "i32"}
-FORMS: list[tuple[Any, dict[str, Any]]] = [
-    (cross_entropy_kernel, {}),
-    (cross_entropy_backward_kernel, {}),
-]
-
-
 # --------------------------------------------------------------------------- on the host
 
 
@@ -115,16 +105,6 @@ def options(vocabulary: int) -> dict[str, Any]:
     block = min(_BLOCK, max(16, triton.next_power_of_2(vocabulary)))
     warps = max(1, min(8, block // 256))
     return {"V": vocabulary, "BLOCK": block, "num_warps": warps, "enable_fp_fusion": True}
-
-
-def traffic(rows: int, vocabulary: int, itemsize: int) -> tuple[int, int]:
-    """Bytes that must cross memory, forward and backward.
-
-    Every tensor once, the logits in backward twice: they are read and written. Padding between
-    rows does not count.
-    """
-    logits, labels, number = rows * vocabulary * itemsize, 8 * rows, 4 * rows
-    return logits + labels + 3 * number, 2 * logits + labels + 2 * number + 4
 
 
 def cross_entropy_sum(logits_MV: torch.Tensor, labels_M: torch.Tensor) -> torch.Tensor:
@@ -155,10 +135,8 @@ class _CrossEntropySum(torch.autograd.Function):
         # parts of one tensor would be aligned for some numbers of rows alone
         numbers = [logits_MV.new_empty(rows, dtype=torch.float32) for _ in range(3)]
         highest_M, rest_M, loss_M = numbers
-        if rows:
-            tensors, stride = (logits_MV, labels_M, *numbers), logits_MV.stride(0)
-            with torch.cuda.device(logits_MV.get_device()):
-                cross_entropy_kernel[(rows,)](*tensors, stride, **options(vocabulary))
+        tensors, stride = (logits_MV, labels_M, *numbers), logits_MV.stride(0)
+        launch(cross_entropy_kernel, (rows,), *tensors, stride, **options(vocabulary))
         ctx.save_for_backward(logits_MV, labels_M, highest_M, rest_M)
         ctx.overwritten = False
         return loss_M.sum()
@@ -171,12 +149,10 @@ class _CrossEntropySum(torch.autograd.Function):
         logits_MV, *known = ctx.saved_tensors
         ctx.overwritten = True
         d_logits_MV, (rows, vocabulary) = logits_MV.detach(), logits_MV.shape
+        how, tensors = options(vocabulary), (d_logits_MV, *known, d_loss)
+        grid = rows, triton.cdiv(vocabulary, how["BLOCK"])
+        launch(cross_entropy_backward_kernel, grid, *tensors, logits_MV.stride(0), **how)
         if rows:
-            how, stride = options(vocabulary), logits_MV.stride(0)
-            grid = rows, triton.cdiv(vocabulary, how["BLOCK"])
-            with torch.cuda.device(logits_MV.get_device()):
-                tensors = d_logits_MV, *known, d_loss
-                cross_entropy_backward_kernel[grid](*tensors, stride, **how)
             # for autograd, who has not seen it: what else needs the logits must not read this
             torch.autograd.graph.increment_version(logits_MV)
         return d_logits_MV, None

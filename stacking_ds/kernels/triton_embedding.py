@@ -17,7 +17,15 @@ from torch.autograd.function import once_differentiable
 from triton.language import constexpr, tensor
 
 from stacking_ds.kernels.triton_norm import moments, norm_gradient, options, records, statistics
-from stacking_ds.kernels.triton_parts import WALKING, column_sums, draw_seed, dropped, jit, walkers
+from stacking_ds.kernels.triton_parts import (
+    WALKING,
+    column_sums,
+    draw_seed,
+    dropped,
+    jit,
+    launch,
+    walkers,
+)
 
 # --------------------------------------------------------------------------- on the device
 
@@ -123,41 +131,7 @@ def embed_backward_kernel(
     tl.store(line + tl.num_programs(0) * H, d_norm_bias, mask=in_row)
 
 
-# For compiling where there is no GPU: the arguments' types, "x" being the dtype of activations
-# and parameters; the kernels' constants by form; and the rest by `options`.
-TYPES = dict.fromkeys(["input_ids_T", "token_type_ids_T", "position_ids_T", "seed"], "*i64")
-TYPES |= dict.fromkeys(["word_VH", "type_KH", "position_PH", "weight_H", "norm_bias_H"], "*x")
-TYPES |= dict.fromkeys(["out_TH", "d_out_TH", "d_sum_TH"], "*x")
-TYPES |= dict.fromkeys(["mean_T", "rstd_T", "partial_2PH"], "*fp32")
-TYPES |= dict.fromkeys(["words", "types", "positions", "tokens"], "i32")
-TYPES |= dict.fromkeys(["eps", "dropout_prob"], "fp32")
-FORMS: list[tuple[Any, dict[str, Any]]] = [
-    (embed_kernel, {}),
-    (embed_kernel, {"seed": None}),
-    (embed_kernel, dict.fromkeys(["seed", "mean_T", "rstd_T"])),
-    (embed_backward_kernel, WALKING),
-    (embed_backward_kernel, {"seed": None, **WALKING}),
-]
-
-
 # --------------------------------------------------------------------------- on the host
-
-
-def traffic(
-    tokens: int, width: int, itemsize: int, *, types: int, positions: int, dropout: bool = True
-) -> tuple[int, int]:
-    """Bytes that must cross memory, forward (to be followed by a backward pass) and backward.
-
-    Every tensor once: what is read and what is written. Of the words that is a row for each token,
-    of the small tables all; the gradients of the three tables are torch's, and not in here. The
-    programs' partial sums are workspace, so time spent on them shows as bandwidth lost.
-    """
-    rows, parameter = tokens * width * itemsize, width * itemsize
-    tables = rows + (types + positions) * parameter
-    ids, of_rows, seed = 3 * 8 * tokens, 8 * tokens, 8 * dropout  # of rows: mean and rstd
-    forward = tables + ids + 2 * parameter + seed + of_rows + rows
-    backward = rows + tables + ids + parameter + seed + of_rows + rows + 2 * parameter
-    return forward, backward
 
 
 def embed(
@@ -193,10 +167,6 @@ def embed(
     return _forward(*tensors, eps=eps, dropout_prob=dropout_prob, record=False)[0]
 
 
-def _sizes(*tables: torch.Tensor) -> tuple[int, ...]:
-    return tuple(len(table) for table in tables)
-
-
 def _forward(
     *tensors: torch.Tensor, eps: float, dropout_prob: float, record: bool
 ) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
@@ -205,13 +175,10 @@ def _forward(
     out_TH = torch.empty(tokens, word_VH.shape[1], dtype=word_VH.dtype, device=word_VH.device)
     mean_T, rstd_T = moments(out_TH) if record else (None, None)
     seed = draw_seed(dropout_prob, out_TH.device)
-    if tokens:
-        sizes, how = _sizes(word_VH, type_KH, position_PH), options(word_VH.shape[1])
-        made = seed, mean_T, rstd_T, out_TH
-        numbers = tokens, eps, dropout_prob
-        with torch.cuda.device(out_TH.get_device()):
-            grid = (triton.cdiv(tokens, how["ROWS"]),)
-            embed_kernel[grid](*tensors[:6], *sizes, *tensors[6:], *made, *numbers, **how)
+    sizes, how = map(len, (word_VH, type_KH, position_PH)), options(word_VH.shape[1])
+    made, numbers = (seed, mean_T, rstd_T, out_TH), (tokens, eps, dropout_prob)
+    grid = (triton.cdiv(tokens, how["ROWS"]),)
+    launch(embed_kernel, grid, *tensors[:6], *sizes, *tensors[6:], *made, *numbers, **how)
     return out_TH, (seed, mean_T, rstd_T)
 
 
@@ -233,14 +200,9 @@ class _Embed(torch.autograd.Function):
         device, how = d_out_TH.device, options(width)
         programs = walkers(device, triton.cdiv(tokens, how["ROWS"]))
         partial_2PH = torch.empty(2, programs, width, dtype=torch.float32, device=device)
-        if tokens:
-            read = weight_H, seed, mean_T, rstd_T
-            made = d_sum_TH, partial_2PH
-            numbers = tokens, ctx.dropout_prob
-            with torch.cuda.device(d_out_TH.get_device()):
-                embed_backward_kernel[(programs,)](
-                    d_out_TH, *given, *_sizes(*tables), *read, *made, *numbers, **how, **WALKING
-                )
+        read = d_out_TH, *given, *map(len, tables), weight_H, seed, mean_T, rstd_T
+        made, numbers = (d_sum_TH, partial_2PH), (tokens, ctx.dropout_prob)
+        launch(embed_backward_kernel, (programs,), *read, *made, *numbers, **how, **WALKING)
         d_tables = (
             # an id that is no row has made its token NaN; here it would write into other memory
             torch.ops.aten.embedding_dense_backward(

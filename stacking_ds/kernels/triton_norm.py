@@ -16,7 +16,15 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 from triton.language import constexpr, tensor
 
-from stacking_ds.kernels.triton_parts import WALKING, column_sums, draw_seed, dropped, jit, walkers
+from stacking_ds.kernels.triton_parts import (
+    WALKING,
+    column_sums,
+    draw_seed,
+    dropped,
+    jit,
+    launch,
+    walkers,
+)
 
 # A program's tile: 16 elements a thread, so that with two tensors to read four loads of 16 bytes
 # are on the way at once.
@@ -124,33 +132,6 @@ def add_norm_backward_kernel(
         tl.store(line, d_bias, mask=in_row)
 
 
-def _forms() -> list[tuple[Any, dict[str, Any]]]:
-    """What the functions below launch: with and without a norm, dropout, and what it is added to;
-    forward also without what a backward pass would need."""
-    plain, dry = {"bias_H": None, "residual_TH": None}, {"seed": None}
-    unnormed = dict.fromkeys(["weight_H", "norm_bias_H", "mean_T", "rstd_T", "out_TH"])
-    unrecorded: dict[str, Any] = dict.fromkeys(["sum_TH", "mean_T", "rstd_T"])
-    forward: list[dict[str, Any]] = [{}, dry, plain | dry | {"sum_TH": None}]
-    forward += [dry | unrecorded, plain | dry | unrecorded, unnormed, unnormed | dry]
-    unread = dict.fromkeys(["sum_TH", "mean_T", "rstd_T", "weight_H", "d_sum_TH"])
-    shared: dict[str, Any] = {"d_inner_TH": None, **dry}
-    backward: list[dict[str, Any]] = [{"BIAS": True}, {"BIAS": True, **shared}]
-    backward += [{"BIAS": False, **shared}, {"BIAS": True, **unread}]
-    backward += [{"BIAS": True, **unread, **shared}]
-    return [(add_norm_kernel, constants) for constants in forward] + [
-        (add_norm_backward_kernel, {**constants, **WALKING}) for constants in backward
-    ]
-
-
-# For compiling where there is no GPU: the arguments' types, "x" being the dtype of activations
-# and parameters; the kernels' constants by form; and the rest by `options`.
-TYPES = {"inner_TH": "*x", "bias_H": "*x", "residual_TH": "*x", "weight_H": "*x", "sum_TH": "*x"}
-TYPES |= {"norm_bias_H": "*x", "out_TH": "*x", "d_out_TH": "*x", "d_sum_TH": "*x"}
-TYPES |= {"d_inner_TH": "*x", "mean_T": "*fp32", "rstd_T": "*fp32", "partial_KPH": "*fp32"}
-TYPES |= {"seed": "*i64", "tokens": "i32", "eps": "fp32", "dropout_prob": "fp32"}
-FORMS = _forms()
-
-
 # --------------------------------------------------------------------------- on the host
 
 
@@ -160,31 +141,6 @@ def options(width: int) -> dict[str, Any]:
     tile = {"H": width, "BLOCK": block, "ROWS": max(1, _TILE_ELEMENTS // block)}
     # wider rows have more warps, as more elements a thread need more registers than there are
     return {**tile, "num_warps": max(4, block // 256), "enable_fp_fusion": True}
-
-
-def traffic(
-    tokens: int,
-    width: int,
-    itemsize: int,
-    *,
-    bias: bool = True,
-    residual: bool = True,
-    dropout: bool = True,
-    norm: bool = True,
-) -> tuple[int, int]:
-    """Bytes that must cross memory, forward (to be followed by a backward pass) and backward.
-
-    Every tensor once: what is read and what is written. The programs' partial sums are workspace,
-    so time spent on them shows as bandwidth lost.
-    """
-    rows, parameter = tokens * width * itemsize, width * itemsize
-    seed, of_rows = 8 * dropout, 8 * tokens * norm  # of rows: mean and rstd
-    written = (bias or residual or dropout) + norm  # the sum, and what came of it
-    forward = (1 + residual + written) * rows + (bias + 2 * norm) * parameter + seed + of_rows
-    # without dropout inner and residual have one gradient, which without a norm is the output's
-    written = norm * (residual or not dropout) + dropout
-    backward = (1 + norm + written) * rows + (bias + 3 * norm) * parameter + seed + of_rows
-    return forward, backward
 
 
 def records(*tensors: torch.Tensor | None) -> bool:
@@ -264,12 +220,10 @@ def _forward(
     out_TH = torch.empty_like(inner_TH) if normed else None
     mean_T, rstd_T = moments(inner_TH) if normed and record else (None, None)
     how = options(width)
-    if tokens:
-        given = inner_TH, bias_H, residual_TH, weight_H, norm_bias_H, seed
-        made = sum_TH, mean_T, rstd_T, out_TH
-        with torch.cuda.device(inner_TH.get_device()):
-            grid = (triton.cdiv(tokens, how["ROWS"]),)
-            add_norm_kernel[grid](*given, *made, tokens, eps, dropout_prob, **how)
+    given = inner_TH, bias_H, residual_TH, weight_H, norm_bias_H, seed
+    made = sum_TH, mean_T, rstd_T, out_TH
+    grid = (triton.cdiv(tokens, how["ROWS"]),)
+    launch(add_norm_kernel, grid, *given, *made, tokens, eps, dropout_prob, **how)
     if out_TH is None:
         assert sum_TH is not None
         return sum_TH, (None, None, None, seed)
@@ -301,12 +255,10 @@ class _AddNorm(torch.autograd.Function):
         programs = walkers(device, triton.cdiv(tokens, how["ROWS"]))
         shape = 2 * normed + ctx.has_bias, programs, width
         partial_KPH = torch.empty(shape, dtype=torch.float32, device=device)
-        if tokens:
-            read = d_out_TH, sum_TH, mean_T, rstd_T, weight_H, seed
-            made = d_sum_TH, d_inner_TH, partial_KPH
-            numbers, how = (tokens, ctx.dropout_prob), {"BIAS": ctx.has_bias, **how, **WALKING}
-            with torch.cuda.device(d_out_TH.get_device()):
-                add_norm_backward_kernel[(programs,)](*read, *made, *numbers, **how)
+        read = d_out_TH, sum_TH, mean_T, rstd_T, weight_H, seed
+        made = d_sum_TH, d_inner_TH, partial_KPH
+        numbers, how = (tokens, ctx.dropout_prob), {"BIAS": ctx.has_bias, **how, **WALKING}
+        launch(add_norm_backward_kernel, (programs,), *read, *made, *numbers, **how)
         sums: list[torch.Tensor | None] = [*column_sums(partial_KPH, ctx.parameter_dtype)]
         d_weight_H, d_norm_bias_H = sums[:2] if normed else (None, None)
         d_sum_TH = d_sum_TH if normed else d_out_TH

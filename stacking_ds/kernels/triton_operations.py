@@ -9,11 +9,11 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 from triton.language import constexpr, tensor
 
-from stacking_ds.kernels.operations import EmbeddingTables, Norm, Operations, Weights
+from stacking_ds.kernels.operations import EmbeddingTables, Norm, Operations, TokenIds, Weights
 from stacking_ds.kernels.triton_cross_entropy import cross_entropy_sum
 from stacking_ds.kernels.triton_embedding import embed
 from stacking_ds.kernels.triton_norm import bias_dropout_add, bias_dropout_add_norm
-from stacking_ds.kernels.triton_parts import column_sums, jit, walkers
+from stacking_ds.kernels.triton_parts import column_sums, jit, launch, walkers
 
 # ---- GELU of a projection and its bias, in Triton: a read and a write forward, one read
 # more back.
@@ -77,13 +77,6 @@ def gelu_backward_kernel(
     tl.store(partial_1PF + walker * F + columns, d_bias, mask=columns < F)
 
 
-# For compiling where there is no GPU: the arguments' types, "x" being the dtype of activations
-# and parameters; the kernels' constants by form; and the rest by `options`.
-TYPES = {"inner_TF": "*x", "bias_F": "*x", "out_TF": "*x", "tokens": "i32"}
-TYPES |= {"d_out_TF": "*x", "d_inner_TF": "*x", "partial_1PF": "*fp32"}
-FORMS: list[tuple[Any, dict[str, Any]]] = [(gelu_kernel, {}), (gelu_backward_kernel, {})]
-
-
 # --------------------------------------------------------------------------- on the host
 
 
@@ -92,16 +85,6 @@ def options(width: int) -> dict[str, Any]:
     columns = min(_COLUMNS, max(16, triton.next_power_of_2(width)))
     tile = {"F": width, "COLUMNS": columns, "ROWS": _TILE_ELEMENTS // columns}
     return {**tile, "num_warps": _WARPS, "enable_fp_fusion": True}
-
-
-def traffic(tokens: int, width: int, itemsize: int) -> tuple[int, int]:
-    """Bytes that must cross memory, forward and backward.
-
-    Every tensor once: what is read and what is written. The programs' partial sums are workspace,
-    so time spent on them shows as bandwidth lost.
-    """
-    rows, parameter = tokens * width * itemsize, width * itemsize
-    return 2 * rows + parameter, 3 * rows + 2 * parameter
 
 
 def bias_gelu(inner_TF: torch.Tensor, bias_F: torch.Tensor) -> torch.Tensor:
@@ -124,9 +107,7 @@ class _BiasGelu(torch.autograd.Function):
         (tokens, width), out_TF = inner_TF.shape, torch.empty_like(inner_TF)
         how = options(width)
         grid = (triton.cdiv(width, how["COLUMNS"]) * triton.cdiv(tokens, how["ROWS"]),)
-        if tokens:
-            with torch.cuda.device(inner_TF.get_device()):
-                gelu_kernel[grid](inner_TF, bias_F, out_TF, tokens, **how)
+        launch(gelu_kernel, grid, inner_TF, bias_F, out_TF, tokens, **how)
         return out_TF
 
     @staticmethod
@@ -140,10 +121,8 @@ class _BiasGelu(torch.autograd.Function):
         tiles = column_blocks * triton.cdiv(tokens, how["ROWS"])
         programs = triton.cdiv(walkers(device, tiles), column_blocks)
         partial_1PF = torch.empty(1, programs, width, dtype=torch.float32, device=device)
-        if tokens:
-            tensors = d_out_TF, inner_TF, bias_F, d_inner_TF, partial_1PF
-            with torch.cuda.device(inner_TF.get_device()):
-                gelu_backward_kernel[(column_blocks * programs,)](*tensors, tokens, **how)
+        tensors = d_out_TF, inner_TF, bias_F, d_inner_TF, partial_1PF
+        launch(gelu_backward_kernel, (column_blocks * programs,), *tensors, tokens, **how)
         return d_inner_TF, *column_sums(partial_1PF, bias_F.dtype)
 
 
@@ -181,15 +160,8 @@ class TritonOperations(Operations):
         return bias_dropout_add_norm(inner_TH, weights.bias_O, residual_TH, *norm, dropout_prob)
 
     def embed(
-        self,
-        input_ids_T: torch.Tensor,
-        token_type_ids_T: torch.Tensor,
-        position_ids_T: torch.Tensor,
-        tables: EmbeddingTables,
-        norm: Norm,
-        dropout_prob: float,
+        self, ids: TokenIds, tables: EmbeddingTables, norm: Norm, dropout_prob: float
     ) -> torch.Tensor:
-        ids = input_ids_T, token_type_ids_T, position_ids_T
         return embed(*ids, *tables, *norm, dropout_prob)
 
     def cross_entropy_sum(self, logits_MV: torch.Tensor, labels_M: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,15 @@ def jit(function: Callable[..., Any]) -> Any:
     return triton.jit(function, do_not_specialize=varying)
 
 
+def launch(
+    kernel: Any, grid: tuple[int, ...], first: torch.Tensor, /, *rest: Any, **how: Any
+) -> None:
+    """Run a kernel on the device of its first argument, if there is anything to do."""
+    if 0 not in grid:
+        with torch.cuda.device(first.get_device()):
+            kernel[grid](first, *rest, **how)
+
+
 # The fewest with which Philox4x32 passes all of BigCrush (Salmon et al. 2011, table 2).
 ROUNDS = constexpr(7)
 
@@ -87,12 +96,6 @@ def column_sums_kernel(
     tl.store(out_KH + which * H + columns, tl.sum(sums, 0), mask=columns < H)
 
 
-# For compiling where there is no GPU, as in the modules that sum: "x" stands for the dtype of
-# activations and parameters.
-TYPES = {"partial_KPH": "*fp32", "out_KH": "*x", "programs": "i32"}
-FORMS: list[tuple[Any, dict[str, Any]]] = [(column_sums_kernel, {})]
-
-
 def walkers(device: torch.device, tiles: int) -> int:
     """The number of programs that share so many `tiles` of rows: P."""
     if device.type != "cuda":
@@ -106,6 +109,5 @@ def column_sums(partial_KPH: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Te
     sums, programs, width = partial_KPH.shape
     out_KH = torch.empty(sums, width, dtype=dtype, device=partial_KPH.device)
     grid = (triton.cdiv(width, OPTIONS["COLUMNS"]), sums)
-    with torch.cuda.device(partial_KPH.get_device()):
-        column_sums_kernel[grid](partial_KPH, out_KH, programs, H=width, **OPTIONS)
+    launch(column_sums_kernel, grid, partial_KPH, out_KH, programs, H=width, **OPTIONS)
     return out_KH.unbind()

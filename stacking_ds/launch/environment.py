@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from stacking_ds.errors import ConfigError, UserError
@@ -40,11 +41,10 @@ def decode_arguments(word: str) -> list[str]:
     Raises:
         UserError: it made no such word.
     """
-    try:
+    arguments = None
+    with suppress(ValueError):
         text = base64.b64decode(word + "=" * (-len(word) % 4), altchars=b"-_", validate=True)
         arguments = json.loads(text)
-    except ValueError:
-        arguments = None
     if not isinstance(arguments, list) or not all(isinstance(each, str) for each in arguments):
         raise UserError(
             f"{ENCODED} {word[:40]!r} is no command that `stacking-ds launch` made; write the "
@@ -67,13 +67,13 @@ def require_plain(word: str, what: str, remedy: str) -> None:
 
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
+_SECRET = re.compile(
+    r"(?:^|_)(?:TOKEN|SECRET|PASS|PASSWORD|PASSWD|CREDENTIALS?|[A-Z]*KEY)(?:$|_)", re.IGNORECASE
+)
 # DeepSpeed puts values with other characters between double quotes
 _UNQUOTED = re.compile(r"[\w@%+=:,./-]*", re.ASCII)
 _READ_BY_SHELLS = re.compile(r'["$`\\\x00-\x08\x0a-\x1f]')
 _REPLACED_BY_PDSH = re.compile(r"%[hnu%]")
-_SECRET = re.compile(
-    r"(?:^|_)(?:TOKEN|SECRET|PASS|PASSWORD|PASSWD|CREDENTIALS?|[A-Z]*KEY)(?:$|_)", re.IGNORECASE
-)
 # what DeepSpeed sends from its own environment, beside the file
 _SENT_ANYWAY = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 
@@ -92,11 +92,8 @@ def hosts_environment(
     Raises:
         ConfigError: a file has a line that sets no variable, or a value cannot reach the ranks.
     """
-    found = {**_of_files(own.get("DS_ENV_FILE", ".deepspeed_env")), **given}
-    defaults = {"PATH": search_path(python, own)}
-    if "DS_ACCELERATOR" in own:
-        defaults["DS_ACCELERATOR"] = own["DS_ACCELERATOR"]
-    variables = {**defaults, **found}
+    defaults = {name: own[name] for name in ("DS_ACCELERATOR",) if name in own}
+    variables = {"PATH": search_path(python, own), **defaults, **_of_files(own), **given}
     for name, value in {**_sent_anyway(own), **variables}.items():
         require_exportable(name, value, launcher)
     return variables
@@ -116,16 +113,16 @@ def secret_names(given: Mapping[str, str], own: Mapping[str, str]) -> list[str]:
     Raises:
         ConfigError: a file has a line that sets no variable.
     """
-    names = {**_sent_anyway(own), **_of_files(own.get("DS_ENV_FILE", ".deepspeed_env")), **given}
-    return sorted(name for name in names if _SECRET.search(name))
+    return sorted(filter(_SECRET.search, {**_sent_anyway(own), **_of_files(own), **given}))
 
 
 def _sent_anyway(own: Mapping[str, str]) -> dict[str, str]:
     return {name: own[name] for name in own if name.startswith(_SENT_ANYWAY)}
 
 
-def _of_files(name: str) -> dict[str, str]:
+def _of_files(own: Mapping[str, str]) -> dict[str, str]:
     """What DeepSpeed would read, where it would read it; comments and blank lines are fine here."""
+    name = own.get("DS_ENV_FILE", ".deepspeed_env")
     found: dict[str, str] = {}
     for path in dict.fromkeys([Path.home() / name, Path(name).absolute()]):
         if not path.is_file():
@@ -136,28 +133,23 @@ def _of_files(name: str) -> dict[str, str]:
             raise ConfigError(f"cannot read {path} ({error}); mend it or take it away") from None
         for number, line in enumerate(lines, start=1):
             if line.strip() and not line.lstrip().startswith("#"):
-                found |= _assignment(line, f"{path}:{number}")
+                found |= parse_assignments([line], f"{path}:{number}")
     return found
 
 
-def parse_assignments(texts: Sequence[str]) -> dict[str, str]:
-    """The variables of `--env NAME=VALUE` options.
+def parse_assignments(texts: Sequence[str], where: str = "--env") -> dict[str, str]:
+    """The variables of `--env NAME=VALUE` options, or of lines of a file.
 
     Raises:
         ConfigError: one of them sets no variable.
     """
     found: dict[str, str] = {}
     for text in texts:
-        found |= _assignment(text, "--env")
+        name, separator, value = text.partition("=")
+        if not separator or not _NAME.fullmatch(name.strip()):
+            raise ConfigError(f"{where}: {text.strip()!r} sets no variable; write NAME=VALUE")
+        found[name.strip()] = value.strip()
     return found
-
-
-def _assignment(text: str, where: str) -> dict[str, str]:
-    name, separator, value = text.partition("=")
-    name, value = name.strip(), value.strip()
-    if not separator or not _NAME.fullmatch(name):
-        raise ConfigError(f"{where}: {text.strip()!r} sets no variable; write NAME=VALUE")
-    return {name: value}
 
 
 def require_exportable(name: str, value: str, launcher: str) -> None:
@@ -166,19 +158,19 @@ def require_exportable(name: str, value: str, launcher: str) -> None:
     Raises:
         ConfigError: it would arrive as something else.
     """
-    trouble = None
     if _READ_BY_SHELLS.search(value):
         trouble = 'has one of " $ ` \\ or a line break, which the shells of the hosts would read'
     elif launcher == "pdsh" and _REPLACED_BY_PDSH.search(value):
         trouble = "has %h, %n, %u or %%, which pdsh would replace"
     elif launcher == "openmpi" and not _UNQUOTED.fullmatch(value):
         trouble = "would arrive between quotes, which DeepSpeed adds to it for mpirun"
-    if trouble:
-        shown = "" if _SECRET.search(name) else f" ({value!r})"
-        raise ConfigError(
-            f"the environment variable {name}{shown} cannot be given to other hosts: it "
-            f"{trouble}; give a plain value with --env {name}=VALUE, or unset it"
-        )
+    else:
+        return
+    shown = "" if _SECRET.search(name) else f" ({value!r})"
+    raise ConfigError(
+        f"the environment variable {name}{shown} cannot be given to other hosts: it {trouble}; "
+        f"give a plain value with --env {name}=VALUE, or unset it"
+    )
 
 
 def draw_environment(variables: Mapping[str, str]) -> str:

@@ -122,7 +122,7 @@ def run_on_hosts(
         port: of the ssh servers; None for what ~/.ssh/config says.
         seconds: after which a host is said not to have answered.
     """
-    with ThreadPoolExecutor(max_workers=min(_AT_ONCE, len(hosts))) as pool:
+    with ThreadPoolExecutor(max_workers=_AT_ONCE) as pool:  # it starts no more than it needs
         return list(pool.map(lambda host: _run(host, command, port, seconds), hosts))
 
 
@@ -174,44 +174,35 @@ class ProcessCount:
         )
 
 
+@dataclass(frozen=True)
 class Census:
     """Asks the same hosts about the same marker again and again."""
 
-    def __init__(
-        self, hosts: Sequence[str], marker: str, *, port: int | None, seconds: float
-    ) -> None:
-        self._hosts, self._marker = list(hosts), marker
-        self._port, self._seconds = port, seconds
+    hosts: Sequence[str]
+    marker: str
+    port: int | None
+    seconds: float
 
     def take(self, action: Action = "count") -> ProcessCount:
         """Take `action` (see `sweep`) everywhere, at once; what was found before it."""
         found, silent = {}, {}
-        if self._hosts:
-            command = (
-                f"env PYTHONPATH={PACKAGE_FOLDER} {sys.executable} -P -m stacking_ds.launch.sweep "
-                f"{self._marker} --action {action}"
-            )
-            for answer in run_on_hosts(
-                self._hosts, command, port=self._port, seconds=self._seconds
-            ):
-                heard = _read(answer)
-                if heard is None:
-                    silent[answer.host] = answer.trouble or f"it said {answer.output[:80]!r}"
-                else:
-                    found[answer.host] = heard
+        command = (
+            f"env PYTHONPATH={PACKAGE_FOLDER} {sys.executable} -P -m stacking_ds.launch.sweep "
+            f"{self.marker} --action {action}"
+        )
+        for answer in run_on_hosts(self.hosts, command, port=self.port, seconds=self.seconds):
+            try:
+                # what a shell's start-up files print comes before
+                raw = json.loads(answer.output.strip().splitlines()[-1])
+                heard = Found(int(raw["processes"]), tuple(raw["ranks"]))
+            except (ValueError, LookupError, TypeError):
+                heard = None
+            if heard is None or answer.trouble is not None:
+                silent[answer.host] = answer.trouble or f"it said {answer.output[:80]!r}"
+            else:
+                found[answer.host] = heard
         # last, since a runner that is killed takes the way to the other hosts with it; and a rank
         # is asked to stop once, which it was already if this machine is one of the hosts
-        asking = self._hosts and action in ("stop-ranks", "stop")
-        found[""] = sweep(self._marker, "count" if asking else action)
+        asking = self.hosts and action in ("stop-ranks", "stop")
+        found[""] = sweep(self.marker, "count" if asking else action)
         return ProcessCount(found, silent)
-
-
-def _read(answer: SshResult) -> Found | None:
-    if answer.trouble is not None:
-        return None
-    try:
-        # what a shell's start-up files print comes before
-        raw = json.loads(answer.output.strip().splitlines()[-1])
-        return Found(int(raw["processes"]), tuple(raw["ranks"]))
-    except (ValueError, LookupError, TypeError):
-        return None

@@ -57,7 +57,9 @@ def judge(run_dir: Path, exit_status: int, *, since: int = 0) -> RestartDecision
     except CheckpointError as damage:  # the next attempt would be refused for it
         if end.outcome != "complete":
             end = End("user_error", end.step, str(damage))
-    again, why = _decide(end, saved, _failures(records), _unsaved(records))
+    outcomes = (records[i]["outcome"] for i in reversed(judged))
+    unsaved = len(list(itertools.takewhile("stopped_unsaved".__eq__, outcomes)))
+    again, why = _decide(end, saved, _failures(records), unsaved)
     # a folder that is no run's, perhaps given by mistake, is left alone
     if again or (run_dir / ATTEMPTS_FILE).exists() or (run_dir / "config.yaml").exists():
         decision = {"event": "judged", "again": again, "why": why, "step": end.step}
@@ -82,9 +84,7 @@ def _failures(records: Sequence[Record]) -> list[Record]:
     """The decisions on failures that still count: since the run last went well, or was given up."""
     failures: list[Record] = []
     for record in records:
-        if record["event"] == "judged" and record["outcome"] == "stopped_unsaved":
-            continue
-        if record["event"] == "judged":
+        if record["event"] == "judged" and record["outcome"] != "stopped_unsaved":
             stays = record["again"] and record["outcome"] != "stopped"
             failures = [*failures, record] if stays else []
         elif record["event"] == "ended" and record["outcome"] in ("stopped", "complete"):
@@ -92,15 +92,10 @@ def _failures(records: Sequence[Record]) -> list[Record]:
     return failures
 
 
-def _unsaved(records: Sequence[Record]) -> int:
-    """How often in a row, up to now, a run was stopped before it could save anything."""
-    outcomes = [record["outcome"] for record in records if record["event"] == "judged"]
-    return len(list(itertools.takewhile("stopped_unsaved".__eq__, reversed(outcomes))))
-
-
 def _decide(
     end: End, saved: int | None, failures: Sequence[Record], unsaved: int
 ) -> tuple[bool, str]:
+    """`unsaved`: how often in a row before this the run was stopped and could save nothing."""
     at = "before it began" if end.step is None else f"at step {end.step}"
     goes_on = "it starts anew" if saved is None else f"it goes on from step {saved}"
     if end.outcome == "complete":
@@ -119,23 +114,20 @@ def _decide(
         )
     if end.outcome == "user_error":
         return False, f"a person has to mend what stopped the run: {end.message}"
-    if failures and _same_place(failures[-1], end, saved):
-        return False, f"the run failed {at} twice, for: {end.message}; mend that and start it again"
-    without_gain = [*failures, {"saved": saved}][-3:]
-    if len(without_gain) == 3 and all(record["saved"] == saved for record in without_gain):
+    for last in failures[-1:]:
+        # what was killed may have come further than the last step that it logged
+        killed = "killed" in (last["outcome"], end.outcome)
+        if last["step"] == end.step and (not killed or last["saved"] == saved):
+            return False, (
+                f"the run failed {at} twice, for: {end.message}; mend that and start it again"
+            )
+    if len(failures) >= 2 and all(record["saved"] == saved for record in failures[-2:]):
         place = "a checkpoint" if saved is None else f"a newer checkpoint than that of step {saved}"
         return False, (
             f"the run failed three times in a row without {place}, the last time {at} for: "
             f"{end.message}; mend that, or save more often, and start it again"
         )
     return True, f"the run failed {at} for: {end.message}; {goes_on}"
-
-
-def _same_place(last: Record, end: End, saved: int | None) -> bool:
-    if last["step"] != end.step:
-        return False
-    # what was killed may have come further than the last step that it logged
-    return "killed" not in (last["outcome"], end.outcome) or last["saved"] == saved
 
 
 def decision_of_this_job(run_dir: Path) -> RestartDecision | None:

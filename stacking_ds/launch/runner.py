@@ -34,20 +34,13 @@ _MPI_KEEPALIVE = (
 class Timeouts:
     """The times that things are waited for."""
 
-    pause_seconds: float = 5.0
-    """Between a failed attempt and the next."""
-    survivors_seconds: float = 10.0
-    """For what is left of an attempt that ended by itself."""
-    probe_seconds: float = 20.0
-    """For a host to answer at all."""
-    sweep_seconds: float = 30.0
-    """For a host to say what runs on it."""
-    look_seconds: float = 2.0
-    """Between two looks at all hosts that are to be clear, or at the run's records."""
-    end_seconds: float = 30.0
-    """For all processes to end once the run's records say that it has ended."""
-    count_seconds: float = 60.0
-    """Between two counts of the ranks while all seems well."""
+    pause_seconds: float = 5.0  # between a failed attempt and the next
+    survivors_seconds: float = 10.0  # for what is left of an attempt that ended by itself
+    probe_seconds: float = 20.0  # for a host to answer at all
+    sweep_seconds: float = 30.0  # for a host to say what runs on it
+    look_seconds: float = 2.0  # between two looks at hosts to be clear, or at the run's records
+    end_seconds: float = 30.0  # for all processes to end once the run's records say that it has
+    count_seconds: float = 60.0  # between two counts of the ranks while all seems well
 
 
 @dataclass(frozen=True)
@@ -55,8 +48,7 @@ class LaunchRequest:
     """Options of `launch`. Either `hostfile` or `ranks` is given."""
 
     command: tuple[str, ...]
-    run_dir: Path | None = None
-    """That of the run which `command` trains; None if it trains none."""
+    run_dir: Path | None = None  # that of the run which `command` trains; None if it trains none
     hostfile: Path | None = None
     ranks: int | None = None
     restarts: int = 0
@@ -97,17 +89,18 @@ class LaunchRequest:
         if self.ranks is not None and self.ranks < 1:
             raise ConfigError(f"--ranks {self.ranks} must be 1 or more")
         parse_assignments(self.env)
-        if self.hostfile is None:
-            if self.min_nodes is not None:
-                raise ConfigError("--min-nodes is for --hostfile; leave it out with --ranks")
-        else:
+        if self.hostfile is not None:
             self._check_for_hosts()
+        elif self.min_nodes is not None:
+            raise ConfigError("--min-nodes is for --hostfile; leave it out with --ranks")
 
     def _check_for_hosts(self) -> None:
-        same = "use one without them on all hosts"
-        require_plain(os.getcwd(), "the working directory", same)
-        require_plain(sys.executable, "the interpreter", same)
-        require_plain(str(PACKAGE_FOLDER), "the folder of the package", same)
+        for word, what in (
+            (os.getcwd(), "the working directory"),
+            (sys.executable, "the interpreter"),
+            (str(PACKAGE_FOLDER), "the folder of the package"),
+        ):
+            require_plain(word, what, "use one without them on all hosts")
         try:
             shlex.split(self.launcher_args)
         except ValueError as error:
@@ -115,8 +108,8 @@ class LaunchRequest:
                 f"--launcher-args {self.launcher_args!r} cannot be split into words ({error}); "
                 f"close its quotes"
             ) from None
-        program = {"pdsh": "pdsh", "openmpi": "mpirun"}[self.launcher]
-        other = {"pdsh": "openmpi", "openmpi": "pdsh"}[self.launcher]
+        on_pdsh = self.launcher == "pdsh"
+        program, other = ("pdsh", "openmpi") if on_pdsh else ("mpirun", "pdsh")
         if shutil.which(program) is None:
             raise ConfigError(
                 f"--launcher {self.launcher} needs {program}, which is not in PATH here; install "
@@ -183,22 +176,15 @@ def _through_launcher(request: LaunchRequest) -> list[str]:
         arguments += ["--ssh_port", str(request.ssh_port)]
     if request.master_address is not None:
         arguments += ["--master_addr", request.master_address]
-    if launcher_args := _launcher_args(request):
-        arguments.append(f"--launcher_args={launcher_args}")  # the value begins with a dash
-    return arguments
-
-
-def _launcher_args(request: LaunchRequest) -> str:
-    given = shlex.split(request.launcher_args)
-    if request.launcher != "openmpi":
-        return shlex.join(given)
-    own = list(_MPI_KEEPALIVE)
-    if os.geteuid() == 0:
-        own.append("--allow-run-as-root")
-    if "plm_rsh_args" not in given:
+    words = shlex.split(request.launcher_args)
+    if request.launcher == "openmpi":
         port = "" if request.ssh_port is None else f" -p {request.ssh_port}"
-        own += ["--mca", "plm_rsh_args", f"{SSH_OPTIONS}{port}"]
-    return shlex.join([*own, *given])
+        ssh = [] if "plm_rsh_args" in words else ["--mca", "plm_rsh_args", f"{SSH_OPTIONS}{port}"]
+        as_root = ["--allow-run-as-root"] * (os.geteuid() == 0)
+        words = [*_MPI_KEEPALIVE, *as_root, *ssh, *words]
+    if words:
+        arguments.append(f"--launcher_args={shlex.join(words)}")  # the value begins with a dash
+    return arguments
 
 
 def _gpus(ranks: int, environment: Mapping[str, str]) -> list[str]:

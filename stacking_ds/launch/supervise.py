@@ -13,10 +13,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from stacking_ds.console import first_of, plural, say_on_stderr
-from stacking_ds.errors import ConfigError, UserError
+from stacking_ds.errors import EXIT_FAILURE, ConfigError, UserError
 from stacking_ds.launch import restart_policy
 from stacking_ds.launch.environment import parse_assignments, secret_names
 from stacking_ds.launch.hosts import Census, Host, read_hostfile, run_on_hosts
@@ -24,7 +23,6 @@ from stacking_ds.launch.runner import LaunchRequest, Timeouts, prepare
 from stacking_ds.process.stop_signals import STOP_SIGNALS
 from stacking_ds.run import attempts
 
-_FAILURE = 1
 _GLANCE_SECONDS = 0.2
 _SIGNAL_GLANCE_SECONDS = 0.1
 
@@ -43,18 +41,17 @@ class StopSignals:
     def __init__(self) -> None:
         self.asked_by: signal.Signals | None = None
         self.at_once = False
-        self._previous: dict[signal.Signals, Any] = {}
+        self._held = contextlib.ExitStack()
 
     def __enter__(self) -> "StopSignals":
         for number in STOP_SIGNALS:
             # nohup is meant to outlive the terminal
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                self._previous[number] = signal.signal(number, self._remember)
+                self._held.callback(signal.signal, number, signal.signal(number, self._remember))
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        self._held.close()
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.asked_by is signal.SIGINT:
@@ -86,26 +83,17 @@ class PartEnded:
         self._gone_since: dict[int, float] = {}
 
     def reason(self) -> str | None:
-        """The reason not to wait for the rest any longer, for people; None while it is waited
-        for."""
-        now = time.monotonic()
+        """The reason, for people, to wait for the rest no longer; None while it is waited for."""
+        now, timeouts = time.monotonic(), self._timeouts
         if now >= self._look_at:
-            self._look_at = now + self._timeouts.look_seconds
+            self._look_at = now + timeouts.look_seconds
             if self._ended_at is None and self._run_has_ended():
                 self._ended_at = now
-        if self._ended_at is not None and now - self._ended_at > self._timeouts.end_seconds:
+        if self._ended_at is not None and now - self._ended_at > timeouts.end_seconds:
             return "the run has ended, and a part of its processes has not"
         if now < self._count_at:
             return None
-        self._count_at = now + self._timeouts.count_seconds
-        gone = sorted(self._gone_for_long(now))
-        if not gone:
-            return None
-        ranks = len(set().union(*self._seen.values()))
-        return f"{len(gone)} of {ranks} ranks have ended, rank {gone[0]} among them"
-
-    def _gone_for_long(self, now: float) -> list[int]:
-        """The ranks that their host, when it was asked twice, said it has no longer."""
+        self._count_at = now + timeouts.count_seconds
         # by host: one that does not answer says nothing about its ranks
         gone: set[int] = set()
         for host, found in self._census.take().found.items():
@@ -113,32 +101,65 @@ class PartEnded:
             gone |= seen - set(found.ranks)
             seen.update(found.ranks)
         self._gone_since = {rank: self._gone_since.get(rank, now) for rank in gone}
-        long = self._timeouts.count_seconds
-        return [rank for rank, since in self._gone_since.items() if now - since >= long]
+        # their host, asked twice, has said that it has them no longer
+        long = [r for r, since in self._gone_since.items() if now - since >= timeouts.count_seconds]
+        if not long:
+            return None
+        ranks = len(set().union(*self._seen.values()))
+        return f"{len(long)} of {ranks} ranks have ended, rank {min(long)} among them"
 
 
 class _Attempt:
-    """Runner of an attempt and all processes it has started: waited for, asked to stop, cleared."""
+    """DeepSpeed's runner and all processes it starts: waited for, asked to stop, cleared."""
 
-    def __init__(
-        self,
-        process: subprocess.Popen[bytes],
-        census: Census,
-        stop: StopSignals,
-        look_seconds: float,
-    ) -> None:
-        self._process, self._census, self._stop = process, census, stop
-        self._look_seconds = look_seconds
+    def __init__(self, request: LaunchRequest, hosts: Sequence[Host], stop: StopSignals) -> None:
+        self._request, self._hosts, self._stop = request, hosts, stop
+        self._marker = secrets.token_hex(8)
+        names, seconds = [host.name for host in hosts], request.timeouts.sweep_seconds
+        self._census = Census(names, self._marker, request.ssh_port, seconds)
 
-    def wait(self, rest: PartEnded) -> str | None:
-        """Until the runner has ended or it is asked to stop; why a part is not waited for."""
-        while self._process.poll() is None and not self._stop.asked_by:
-            self._stop.wait(_GLANCE_SECONDS)
-            if (why := rest.reason()) is not None:
-                return why
-        return None
+    def run(self, command: Sequence[str], run_has_ended: Callable[[], bool] = lambda: False) -> int:
+        """Start `command` and wait until every process of it has ended; the runner's exit code.
 
-    def ask_to_stop(self, ranks: int, seconds: float) -> None:
+        `run_has_ended` is asked now and then: what the run's own records say. Where `stop` asks for
+        it, all ranks are asked to stop and have `stop_seconds` for it. What then is left, or what
+        survives an attempt that ended by itself, is killed.
+
+        Raises:
+            ConfigError: the environment cannot be given to the hosts.
+        """
+        request, hosts = self._request, self._hosts
+        slots = [host.slots for host in hosts] or [request.ranks or 1]
+        with tempfile.TemporaryDirectory(prefix="stacking-ds-launch-") as folder:
+            arguments, environment = prepare(
+                request, command, hosts, Path(folder), self._marker, os.environ
+            )
+            places = f"{len(hosts)} hosts" if hosts else "this machine"
+            _say(
+                f"starting {plural(sum(slots), 'rank')} on {places}; DeepSpeed's launcher and the "
+                f"ranks need some seconds for their imports"
+            )
+            self._process = subprocess.Popen(
+                arguments, env=environment, stdin=subprocess.DEVNULL, start_new_session=True
+            )
+            rest, why = PartEnded(self._census, run_has_ended, request.timeouts), None
+            try:
+                while why is None and self._process.poll() is None and not self._stop.asked_by:
+                    self._stop.wait(_GLANCE_SECONDS)
+                    why = rest.reason()
+                if why is not None:
+                    _say(f"{why}: ending what is left")
+                elif self._stop.asked_by:
+                    default = 30.0 * max(slots) + 30.0
+                    given = request.stop_seconds
+                    self._ask_to_stop(sum(slots), default if given is None else given)
+                else:
+                    self._wait_until_clear(request.timeouts.survivors_seconds)
+            finally:
+                self._clear()
+            return self._process.returncode
+
+    def _ask_to_stop(self, ranks: int, seconds: float) -> None:
         """Ask all ranks to save and end, and wait `seconds` for it."""
         assert self._stop.asked_by is not None
         _say(
@@ -153,22 +174,22 @@ class _Attempt:
         if len(asked.ranks) < ranks:  # they are just being started, or a host does not answer
             self._signal(signal.SIGTERM)
             self._census.take("stop")
-        while (
-            self._process.poll() is None and time.monotonic() < deadline and not self._stop.at_once
-        ):
-            self._stop.wait(_GLANCE_SECONDS)
-        self.wait_until_clear(max(0.0, deadline - time.monotonic()))
+        self._wait_until_clear(deadline - time.monotonic())
 
-    def wait_until_clear(self, seconds: float) -> None:
+    def _wait_until_clear(self, seconds: float) -> None:
         """Wait until nothing is left of the attempt anywhere, or for `seconds`."""
         deadline = time.monotonic() + seconds
-        while not self._stop.at_once and self._census.take().processes:
+        while not self._stop.at_once:
+            runs = self._process.poll() is None
+            if not runs and not self._census.take().processes:
+                return
             left = deadline - time.monotonic()
             if left <= 0:
                 return
-            self._stop.wait(min(self._look_seconds, left))
+            pause = _GLANCE_SECONDS if runs else self._request.timeouts.look_seconds
+            self._stop.wait(min(pause, left))
 
-    def clear(self) -> None:
+    def _clear(self) -> None:
         """Kill what is left, and tell of the hosts that did not say whether something is."""
         left = self._census.take("kill")
         if left.processes:
@@ -188,53 +209,6 @@ class _Attempt:
                 os.killpg(self._process.pid, number)
 
 
-def _run_attempt(
-    request: LaunchRequest,
-    command: Sequence[str],
-    stop: StopSignals,
-    hosts: Sequence[Host],
-    run_has_ended: Callable[[], bool] = lambda: False,
-) -> int:
-    """Start `command` and wait until it, and every process of it, has ended; the runner's code.
-
-    `run_has_ended` is asked now and then: what the run's own records say.
-
-    Where `stop` asks for it, all ranks are asked to stop and have `stop_seconds` for it. What then
-    is left, or what survives an attempt that ended by itself, is killed.
-
-    Raises:
-        ConfigError: the environment cannot be given to the hosts.
-    """
-    marker, timeouts = secrets.token_hex(8), request.timeouts
-    names = [host.name for host in hosts]
-    slots = [host.slots for host in hosts] or [request.ranks or 1]
-    census = Census(names, marker, port=request.ssh_port, seconds=timeouts.sweep_seconds)
-    with tempfile.TemporaryDirectory(prefix="stacking-ds-launch-") as folder:
-        arguments, environment = prepare(request, command, hosts, Path(folder), marker, os.environ)
-        places = f"{len(hosts)} hosts" if hosts else "this machine"
-        _say(
-            f"starting {plural(sum(slots), 'rank')} on {places}; DeepSpeed's launcher and the "
-            f"ranks need some seconds for their imports"
-        )
-        process = subprocess.Popen(
-            arguments, env=environment, stdin=subprocess.DEVNULL, start_new_session=True
-        )
-        attempt = _Attempt(process, census, stop, timeouts.look_seconds)
-        try:
-            why = attempt.wait(PartEnded(census, run_has_ended, timeouts))
-            if why is not None:
-                _say(f"{why}: ending what is left")
-            elif stop.asked_by:
-                seconds = request.stop_seconds
-                default = 30.0 * max(slots) + 30.0
-                attempt.ask_to_stop(sum(slots), default if seconds is None else seconds)
-            else:
-                attempt.wait_until_clear(timeouts.survivors_seconds)
-        finally:
-            attempt.clear()
-        return process.returncode
-
-
 # ------------------------------------------------------------------ one attempt after another
 
 
@@ -250,56 +224,47 @@ def supervise(request: LaunchRequest) -> int:
             or the run's records cannot be read or written.
     """
     request.check()
-    run_dir = request.run_dir
-    _warn_of_secrets(request)
-    with StopSignals() as stop:
-        if run_dir is None:
-            if request.restarts:
-                _say(f"`{request.command[0]}` leaves no records to judge by, so it is started once")
-            code = _run_attempt(request, request.command, stop, _usable_hosts(request))
-            return _exit_code(code) if code else 0
-        return _train(request, run_dir, stop)
-
-
-def _warn_of_secrets(request: LaunchRequest) -> None:
-    if request.hostfile is None:
-        return  # ranks on this machine inherit the environment
-    names = secret_names(parse_assignments(request.env), os.environ)
-    if names:
+    # ranks on this machine inherit the environment
+    secret = request.hostfile and secret_names(parse_assignments(request.env), os.environ)
+    if secret:
         _say(
-            f"warning: {', '.join(names)} would be on command lines, which `ps` shows to every "
+            f"warning: {', '.join(secret)} would be on command lines, which `ps` shows to every "
             f"user of every host; put the secret into a file that only you can read (Hugging "
             f"Face: HF_TOKEN_PATH names one)"
         )
+    with StopSignals() as stop:
+        if request.run_dir is not None:
+            return _train(request, request.run_dir, stop)
+        if request.restarts:
+            _say(f"`{request.command[0]}` leaves no records to judge by, so it is started once")
+        code = _Attempt(request, _usable_hosts(request), stop).run(request.command)
+        return _exit_code(code) if code else 0
 
 
 def _train(request: LaunchRequest, run_dir: Path, stop: StopSignals) -> int:
     command, left = request.command, request.restarts
     while True:
         since = attempts.count(run_dir)
-        hosts = _usable_hosts(request)
+        attempt = _Attempt(request, _usable_hosts(request), stop)
         if stop.asked_by:
             _say("asked to stop before the ranks were started")
             return 0
-        code = _run_attempt(request, command, stop, hosts, partial(_has_ended, run_dir, since))
+        code = attempt.run(command, partial(_has_ended, run_dir, since))
         if stop.asked_by:
             return _after_stop(run_dir, since, code)
         decision = restart_policy.judge(run_dir, code, since=since)
-        if decision.outcome == "complete":
-            _say(decision.why)
+        why = decision.why
+        if decision.outcome in ("complete", "stopped"):
+            complete = decision.outcome == "complete"
+            _say(why if complete else f"not started again, since {why} with --resume")
             return 0
-        if decision.outcome == "stopped":
-            _say(f"not started again, since {decision.why} with --resume")
-            return 0
-        if not decision.again:
-            _say(decision.why)
-            return _exit_code(code)
-        if left == 0:
-            _say(f"{decision.why}, but no restarts are left (--restarts {request.restarts})")
+        if not decision.again or left == 0:
+            none_left = f", but no restarts are left (--restarts {request.restarts})"
+            _say(f"{why}{none_left if decision.again else ''}")
             return _exit_code(code)
         left -= 1
         seconds = request.timeouts.pause_seconds
-        _say(f"{decision.why}; starting again in {seconds:.0f} s ({left} restarts left after that)")
+        _say(f"{why}; starting again in {seconds:.0f} s ({left} restarts left after that)")
         if stop.wait(seconds):
             _say("asked to stop before the next attempt; --resume goes on")
             return 0
@@ -315,12 +280,14 @@ def _has_ended(run_dir: Path, since: int) -> bool:
 
 
 def _after_stop(run_dir: Path, since: int, code: int) -> int:
+    well = {
+        "complete": "the run is complete",
+        "stopped": "stopped; --resume goes on",
+        None: "stopped before the run began",
+    }
     outcome = attempts.outcome_since(run_dir, since)
-    if outcome in ("complete", "stopped"):
-        _say("the run is complete" if outcome == "complete" else "stopped; --resume goes on")
-        return 0
-    if outcome is None:
-        _say("stopped before the run began")
+    if outcome in well:
+        _say(well[outcome])
         return 0
     _say(
         f"the run was asked to stop and did not end well ({outcome}); --resume goes on from its "
@@ -331,14 +298,13 @@ def _after_stop(run_dir: Path, since: int, code: int) -> int:
 
 def _exit_code(code: int) -> int:
     """A failure's: the runner may say 0, or be killed."""
-    return code if code > 0 else _FAILURE
+    return code if code > 0 else EXIT_FAILURE
 
 
 def with_resume(command: Sequence[str]) -> tuple[str, ...]:
     """`command`, which trains, going on with its run."""
-    if any(word.partition("=")[0] == "--resume" for word in command):
-        return tuple(command)
-    return (*command, "--resume")
+    resumes = any(word.partition("=")[0] == "--resume" for word in command)
+    return tuple(command) if resumes else (*command, "--resume")
 
 
 def _usable_hosts(request: LaunchRequest) -> list[Host]:

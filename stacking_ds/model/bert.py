@@ -19,7 +19,7 @@ from torch.nn import functional
 from stacking_ds.errors import ConfigError
 from stacking_ds.kernels.attention.sequences import Sequences
 from stacking_ds.kernels.cross_entropy import IGNORE_INDEX, vocabulary_logits
-from stacking_ds.kernels.operations import EmbeddingTables, Operations
+from stacking_ds.kernels.operations import EmbeddingTables, Operations, TokenIds
 from stacking_ds.kernels.registry import Compute
 from stacking_ds.model.bert_config import BertConfig
 from stacking_ds.model.layer import Encoder, GatheredWhole, layer_norm, norm_of, weights_of
@@ -89,7 +89,7 @@ class _Embeddings(GatheredWhole):
         )
         dropout = self._dropout if self.training else 0.0
         return self._operations.embed(
-            ids_T, types_T, positions_T, tables, norm_of(self.LayerNorm), dropout
+            TokenIds(ids_T, types_T, positions_T), tables, norm_of(self.LayerNorm), dropout
         )
 
 

@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 import traceback
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import NoReturn
 
@@ -29,17 +30,15 @@ from stacking_ds.errors import (
 from stacking_ds.process.launchers import is_first_of_node, marked, rank_from_environment
 
 _MENDABLE = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EEXIST,
-    errno.ELOOP,
-    errno.ENAMETOOLONG,
+    *(errno.ENOSPC, errno.EDQUOT),
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG),
+}
+_CODES: Mapping[type[BaseException], int] = {
+    UserError: EXIT_USER_ERROR,
+    NonFiniteError: EXIT_NOT_FINITE,
+    LoaderError: EXIT_FAILURE,
+    LostRankError: EXIT_LOST_RANK,
 }
 
 
@@ -81,41 +80,28 @@ def report_error(error: BaseException) -> int | None:
     1 a process of the loader is lost, 2 something the user can mend, 3 a loss or gradient that is
     not finite, 4 another rank is lost, 130 interrupted.
     """
+    rank = rank_from_environment()
     if isinstance(error, KeyboardInterrupt):
-        _say_on_first("stacking-ds: interrupted")
+        if rank == 0:
+            say_on_stderr("stacking-ds: interrupted")
         return EXIT_INTERRUPTED
     if isinstance(error, OSError) and is_mendable(error):
         code, text = EXIT_USER_ERROR, mended_by(error)
     else:
-        found = next((code for kind, code in _CODES if isinstance(error, kind)), None)
+        found = next((code for kind, code in _CODES.items() if isinstance(error, kind)), None)
         if found is None:
             return None
         code, text = found, str(error)
-    sentence = f"stacking-ds: error: {text}"
     if isinstance(error, AgreedError):
-        _say_on_first(sentence)
-    elif not isinstance(error, LostRankError) or _tells_of_lost_rank(error):
-        say_on_stderr(marked(sentence))
+        speaks = rank == 0
+    elif isinstance(error, LostRankError):
+        # one rank of each node; on rank 0's own, rank 0 may be the one that is lost
+        speaks = (is_first_of_node() or rank == 1) and not isinstance(error, LostRankToldError)
+    else:
+        speaks = True
+    if speaks:
+        say_on_stderr(marked(f"stacking-ds: error: {text}"))
     return code
-
-
-_CODES = (
-    (UserError, EXIT_USER_ERROR),
-    (NonFiniteError, EXIT_NOT_FINITE),
-    (LoaderError, EXIT_FAILURE),
-    (LostRankError, EXIT_LOST_RANK),
-)
-
-
-def _say_on_first(sentence: str) -> None:
-    if rank_from_environment() == 0:
-        say_on_stderr(sentence)
-
-
-def _tells_of_lost_rank(error: LostRankError) -> bool:
-    # one rank of each node; on rank 0's own, rank 0 may be the one that is lost
-    speaks = is_first_of_node() or rank_from_environment() == 1
-    return speaks and not isinstance(error, LostRankToldError)
 
 
 def is_mendable(error: OSError) -> bool:

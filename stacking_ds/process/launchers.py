@@ -19,6 +19,16 @@ from stacking_ds.errors import ConfigError
 # what Open MPI, and MPICH and its relatives, tell a process they started
 OPEN_MPI_SIZE, HYDRA_SIZE = "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"
 OPEN_MPI_RANK, HYDRA_RANK = "OMPI_COMM_WORLD_RANK", "PMI_RANK"
+_SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+_TOLD = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    (OPEN_MPI_RANK, OPEN_MPI_SIZE, "OMPI_COMM_WORLD_LOCAL_RANK"),
+    _SLURM,
+    (HYDRA_RANK, HYDRA_SIZE, "MPI_LOCALRANKID"),
+)
+"""Where each launcher tells the rank, the number of ranks, and the rank on its node; the first
+launcher of these that does is believed."""
+_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # below the range from which systems take ports for outgoing connections
 _FIRST_PORT, _PORTS = 15_000, 15_000
 
@@ -29,41 +39,30 @@ def by_srun() -> bool:
     return int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
 
 
-def world_size_from_environment() -> int:
-    """The number of ranks as the launcher says it; 1 where there is no launcher."""
-    return _first_set("WORLD_SIZE", OPEN_MPI_SIZE, "SLURM_STEP_NUM_TASKS", HYDRA_SIZE, otherwise=1)
+def _told(column: int, otherwise: int) -> int:
+    names = [launcher[column] for launcher in _TOLD if launcher is not _SLURM or by_srun()]
+    return next((int(os.environ[name]) for name in names if name in os.environ), otherwise)
 
 
 def rank_from_environment() -> int:
     """This process's rank as the launcher says it; 0 where there is no launcher."""
-    slurm = ["SLURM_PROCID"] if by_srun() else []
-    return _first_set("RANK", OPEN_MPI_RANK, *slurm, HYDRA_RANK, otherwise=0)
+    return _told(0, otherwise=0)
 
 
-def local_rank_from_environment() -> int:
-    """This process's rank on its node as the launcher says it; 0 where there is no launcher."""
-    slurm = ["SLURM_LOCALID"] if by_srun() else []
-    return _first_set(
-        "LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", *slurm, "MPI_LOCALRANKID", otherwise=0
-    )
-
-
-def _first_set(*names: str, otherwise: int) -> int:
-    return next((int(os.environ[name]) for name in names if name in os.environ), otherwise)
+def world_size_from_environment() -> int:
+    """The number of ranks as the launcher says it; 1 where there is no launcher."""
+    return _told(1, otherwise=1)
 
 
 def is_first_of_node() -> bool:
     """True on the rank that speaks for its node, whose own terminal or log it may be."""
-    return local_rank_from_environment() == 0
+    return _told(2, otherwise=0) == 0
 
 
 def marked(message: str) -> str:
     """The message with the rank that says it; rank 0's own as it is."""
     rank = rank_from_environment()
     return message if rank == 0 else f"[rank {rank}] {message}"
-
-
-_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def complete_environment() -> dict[str, str]:
@@ -74,7 +73,16 @@ def complete_environment() -> dict[str, str]:
     """
     environment = os.environ
     if "RANK" in environment:
-        return _launcher_environment(environment)
+        # torchrun says LOCAL_WORLD_SIZE, the deepspeed launcher LOCAL_SIZE
+        ranks_here = environment.get("LOCAL_SIZE", "1")
+        found = {"LOCAL_WORLD_SIZE": ranks_here, **environment}
+        missing = [name for name in _NAMES if name not in found]
+        if missing:
+            raise ConfigError(
+                f"the launcher set RANK but not {', '.join(missing)}; start with `deepspeed "
+                f"train.py …` or `torchrun train.py …`, or unset RANK for a single process"
+            )
+        return {name: found[name] for name in _NAMES}
     if int(environment.get(OPEN_MPI_SIZE, "1")) > 1:
         return _mpi_environment()
     if by_srun():
@@ -82,22 +90,6 @@ def complete_environment() -> dict[str, str]:
     if int(environment.get(HYDRA_SIZE, "1")) > 1:
         return _mpi_environment()
     return dict(zip(_NAMES, ("0", "1", "0", "1", "127.0.0.1", str(free_port())), strict=True))
-
-
-def _launcher_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    required = [name for name in _NAMES if name != "LOCAL_WORLD_SIZE"]
-    missing = [name for name in required if name not in environment]
-    if missing:
-        raise ConfigError(
-            f"the launcher set RANK but not {', '.join(missing)}; start with "
-            f"`deepspeed train.py …` or `torchrun train.py …`, or unset RANK for a single process"
-        )
-    found = {name: environment[name] for name in required}
-    # torchrun says LOCAL_WORLD_SIZE, the deepspeed launcher LOCAL_SIZE
-    found["LOCAL_WORLD_SIZE"] = environment.get(
-        "LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE", "1")
-    )
-    return found
 
 
 # --------------------------------------------------------------------------- srun
@@ -111,19 +103,19 @@ def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """
     try:
         tasks = _tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])
-        job = int(environment["SLURM_JOB_ID"])
+        job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
         # a job that was requeued must not wait for the port of its past
         attempt = int(environment.get("SLURM_RESTART_COUNT", "0"))
-        port = _FIRST_PORT + (7 * job + int(environment["SLURM_STEP_ID"]) + 31 * attempt) % _PORTS
+        first = first_host(environment["SLURM_STEP_NODELIST"])
         return {
             "RANK": environment["SLURM_PROCID"],
             "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
             "LOCAL_RANK": environment["SLURM_LOCALID"],
             "LOCAL_WORLD_SIZE": str(tasks[int(environment["SLURM_NODEID"])]),
-            "MASTER_ADDR": environment.get(
-                "MASTER_ADDR", first_host(environment["SLURM_STEP_NODELIST"])
+            "MASTER_ADDR": environment.get("MASTER_ADDR", first),
+            "MASTER_PORT": environment.get(
+                "MASTER_PORT", str(_FIRST_PORT + (7 * job + step + 31 * attempt) % _PORTS)
             ),
-            "MASTER_PORT": environment.get("MASTER_PORT", str(port)),
         }
     except (KeyError, ValueError, IndexError) as error:
         raise ConfigError(
@@ -135,11 +127,8 @@ def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 def _tasks_per_node(text: str) -> list[int]:
     """`2(x3),1` is [2, 2, 2, 1]."""
-    tasks: list[int] = []
-    for part in text.split(","):
-        count, _, times = part.partition("(x")
-        tasks += [int(count)] * int(times.rstrip(")") or "1")
-    return tasks
+    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
+    return [int(count) for count, times in found for _ in range(int(times or "1"))]
 
 
 def first_host(nodes: str) -> str:
@@ -148,9 +137,6 @@ def first_host(nodes: str) -> str:
     if first is None:
         raise ValueError(f"{nodes!r} names no node")
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0])
-
-
-# --------------------------------------------------------------------------- MPI
 
 
 def _mpi_environment() -> dict[str, str]:
@@ -187,11 +173,9 @@ def address_of_this_node(several_nodes: bool) -> str:
     Raises:
         ConfigError: it has none, or several and its name does not tell which.
     """
-    named = _resolved_name()
-    if named is not None and not (several_nodes and ipaddress.ip_address(named).is_loopback):
-        return named
-    if not several_nodes:
-        return "127.0.0.1"
+    named, reachable = _resolved_name()
+    if reachable or not several_nodes:
+        return named or "127.0.0.1"
     return _only_address("MASTER_ADDR to the address that the other nodes reach rank 0 under")[1]
 
 
@@ -204,35 +188,36 @@ def interface_for_gloo() -> str | None:
     Raises:
         ConfigError: the name resolves to nothing useful, and there are several interfaces.
     """
-    named = _resolved_name()
-    if named is not None and not ipaddress.ip_address(named).is_loopback:
+    if _resolved_name()[1]:
         return None
     return _only_address("GLOO_SOCKET_IFNAME to the interface that joins the nodes")[0]
 
 
-def _resolved_name() -> str | None:
+def _resolved_name() -> tuple[str | None, bool]:
+    """What this node's name resolves to, and whether other nodes could reach it there."""
     try:
-        return socket.gethostbyname(socket.gethostname())
+        named = socket.gethostbyname(socket.gethostname())
     except OSError:
-        return None
+        return None, False
+    return named, not ipaddress.ip_address(named).is_loopback
 
 
 def _only_address(what_to_set: str) -> tuple[str, str]:
     import psutil  # every command would wait for it
 
-    up = {name for name, stats in psutil.net_if_stats().items() if stats.isup}
+    up = psutil.net_if_stats()
     found = [
         (name, one.address)
         for name, addresses in psutil.net_if_addrs().items()
-        if name in up
         for one in addresses
-        if one.family == socket.AF_INET and not ipaddress.ip_address(one.address).is_loopback
+        if name in up and up[name].isup and one.family == socket.AF_INET
+        if not ipaddress.ip_address(one.address).is_loopback
     ]
     if len(found) == 1:
         return found[0]
     choices = ", ".join(f"{name} {address}" for name, address in found) or "none but loopback"
     raise ConfigError(
-        f"the name of this node, {socket.gethostname()}, resolves to {_resolved_name()}, which "
+        f"the name of this node, {socket.gethostname()}, resolves to {_resolved_name()[0]}, which "
         f"other nodes cannot reach, and its interfaces ({choices}) leave no single choice: set "
         f"{what_to_set}, or mend /etc/hosts"
     )

@@ -4,7 +4,7 @@ import ctypes
 import os
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,11 @@ def keep_caches_on_node(say: Callable[[str], None]) -> None:
     missing = [variable for variable in _CACHES if variable not in os.environ]
     if not missing:
         return
-    root = next(filter(None, (_private_folder(parent, say) for parent in _places())), None)
+    places = [os.environ.get("SLURM_TMPDIR", "")]
+    with suppress(FileNotFoundError):  # no place at all can be written
+        places.append(tempfile.gettempdir())
+    folders = (_private_folder(Path(place), say) for place in places if place)
+    root = next(filter(None, folders), None)
     if root is None:
         os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
         return
@@ -47,23 +51,16 @@ def keep_caches_on_node(say: Callable[[str], None]) -> None:
         os.environ[variable] = str(root / _CACHES[variable])
 
 
-def _places() -> Iterator[Path]:
-    given = os.environ.get("SLURM_TMPDIR")
-    if given:
-        yield Path(given)
-    with suppress(FileNotFoundError):  # no place at all can be written
-        yield Path(tempfile.gettempdir())
-
-
 def _private_folder(parent: Path, say: Callable[[str], None]) -> Path | None:
     """A folder in `parent` that is this user's alone; None where nothing can be written there."""
     root = parent / f"stacking-ds-{os.getuid()}"
-    try:
+    with suppress(OSError):  # a file, or a link that leads nowhere, has its name
         root.mkdir(mode=0o700, exist_ok=True)
-        if _is_private(root) and os.access(root, os.W_OK):
+        found = root.lstat()
+        others_write = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        own = stat.S_ISDIR(found.st_mode) and not others_write and found.st_uid == os.getuid()
+        if own and os.access(root, os.W_OK):
             return root
-    except OSError:
-        pass  # a file, or a link that leads nowhere, has its name
     try:
         fresh = Path(tempfile.mkdtemp(prefix=f"{root.name}-", dir=parent))
     except OSError:
@@ -73,15 +70,6 @@ def _private_folder(parent: Path, say: Callable[[str], None]) -> Path | None:
         f"it removed, or set TMPDIR to a folder of your own"
     )
     return fresh
-
-
-def _is_private(folder: Path) -> bool:
-    found = folder.lstat()
-    return (
-        stat.S_ISDIR(found.st_mode)
-        and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-        and found.st_uid == os.getuid()
-    )
 
 
 # of glibc's malloc.h

@@ -7,14 +7,16 @@ SIGHUP    the terminal was closed; under nohup it is ignored, and stays so
 SIGINT    Ctrl-C; a second one, or one where there is nothing to save yet, ends at once
 """
 
+import functools
 import os
 import select
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Literal
 
@@ -43,7 +45,7 @@ class StopRequest:
     def __init__(self) -> None:
         self._previous: dict[signal.Signals, Any] = {}
         self._saves = False
-        self._handled = _Asked(lambda: self._saves)
+        self._handled = _Asked()
         self._interrupted = False
 
     @property
@@ -100,14 +102,13 @@ class StopRequest:
             self._previous.setdefault(number, previous)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self._handled.add(number) == "end":
+        if self._handled.add(number, self._saves) == "end":
             self._interrupted = True
             raise KeyboardInterrupt
 
-    # ------------------------------------------------------------- the thread
-
     def _listen(self) -> None:
-        heard = _Asked(lambda: self._saves)
+        """The thread."""
+        heard = _Asked()
         deadline: float | None = None
         while True:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -118,7 +119,7 @@ class StopRequest:
                 return
             if number not in self._previous:
                 continue  # somebody else's
-            what = heard.add(number)
+            what = heard.add(number, self._saves)
             if what == "stop":
                 then = "finishes the step and saves" if self._saves else "stops before its first"
                 more = "one more" if number == signal.SIGINT else "a"
@@ -132,22 +133,23 @@ class StopRequest:
                 _end()
 
 
+@dataclass
 class _Asked:
     """Adds up what the signals that have come ask for."""
 
-    def __init__(self, saves: Callable[[], bool]) -> None:
-        """`saves`: whether a stop leaves a checkpoint behind by now."""
-        self._saves = saves
-        self.by: signal.Signals | None = None
-        self._since = 0.0
+    by: signal.Signals | None = None
+    since: float = 0.0
 
-    def add(self, number: int) -> Literal["stop", "end"] | None:
-        """Return what this signal asks for beyond those before it: to stop soon, to end at once."""
+    def add(self, number: int, saves: bool) -> Literal["stop", "end"] | None:
+        """Return what this signal asks for beyond those before it: to stop soon, to end at once.
+
+        `saves`: whether a stop leaves a checkpoint behind by now.
+        """
         now, first = time.monotonic(), self.by is None
-        again = self.by is signal.SIGINT or now - self._since > _SAME_PRESS_SECONDS
+        again = self.by is signal.SIGINT or now - self.since > _SAME_PRESS_SECONDS
         if first:
-            self.by, self._since = signal.Signals(number), now
-        if number == signal.SIGINT and (not self._saves() or (again and not first)):
+            self.by, self.since = signal.Signals(number), now
+        if number == signal.SIGINT and (not saves or (again and not first)):
             return "end"
         return "stop" if first else None
 
@@ -165,11 +167,7 @@ def _end() -> None:
     end_now(EXIT_INTERRUPTED)
 
 
-_forgetting: list[bool] = []
-
-
+@functools.cache
 def _forget_in_children() -> None:
     """A process that is forked must not tell this one of the signals that it gets itself."""
-    if not _forgetting:
-        _forgetting.append(True)
-        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))

@@ -24,7 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from stacking_ds.checkpoint.folders import folder_name, latest, saved_steps, use_command
+from stacking_ds.checkpoint.folders import newest_first, saved, use_command
 from stacking_ds.config.recipe import load_run_config
 from stacking_ds.config.run import RunConfig, changed_keys
 from stacking_ds.console import first_of
@@ -68,7 +68,7 @@ def check(run_dir: Path, config: RunConfig, *, resume: bool) -> None:
     Raises:
         CheckpointError: it holds a run and `resume` is not set, or another run than `config`.
     """
-    if saved_steps(run_dir):
+    if saved(run_dir):
         if not resume:
             raise CheckpointError(
                 f"{run_dir} already holds a run; continue it with --resume, or choose another "
@@ -95,7 +95,7 @@ def check(run_dir: Path, config: RunConfig, *, resume: bool) -> None:
 
 def holds_run(run_dir: Path) -> bool:
     """True if a run has made the directory its own."""
-    return (run_dir / _CONFIG).exists() or bool(saved_steps(run_dir))
+    return (run_dir / _CONFIG).exists() or bool(saved(run_dir))
 
 
 def lock(
@@ -263,7 +263,7 @@ def read_config(run_dir: Path, overrides: Sequence[str] = ()) -> RunConfig:
         config = load_run_config(str(path))
     except (FileNotFoundError, NotADirectoryError):
         problem = f"{path} is missing"
-        if not saved_steps(run_dir):
+        if not saved(run_dir):
             problem = f"{run_dir} holds no run: there is no {path.name} in it"
     except (DamagedFileError, ConfigError) as error:
         problem = str(error)
@@ -271,7 +271,7 @@ def read_config(run_dir: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise unreadable(UnreadableError, path, error) from None
     else:
         return load_run_config(str(path), overrides) if overrides else config
-    offered = next((f for f in _newest_first(run_dir) if _config_in(f) is not None), None)
+    offered = next((f for f in newest_first(run_dir) if _config_in(f) is not None), None)
     if offered is None:
         raise CheckpointError(f"{problem}; give a run's directory, or bring it back from a copy")
     raise CheckpointError(
@@ -312,16 +312,6 @@ def mend_config(run_dir: Path, found: Path) -> bool:
         write_config(run_dir, config)
         return True
     return False
-
-
-def _newest_first(run_dir: Path) -> list[Path]:
-    folders = [
-        run_dir / "checkpoints" / folder_name(step) for step in reversed(saved_steps(run_dir))
-    ]
-    with suppress(CheckpointError):
-        newest = latest(run_dir)
-        folders.sort(key=lambda folder: folder != newest)  # `latest` may name another than the last
-    return folders
 
 
 def _config_in(found: Path) -> RunConfig | None:

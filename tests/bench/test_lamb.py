@@ -19,9 +19,8 @@ from stacking_ds.bench.lamb_traffic import measure_communication
 from stacking_ds.bench.targets import Target
 from stacking_ds.cli import main
 from stacking_ds.distributed.world import World
-from stacking_ds.optim.lamb import optimizer as optim_lamb_optimizer
 from stacking_ds.optim.lamb.blocked import BlockedLamb
-from stacking_ds.optim.lamb.optimizer import Lamb
+from stacking_ds.optim.lamb.optimizer import _KERNELS, Lamb
 from stacking_ds.sharding.fragments import Shard
 from tests.ranks import run_ranks
 
@@ -266,7 +265,7 @@ def test_a_step_is_two_passes_over_all_however_many_calls_it_takes(
     monkeypatch: pytest.MonkeyPatch, flat_groups: bool
 ) -> None:
     spy = _Spy()
-    monkeypatch.setitem(optim_lamb_optimizer._MAKERS, "triton", lambda device: spy)
+    monkeypatch.setitem(_KERNELS.makers, "triton", lambda device: spy)
     tensors = Tensors.of(SIZES.config, CPU, flat_groups=flat_groups)
     assert tensors.numel == SIZES.config.num_parameters
     count = len(tensors.shards)
@@ -327,7 +326,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(_Event, "queries", 0)
     monkeypatch.setattr(bench_lamb, "_gpu", lambda: CPU)
     monkeypatch.setitem(bench_lamb._COPY_BYTES, "cpu", 1 << 12)
-    monkeypatch.setitem(optim_lamb_optimizer._MAKERS, "triton", lambda device: BlockedLamb())
+    monkeypatch.setitem(_KERNELS.makers, "triton", lambda device: BlockedLamb())
     monkeypatch.setattr(torch.cuda, "Event", _Event)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
@@ -433,7 +432,7 @@ def test_a_step_that_waits_is_told(monkeypatch: pytest.MonkeyPatch, no_gpu: list
         def query(self) -> bool:
             return True
 
-    monkeypatch.setitem(optim_lamb_optimizer._MAKERS, "triton", lambda device: Waiting())
+    monkeypatch.setitem(_KERNELS.makers, "triton", lambda device: Waiting())
     monkeypatch.setattr(torch.cuda, "Event", Busy)
     _profiled(monkeypatch, EVENTS)
     found = measure_gpu(SIZES, 1, fused_lamb=False)

@@ -14,9 +14,10 @@ from stacking_ds.checkpoint.manifest import Parameter, RankFile, rank_file_name
 from stacking_ds.distributed.world import World
 from stacking_ds.engine.build import release_engine
 from stacking_ds.engine.zero import sharded_state
-from stacking_ds.errors import CheckpointError
+from stacking_ds.errors import EXIT_USER_ERROR, AgreedError, CheckpointError
+from stacking_ds.process.exit import report_error
 from stacking_ds.sharding.fragments import MASTER, MOMENTS
-from tests.checkpoints import contents, plain_fragments, rank_fragments, save_state
+from tests.checkpoints import Alone, contents, plain_fragments, rank_fragments, save_state
 from tests.ranks import run_ranks
 from tests.sharded import start_engine, train_engine, whole_state
 from tests.tiny import SAMPLES, tiny_model, tiny_optimizer, train_tiny
@@ -40,6 +41,23 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
     for target, source in zip(targets, plain_fragments(value=0.5), strict=True):
         for key in (MASTER, *MOMENTS):
             assert torch.equal(target.views[key], source.views[key])
+
+
+@pytest.mark.parametrize("world", [None, Alone()])
+def test_whatever_keeps_a_checkpoint_from_being_loaded_ends_with_code_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: World | None
+) -> None:
+    def fill(*_: Any) -> None:
+        raise torch.OutOfMemoryError("it does not fit")
+
+    folder = save_state(tmp_path, 1, plain_fragments())
+    monkeypatch.setattr(load.FragmentReader, "fill", fill)
+    with pytest.raises(CheckpointError) as caught:
+        load.load(folder, plain_fragments(), world=world)
+    message = f"{folder} could not be loaded (OutOfMemoryError('it does not fit')); mend that and"
+    assert str(caught.value).startswith(message)
+    assert isinstance(caught.value, AgreedError) == (world is not None)
+    assert report_error(caught.value) == EXIT_USER_ERROR
 
 
 def test_parameters_are_read_whole_and_in_order(tmp_path: Path) -> None:

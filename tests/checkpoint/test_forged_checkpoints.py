@@ -103,10 +103,15 @@ _HEADERS: dict[str, tuple[Change, int | None, str]] = {
     "half floats": (
         _set("master/a", "dtype", to="F16"),
         None,
-        "says of master/a what is true of no",
+        "its header is not one of 1-D fp32 tensors: master/a.dtype: Input should be 'F32'",
     ),
-    "two dimensions": (_set("master/a", "shape", to=[2, 3]), None, "says of master/a what is true"),
-    "negative offsets": (_set("master/a", "data_offsets", to=[-24, 0]), None, "says of master/a"),
+    "two dimensions": (_set("master/a", "shape", to=[2, 3]), None, "tensors: master/a.shape"),
+    "another shape": (_set("master/a", "shape", to=[7]), None, "puts master/a where another"),
+    "negative offsets": (
+        _set("master/a", "data_offsets", to=[-24, 0]),
+        None,
+        "tensors: master/a.data_offsets.0: Input should be greater than or equal to 0",
+    ),
     "offsets outside": (
         _set("master/a", "data_offsets", to=[2**40, 2**40 + 24]),
         None,
@@ -120,9 +125,9 @@ _HEADERS: dict[str, tuple[Change, int | None, str]] = {
     "offsets of words": (
         _set("master/a", "data_offsets", to=["0", "24"]),
         None,
-        "says of master/a",
+        "tensors: master/a.data_offsets.0: Input should be a valid integer",
     ),
-    "a shape that is none": (_set("master/a", "shape", to=[1e999]), None, "says of master/a"),
+    "a shape that is none": (_set("master/a", "shape", to=[1e999]), None, "is not one of 1-D"),
     "a tensor less": (
         lambda header: header.pop("master/b"),
         None,
@@ -133,7 +138,12 @@ _HEADERS: dict[str, tuple[Change, int | None, str]] = {
         None,
         "it does not hold the 6 elements of master/a",
     ),
-    "no entry": (_set("master/a", to=None), None, "says of master/a"),
+    "no entry": (_set("master/a", to=None), None, "tensors: master/a: Input should be"),
+    "nested too deeply": (
+        lambda header: header.update({"master/a": json.loads("[" * 300 + "]" * 300)}),
+        None,
+        "is not one of 1-D fp32 tensors: ",
+    ),
     "a huge header": (lambda header: None, 2**63, "its header would end at byte 92233720368547758"),
     "a header to the end": (lambda header: None, 10**6, "its header would end at byte 1000008"),
     "a short header": (lambda header: None, 3, "is damaged: "),

@@ -177,8 +177,9 @@ def test_what_checkpoints_take_is_what_is_kept_of_them(tmp_path: Path) -> None:
     make_shards(shards, [[5, 6, 7]] * 12)
     plan = open_plan(small_recipe(tmp_path, shards, "checkpoint.keep_last=3"))
     one, two, four = (12 * plan.model_config(depth).num_parameters for depth in (1, 2, 4))
-    assert facts._checkpoint_bytes(plan, 2) == four
-    assert facts._run_bytes(plan) == one + two + (3 + 1) * four
+    found = facts._of_plan(plan)
+    assert found["checkpoint_bytes"] == four
+    assert found["run_bytes"] == one + two + (3 + 1) * four
 
 
 def test_scratch_space_is_told_by_place() -> None:

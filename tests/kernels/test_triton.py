@@ -12,6 +12,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
+from stacking_ds.bench.kernels_operations import embedding_traffic, gelu_traffic, norm_traffic
 from stacking_ds.kernels import triton_embedding, triton_norm, triton_operations
 from stacking_ds.kernels.triton_embedding import embed
 from stacking_ds.kernels.triton_norm import bias_dropout_add, bias_dropout_add_norm
@@ -78,13 +79,13 @@ class TestGelu:
         compare(bias_gelu, lambda x, b: gelu(x + b), (far[None], torch.zeros_like(far)))
 
     def test_bytes_are_those_of_its_tensors(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        recorders = [recorded(monkeypatch, triton_operations, form) for form in (0, 1)]
+        forward, backward = recorded(monkeypatch, triton_operations, "gelu")
         inputs = random(17, 96, seed=1).half(), random(96, seed=2).half()
         bias_gelu(*(tensor.requires_grad_() for tensor in inputs)).sum().backward()
         # the sum's result is written by the kernel after
         result = 96 * 2
-        counted = recorders[0].moved(), recorders[1].moved() + result
-        assert counted == triton_operations.traffic(17, 96, 2)
+        counted = forward.moved(), backward.moved() + result
+        assert counted == gelu_traffic(17, 96, 2)
 
 
 # --------------------------------------------------------------------------- bias to norm
@@ -188,7 +189,7 @@ class TestNorm:
         if not normed and not (bias and residual):
             return
         inputs = [t.half().requires_grad_() for t in sublayer_inputs(17, 96, torch.float32)]
-        forward, backward = (recorded(monkeypatch, triton_norm, form) for form in (0, -1))
+        forward, backward = recorded(monkeypatch, triton_norm, "add_norm")
         inner, b, r, *of_norm = inputs
         added = inner, b if bias else None, r if residual else None
         if normed:
@@ -199,7 +200,7 @@ class TestNorm:
         results = (bias + 2 * normed) * 96 * 2  # written by the kernel after
         counted = forward.moved(), backward.moved() + results
         parts = {"bias": bias, "residual": residual, "dropout": dropout, "norm": normed}
-        assert counted == triton_norm.traffic(17, 96, 2, **parts)
+        assert counted == norm_traffic(17, 96, 2, **parts)
 
 
 class TestDropout:
@@ -323,12 +324,12 @@ class TestEmbedding:
         self, dropout: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         tables = [table.half().requires_grad_() for table in embedding_tables(96, torch.float32)]
-        forward, backward = (recorded(monkeypatch, triton_embedding, form) for form in (0, -1))
+        forward, backward = recorded(monkeypatch, triton_embedding, "embed")
         embed(*embedding_ids(17), *tables, EPS, 0.3 * dropout).sum().backward()
         gathered = {"word_VH": 17 * 96}
         counted = forward.moved(**gathered), backward.moved(**gathered) + 2 * 96 * 2
         sizes = {"types": K, "positions": P, "dropout": dropout}
-        assert counted == triton_embedding.traffic(17, 96, 2, **sizes)
+        assert counted == embedding_traffic(17, 96, 2, **sizes)
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ from tests.cubins import (
     run_other_half,
     spills,
 )
+from tests.kernel_forms import FORMS, TYPES
 
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []  # for `make gpu-check`
 # of BERT base and large
@@ -48,16 +49,16 @@ Form = tuple[Any, int]  # of a module, and which one
 def at(form: Form, width: int, dtype: str, capability: int) -> Any:
     """The kernel's form, compiled."""
     module, number = form
-    kernel, constants = module.FORMS[number]
+    kernel, constants = FORMS[module][number]
     sums = module is triton_parts
     cut = {"H": width, **module.OPTIONS} if sums else module.options(width)
-    types = {name: told.replace("*x", "*" + dtype) for name, told in module.TYPES.items()}
+    types = {name: told.replace("*x", "*" + dtype) for name, told in TYPES.items()}
     constants = {**cut, **constants}
     return compiled(kernel, types, constants, capability, aligned=("stride",))
 
 
 ALL_FORMS: list[Form] = [
-    (module, number) for module in WIDTHS for number in range(len(module.FORMS))
+    (module, number) for module in WIDTHS for number in range(len(FORMS[module]))
 ]
 
 
@@ -65,7 +66,7 @@ def name_of(value: Any) -> str | None:
     if not isinstance(value, tuple):
         return None
     module, number = value
-    return f"{module.FORMS[number][0].__name__}-{number}"
+    return f"{FORMS[module][number][0].__name__}-{number}"
 
 
 def cases() -> Iterator[Any]:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 pytest.importorskip("triton", reason="Triton is not installed")
+from stacking_ds.bench.kernels_operations import cross_entropy_traffic
 from stacking_ds.kernels import triton_cross_entropy
 from stacking_ds.kernels.triton_cross_entropy import cross_entropy_sum
 from stacking_ds.kernels.triton_embedding import embed
@@ -170,11 +171,11 @@ class TestCrossEntropy:
         compare_loss(logits_MV, random_labels(3, 97))
 
     def test_bytes_are_those_of_its_tensors(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        forward, backward = (recorded(monkeypatch, triton_cross_entropy, form) for form in (0, 1))
+        forward, backward = recorded(monkeypatch, triton_cross_entropy, "cross_entropy")
         logits_MV = strided(random(5, 97, seed=12).half(), 3).requires_grad_() * 1
         cross_entropy_sum(logits_MV, random_labels(5, 97)).backward()
         counted = forward.moved(), backward.moved(logits_MV=2 * 5 * 97)  # read and written
-        assert counted == triton_cross_entropy.traffic(5, 97, 2)
+        assert counted == cross_entropy_traffic(5, 97, 2)
 
 
 # --------------------------------------------------------------------------- what all have to bear

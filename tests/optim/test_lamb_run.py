@@ -124,13 +124,12 @@ def test_adamw_has_no_such_metrics(shards: Path, tmp_path: Path) -> None:
 
 def test_the_metrics_are_those_of_the_step() -> None:
     layer = "bert.encoder.layer.1.output.dense"
-    found = LambStatistics(
-        names=(f"{layer}.weight", f"{layer}.bias", "cls.weight", "bert.pooler.dense.weight"),
-        weight_norms=(3.0, 0.0, 4.0, 12.0),
-        update_norms=(0.3, 0.4, 0.0, 1.2),
-        trust_ratios=(2.0, 1.0, 0.5, 1.5),
-        adapted=(True, False, True, True),
-    )
+    found = [
+        LambStatistics(f"{layer}.weight", 3.0, 0.3, 2.0, adapted=True),
+        LambStatistics(f"{layer}.bias", 0.0, 0.4, 1.0, adapted=False),
+        LambStatistics("cls.weight", 4.0, 0.0, 0.5, adapted=True),
+        LambStatistics("bert.pooler.dense.weight", 12.0, 1.2, 1.5, adapted=True),
+    ]
     expected: dict[str, Any] = {
         "optim/weight_norm": 13.0,
         "optim/update_norm": 1.3,

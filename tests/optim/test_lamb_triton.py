@@ -20,6 +20,8 @@ from stacking_ds.optim.lamb.contract import Hyper, Item, LambKernel, ReferenceLa
 from stacking_ds.sharding.fragments import Shard, Span
 
 pytest.importorskip("triton", reason="Triton is not installed")
+from triton import language as tl
+
 from stacking_ds.optim.lamb import triton_lamb
 from tests.cubins import (
     INTERPRETED,
@@ -305,10 +307,21 @@ class TestAgainstTheReference:
 
 # --------------------------------------------------------------------------- without a device
 
+TYPES = {"table_IK": "*i64", "chunks_4C": "*i64", "segments_3S": "*i64", "gradient_scale": "*fp32"}
+TYPES |= {"partial_2C": "*fp64", "squares_2P": "*fp64", "chunks": "i32", "parameters": "i32"}
+FORMS: list[tuple[Any, dict[str, Any]]] = [
+    *((triton_lamb.accumulate_kernel, constants) for constants in ({}, {"gradient_scale": None})),
+    (triton_lamb.reduce_kernel, {}),
+    *(
+        (triton_lamb.apply_kernel, {"LOW_DTYPE": copy})
+        for copy in (None, tl.bfloat16, tl.float16, tl.float32)
+    ),
+]
+
 
 def compiled_form(form: tuple[Any, dict[str, Any]], capability: int, **options: Any) -> Any:
     constants = {**triton_lamb.OPTIONS, **form[1]}
-    return compiled(form[0], triton_lamb.TYPES, constants, capability, **options)
+    return compiled(form[0], TYPES, constants, capability, **options)
 
 
 def name_of(form: tuple[Any, dict[str, Any]]) -> str:
@@ -321,20 +334,18 @@ class TestCompiled:
     @pytest.mark.parametrize(
         "capability", [90, *(pytest.param(other, marks=pytest.mark.slow) for other in (80, 100))]
     )
-    @pytest.mark.parametrize("form", triton_lamb.FORMS, ids=name_of)
+    @pytest.mark.parametrize("form", FORMS, ids=name_of)
     def test_nothing_spills(self, form: Any, capability: int, tmp_path: Path) -> None:
         assert spills(compiled_form(form, capability).asm["cubin"], tmp_path) == (0, 0)
 
     def test_a_spill_would_be_seen(self, tmp_path: Path) -> None:
-        stack, instructions = spills(
-            compiled_form(triton_lamb.FORMS[0], 90, maxnreg=24).asm["cubin"], tmp_path
-        )
+        stack, instructions = spills(compiled_form(FORMS[0], 90, maxnreg=24).asm["cubin"], tmp_path)
         assert stack > 0
         assert instructions > 0
 
     @pytest.mark.parametrize(("form", "loads", "stores"), [(0, 4, 2), (3, 3, 1)])
     def test_only_whole_blocks_move_as_vectors(self, form: int, loads: int, stores: int) -> None:
-        ptx = compiled_form(triton_lamb.FORMS[form], 90).asm["ptx"]
+        ptx = compiled_form(FORMS[form], 90).asm["ptx"]
         assert len(re.findall(r"^\s*ld\.global\.v4\.b32", ptx, re.M)) == loads
         assert len(re.findall(r"^\s*st\.global\.v4\.b32", ptx, re.M)) == stores
         assert not re.findall(r"@%p\d+ (?:ld|st)\.global\.v", ptx)
@@ -345,7 +356,7 @@ class TestCompiled:
     ) -> None:
         """A device is only made believe: what would be launched is compiled."""
         launched = believe_in_a_device(monkeypatch)
-        expected = [compiled_form(triton_lamb.FORMS[form], 90).asm["cubin"] for form in (1, 2, 4)]
+        expected = [compiled_form(FORMS[form], 90).asm["cubin"] for form in (1, 2, 4)]
         kernel = triton_lamb.TritonLamb()
         for count in (1, 3, 16, 40):  # Triton would make special cases of 1 and of multiples of 16
             pairs = [Flat(((i, 0, 9),), low=torch.bfloat16).item(i) for i in range(count)]

@@ -15,31 +15,33 @@ import os
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from importlib import metadata
-from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from pydantic import ValidationError
 
 from stacking_ds.console import is_utf8, readable_name, shortened
-from stacking_ds.data.prepare.work_plan import Corpus, InputFile, WorkPlan, open_corpus
+from stacking_ds.data.prepare.work_plan import Corpus, WorkPlan, open_corpus
 from stacking_ds.data.shard_files import (
     MANIFEST_NAME,
     UNFINISHED_NAME,
-    DataManifest,
     DocumentRule,
     PrepareRequest,
     Rejected,
     ShardFile,
     SplitName,
     file_sha256,
-    read_manifest,
     write_file,
 )
-from stacking_ds.data.shards import TokenShards
-from stacking_ds.data.sources.documents import MAX_DOCUMENT_BYTES, Reading
-from stacking_ds.data.tokenizer import Normalization, load_vocabulary, vocabulary_sha256
+from stacking_ds.data.sources.documents import (
+    MAX_DOCUMENT_BYTES,
+    NO_TEXT,
+    Document,
+    Fault,
+    Reader,
+    Reading,
+)
+from stacking_ds.data.tokenizer import load_vocabulary
 from stacking_ds.errors import DataError
 from stacking_ds.files import DamagedFileError, read_bytes
 from stacking_ds.records import Record
@@ -101,20 +103,25 @@ class PrepareOptions:
             given = getattr(self, name)
             sources = (given,) if isinstance(given, str) else tuple(given)
             object.__setattr__(self, name, sources)
-        # how small it may be, the alphabet of the text says
-        if self.vocab_size > _LARGEST_VOCABULARY:
-            raise DataError(
-                f"vocab_size is {self.vocab_size:,}; it can be {_LARGEST_VOCABULARY:,} at most"
-            )
-        if not 0 <= self.heldout_fraction <= 0.5:
-            raise DataError(
-                f"heldout_fraction is {self.heldout_fraction}; it must lie between 0 and 0.5"
-            )
-        if self.workers < 1:
-            raise DataError(f"workers is {self.workers}; it must be at least 1")
         index, count = self.part
-        if not 1 <= index <= count:
-            raise DataError(f"part {index} of {count} does not exist; write 1/4 to 4/4, say")
+        for possible, problem in (
+            # how small it may be, the alphabet of the text says
+            (
+                self.vocab_size <= _LARGEST_VOCABULARY,
+                f"vocab_size is {self.vocab_size:,}; it can be {_LARGEST_VOCABULARY:,} at most",
+            ),
+            (
+                0 <= self.heldout_fraction <= 0.5,
+                f"heldout_fraction is {self.heldout_fraction}; it must lie between 0 and 0.5",
+            ),
+            (self.workers >= 1, f"workers is {self.workers}; it must be at least 1"),
+            (
+                1 <= index <= count,
+                f"part {index} of {count} does not exist; write 1/4 to 4/4, say",
+            ),
+        ):
+            if not possible:
+                raise DataError(problem)
 
     @property
     def reading(self) -> Reading:
@@ -122,10 +129,23 @@ class PrepareOptions:
         leaves_out = self.bad_documents == "count"
         return Reading(self.text_key, self.max_document_bytes, self.documents, leaves_out)
 
-    @property
-    def hash_limit(self) -> int:
-        """Documents whose hash is below are held out; none where held-out sources are named."""
-        return 0 if self.heldout_sources else int(self.heldout_fraction * 2**64)
+    def split_of(self, document: Document, document_hash: int, heldout: bool) -> SplitName:
+        """The side a document is on: all of a held-out unit is held out, else the source may say
+        so, else, without held-out sources, the hash does, whatever is added to the corpus."""
+        if heldout:
+            return "heldout"
+        limit = 0 if self.heldout_sources else int(self.heldout_fraction * 2**64)
+        return document.split or ("heldout" if document_hash < limit else "train")
+
+    def refuse(self, fault: Fault, reader: Reader) -> None:
+        """Raises DataError for a fault unless these are counted."""
+        if self.bad_documents == "refuse":
+            key = "name another key by --text-key, " if fault.reason == NO_TEXT else ""
+            raise DataError(
+                f"{reader.place(fault.number)[1]} {fault.sentence}; {key}leave such documents out "
+                "and count them by --bad-documents count, or mend it and prepare into another "
+                "folder"
+            )
 
     def open_corpus(self) -> Corpus:
         """Opens the sources. Raises DataError for one that cannot be found."""
@@ -145,38 +165,8 @@ class PrepareOptions:
             ) from error
         return replace(self, out_dir=Path(os.path.realpath(self.out_dir)))
 
-    def request(
-        self, corpus: Corpus, given: Sequence[str] | None, normalization: Normalization
-    ) -> PrepareRequest:
-        """The request that a finished folder is recognised by; `given` are the tokens of the
-        vocabulary that is not to be trained."""
-        heldout_lines, lines = corpus.identity()
-        return PrepareRequest(
-            sources=lines,
-            heldout_sources=heldout_lines,
-            heldout_fraction=self.heldout_fraction,
-            vocabulary=f"trained:{self.vocab_size}" if given is None else vocabulary_sha256(given),
-            text_key=self.text_key,
-            documents=self.documents,
-            normalization=normalization,
-        )
-
-    def settings(self, corpus: Corpus) -> "Settings":
-        """The settings that an unfinished folder is recognised by besides."""
-        return Settings(
-            unit_bytes=self.unit_bytes,
-            shard_characters=self.shard_characters,
-            max_document_bytes=self.max_document_bytes,
-            download=self.download,
-            software=tuple(f"{name} {metadata.version(name)}" for name in _SOFTWARE),
-            lines=2 if corpus.text_files else 1,
-        )
-
 
 # ---- what is kept in the folder
-
-_SOFTWARE = ("sentencex", "tokenizers")
-"""The libraries that decide which bytes are written."""
 
 
 class Settings(Record):
@@ -220,9 +210,6 @@ class Chunk(Record):
     source_bytes: int
     text_bytes: int
 
-    def shard(self, split: SplitName) -> ShardFile | None:
-        return self.heldout if split == "heldout" else self.train
-
 
 class UnitRecord(Record):
     """The record of what a unit has written, with the vocabulary of that hash."""
@@ -231,6 +218,10 @@ class UnitRecord(Record):
     chunks: tuple[Chunk, ...] = ()
     hashes: tuple[FileHash, ...] = ()
     complete: bool = False
+
+    @property
+    def items(self) -> int:
+        return sum(chunk.items for chunk in self.chunks)
 
     @property
     def source_bytes(self) -> int:
@@ -262,37 +253,21 @@ class UnfinishedFolder:
         """The prepare that was begun here, None if none was."""
         return _read(self.temporary / _STARTED, Started)
 
-    def require_started(self) -> Started:
-        """The prepare that was begun here. Raises DataError if that is gone."""
-        if (started := self.started()) is None:
-            raise self._gone(_STARTED)
-        return started
-
-    def start(self, request: PrepareRequest, settings: Settings, plan: WorkPlan) -> Started:
+    def start(self, request: PrepareRequest, settings: Settings, plan: WorkPlan) -> None:
         """Notes what is begun. Raises DataError if another process is done with it already."""
         made = not self.path.exists()
         self.temporary.mkdir(parents=True, exist_ok=True)
         if self.is_finished:
             raise self.overtaken()
-        started = Started(request=request, settings=settings, plan=plan, made_folder=made)
-        self._write(_STARTED, started)
-        return started
+        self.note(Started(request=request, settings=settings, plan=plan, made_folder=made))
 
-    def note_files(self, started: Started, files: tuple[tuple[InputFile, ...], ...]) -> None:
-        """Notes that the files, though touched, are what they were."""
-        plan = started.plan.model_copy(update={"files": files})
-        self._write(_STARTED, started.model_copy(update={"plan": plan}))
+    def note(self, started: Started) -> None:
+        self._write(_STARTED, started)
 
     def vocabulary(self) -> list[str] | None:
         """The vocabulary, None if there is none yet."""
         path = self.temporary / _VOCABULARY
         return load_vocabulary(path, as_written=True) if path.exists() else None
-
-    def require_vocabulary(self) -> list[str]:
-        """The vocabulary. Raises DataError if it is gone."""
-        if (vocabulary := self.vocabulary()) is None:
-            raise self._gone(_VOCABULARY)
-        return vocabulary
 
     def keep_vocabulary(self, vocabulary: Sequence[str]) -> None:
         content = "".join(f"{token}\n" for token in vocabulary).encode()
@@ -351,12 +326,6 @@ class UnfinishedFolder:
             kept = f"what is finished is kept ({complete} of {len(started.plan.units)} units): "
         return DataError(f"{reason}; {kept}make room and run the same command again")
 
-    def _gone(self, name: str) -> DataError:
-        return DataError(
-            f"{self.temporary / name} is missing; run `stacking-ds prepare` again with the same "
-            "options"
-        )
-
     def _write(self, name: str, record: Record) -> None:
         content = record.model_dump_json(indent=1).encode()
         write_file(self.temporary / name, content, self.temporary)
@@ -370,104 +339,3 @@ def _read(path: Path, kind: type[_R]) -> _R | None:
         return None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
-
-
-# ---- is what is in a folder already the same work
-
-
-def finished_work(
-    folder: UnfinishedFolder, corpus: Corpus, request: PrepareRequest, bad_documents: BadDocuments
-) -> DataManifest | None:
-    """The manifest of a finished folder that holds what `request` asks for; None while the folder
-    is not finished.
-
-    As with `make`, a source file of the same name and size that is older than the manifest is
-    taken to be the one that was read; a newer one is read and compared. Raises DataError when the
-    folder holds something else, or is damaged.
-    """
-    if not folder.is_finished:
-        return None
-    manifest = read_manifest(folder.path)
-    _require_same(folder.path, manifest.request, request)
-    for rejected in manifest.rejected:
-        if rejected.reason != EMPTY and bad_documents == "refuse":
-            raise DataError(
-                f"{folder.path} was prepared with --bad-documents count and lacks "
-                f"{rejected.documents} documents ({rejected.reason}: {rejected.first[0]}); say so "
-                "again, or choose another folder"
-            )
-    finished_ns = (folder.path / MANIFEST_NAME).stat().st_mtime_ns
-    paths = [path for source in corpus.sources for path in source.paths]
-    files = [file for file in manifest.sources if file.sha256 is not None]
-    for path, file in zip(paths, files, strict=True):
-        if path.stat().st_mtime_ns > finished_ns and file_sha256(path) != file.sha256:
-            raise _other(folder.path, f"{path} has changed since")
-    TokenShards.open(folder.path)
-    folder.remove_notes()
-    return manifest
-
-
-def require_same_work(
-    folder: UnfinishedFolder,
-    started: Started,
-    request: PrepareRequest,
-    settings: Settings,
-    corpus: Corpus,
-) -> None:
-    """Makes sure that an unfinished prepare can be gone on with.
-
-    Raises DataError if another request, or other settings, would give other bytes, or if a file of
-    the sources changed: one that was touched since is read and compared.
-    """
-    _require_same(folder.path, started.request, request)
-    _require_same(folder.path, started.settings, settings)
-    files = corpus.files()
-    if files == started.plan.files:
-        return
-    known = hashes_of(folder.records(started.plan).values())
-    for index, source in enumerate(corpus.sources):
-        for number, path in enumerate(source.paths):
-            same = files[index][number] == started.plan.files[index][number]
-            if not same and known.get((index, number)) != file_sha256(path):
-                raise _other(folder.path, f"{path} has changed, or was touched, before it was read")
-    folder.note_files(started, files)
-
-
-def _require_same(out_dir: Path, there: Record, here: Record) -> None:
-    """Raises DataError unless the two are the same."""
-    different = [
-        _difference(field, getattr(there, field), getattr(here, field))
-        for field in type(there).model_fields
-        if getattr(there, field) != getattr(here, field)
-    ]
-    if different:
-        raise _other(out_dir, "; ".join(different))
-
-
-def _difference(field: str, there: Any, here: Any) -> str:
-    if not isinstance(there, tuple):
-        return f"{field} is {_shown(there)} there and {_shown(here)} here"
-    if len(there) == len(here) == 1:
-        return f"{field} is {_shown(there[0])} there and {_shown(here[0])} here"
-    for one, other in zip_longest(there, here):
-        if one != other:
-            break
-    first = " and ".join(
-        f"{_shown(value)} {where}"
-        for value, where in ((one, "there"), (other, "here"))
-        if value is not None
-    )
-    return (
-        f"{field} are {len(there):,} there and {len(here):,} here, the first that differs {first}"
-    )
-
-
-def _shown(value: Any) -> str:
-    return shortened(str(value) if isinstance(value, Normalization) else repr(value), 160)
-
-
-def _other(out_dir: Path, difference: str) -> DataError:
-    return DataError(
-        f"{out_dir} holds data prepared otherwise ({difference}); choose another folder, or "
-        "delete this one"
-    )

@@ -6,28 +6,30 @@ A run that is killed, at any moment, loses at most the chunk each process was at
 again goes on, and the folder is then the same, to the byte, as if nothing had happened.
 """
 
+import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib import metadata
+from itertools import zip_longest
+from typing import Any
 
+from stacking_ds.console import shortened
 from stacking_ds.data.pool import Report, Work, WorkerDiedError, do_in_workers
 from stacking_ds.data.prepare.finish import empty_split, finish_splits
 from stacking_ds.data.prepare.folder import (
+    EMPTY,
     SPLITS,
     PrepareOptions,
+    Settings,
+    Started,
     UnfinishedFolder,
     UnitRecord,
-    finished_work,
     hashes_of,
-    require_same_work,
 )
 from stacking_ds.data.prepare.unit import Rejections, UnitMaker
-from stacking_ds.data.prepare.vocabulary import (
-    read_vocabulary,
-    train_vocabulary,
-    write_vocabulary,
-)
+from stacking_ds.data.prepare.vocabulary import read_vocabulary, train_vocabulary
 from stacking_ds.data.prepare.work_plan import (
     Corpus,
     WorkPlan,
@@ -39,14 +41,22 @@ from stacking_ds.data.shard_files import (
     MANIFEST_NAME,
     DataManifest,
     PrepareRequest,
+    VocabularyFile,
+    file_sha256,
+    read_manifest,
     remove_unfinished,
     write_file,
 )
-from stacking_ds.data.tokenizer import vocabulary_sha256
+from stacking_ds.data.shards import TokenShards
+from stacking_ds.data.tokenizer import Normalization, build_tokenizer, vocabulary_sha256
 from stacking_ds.errors import DataError
 from stacking_ds.files import sync
+from stacking_ds.records import Record
 
 logger = logging.getLogger("stacking_ds")
+
+_SOFTWARE = ("sentencex", "tokenizers")
+"""The libraries that decide which bytes are written."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +103,16 @@ def prepare(
     given, normalization = read_vocabulary(
         options.vocabulary, cased=options.cased, keep_accents=options.keep_accents
     )
-    request = options.request(corpus, given, normalization)
+    heldout_sources, sources = corpus.identity()
+    request = PrepareRequest(
+        sources=sources,
+        heldout_sources=heldout_sources,
+        heldout_fraction=options.heldout_fraction,
+        vocabulary=f"trained:{options.vocab_size}" if given is None else vocabulary_sha256(given),
+        text_key=options.text_key,
+        documents=options.documents,
+        normalization=normalization,
+    )
     return _Preparation(options, corpus, request, given, progress, say).run()
 
 
@@ -130,38 +149,68 @@ class _Preparation:
         return UnfinishedFolder(self.options.out_dir)
 
     def run(self) -> Prepared:
-        done, licence = self._finished_work(), self.options.licence
-        if done is not None:
-            if licence not in (None, done.licence):
-                raise DataError(
-                    f"{self.folder.path} is prepared, with the licence {done.licence!r} and not "
-                    f"{licence!r}; delete it to prepare it again"
-                )
-            return Prepared(done, reused=True)
+        if self.folder.is_finished:
+            return self._reused()
         try:
             return self._prepare()
         except (DataError, OSError) as error:
             # Another process may have finished the same work meanwhile, and removed the notes.
-            if self.folder.is_finished and (done := self._finished_work()):
-                return Prepared(done, reused=True)
+            if self.folder.is_finished:
+                return self._reused()
             if isinstance(error, OSError):
                 raise self.folder.unwritable(error) from error
             raise
 
-    def _finished_work(self) -> DataManifest | None:
-        return finished_work(self.folder, self.corpus, self.request, self.options.bad_documents)
+    def _reused(self) -> Prepared:
+        """The finished folder, if it holds what was asked for.
+
+        As with `make`, a source file of the same name and size that is older than the manifest is
+        taken to be the one that was read; a newer one is read and compared. Raises DataError when
+        the folder holds something else, or is damaged.
+        """
+        out_dir, licence = self.folder.path, self.options.licence
+        manifest = read_manifest(out_dir)
+        self._require_same(manifest.request, self.request)
+        for rejected in manifest.rejected:
+            if rejected.reason != EMPTY and self.options.bad_documents == "refuse":
+                raise DataError(
+                    f"{out_dir} was prepared with --bad-documents count and lacks "
+                    f"{rejected.documents} documents ({rejected.reason}: {rejected.first[0]}); say "
+                    "so again, or choose another folder"
+                )
+        finished_ns = (out_dir / MANIFEST_NAME).stat().st_mtime_ns
+        paths = [path for source in self.corpus.sources for path in source.paths]
+        files = [file for file in manifest.sources if file.sha256 is not None]
+        for path, file in zip(paths, files, strict=True):
+            if path.stat().st_mtime_ns > finished_ns and file_sha256(path) != file.sha256:
+                raise self._other(f"{path} has changed since")
+        TokenShards.open(out_dir)
+        self.folder.remove_notes()
+        if licence not in (None, manifest.licence):
+            raise DataError(
+                f"{out_dir} is prepared, with the licence {manifest.licence!r} and not "
+                f"{licence!r}; delete it to prepare it again"
+            )
+        return Prepared(manifest, reused=True)
 
     def _prepare(self) -> Prepared:
-        folder, settings = self.folder, self.options.settings(self.corpus)
+        folder, options = self.folder, self.options
+        settings = Settings(
+            unit_bytes=options.unit_bytes,
+            shard_characters=options.shard_characters,
+            max_document_bytes=options.max_document_bytes,
+            download=options.download,
+            software=tuple(f"{name} {metadata.version(name)}" for name in _SOFTWARE),
+            lines=2 if self.corpus.text_files else 1,
+        )
         folder.check()
         started = folder.started()
-        resumed = started is not None
         if started is None:
-            plan = make_plan(self.corpus, self.options.reading, self.options.unit_bytes)
+            plan = make_plan(self.corpus, options.reading, options.unit_bytes)
             folder.start(self.request, settings, plan)
         else:
             plan = started.plan
-            require_same_work(folder, started, self.request, settings, self.corpus)
+            self._require_same_work(started, settings)
         try:
             say_what_documents_are(self.corpus, self.options.reading, self.say)
             self._ensure_vocabulary(plan)
@@ -175,7 +224,43 @@ class _Preparation:
             if folder.is_finished:
                 raise folder.overtaken()
             return Prepared(None, reused=False, missing_units=missing)
-        return Prepared(self._finish(plan, records), reused=False, resumed=resumed)
+        return Prepared(self._finish(plan, records), reused=False, resumed=started is not None)
+
+    def _require_same_work(self, started: Started, settings: Settings) -> None:
+        """Makes sure that an unfinished prepare can be gone on with.
+
+        Raises DataError if another request, or other settings, would give other bytes, or if a file
+        of the sources changed: one that was touched since is read and compared.
+        """
+        self._require_same(started.request, self.request)
+        self._require_same(started.settings, settings)
+        plan, files = started.plan, self.corpus.files()
+        if files == plan.files:
+            return
+        known = hashes_of(self.folder.records(plan).values())
+        for index, source in enumerate(self.corpus.sources):
+            for number, path in enumerate(source.paths):
+                same = files[index][number] == plan.files[index][number]
+                if not same and known.get((index, number)) != file_sha256(path):
+                    raise self._other(f"{path} has changed, or was touched, before it was read")
+        plan = plan.model_copy(update={"files": files})
+        self.folder.note(started.model_copy(update={"plan": plan}))
+
+    def _require_same(self, there: Record, here: Record) -> None:
+        """Raises DataError unless the two are the same."""
+        different = [
+            _difference(field, one, other)
+            for (field, one), (_, other) in zip(there, here, strict=True)
+            if one != other
+        ]
+        if different:
+            raise self._other("; ".join(different))
+
+    def _other(self, difference: str) -> DataError:
+        return DataError(
+            f"{self.folder.path} holds data prepared otherwise ({difference}); choose another "
+            "folder, or delete this one"
+        )
 
     def _tidy(self) -> None:
         """Leaves nothing behind where there is nothing to go on with. Other parts may be working
@@ -238,7 +323,7 @@ class _Preparation:
         folder = self.folder
         chunks = [chunk for unit in sorted(records) for chunk in records[unit].chunks]
         shards = {
-            split: [shard for chunk in chunks if (shard := chunk.shard(split)) is not None]
+            split: [shard for chunk in chunks if (shard := getattr(chunk, split)) is not None]
             for split in SPLITS
         }
         splits = finish_splits(folder.path, shards, folder.temporary)
@@ -258,7 +343,7 @@ class _Preparation:
             sources=self.corpus.contents(plan, hashes_of(records.values())),
             vocab_size=len(vocabulary),
             vocabulary_sha256=vocabulary_sha256(vocabulary),
-            vocabulary_files=write_vocabulary(folder, vocabulary, self.request.normalization),
+            vocabulary_files=self._write_vocabulary(vocabulary),
             rejected=rejected,
             text_bytes=sum(chunk.text_bytes for chunk in chunks),
             train=splits["train"],
@@ -268,6 +353,41 @@ class _Preparation:
         write_file(folder.path / MANIFEST_NAME, manifest.to_json().encode(), folder.temporary)
         folder.remove_notes()
         return manifest
+
+    def _write_vocabulary(self, vocabulary: list[str]) -> tuple[VocabularyFile, ...]:
+        tokenizer = build_tokenizer(vocabulary, self.request.normalization)
+        contents = {
+            "tokenizer.json": tokenizer.to_str(pretty=True).encode(),
+            "vocab.txt": "".join(f"{token}\n" for token in vocabulary).encode(),
+        }
+        for name, content in contents.items():
+            write_file(self.folder.path / name, content, self.folder.temporary)
+        return tuple(
+            VocabularyFile(
+                name=name, size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest()
+            )
+            for name, content in contents.items()
+        )
+
+
+def _difference(field: str, there: Any, here: Any) -> str:
+    if isinstance(there, tuple) and len(there) == len(here) == 1:
+        (there,), (here,) = there, here
+    if not isinstance(there, tuple):
+        return f"{field} is {_shown(there)} there and {_shown(here)} here"
+    pair = next(pair for pair in zip_longest(there, here) if pair[0] != pair[1])
+    first = " and ".join(
+        f"{_shown(value)} {where}"
+        for value, where in zip(pair, ("there", "here"), strict=True)
+        if value is not None
+    )
+    return (
+        f"{field} are {len(there):,} there and {len(here):,} here, the first that differs {first}"
+    )
+
+
+def _shown(value: Any) -> str:
+    return shortened(str(value) if isinstance(value, Normalization) else repr(value), 160)
 
 
 def _unit_work(options: PrepareOptions) -> Work:

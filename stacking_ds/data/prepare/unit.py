@@ -8,8 +8,8 @@ import hashlib
 import string
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from stacking_ds.data.prepare.folder import (
     EMPTY,
     SPLITS,
-    BadDocuments,
     Chunk,
     FileHash,
     PrepareOptions,
@@ -34,15 +33,7 @@ from stacking_ds.data.shard_files import (
     token_dtype,
 )
 from stacking_ds.data.shards import numbers
-from stacking_ds.data.sources.documents import (
-    NO_TEXT,
-    Document,
-    Fault,
-    Item,
-    Reader,
-    split_sentences,
-    unreadable,
-)
+from stacking_ds.data.sources.documents import Fault, Item, Reader, reading_of, split_sentences
 from stacking_ds.data.tokenizer import (
     UNCASED,
     Normalization,
@@ -194,40 +185,7 @@ def document_hash(words: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(words, digest_size=8).digest())
 
 
-def split_of(document: Document, number: int, heldout: bool, hash_limit: int) -> SplitName:
-    """The side a document is on: all of a held-out unit is held out, else the source may say so,
-    else the hash does, so that a document stays on its side whatever is added to the corpus."""
-    if heldout:
-        return "heldout"
-    return document.split or ("heldout" if number < hash_limit else "train")
-
-
-def usable(item: Item, reader: Reader, bad_documents: BadDocuments) -> bool:
-    """True if the item is a document. Raises DataError for a fault unless these are counted."""
-    if isinstance(item, Document):
-        return True
-    if bad_documents == "refuse":
-        key = "name another key by --text-key, " if item.reason == NO_TEXT else ""
-        raise DataError(
-            f"{reader.place(item.number)[1]} {item.sentence}; {key}leave such documents out and "
-            "count them by --bad-documents count, or mend it and prepare into another folder"
-        )
-    return False
-
-
 # ---- units
-
-
-@dataclass
-class _Group:
-    """Documents that are tokenized together."""
-
-    sentences: list[str] = field(default_factory=list)
-    counts: list[int] = field(default_factory=list)
-    hashes: list[int] = field(default_factory=list)
-    heldout: list[bool] = field(default_factory=list)
-    places: list[Callable[[], str]] = field(default_factory=list)
-    characters: int = 0
 
 
 class UnitMaker:
@@ -236,7 +194,12 @@ class UnitMaker:
     def __init__(self, options: PrepareOptions, corpus: Corpus | None = None) -> None:
         self._options = options
         self.folder = UnfinishedFolder(options.out_dir)
-        started, vocabulary = self.folder.require_started(), self.folder.require_vocabulary()
+        started, vocabulary = self.folder.started(), self.folder.vocabulary()
+        if started is None or vocabulary is None:
+            raise DataError(
+                f"what a prepare notes first is missing in {self.folder.temporary}; run "
+                "`stacking-ds prepare` again with the same options"
+            )
         self._plan, self._corpus = started.plan, corpus or options.open_corpus()
         if self._corpus.identity() != (started.request.heldout_sources, started.request.sources):
             raise DataError(f"{options.out_dir}: the files of its sources changed meanwhile")
@@ -251,32 +214,32 @@ class UnitMaker:
         try:
             record = self._kept(number)
             if record.complete:
-                report(sum(chunk.items for chunk in record.chunks), record.source_bytes)
+                report(record.items, record.source_bytes)
             else:
                 self._make(number, record, report)
         except OSError as error:
             raise self.folder.unwritable(error) from error
 
     def _make(self, number: int, record: UnitRecord, report: Callable[[int, int], None]) -> None:
+        """Makes the chunks that are not there yet; a unit without documents has one, which holds
+        nothing."""
         record = record.model_copy(update={"hashes": record.hashes or self._hashes(number)})
-        unit, folder = self._plan.units[number], self.folder
-        writers = {split: ShardWriter(self._vocab_size, self._unknown_id) for split in SPLITS}
-        writer = _UnitWriter(unit.heldout, self._options, self._tokenizer, writers)
+        unit = self._plan.units[number]
         items = self._corpus.read(unit, self._options.reading)
-        for counts in writer.chunks(items, record.chunks, report):
-            index = len(record.chunks)
-            files = {
-                split: one.write(
-                    folder.path, f"{split}-{number:05d}-{index:03d}.arrow", folder.temporary
-                )
-                for split, one in writers.items()
-            }
-            rejected = writer.rejections.taken()
-            chunk = Chunk.model_validate({**counts, **files, "rejected": rejected})
-            record = record.model_copy(update={"chunks": (*record.chunks, chunk)})
-            folder.keep_record(number, record)
+        for _ in islice(items, record.items):
+            pass
+        is_more = True
+        while is_more:
+            writers = {split: ShardWriter(self._vocab_size, self._unknown_id) for split in SPLITS}
+            writer = _ChunkWriter(unit.heldout, self._options, self._tokenizer, writers)
+            is_more = writer.fill(items, record, report)
+            if writer.items or not record.chunks:
+                chunk = writer.write(self.folder, f"{number:05d}-{len(record.chunks):03d}.arrow")
+                record = record.model_copy(update={"chunks": (*record.chunks, chunk)})
+                self.folder.keep_record(number, record)
+                report(record.items, record.source_bytes)
         self._check_unchanged(number)
-        folder.keep_record(number, record.model_copy(update={"complete": True}))
+        self.folder.keep_record(number, record.model_copy(update={"complete": True}))
 
     def _kept(self, number: int) -> UnitRecord:
         """What an earlier run has done, up to the first chunk that is damaged."""
@@ -287,7 +250,7 @@ class UnitMaker:
             # what had been counted is refused now: read it again, to name the place
             bad = any(rejected.reason != EMPTY for rejected in chunk.rejected)
             refused = bad and self._options.bad_documents == "refuse"
-            shards = filter(None, map(chunk.shard, SPLITS))
+            shards = [shard for shard in (chunk.heldout, chunk.train) if shard is not None]
             if refused or not all(map(self.folder.is_whole, shards)):
                 return record.model_copy(
                     update={"chunks": record.chunks[:index], "complete": False}
@@ -298,10 +261,8 @@ class UnitMaker:
         found = []
         for source, file in self._plan.hashed_by(number):
             path = self._corpus.sources[source].paths[file]
-            try:
+            with reading_of(path):
                 sha256 = file_sha256(path)
-            except OSError as error:
-                raise unreadable(path, error) from error
             found.append(FileHash(source=source, file=file, sha256=sha256))
         return tuple(found)
 
@@ -315,8 +276,18 @@ class UnitMaker:
                 )
 
 
-class _UnitWriter:
-    """Gives the documents of a unit to the writers of its splits, one chunk after another."""
+class _Counted(NamedTuple):
+    """A document whose sentences wait for being tokenized."""
+
+    sentences: int
+    document_hash: int
+    is_heldout: bool
+    place: Callable[[], str]
+
+
+class _ChunkWriter:
+    """Gives documents of a unit to the writers of its splits, until these hold a chunk; documents
+    are tokenized in groups."""
 
     def __init__(
         self,
@@ -327,90 +298,81 @@ class _UnitWriter:
     ) -> None:
         self._heldout, self._options = heldout, options
         self._tokenizer, self._writers = tokenizer, writers
-        self.rejections = Rejections()
+        self._rejections = Rejections()
+        self._sentences: list[str] = []
+        self._group: list[_Counted] = []
+        self._characters = self._group_characters = 0
+        self.items = self._source_bytes = self._text_bytes = 0
 
-    def chunks(
+    def fill(
         self,
         items: Iterator[tuple[Item, Reader]],
-        done: Sequence[Chunk],
+        done: UnitRecord,
         report: Callable[[int, int], None],
-    ) -> Iterator[dict[str, int]]:
-        """Yields, whenever the writers hold a chunk, what was read for it, as `Chunk` calls it;
-        what the chunks `done` hold is read and skipped.
-
-        A unit without documents has one chunk that holds nothing. `report` is called now and then
-        with the documents and the bytes of the source read so far in this unit.
-        """
-        documents = sum(chunk.items for chunk in done)
-        source_bytes = sum(chunk.source_bytes for chunk in done)
-        for _ in islice(items, documents):
-            pass
-        first, ended = not done, False
-        while not ended:
-            counts = dict.fromkeys(("items", "source_bytes", "text_bytes"), 0)
-            characters, group = 0, _Group()
-            ended = True
-            for item, reader in items:
-                counts["items"] += 1
-                counts["source_bytes"] += item.source_bytes
-                counts["text_bytes"] += self._take(item, reader, group)
-                if self._is_full(group):
-                    characters += group.characters
-                    self._tokenize(group)
-                    group = _Group()
-                    report(documents + counts["items"], source_bytes + counts["source_bytes"])
-                    if characters >= self._options.shard_characters:
-                        ended = False
-                        break
-            if ended and not counts["items"] and not first:
-                return
-            self._tokenize(group)
-            documents += counts["items"]
-            source_bytes += counts["source_bytes"]
-            yield counts
-            report(documents, source_bytes)
-            first = False
-
-    def _is_full(self, group: _Group) -> bool:
+    ) -> bool:
+        """Takes items until the chunk is full; False if they ended. `report` is called now and then
+        with the documents and the bytes of the source read so far in this unit, of which others
+        are `done`."""
         enough = min(_GROUP_CHARACTERS, self._options.shard_characters)
-        return group.characters >= enough or len(group.counts) >= _GROUP_DOCUMENTS
+        for item, reader in items:
+            self.items += 1
+            self._source_bytes += item.source_bytes
+            self._take(item, reader)
+            if self._group_characters >= enough or len(self._group) >= _GROUP_DOCUMENTS:
+                self._tokenize()
+                report(done.items + self.items, done.source_bytes + self._source_bytes)
+                if self._characters >= self._options.shard_characters:
+                    return True
+        self._tokenize()
+        return False
 
-    def _take(self, item: Item, reader: Reader, group: _Group) -> int:
-        """Adds an item to the group; the bytes of its words."""
+    def write(self, folder: UnfinishedFolder, name: str) -> Chunk:
+        """Writes the chunk: of each split that has documents a file."""
+        files = {
+            split: writer.write(folder.path, f"{split}-{name}", folder.temporary)
+            for split, writer in self._writers.items()
+        }
+        return Chunk(
+            items=self.items,
+            heldout=files["heldout"],
+            train=files["train"],
+            rejected=self._rejections.taken(),
+            source_bytes=self._source_bytes,
+            text_bytes=self._text_bytes,
+        )
 
-        def place(number: int = item.number, reader: Reader = reader) -> str:
-            return reader.place(number)[0]
+    def _take(self, item: Item, reader: Reader) -> None:
+        """Adds an item to the group, or to what is left out."""
+
+        def place() -> str:
+            return reader.place(item.number)[0]
 
         if isinstance(item, Fault):
-            usable(item, reader, self._options.bad_documents)
-            self.rejections.add(item.reason, place)
-            return 0
+            self._options.refuse(item, reader)
+            self._rejections.add(item.reason, place)
+            return
         words = words_of(item.text)
         if not words:
-            self.rejections.add(EMPTY, place)
-            return 0
-        number = document_hash(words)
-        split = split_of(item, number, self._heldout, self._options.hash_limit)
-        sentences = split_sentences(item.text)
-        group.sentences += sentences
-        group.counts.append(len(sentences))
-        group.hashes.append(number)
-        group.heldout.append(split == "heldout")
-        group.places.append(place)
-        group.characters += len(item.text)
-        return len(words)
-
-    def _tokenize(self, group: _Group) -> None:
-        """Gives the group's documents to the writers, sentences without tokens left out."""
-        if not group.counts:
+            self._rejections.add(EMPTY, place)
             return
-        tokens, lengths = self._tokenizer(group.sentences)
-        owner = np.repeat(np.arange(len(group.counts)), group.counts)
-        counts = np.bincount(owner[lengths > 0], minlength=len(group.counts)).astype(np.int32)
+        number, sentences = document_hash(words), split_sentences(item.text)
+        is_heldout = self._options.split_of(item, number, self._heldout) == "heldout"
+        self._sentences += sentences
+        self._group.append(_Counted(len(sentences), number, is_heldout, place))
+        self._group_characters += len(item.text)
+        self._text_bytes += len(words)
+
+    def _tokenize(self) -> None:
+        """Gives the group's documents to the writers, sentences without tokens left out."""
+        if not self._group:
+            return
+        tokens, lengths = self._tokenizer(self._sentences)
+        owner = np.repeat(np.arange(len(self._group)), [one.sentences for one in self._group])
+        counts = np.bincount(owner[lengths > 0], minlength=len(self._group)).astype(np.int32)
         for index in np.flatnonzero(counts == 0):
-            self.rejections.add(EMPTY, group.places[index])
-        hashes = np.array(group.hashes, dtype=np.uint64)
-        heldout = np.array(group.heldout)
+            self._rejections.add(EMPTY, self._group[index].place)
+        hashes = np.array([one.document_hash for one in self._group], dtype=np.uint64)
+        heldout = np.array([one.is_heldout for one in self._group])
         for split in SPLITS:
             chosen: NDArray[np.bool_] = heldout if split == "heldout" else ~heldout
             sentences = chosen[owner]
@@ -420,3 +382,5 @@ class _UnitWriter:
                 counts[chosen & (counts > 0)],
                 hashes[chosen & (counts > 0)],
             )
+        self._characters += self._group_characters
+        self._sentences, self._group, self._group_characters = [], [], 0

@@ -16,11 +16,10 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, processors
 
 from stacking_ds.console import first_of, shortened
-from stacking_ds.data.prepare.folder import PrepareOptions, UnfinishedFolder
-from stacking_ds.data.prepare.unit import document_hash, split_of, usable, words_of
+from stacking_ds.data.prepare.folder import PrepareOptions
+from stacking_ds.data.prepare.unit import document_hash, words_of
 from stacking_ds.data.prepare.work_plan import Corpus, WorkPlan
-from stacking_ds.data.shard_files import VocabularyFile, file_sha256, write_file
-from stacking_ds.data.sources.documents import Document
+from stacking_ds.data.sources.documents import Fault
 from stacking_ds.data.tokenizer import (
     SPECIAL_TOKENS,
     Normalization,
@@ -338,24 +337,6 @@ def train_vocabulary(
     return train_wordpiece(sample, options.vocab_size, normalization)
 
 
-def write_vocabulary(
-    folder: UnfinishedFolder, vocabulary: Sequence[str], normalization: Normalization
-) -> tuple[VocabularyFile, ...]:
-    """Writes `tokenizer.json` and `vocab.txt`; their records."""
-    contents = {
-        "tokenizer.json": build_tokenizer(vocabulary, normalization).to_str(pretty=True),
-        "vocab.txt": "".join(f"{token}\n" for token in vocabulary),
-    }
-    found = []
-    for name, text in contents.items():
-        path = folder.path / name
-        write_file(path, text.encode(), folder.temporary)
-        found.append(
-            VocabularyFile(name=name, size_bytes=path.stat().st_size, sha256=file_sha256(path))
-        )
-    return tuple(found)
-
-
 class VocabularySample:
     """The training documents that a vocabulary is learned from; the same each time it is iterated.
 
@@ -396,12 +377,12 @@ class VocabularySample:
             left = budget
             for item, reader in self._corpus.read(unit, self._options.reading):
                 documents, source_bytes = documents + 1, source_bytes + item.source_bytes
-                if not usable(item, reader, self._options.bad_documents):
+                if isinstance(item, Fault):
+                    self._options.refuse(item, reader)
                     continue
-                assert isinstance(item, Document)
                 words = words_of(item.text)
                 number = document_hash(words)
-                is_train = split_of(item, number, False, self._options.hash_limit) == "train"
+                is_train = self._options.split_of(item, number, heldout=False) == "train"
                 if words and is_train and number not in seen:
                     seen.add(number)
                     yield item.text

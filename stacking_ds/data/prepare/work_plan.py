@@ -24,12 +24,10 @@ from stacking_ds.data.sources.documents import (
     Reading,
     Source,
     SourcePiece,
-    unreadable,
+    reading_of,
 )
 from stacking_ds.data.sources.kinds import SeenFiles, open_source
 from stacking_ds.data.sources.lines import content_suffix, is_packed, start_of
-from stacking_ds.errors import DataError
-from stacking_ds.files import DamagedFileError
 from stacking_ds.records import Record
 
 _UNITS = 64
@@ -46,10 +44,8 @@ class InputFile(Record):
     @classmethod
     def of(cls, path: Path) -> "InputFile":
         """The file as it is now; DataError if it cannot be read."""
-        try:
+        with reading_of(path):
             stat = path.stat()
-        except OSError as error:
-            raise unreadable(path, error) from error
         return cls(size_bytes=stat.st_size, modified_ns=stat.st_mtime_ns)
 
 
@@ -409,13 +405,9 @@ def _torn_apart(
 
 
 def _look(path: Path, most_bytes: int) -> _Seen:
-    try:
+    with reading_of(path):
         start = start_of(path, most_bytes)
         size = path.stat().st_size * (3 if is_packed(path) else 1)
-    except OSError as error:
-        raise unreadable(path, error) from error
-    except DamagedFileError as error:
-        raise DataError(str(error)) from error
     factor = 1.0 if start.is_all else max(1.0, size / start.content_bytes)
     lines = [line.strip() for line in start.text.split("\n")]
     if not start.is_all and len(lines) > 1:

@@ -1,15 +1,20 @@
-"""Documents, and the protocol of a source: cut into pieces, each of which is read alone."""
+"""Documents, and what a source is: cut into pieces, each of which is read alone."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+import pyarrow as pa
 import sentencex
 
 from stacking_ds.console import shortened
 from stacking_ds.data.shard_files import DocumentRule, SplitName
 from stacking_ds.errors import DataError
+from stacking_ds.files import DamagedFileError
 from stacking_ds.records import Record
 
 # ---- Cuts English text into sentences, without losing a character between them.
@@ -81,6 +86,17 @@ class SourcePiece(Record):
     text_bytes: int | None
 
 
+def even_pieces(
+    file: int, parts: int, piece_bytes: int, source_bytes: int, text_bytes: int
+) -> list[SourcePiece]:
+    """Cuts `parts` rows, row groups or batches into pieces of about `piece_bytes` of text, as if
+    all were of one size."""
+    count = max(1, min(parts, round(text_bytes / piece_bytes)))
+    sizes = {"source_bytes": source_bytes // count, "text_bytes": text_bytes // count}
+    cuts = [parts * i // count for i in range(count + 1)]
+    return [SourcePiece(file=file, start=one, stop=two, **sizes) for one, two in pairwise(cuts)]
+
+
 @dataclass(frozen=True)
 class Reading:
     """The options of reading. `text_key` is the key, or the column, that holds the text;
@@ -93,76 +109,105 @@ class Reading:
     leaves_out: bool = False
 
 
-class Reader(Protocol):
+class Reader(ABC):
     """One piece, opened."""
 
+    @abstractmethod
     def items(self) -> Iterator[Item]:
         """The documents in order, the same every time. Raises DataError where the piece as a whole
         cannot be read."""
 
+    @abstractmethod
     def place(self, number: int) -> tuple[str, str]:
         """The place of line or row `number` of the piece: the file's name and its number counted
         from the file's start, as `a.jsonl:17`; and in words, as `/data/a.jsonl, line 17`."""
 
 
-class Source(Protocol):
+class FileReader(Reader):
+    """One piece of a file of one kind."""
+
+    noun: str = "line"
+    """What is numbered."""
+    before: int = 0
+    """How many of these stand before the piece."""
+
+    def __init__(self, path: Path, piece: SourcePiece, reading: Reading) -> None:
+        self.path, self.piece, self.reading = path, piece, reading
+
+    @classmethod
+    @abstractmethod
+    def cut(cls, path: Path, file: int, piece_bytes: int, reading: Reading) -> list[SourcePiece]:
+        """Cuts the file, which has the number `file`, as `Source.pieces` does."""
+
+    @abstractmethod
+    def read(self) -> Iterator[Item]:
+        """`items`, errors as they come."""
+
+    def items(self) -> Iterator[Item]:
+        with reading_of(self.path):
+            yield from self.read()
+
+    def place(self, number: int) -> tuple[str, str]:
+        number += self.before
+        return f"{self.path.name}:{number}", f"{self.path}, {self.noun} {number}"
+
+
+class Source(ABC):
     """Something documents can be read from, more than once, in the same order."""
 
     name: str
-    holds_out: bool
+    holds_out: bool = False
     """Whether the source itself puts some of its documents into the held-out split."""
+    paths: Sequence[Path] = ()
+    """The files it consists of; none where it does not lie in files of the user."""
+    unread: Sequence[str] = ()
+    """The files beside them that were left alone, where a folder was named."""
+    repeated: Sequence[str] = ()
+    """Other names of files that are read already, here or in an earlier source."""
 
-    @property
-    def paths(self) -> Sequence[Path]:
-        """The files it consists of; none where it does not lie in files of the user."""
-
-    @property
-    def unread(self) -> Sequence[str]:
-        """The files beside them that were left alone, where a folder was named."""
-
-    @property
-    def repeated(self) -> Sequence[str]:
-        """Other names of files that are read already, here or in an earlier source."""
-
+    @abstractmethod
     def identity(self) -> list[str]:
         """The identity of the source without reading it: names, with sizes or versions. A
         Hugging Face dataset has its name alone, so that it needs no network."""
 
     def contents(self) -> list[tuple[str, str | None]]:
         """The names and licences of what it consists of, where that is not files."""
+        return []
 
+    @abstractmethod
     def estimate(self) -> int:
         """About how many bytes of text it has; 0 where nobody knows."""
 
+    @abstractmethod
     def pieces(self, piece_bytes: int, reading: Reading) -> list[SourcePiece]:
         """Cuts it into pieces of about `piece_bytes` of text, in order. Pure: depends on nothing
         but the content, `piece_bytes` and `reading`. Raises DataError for a table, or JSON, that
         has no text under the reading's key, before anything else is read."""
 
+    @abstractmethod
     def open(self, piece: SourcePiece, reading: Reading) -> Reader: ...
 
 
-def text_of_row(row: Any, key: str) -> str | tuple[str, str]:
-    """The text under `key` of a JSON value; or the reason and the sentence why there is none."""
-    text = row.get(key) if isinstance(row, dict) else None
-    if isinstance(text, bytes):
-        try:
-            return text.decode()
-        except UnicodeDecodeError as error:
-            return "not UTF-8", f"is not UTF-8: {error.reason}"
-    if isinstance(row, dict) and key in row and text is None:
-        return ""  # as in a table: a document without words
-    if not isinstance(text, str):
-        found = f"the keys {sorted(row)[:20]}" if isinstance(row, dict) else type(row).__name__
-        return NO_TEXT, f"has no string under the key {key!r} (it has {found})"
-    return text
+def item_of_row(row: Any, number: int, source_bytes: int, reading: Reading) -> Item:
+    """The document under the reading's key of a JSON value, or the fault that there is none."""
+    key = reading.text_key
+    text = row.get(key, 0) if isinstance(row, dict) else 0
+    if isinstance(text, str | bytes | None):
+        return check_text(text, number, source_bytes, reading.max_bytes)
+    found = f"the keys {sorted(row)[:20]}" if isinstance(row, dict) else type(row).__name__
+    sentence = f"has no string under the key {key!r} (it has {found})"
+    return Fault(NO_TEXT, sentence, number, source_bytes)
 
 
-def check_text(text: str, number: int, source_bytes: int, max_bytes: int) -> Item:
-    """A document of `text`, or the fault that it is too long or no text."""
+def check_text(text: str | bytes | None, number: int, source_bytes: int, max_bytes: int) -> Item:
+    """A document of `text`, without words if it is None, or the fault that it is too long or no
+    text."""
     try:
+        text = text.decode() if isinstance(text, bytes) else text or ""
         if len(text.encode("utf-8")) > max_bytes:
             return too_long(number, source_bytes, max_bytes)
+    except UnicodeDecodeError as error:
+        return Fault("not UTF-8", f"is not UTF-8: {error.reason}", number, source_bytes)
     except UnicodeEncodeError as error:
         sentence = (
             f"holds half a character (a lone surrogate at position {error.start} of its text)"
@@ -180,6 +225,13 @@ def too_long(number: int, source_bytes: int, max_bytes: int) -> Fault:
     return Fault("too long", sentence, number, source_bytes)
 
 
-def unreadable(path: Path, error: OSError) -> DataError:
-    """The error for a file of the sources that could not be read."""
-    return DataError(f"{shortened(str(path), 160)} cannot be read: {error.strerror or error}")
+@contextmanager
+def reading_of(path: Path) -> Iterator[None]:
+    """Raises DataError, which names the file, for whatever keeps it from being read."""
+    try:
+        yield
+    except DamagedFileError as error:
+        raise DataError(str(error)) from error
+    except (OSError, pa.ArrowException) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{shortened(str(path), 160)} cannot be read: {reason}") from error

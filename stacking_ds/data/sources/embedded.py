@@ -29,6 +29,7 @@ from stacking_ds.data.sources.documents import (
     Item,
     Reader,
     Reading,
+    Source,
     SourcePiece,
     split_sentences,
 )
@@ -207,13 +208,10 @@ _MIN_SENTENCES = 4
 _MIN_CHARACTERS = 300
 
 
-class Embedded:
+class Embedded(Source):
     """The corpus as a source; its first packages are held out."""
 
     holds_out = True
-    paths: Sequence[Path] = ()
-    unread: Sequence[str] = ()
-    repeated: Sequence[str] = ()
 
     def __init__(self, name: str = "embedded", download: bool = False) -> None:
         self.name = name
@@ -237,7 +235,7 @@ class Embedded:
         return _EmbeddedDocuments()
 
 
-class _EmbeddedDocuments:
+class _EmbeddedDocuments(Reader):
     def items(self) -> Iterator[Item]:
         for number, (split, text) in enumerate(_all_documents(), start=1):
             yield Document(text, number, len(text), split)

@@ -14,40 +14,38 @@ import errno
 import glob
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-
-import pyarrow as pa
 
 from stacking_ds.console import is_utf8, readable_name
 from stacking_ds.data.sources.documents import (
-    Item,
+    FileReader,
     Reader,
     Reading,
     Source,
     SourcePiece,
-    unreadable,
+    reading_of,
 )
 from stacking_ds.data.sources.embedded import Embedded
 from stacking_ds.data.sources.lines import PACKED_SUFFIXES, content_suffix, is_packed
 from stacking_ds.data.sources.tables import (
-    TABLE_SUFFIXES,
+    PARQUET_FACTOR,
+    ArrowFile,
     DelimitedFile,
     HuggingFace,
-    TableFile,
-    cut_delimited_file,
-    cut_table_file,
+    ParquetFile,
 )
-from stacking_ds.data.sources.text_files import JsonFile, TextFile, cut_json_file, cut_text_file
+from stacking_ds.data.sources.text_files import JsonFile, JsonLines, TextFile
 from stacking_ds.errors import DataError
-from stacking_ds.files import DamagedFileError
 
-_LINE_SUFFIXES = (".txt", ".jsonl", ".ndjson")
+_LINE_FILES = {".txt": TextFile, ".jsonl": JsonLines, ".ndjson": JsonLines}
 # in a folder these may as well be notes about the data
-_ONLY_IF_NAMED = (".json", ".csv", ".tsv")
+_ONLY_IF_NAMED = {".json": JsonFile, ".csv": DelimitedFile, ".tsv": DelimitedFile}
+_TABLES = {".parquet": ParquetFile, ".arrow": ArrowFile}
+_READERS: dict[str, type[FileReader]] = {**_LINE_FILES, **_ONLY_IF_NAMED, **_TABLES}
 _KINDS = (
-    f"{', '.join(_LINE_SUFFIXES + _ONLY_IF_NAMED)} (each also {', '.join(PACKED_SUFFIXES)}), "
-    f"{' or '.join(TABLE_SUFFIXES)}"
+    f"{', '.join({**_LINE_FILES, **_ONLY_IF_NAMED})} (each also {', '.join(PACKED_SUFFIXES)}), "
+    f"{' or '.join(_TABLES)}"
 )
 
 _OTHER_SOURCES: dict[str, Callable[[str, bool], Source]] = {
@@ -72,97 +70,45 @@ def open_source(name: str, *, download: bool = False, seen: SeenFiles | None = N
     return _Files(name, {} if seen is None else seen)
 
 
-class _Files:
-    holds_out = False
-
+class _Files(Source):
     def __init__(self, name: str, seen: SeenFiles) -> None:
         name = os.path.expanduser(name) if name.startswith("~/") else name
         self.name = name
         self.paths: list[Path] = []
         self.repeated: list[str] = []
-        try:
-            self._found = _expand(name)
-        except OSError as error:
-            raise unreadable(Path(name), error) from error
-        for path in self._found:
+        folder = Path(name)
+        with reading_of(folder):
+            found = _expand(name)
+            inside = folder.iterdir() if folder.is_dir() else ()
+            unread = {path.name for path in inside} - {path.name for path in found}
+        self.unread = sorted(map(readable_name, unread))
+        for path in found:
             first = seen.setdefault(_inode(path), path)
             if first is path:
                 self.paths.append(path)
             else:
                 self.repeated.append(f"{path} is {first}")
 
-    @property
-    def unread(self) -> list[str]:
-        """The files in the folder, if it is one, that are not read."""
-        folder = Path(self.name)
-        inside = folder.iterdir() if folder.is_dir() else ()
-        names = {path.name for path in inside} - {path.name for path in self._found}
-        return sorted(map(readable_name, names))
-
     def identity(self) -> list[str]:
-        return [f"{path.name}, {_size(path):,} bytes" for path in self.paths]
-
-    def contents(self) -> list[tuple[str, str | None]]:
-        return []
+        return [f"{path.name}, {_stat(path).st_size:,} bytes" for path in self.paths]
 
     def estimate(self) -> int:
         return sum(
-            _size(path) * (3 if is_packed(path) or content_suffix(path) == ".parquet" else 1)
+            _stat(path).st_size
+            * (PARQUET_FACTOR if is_packed(path) or content_suffix(path) == ".parquet" else 1)
             for path in self.paths
         )
 
     def pieces(self, piece_bytes: int, reading: Reading) -> list[SourcePiece]:
         found: list[SourcePiece] = []
         for index, path in enumerate(self.paths):
-            try:
-                found += _cut(path, index, piece_bytes, reading)
-            except OSError as error:
-                raise unreadable(path, error) from error
-            except DamagedFileError as error:
-                raise DataError(str(error)) from error
+            with reading_of(path):
+                found += _READERS[content_suffix(path)].cut(path, index, piece_bytes, reading)
         return found
 
     def open(self, piece: SourcePiece, reading: Reading) -> Reader:
-        return _OpenFile(self.paths[piece.file], piece, reading)
-
-
-def _cut(path: Path, index: int, piece_bytes: int, reading: Reading) -> list[SourcePiece]:
-    match content_suffix(path):
-        case ".parquet" | ".arrow":
-            return cut_table_file(path, index, piece_bytes, reading.text_key)
-        case ".json":
-            return cut_json_file(path, index, piece_bytes, reading)
-        case ".csv" | ".tsv":
-            return cut_delimited_file(path, index, reading)
-    return cut_text_file(path, index, piece_bytes, reading)
-
-
-_READERS: dict[str, Callable[[Path, SourcePiece, Reading], Reader]] = {
-    ".parquet": TableFile,
-    ".arrow": TableFile,
-    ".json": JsonFile,
-    ".csv": DelimitedFile,
-    ".tsv": DelimitedFile,
-}
-
-
-class _OpenFile:
-    """Any file's reader, with its errors named."""
-
-    def __init__(self, path: Path, piece: SourcePiece, reading: Reading) -> None:
-        self._path = path
-        self._reader = _READERS.get(content_suffix(path), TextFile)(path, piece, reading)
-        self.place = self._reader.place
-
-    def items(self) -> Iterator[Item]:
-        try:
-            yield from self._reader.items()
-        except pa.ArrowException as error:
-            raise DataError(f"{self._path} cannot be read: {error}") from error
-        except DamagedFileError as error:
-            raise DataError(str(error)) from error
-        except OSError as error:
-            raise unreadable(self._path, error) from error
+        path = self.paths[piece.file]
+        return _READERS[content_suffix(path)](path, piece, reading)
 
 
 def _expand(name: str) -> list[Path]:
@@ -171,7 +117,11 @@ def _expand(name: str) -> list[Path]:
     if path.is_file():
         paths = [path]
     elif path.is_dir():
-        paths = sorted(file for file in path.iterdir() if _is_for_folders(file) and file.is_file())
+        paths = sorted(
+            file
+            for file in path.iterdir()
+            if _is_known(file) and content_suffix(file) not in _ONLY_IF_NAMED and file.is_file()
+        )
     else:
         matches = [Path(match) for match in glob.glob(name, recursive=True)]
         # where folders are links in a circle, there is a match at every turn, and at last too many
@@ -212,13 +162,7 @@ def _nothing_found(name: str, path: Path) -> DataError:
 
 def _is_known(file: Path) -> bool:
     kind = content_suffix(file)
-    if kind in TABLE_SUFFIXES:
-        return not is_packed(file)
-    return kind in _LINE_SUFFIXES + _ONLY_IF_NAMED
-
-
-def _is_for_folders(file: Path) -> bool:
-    return _is_known(file) and content_suffix(file) not in _ONLY_IF_NAMED
+    return kind in _READERS and not (kind in _TABLES and is_packed(file))
 
 
 def _inode(path: Path) -> tuple[int, int] | Path:
@@ -227,12 +171,6 @@ def _inode(path: Path) -> tuple[int, int] | Path:
     return (found.st_dev, found.st_ino) if found.st_ino else path.absolute()
 
 
-def _size(path: Path) -> int:
-    return _stat(path).st_size
-
-
 def _stat(path: Path) -> os.stat_result:
-    try:
+    with reading_of(path):
         return path.stat()
-    except OSError as error:
-        raise unreadable(path, error) from error

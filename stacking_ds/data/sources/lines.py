@@ -15,9 +15,10 @@ import os
 import re
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import pyarrow as pa
 
@@ -48,8 +49,7 @@ class Line:
     fault: Fault | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Start:
+class Start(NamedTuple):
     """The text that a file begins with, the bytes that hold it, unpacked, and whether there is no
     more to be read."""
 
@@ -58,17 +58,38 @@ class Start:
     is_all: bool
 
 
+class BrokenPackedError(Exception):
+    """A compressed file that cannot be unpacked any further; `fault` says so of a line."""
+
+    def __init__(self, path: Path, error: Exception) -> None:
+        kind = _NAMES[path.suffix.lower()]
+        sentence = f"is in a broken {kind} file: {error}; from there on nothing can be read"
+        self.fault = Fault(f"broken {kind}", sentence, 0, 0, True)
+
+
 def content_suffix(path: Path) -> str:
     """The suffix that says what is in the file, however it is packed: `.txt` of `A.TXT.GZ`."""
-    name = path.name.lower()
-    if is_packed(path):
-        name = name.rpartition(".")[0]
-    return Path(name).suffix
+    return Path(path.stem if is_packed(path) else path.name).suffix.lower()
 
 
 def is_packed(path: Path) -> bool:
     """True if the file is compressed as a whole, by its name."""
     return path.suffix.lower() in PACKED_SUFFIXES
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """The file as it lies there. Raises BrokenPackedError for what then fails to be unpacked."""
+    with open_regular(path) as raw:
+        try:
+            if is_packed(path) and not os.fstat(raw.fileno()).st_size:
+                raise EOFError("it is empty")
+            yield raw
+        except (*_BROKEN, OSError) as error:
+            # what a file system says has a number
+            if getattr(error, "errno", None) is not None or not is_packed(path):
+                raise
+            raise BrokenPackedError(path, error) from error
 
 
 def lines_of(
@@ -79,26 +100,17 @@ def lines_of(
 
     Raises DamagedFileError for what is no regular file, OSError for what cannot be read.
     """
-    with open_regular(path) as raw:
-        packed = is_packed(path)
-        if packed and not os.fstat(raw.fileno()).st_size:
-            yield _broken(path, 1, "it is empty")
-            return
-        number = 1
-        try:
-            file, translated = _opened(raw, path, piece, max_bytes, ends)
-            to_the_end = packed or translated
+    number = 1
+    try:
+        with _opened(path) as raw:
+            file, translated = _from_start(raw, path, piece, max_bytes, ends)
+            to_the_end = translated or is_packed(path)
             for line, lines, size in _raw_lines(file, raw, piece, max_bytes, to_the_end):
                 first = number == 1 and piece.start == 0
                 yield _decoded(line, number, size, max_bytes, first)
                 number += lines
-        except _BROKEN as error:
-            yield _broken(path, number, error)
-        except OSError as error:
-            # what a file system says has a number
-            if not packed or error.errno is not None:
-                raise
-            yield _broken(path, number, error)
+    except BrokenPackedError as broken:
+        yield Line(number, "", 0, fault=replace(broken.fault, number=number))
 
 
 def start_of(path: Path, most_bytes: int, ends: Ends = TEXT_ENDS) -> Start:
@@ -108,18 +120,12 @@ def start_of(path: Path, most_bytes: int, ends: Ends = TEXT_ENDS) -> Start:
     Raises DamagedFileError for what is no regular file, OSError for what cannot be read.
     """
     content = b""
-    with open_regular(path) as raw:
-        whole = SourcePiece(file=0, start=0, stop=2**62, source_bytes=None, text_bytes=None)
-        try:
-            file = cast("io.BufferedReader", _opened(raw, path, whole, most_bytes, ends)[0])
-            # one byte too many tells that there is more
-            while block := file.read1(most_bytes + 1 - len(content)):
-                content += block
-        except _BROKEN:
-            pass
-        except OSError as error:
-            if not is_packed(path) or error.errno is not None:
-                raise
+    whole = SourcePiece(file=0, start=0, stop=2**62, source_bytes=None, text_bytes=None)
+    with suppress(BrokenPackedError), _opened(path) as raw:
+        file = cast("io.BufferedReader", _from_start(raw, path, whole, most_bytes, ends)[0])
+        # one byte too many tells that there is more
+        while block := file.read1(most_bytes + 1 - len(content)):
+            content += block
     used = content[:most_bytes]
     text = re.sub(r"\r*\n|\r", "\n", used.decode("utf-8-sig", errors="replace"))
     return Start(text, len(used), is_all=used == content)
@@ -131,23 +137,16 @@ def text_blocks(path: Path) -> Iterator[str | Fault]:
     Raises DamagedFileError for what is no regular file, OSError for what cannot be read.
     """
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    with open_regular(path) as raw:
-        if is_packed(path) and not os.fstat(raw.fileno()).st_size:
-            yield _broken_fault(path, 0, "it is empty")
-            return
-        try:
+    try:
+        with _opened(path) as raw:
             file = _unpacked(raw, path)
             while block := file.read(_BLOCK_BYTES):
                 yield decoder.decode(block)
             yield decoder.decode(b"", final=True)
-        except UnicodeDecodeError as error:
-            yield Fault("not UTF-8", f"is not UTF-8: {error.reason}", 0, 0, True)
-        except _BROKEN as error:
-            yield _broken_fault(path, 0, error)
-        except OSError as error:
-            if not is_packed(path) or error.errno is not None:
-                raise
-            yield _broken_fault(path, 0, error)
+    except UnicodeDecodeError as error:
+        yield Fault("not UTF-8", f"is not UTF-8: {error.reason}", 0, 0, True)
+    except BrokenPackedError as broken:
+        yield broken.fault
 
 
 def has_newlines(path: Path, max_bytes: int, ends: Ends = TEXT_ENDS) -> bool:
@@ -210,32 +209,21 @@ def _skip_blank_lines(file: BinaryIO, left: int) -> tuple[int, int]:
 
 
 def _decoded(line: bytes, number: int, source_bytes: int, limit: int, first: bool) -> Line:
-    if len(line) > limit:
-        fault = too_long(number, source_bytes, limit)
-        return Line(number, "", source_bytes, fault=fault)
     try:
-        content = line.decode("utf-8-sig" if first else "utf-8")
+        if len(line) <= limit:
+            content = line.decode("utf-8-sig" if first else "utf-8")
+            return Line(number, content, source_bytes, len(line))
+        fault = too_long(number, source_bytes, limit)
     except UnicodeDecodeError as error:
         sentence = f"is not UTF-8 (byte {error.start} of the line)"
         fault = Fault("not UTF-8", sentence, number, source_bytes)
-        return Line(number, "", source_bytes, fault=fault)
-    return Line(number, content, source_bytes, len(line))
-
-
-def _broken(path: Path, number: int, reason: object) -> Line:
-    return Line(number, "", 0, fault=_broken_fault(path, number, reason))
-
-
-def _broken_fault(path: Path, number: int, reason: object) -> Fault:
-    kind = _NAMES[path.suffix.lower()]
-    sentence = f"is in a broken {kind} file: {reason}; from there on nothing can be read"
-    return Fault(f"broken {kind}", sentence, number, 0, True)
+    return Line(number, "", source_bytes, fault=fault)
 
 
 # ------------------------------------------------------------- unpacking, and other line ends
 
 
-def _opened(
+def _from_start(
     raw: BinaryIO, path: Path, piece: SourcePiece, max_bytes: int, ends: Ends
 ) -> tuple[BinaryIO, bool]:
     """What the file holds, from the piece's start; and whether its line ends had to be made

@@ -9,8 +9,9 @@ import json
 import logging
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,18 +19,18 @@ from stacking_ds.console import shortened
 from stacking_ds.data.sources.documents import (
     Document,
     Fault,
+    FileReader,
     Item,
     Reading,
     SourcePiece,
-    check_text,
-    text_of_row,
+    item_of_row,
     too_long,
 )
 from stacking_ds.data.sources.lines import (
     JSON_ENDS,
     TEXT_ENDS,
+    Ends,
     Line,
-    content_suffix,
     has_newlines,
     is_packed,
     lines_of,
@@ -46,56 +47,38 @@ _ROWS_LOOKED_AT = _KEYS_NAMED = 20
 _INVISIBLE = "\ufeff\u200b"
 
 
-class TextFile:
-    """A piece of a text file; numbers are those of lines."""
-
-    def __init__(self, path: Path, piece: SourcePiece, reading: Reading) -> None:
-        self._path, self._piece, self._reading = path, piece, reading
-
-    def items(self) -> Iterator[Item]:
-        if content_suffix(self._path) != ".txt":
-            return self.json_lines()
-        return self._each_line() if self._reading.documents == "line" else self._paragraphs()
-
-    def place(self, number: int) -> tuple[str, str]:
-        number += self._lines_before
-        return f"{self._path.name}:{number}", f"{self._path}, line {number}"
+class LineReader(FileReader):
+    """A piece of a file of lines, which are numbered."""
 
     @cached_property
-    def _lines_before(self) -> int:
-        return 0 if is_packed(self._path) else _count_lines(self._path, self._piece.start)
+    def before(self) -> int:  # type: ignore[override]
+        return 0 if is_packed(self.path) else _count_lines(self.path, self.piece.start)
 
-    def json_lines(self) -> Iterator[Item]:
-        """The documents of a file that has an object a line."""
-        for line in lines_of(self._path, self._piece, self._reading.max_bytes, JSON_ENDS):
-            if line.fault is not None:
-                yield line.fault
-            elif not line.content.isspace() and line.content:
-                yield self._parsed(line)
 
-    def _parsed(self, line: Line) -> Item:
-        try:
-            row = json.loads(line.content)
-        except (ValueError, RecursionError) as error:
-            return Fault("not JSON", f"is not JSON: {error}", line.number, line.source_bytes)
-        text = text_of_row(row, self._reading.text_key)
-        if not isinstance(text, str):
-            return Fault(*text, line.number, line.source_bytes)
-        return check_text(text, line.number, line.source_bytes, self._reading.max_bytes)
+class TextFile(LineReader):
+    """A piece of a .txt file."""
+
+    @classmethod
+    def cut(cls, path: Path, file: int, piece_bytes: int, reading: Reading) -> list[SourcePiece]:
+        if reading.documents == "file":
+            return [whole(path, file)]
+        after_blank = reading.documents == "blank-line"
+        return _cut_lines(path, file, piece_bytes, reading, TEXT_ENDS, after_blank)
+
+    def read(self) -> Iterator[Item]:
+        return self._each_line() if self.reading.documents == "line" else self._paragraphs()
 
     def _each_line(self) -> Iterator[Item]:
         for line in self._lines():
-            content = _visible(line.content)
             if line.fault is not None:
                 yield line.fault
-            elif content:
+            elif content := _visible(line.content):
                 yield Document(content, line.number, line.source_bytes)
 
     def _paragraphs(self) -> Iterator[Item]:
         """Documents that end at a blank line, or with the file, whose blank lines then end its
         paragraphs; a fault in any of its lines is the whole document's."""
-        whole_file = self._reading.documents == "file"
-        paragraphs: list[str] = []
+        whole_file, max_bytes = self.reading.documents == "file", self.reading.max_bytes
         parts: list[str] = []
         start = size = length = 0
         fault: Fault | None = None
@@ -105,37 +88,27 @@ class TextFile:
                 fault = fault or line.fault
                 if line.fault.rest_is_lost:
                     break
-                continue
-            content = line.content.strip()
-            if not content.isascii():
-                content = _visible(content)
-            if content:
+            elif content := _visible(line.content):
                 start = start or line.number
                 length += line.text_bytes
-                if length > self._reading.max_bytes and not fault:
-                    fault = too_long(start, 0, self._reading.max_bytes)
+                if length > max_bytes and not fault:
+                    fault = too_long(start, 0, max_bytes)
+                parts.append(content)
                 if fault:
                     parts.clear()
-                    paragraphs.clear()
-                else:
-                    parts.append(content)
-                continue
-            if whole_file:
-                if parts:
-                    paragraphs.append(" ".join(parts))
-                    parts = []
-                continue
-            if fault or parts:
-                yield _ended(" ".join(parts), start, size, fault)
-            parts, start, size, length, fault = [], 0, 0, 0, None
-        if parts:
-            paragraphs.append(" ".join(parts))
-        if fault or paragraphs:
-            yield _ended("\n".join(paragraphs), start, size, fault)
+            elif whole_file:
+                if parts and parts[-1] != "\n":
+                    parts.append("\n")
+            else:
+                if fault or parts:
+                    yield _ended(parts, start, size, fault)
+                parts, start, size, length, fault = [], 0, 0, 0, None
+        if fault or parts:
+            yield _ended(parts, start, size, fault)
 
     def _lines(self) -> Iterator[Line]:
         """The lines; one with carriage returns inside is several."""
-        for line in lines_of(self._path, self._piece, self._reading.max_bytes):
+        for line in lines_of(self.path, self.piece, self.reading.max_bytes):
             if "\r" not in line.content or "\r" not in line.content.rstrip("\r\n"):
                 yield line
                 continue
@@ -143,77 +116,6 @@ class TextFile:
             for part in line.content.rstrip("\r\n").split("\r"):
                 yield Line(line.number, part, size, len(part.encode()))
                 size = 0
-
-
-def check_keys(path: Path, rows: Iterator[Any], reading: Reading) -> None:
-    """Raises DataError if none of the first `rows` has the reading's key, and some have others;
-    warns of it where such rows are to be left out."""
-    keys: dict[str, None] = {}
-    for row in islice(rows, _ROWS_LOOKED_AT):
-        if isinstance(row, dict):
-            if reading.text_key in row:
-                return
-            keys |= dict.fromkeys(row)
-    if not keys:
-        return
-    sentence = (
-        f"{path} has in its first {_ROWS_LOOKED_AT} rows no text under the key "
-        f"{reading.text_key!r}, only the keys {shortened(str(sorted(keys)[:_KEYS_NAMED]), 400)}"
-    )
-    if not reading.leaves_out:
-        raise DataError(f"{sentence}; name the one that holds the text by --text-key")
-    logging.getLogger("stacking_ds").warning(
-        "warning: %s; such rows are left out: if one of these holds the text, name it by "
-        "--text-key",
-        sentence,
-    )
-
-
-def whole(path: Path, file: int) -> SourcePiece:
-    """All of a file, which is not to be cut."""
-    size = path.stat().st_size
-    text_bytes = 3 * size if is_packed(path) else size
-    return SourcePiece(file=file, start=0, stop=size, source_bytes=size, text_bytes=text_bytes)
-
-
-def cut_text_file(path: Path, file: int, piece_bytes: int, reading: Reading) -> list[SourcePiece]:
-    """The pieces of a text file: cut where a document starts; one that is compressed, one document
-    or without newlines not at all. Raises DataError for JSON lines without the reading's key."""
-    size = path.stat().st_size
-    count = max(1, round(size / piece_bytes))
-    is_text = content_suffix(path) == ".txt"
-    if not is_text:
-        check_keys(path, _rows(path, reading), reading)
-    if (
-        is_packed(path)
-        or count == 1
-        or (is_text and reading.documents == "file")
-        or not has_newlines(path, reading.max_bytes, TEXT_ENDS if is_text else JSON_ENDS)
-    ):
-        return [whole(path, file)]
-    cuts = [0]
-    with path.open("rb") as raw:
-        for index in range(1, count):
-            target = size * index // count
-            if target > cuts[-1]:
-                after_blank = is_text and reading.documents == "blank-line"
-                cuts.append(_next_start(raw, target, after_blank))
-    starts = sorted({cut for cut in cuts if cut < size} or {0})
-    return [
-        SourcePiece(
-            file=file, start=start, stop=stop, source_bytes=stop - start, text_bytes=stop - start
-        )
-        for start, stop in zip(starts, [*starts[1:], size], strict=True)
-    ]
-
-
-def _rows(path: Path, reading: Reading) -> Iterator[Any]:
-    for line in lines_of(path, whole(path, 0), reading.max_bytes, JSON_ENDS):
-        if line.content and not line.content.isspace():
-            try:
-                yield json.loads(line.content)
-            except (ValueError, RecursionError):
-                yield None
 
 
 def _visible(line: str) -> str:
@@ -224,10 +126,92 @@ def _visible(line: str) -> str:
     return content
 
 
-def _ended(text: str, start: int, source_bytes: int, fault: Fault | None) -> Item:
-    if fault is None:
-        return Document(text, start, source_bytes)
-    return Fault(fault.reason, fault.sentence, fault.number, source_bytes, fault.rest_is_lost)
+def _ended(parts: list[str], start: int, source_bytes: int, fault: Fault | None) -> Item:
+    if fault is not None:
+        return replace(fault, source_bytes=source_bytes)
+    text = " ".join(parts).removesuffix(" \n").replace(" \n ", "\n")
+    return Document(text, start, source_bytes)
+
+
+class JsonLines(LineReader):
+    """A piece of a file that has an object a line."""
+
+    @classmethod
+    def cut(cls, path: Path, file: int, piece_bytes: int, reading: Reading) -> list[SourcePiece]:
+        cls(path, whole(path, file), reading).check_keys()
+        return _cut_lines(path, file, piece_bytes, reading, JSON_ENDS, after_blank=False)
+
+    def read(self) -> Iterator[Item]:
+        for row, number, size in self.rows():
+            is_fault = isinstance(row, Fault)
+            yield row if is_fault else item_of_row(row, number, size, self.reading)
+
+    def rows(self) -> Iterator[tuple[Any, int, int]]:
+        """Each value, or what is wrong with it, with its number and the bytes that it took."""
+        for line in lines_of(self.path, self.piece, self.reading.max_bytes, JSON_ENDS):
+            value: Any = line.fault
+            if value is None:
+                if not line.content or line.content.isspace():
+                    continue
+                try:
+                    value = json.loads(line.content)
+                except (ValueError, RecursionError) as error:
+                    value = Fault(
+                        "not JSON", f"is not JSON: {error}", line.number, line.source_bytes
+                    )
+            yield value, line.number, line.source_bytes
+
+    def check_keys(self) -> None:
+        """Raises DataError if none of the first rows has the reading's key, and some have others;
+        warns of it where such rows are to be left out."""
+        keys: dict[str, None] = {}
+        for row, *_ in islice(self.rows(), _ROWS_LOOKED_AT):
+            if isinstance(row, dict):
+                if self.reading.text_key in row:
+                    return
+                keys |= dict.fromkeys(row)
+        if not keys:
+            return
+        sentence = (
+            f"{self.path} has in its first {_ROWS_LOOKED_AT} rows no text under the key "
+            f"{self.reading.text_key!r}, only the keys "
+            f"{shortened(str(sorted(keys)[:_KEYS_NAMED]), 400)}"
+        )
+        if not self.reading.leaves_out:
+            raise DataError(f"{sentence}; name the one that holds the text by --text-key")
+        logging.getLogger("stacking_ds").warning(
+            "warning: %s; such rows are left out: if one of these holds the text, name it by "
+            "--text-key",
+            sentence,
+        )
+
+
+def whole(path: Path, file: int) -> SourcePiece:
+    """All of a file, which is not to be cut."""
+    size = path.stat().st_size
+    text_bytes = 3 * size if is_packed(path) else size
+    return SourcePiece(file=file, start=0, stop=size, source_bytes=size, text_bytes=text_bytes)
+
+
+def _cut_lines(
+    path: Path, file: int, piece_bytes: int, reading: Reading, ends: Ends, after_blank: bool
+) -> list[SourcePiece]:
+    """Cuts where a line starts, one `after_blank` line if so; not at all what is compressed or has
+    no newlines."""
+    size = path.stat().st_size
+    count = round(size / piece_bytes)
+    if is_packed(path) or count <= 1 or not has_newlines(path, reading.max_bytes, ends):
+        return [whole(path, file)]
+    cuts = [0]
+    with path.open("rb") as raw:
+        for index in range(1, count):
+            if (target := size * index // count) > cuts[-1]:
+                cuts.append(_next_start(raw, target, after_blank))
+    starts = sorted({0, *(cut for cut in cuts if cut < size)})
+    return [
+        SourcePiece(file=file, start=one, stop=two, source_bytes=two - one, text_bytes=two - one)
+        for one, two in pairwise((*starts, size))
+    ]
 
 
 def _next_start(raw: BinaryIO, target: int, after_blank: bool) -> int:
@@ -247,10 +231,7 @@ def _count_lines(path: Path, stop: int) -> int:
     """The newlines in the first `stop` bytes."""
     count = 0
     with path.open("rb") as raw:
-        while stop > 0:
-            block = raw.read(min(stop, _SKIP_BYTES))
-            if not block:
-                break
+        while stop > 0 and (block := raw.read(min(stop, _SKIP_BYTES))):
             count += block.count(b"\n")
             stop -= len(block)
     return count
@@ -259,55 +240,42 @@ def _count_lines(path: Path, stop: int) -> int:
 # ---- .json
 
 
-class JsonFile:
+class JsonFile(JsonLines):
     """A .json file; numbers are those of lines where each holds an object, else of the objects."""
 
-    def __init__(self, path: Path, piece: SourcePiece, reading: Reading) -> None:
-        self._path, self._piece, self._reading = path, piece, reading
-
-    def items(self) -> Iterator[Item]:
-        if self._has_lines:
-            yield from TextFile(self._path, self._piece, self._reading).json_lines()
-            return
-        limit, number, before = self._reading.max_bytes, 0, 0
-        each = 0
-        for number, (value, characters) in enumerate(_values(self._path, limit), start=1):
-            if isinstance(value, Fault):
-                yield Fault(value.reason, value.sentence, number, 0, value.rest_is_lost)
-                continue
-            each, before = characters - before, characters
-            text = text_of_row(value, self._reading.text_key)
-            if isinstance(text, str):
-                yield check_text(text, number, each, limit)
-            else:
-                yield Fault(*text, number, each)
+    @classmethod
+    def cut(cls, path: Path, file: int, piece_bytes: int, reading: Reading) -> list[SourcePiece]:
+        piece = whole(path, file)
+        reader = cls(path, piece, reading)
+        if reader._has_lines:
+            return super().cut(path, file, piece_bytes, reading)
+        reader.check_keys()
+        return [piece]
 
     @cached_property
     def _has_lines(self) -> bool:
-        return _is_lines(self._path)
+        """Whether the first line is an object, so that the others may be too."""
+        start = start_of(self.path, _LOOK_BYTES, JSON_ENDS)
+        line, newline, _ = start.text.lstrip().partition("\n")
+        try:
+            return bool(newline) and isinstance(json.loads(line), dict)
+        except (ValueError, RecursionError):
+            return False
 
-    def place(self, number: int) -> tuple[str, str]:
-        kind = "line" if self._has_lines else "object"
-        return f"{self._path.name}:{number}", f"{self._path}, {kind} {number}"
+    @property
+    def noun(self) -> str:  # type: ignore[override]
+        return "line" if self._has_lines else "object"
 
-
-def cut_json_file(path: Path, file: int, piece_bytes: int, reading: Reading) -> list[SourcePiece]:
-    """The one piece that the file is, cut like JSON lines if it is these. Raises DataError if its
-    objects have not the reading's key."""
-    if _is_lines(path):
-        return cut_text_file(path, file, piece_bytes, reading)
-    values = (value for value, _ in _values(path, reading.max_bytes))
-    check_keys(path, values, reading)
-    return [whole(path, file)]
-
-
-def _is_lines(path: Path) -> bool:
-    """Whether the first line is an object, so that the others may be too."""
-    line, newline, _ = start_of(path, _LOOK_BYTES, JSON_ENDS).text.lstrip().partition("\n")
-    try:
-        return bool(newline) and isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
-        return False
+    def rows(self) -> Iterator[tuple[Any, int, int]]:
+        if self._has_lines:
+            yield from super().rows()
+            return
+        before = 0
+        values = _values(self.path, self.reading.max_bytes)
+        for number, (value, characters) in enumerate(values, start=1):
+            found = replace(value, number=number) if isinstance(value, Fault) else value
+            yield found, number, characters - before
+            before = characters
 
 
 def _values(path: Path, limit: int) -> Iterator[tuple[Any, int]]:

@@ -45,14 +45,20 @@ def attend_padded(
         return qkv_T3ND[:, 0]
     for_cudnn = SDPBackend.CUDNN_ATTENTION in backends
     is_full = E * sequences.longest == T  # no sequence is longer, so none is shorter
+    slots = None
     if is_full and not (for_cudnn and sequences.longest % _ALIGNMENT):
         rows_RS3ND = qkv_T3ND.view(E, sequences.longest, 3, N, D)
         q, k, v = rows_RS3ND.permute(2, 0, 3, 1, 4).unbind(0)
-        context_RNSD = _attend(q, k, v, None, dropout_prob, backends)
+    else:
+        slots = _slots(sequences, T, for_cudnn)
+        q, k, v = _Pad.apply(qkv_T3ND, slots)  # type: ignore[no-untyped-call]
+    # Without set_priority the list only permits, and torch's own order decides.
+    with sdpa_kernel(list(backends), set_priority=True):
+        context_RNSD = functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=None if slots is None else slots.real_R11S, dropout_p=dropout_prob
+        )
+    if slots is None:
         return context_RNSD.transpose(1, 2).reshape(T, N, D)
-    slots = _slots(sequences, T, for_cudnn)
-    q, k, v = _Pad.apply(qkv_T3ND, slots)  # type: ignore[no-untyped-call]
-    context_RNSD = _attend(q, k, v, slots.real_R11S, dropout_prob, backends)
     context_TND: torch.Tensor
     context_TND = _Unpad.apply(context_RNSD, slots)  # type: ignore[no-untyped-call]
     return context_TND
@@ -87,21 +93,6 @@ def attend_cudnn(qkv_T3ND: torch.Tensor, sequences: Sequences, dropout_prob: flo
 def require_cudnn(device: torch.device, dtype: torch.dtype) -> None:
     """Raises ConfigError where cuDNN's attention cannot run."""
     require_gpu_and_half("cudnn", "cuDNN", device, dtype)
-
-
-def _attend(
-    q_RNSD: torch.Tensor,
-    k_RNSD: torch.Tensor,
-    v_RNSD: torch.Tensor,
-    real_R11S: torch.Tensor | None,
-    dropout_prob: float,
-    backends: Sequence[SDPBackend],
-) -> torch.Tensor:
-    # Without set_priority the list only permits, and torch's own order decides.
-    with sdpa_kernel(list(backends), set_priority=True):
-        return functional.scaled_dot_product_attention(
-            q_RNSD, k_RNSD, v_RNSD, attn_mask=real_R11S, dropout_p=dropout_prob
-        )
 
 
 # ------------------------------------------------------------------ tokens into rows and back

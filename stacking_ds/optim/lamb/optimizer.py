@@ -10,116 +10,78 @@ The only communication is that of 2 sums for each parameter. Until the last call
 came earlier stay allocated: 4 bytes for each element of this rank's.
 """
 
-import importlib.util
-import logging
 import math
-import os
 import statistics
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, NamedTuple
 
 import torch
 
 from stacking_ds.config.sections import LambKernelName, LambSection
 from stacking_ds.errors import ConfigError
+from stacking_ds.kernels.registry import Forms
 from stacking_ds.optim.groups import place_of
 from stacking_ds.optim.lamb.apex import ApexLamb
 from stacking_ds.optim.lamb.blocked import BlockedLamb
 from stacking_ds.optim.lamb.contract import Hyper, Item, LambKernel, ReferenceLamb, trust_ratio
 from stacking_ds.sharding.fragments import MOMENTS, Shard, Span
 
-logger = logging.getLogger("stacking_ds")
-
 
 def choose_kernel(name: LambKernelName, device: torch.device) -> LambKernel:
-    """The form called `name` for tensors on `device`; "auto" says in the log what it chose.
-
-    Raises:
-        ConfigError: no such form, or it cannot run here.
-    """
-    if name not in get_args(LambKernelName):
-        raise ConfigError(f"LAMB kernel {name!r} must be one of {get_args(LambKernelName)}")
-    chosen, why = (name, "") if name != "auto" else _fastest(device)
-    made = _MAKERS[chosen](device)
-    if why:
-        logger.info("LAMB kernel: %s (%s)", chosen, why)
-    return made
-
-
-def _fastest(device: torch.device) -> tuple[str, str]:
-    if device.type != "cuda":
-        return "blocked", f"the masters are on {device.type}"
-    if importlib.util.find_spec("triton") is None:
-        return "blocked", "Triton is not installed: expect a slow step on this GPU"
-    return "triton", "the masters are on a GPU"
+    """As `Forms.choose`, for masters on `device`."""
+    return _KERNELS.choose(name, device)
 
 
 def _triton(device: torch.device) -> LambKernel:
-    if importlib.util.find_spec("triton") is None:
-        raise ConfigError(
-            "optimizer.lamb.kernel=triton, but Triton is not installed; it comes with torch for "
-            "CUDA. Install that, or leave the kernel to auto"
-        )
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ConfigError(
-            f"optimizer.lamb.kernel=triton, but the masters are on {device.type}: Triton needs an "
-            f"NVIDIA GPU (with offload to the host the step runs there); leave the kernel to auto"
-        )
-    try:
+    def tried() -> LambKernel:
         from stacking_ds.optim.lamb.triton_lamb import TritonLamb
 
-        _try_out(TritonLamb(), device)
-    except Exception as error:
-        raise ConfigError(
-            f"Triton cannot run LAMB here ({type(error).__name__}: {error}); mend that (it needs a "
-            f"C compiler and Triton 3.6 or later), or set optimizer.lamb.kernel=blocked, which is "
-            f"slow on a GPU"
-        ) from error
-    return TritonLamb()
+        kernel = TritonLamb()
+        hyper = Hyper(1e-3, 0.9, 0.999, 1e-6, 0.01, True, 0.0, math.inf, step=1)
+        weight, gradient, exp_avg, exp_avg_sq = (torch.ones(1, device=device) for _ in range(4))
+        items = [Item(Shard(weight, (Span("", 0, 0, 1),)), exp_avg, exp_avg_sq, hyper)]
+        squares_2P = torch.zeros(2, 1, dtype=torch.float64, device=device)
+        kernel.accumulate(items, [gradient], squares_2P, None)
+        kernel.apply(items, squares_2P)
+        if not 0.9 < float(weight) < 1.0:
+            raise ArithmeticError(f"a weight of 1 became {float(weight)}")
+        return kernel
 
-
-def _try_out(kernel: LambKernel, device: torch.device) -> None:
-    """One step on one number: what cannot run says so before training has begun."""
-    hyper = Hyper(1e-3, 0.9, 0.999, 1e-6, 0.01, True, 0.0, math.inf, step=1)
-    weight, gradient, exp_avg, exp_avg_sq = (torch.ones(1, device=device) for _ in range(4))
-    items = [Item(Shard(weight, (Span("", 0, 0, 1),)), exp_avg, exp_avg_sq, hyper)]
-    squares_2P = torch.zeros(2, 1, dtype=torch.float64, device=device)
-    kernel.accumulate(items, [gradient], squares_2P, None)
-    kernel.apply(items, squares_2P)
-    if not 0.9 < float(weight) < 1.0:
-        raise ArithmeticError(f"a weight of 1 became {float(weight)}")
+    need = "Triton needs an NVIDIA GPU (with offload to the host the step runs there)"
+    return _KERNELS.by_triton(device, need, tried)
 
 
 def _apex(device: torch.device) -> LambKernel:
-    if device.type != "cuda":
-        raise ConfigError(
-            f"optimizer.lamb.kernel=apex, but the masters are on {device.type}: apex steps on an "
-            f"NVIDIA GPU alone; leave the kernel to auto"
-        )
+    _KERNELS.require_gpu("apex", device, "apex steps on an NVIDIA GPU alone")
     return ApexLamb(device)
 
 
-_MAKERS: dict[str, Callable[[torch.device], LambKernel]] = {
-    "reference": lambda device: ReferenceLamb(),
-    "blocked": lambda device: BlockedLamb(),
-    "triton": _triton,
-    "apex": _apex,
-}
+_KERNELS = Forms[LambKernel](
+    key="optimizer.lamb.kernel",
+    log_name="LAMB kernel",
+    on="the masters are",
+    leave="leave the kernel to auto",
+    slow="blocked",
+    makers={
+        "reference": lambda device: ReferenceLamb(),
+        "blocked": lambda device: BlockedLamb(),
+        "triton": _triton,
+        "apex": _apex,
+    },
+)
 
 
-@dataclass(frozen=True)
-class LambStatistics:
-    """The last step, parameter by parameter in the order of `names`; the same on every rank."""
+class LambStatistics(NamedTuple):
+    """One parameter in the last step; the same on every rank."""
 
-    names: tuple[str, ...]
-    weight_norms: tuple[float, ...]
-    """2-norms of the weights before the step."""
-    update_norms: tuple[float, ...]
-    """2-norms of what was subtracted from them, learning rate included."""
-    trust_ratios: tuple[float, ...]
-    adapted: tuple[bool, ...]
+    name: str
+    weight_norm: float
+    """2-norm of the weights before the step."""
+    update_norm: float
+    """2-norm of what was subtracted from them, learning rate included."""
+    trust_ratio: float
+    adapted: bool
     """Where False the ratio is 1 by decree."""
 
 
@@ -333,60 +295,47 @@ class Lamb(torch.optim.Optimizer):
         found = self.statistics()
         if found is None:
             return {}, {}
-        return lamb_metrics(found), {TRUST_RATIOS: adapted_ratios(found)}
+        return lamb_metrics(found), {TRUST_RATIOS: _adapted_ratios(found)}
 
-    def statistics(self) -> LambStatistics | None:
+    def statistics(self) -> list[LambStatistics] | None:
         """Norms and ratios of the last completed step; None before the first."""
         if self._last is None:
             return None
         items, squares_2P = self._last
         hypers = {span.index: item.hyper for item in items for span in item.shard.spans}
-        weights, updates, ratios, names = [], [], [], []
-        for index, (weight, update) in enumerate(zip(*squares_2P.tolist(), strict=True)):
-            if index in hypers:
-                ratio = trust_ratio(weight, update, hypers[index])
-                names.append(self._names[index])
-                weights.append(math.sqrt(weight))
-                updates.append(hypers[index].learning_rate * ratio * math.sqrt(update))
-                ratios.append(ratio)
-        adapted = [hypers[index].layer_adaptation for index in sorted(hypers)]
-        return LambStatistics(
-            tuple(names), tuple(weights), tuple(updates), tuple(ratios), tuple(adapted)
-        )
+        found, squares = [], squares_2P.t().tolist()
+        for index, hyper in sorted(hypers.items()):
+            weight, update = squares[index]
+            ratio = trust_ratio(weight, update, hyper)
+            step = hyper.learning_rate * ratio * math.sqrt(update)
+            norms = math.sqrt(weight), step
+            found.append(LambStatistics(self._names[index], *norms, ratio, hyper.layer_adaptation))
+        return found
 
 
 TRUST_RATIOS = "optim/trust_ratio"
 
 
-def lamb_metrics(found: LambStatistics) -> dict[str, float]:
+def lamb_metrics(found: Sequence[LambStatistics]) -> dict[str, float]:
     """`optim/weight_norm` and `optim/update_norm` over the whole model (the latter is that of what
     the step subtracted, learning rate included), and smallest, mean and largest trust ratio: over
     all parameters that are adapted, and over those of each layer, as in
     "optim/trust_ratio/layer.3/mean"."""
     metrics = {
-        "optim/weight_norm": math.hypot(*found.weight_norms),
-        "optim/update_norm": math.hypot(*found.update_norms),
+        "optim/weight_norm": math.hypot(*(one.weight_norm for one in found)),
+        "optim/update_norm": math.hypot(*(one.update_norm for one in found)),
     }
-    by_place: dict[str, list[float]] = {}
-    for name, ratio, adapted in zip(found.names, found.trust_ratios, found.adapted, strict=True):
-        if adapted:
-            by_place.setdefault(place_of(name), []).append(ratio)
-    for place, ratios in [("all", adapted_ratios(found)), *by_place.items()]:
-        metrics |= _spread(f"{TRUST_RATIOS}/{place}", ratios)
+    by_place = {"all": _adapted_ratios(found)}
+    for one in found:
+        if one.adapted:
+            by_place.setdefault(place_of(one.name), []).append(one.trust_ratio)
+    for place, ratios in by_place.items():
+        if ratios:
+            metrics[f"{TRUST_RATIOS}/{place}/min"] = min(ratios)
+            metrics[f"{TRUST_RATIOS}/{place}/mean"] = statistics.fmean(ratios)
+            metrics[f"{TRUST_RATIOS}/{place}/max"] = max(ratios)
     return metrics
 
 
-def adapted_ratios(found: LambStatistics) -> list[float]:
-    """The ratios that were taken, those that are 1 by decree left out."""
-    pairs = zip(found.trust_ratios, found.adapted, strict=True)
-    return [ratio for ratio, adapted in pairs if adapted]
-
-
-def _spread(name: str, ratios: Sequence[float]) -> dict[str, float]:
-    if not ratios:
-        return {}
-    return {
-        f"{name}/min": min(ratios),
-        f"{name}/mean": statistics.fmean(ratios),
-        f"{name}/max": max(ratios),
-    }
+def _adapted_ratios(found: Sequence[LambStatistics]) -> list[float]:
+    return [one.trust_ratio for one in found if one.adapted]

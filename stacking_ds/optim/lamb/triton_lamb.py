@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from triton.language import constexpr, tensor
 
+from stacking_ds.kernels.triton_parts import launch
 from stacking_ds.optim.lamb.contract import Hyper, Item
 
 # A program's share: so much that reading the tables is nothing beside it, and so little that the
@@ -215,16 +216,6 @@ def apply_kernel(
                 _store(low, line, at, covered & (low != 0), w.to(LOW_DTYPE))
 
 
-# For compiling where there is no GPU: the arguments' types, and the kernels' constants by form.
-TYPES = {"table_IK": "*i64", "chunks_4C": "*i64", "segments_3S": "*i64", "gradient_scale": "*fp32"}
-TYPES |= {"partial_2C": "*fp64", "squares_2P": "*fp64", "chunks": "i32", "parameters": "i32"}
-FORMS: list[tuple[Any, dict[str, Any]]] = [
-    *((accumulate_kernel, constants) for constants in ({}, {"gradient_scale": None})),
-    (reduce_kernel, {}),
-    *((apply_kernel, {"LOW_DTYPE": copy}) for copy in (None, tl.bfloat16, tl.float16, tl.float32)),
-]
-
-
 # --------------------------------------------------------------------------- on the host
 
 
@@ -310,22 +301,19 @@ class TritonLamb:
         table_IK = plan.table(items, gradients)
         self._begun = items, plan, table_IK
         (_, chunks), (_, segments) = plan.chunks_4C.shape, plan.segments_3S.shape
-        if chunks:
-            with torch.cuda.device(squares_2P.get_device()):
-                work = plan.chunks_4C, gradient_scale, plan.partial_2C
-                accumulate_kernel[(chunks,)](table_IK, *work, **OPTIONS)
-                sums = plan.partial_2C, chunks, squares_2P, squares_2P.shape[1]
-                reduce_kernel[(segments,)](plan.segments_3S, *sums, **OPTIONS)
+        work = plan.chunks_4C, gradient_scale, plan.partial_2C
+        launch(accumulate_kernel, (chunks,), table_IK, *work, **OPTIONS)
+        sums = plan.partial_2C, chunks, squares_2P, squares_2P.shape[1]
+        launch(reduce_kernel, (segments,), plan.segments_3S, *sums, **OPTIONS)
 
     def apply(self, items: Sequence[Item], squares_2P: torch.Tensor) -> None:
         if not items:
             return
         (begun, plan, table_IK), self._begun = self._begun, None
         assert begun is items
-        if chunks := plan.chunks_4C.shape[1]:
-            with torch.cuda.device(squares_2P.get_device()):
-                sums, how = (squares_2P, squares_2P.shape[1]), {"LOW_DTYPE": plan.low_dtype}
-                apply_kernel[(chunks,)](table_IK, plan.chunks_4C, *sums, **how, **OPTIONS)
+        sums, how = (squares_2P, squares_2P.shape[1]), {"LOW_DTYPE": plan.low_dtype, **OPTIONS}
+        grid = (plan.chunks_4C.shape[1],)
+        launch(apply_kernel, grid, table_IK, plan.chunks_4C, *sums, **how)
 
 
 def _numbers(hyper: Hyper) -> list[float]:
