@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 
 from stacking_ds.config.sections import DataSection
 from stacking_ds.data.counter_random import Integers, Words
-from stacking_ds.data.examples import Examples, concatenate, empty_examples
+from stacking_ds.data.examples import Examples, concatenate, empty_examples, ranges
 from stacking_ds.data.masking import MaskingVocabulary, mask_tokens
-from stacking_ds.data.rows import ranges
 from stacking_ds.data.shards import TokenSplit
 from stacking_ds.errors import ConfigError
 from stacking_ds.kernels.attention.sequences import Sequences

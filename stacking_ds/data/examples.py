@@ -74,6 +74,13 @@ class Examples:
         return [getattr(self, field.name) for field in fields(self)]
 
 
+def ranges(starts: Integers, counts: Integers) -> Integers:
+    """starts[0], starts[0] + 1, ... (counts[0] of them), starts[1], ..."""
+    before = np.cumsum(counts) - counts
+    found: Integers = np.arange(int(counts.sum())) + np.repeat(starts - before, counts)
+    return found
+
+
 def empty_examples(count: int) -> Examples:
     """So many examples without a token."""
     nothing = np.zeros(count, dtype=np.int64)
@@ -133,8 +140,7 @@ def cut_documents(passages: Passages, sequence_length: int, key: Words | None) -
         drawn = 1 + (bits * np.uint64(room) >> _32_BITS).astype(np.int64)
         shift = np.where(lengths > room, drawn, room)
     pieces = 1 + np.maximum(0, -(-(lengths - shift) // room))
-    first_pieces = np.concatenate([[0], np.cumsum(pieces)])
-    number = np.arange(first_pieces[-1]) - np.repeat(first_pieces[:-1], pieces)
+    number = ranges(np.zeros_like(pieces), pieces)
     document = np.repeat(np.arange(len(lengths)), pieces)
     begin = np.where(number == 0, 0, shift[document] + (number - 1) * room)
     end = np.minimum(shift[document] + number * room, lengths[document])
@@ -204,8 +210,7 @@ def _cut_in_two(
             stop = min(end, start + room - (start + room - middle) % step)
             found += (start, middle, stop, number)
             start, first = stop, low
-    columns = np.array(found, dtype=np.int64).reshape(-1, 4)
-    starts, middles, stops, numbers = np.ascontiguousarray(columns.T)
+    starts, middles, stops, numbers = np.array(found, dtype=np.int64).reshape(-1, 4).T.copy()
     return starts, middles, stops, numbers
 
 

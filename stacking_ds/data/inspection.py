@@ -20,6 +20,7 @@ from stacking_ds.config.run import RunConfig
 from stacking_ds.config.sections import DataSection
 from stacking_ds.data.batches import Batch
 from stacking_ds.data.counter_random import Integers, Words, derive_key, random_bits
+from stacking_ds.data.examples import ranges
 from stacking_ds.data.loader import PretrainingData
 from stacking_ds.data.rows import Layout, LayoutSpec, open_layout
 from stacking_ds.data.shards import TokenShards, TokenSplit
@@ -137,7 +138,7 @@ def _sample(tokens_T: NDArray[np.unsignedinteger], lengths_S: Integers, one_in: 
     if not len(lengths_S):
         return np.zeros(0, dtype=np.uint64)
     starts_S = np.cumsum(lengths_S) - lengths_S
-    place_T = np.arange(len(tokens_T)) - np.repeat(starts_S, lengths_S)
+    place_T = ranges(np.zeros_like(lengths_S), lengths_S)
     mixed_T = random_bits(derive_key(0), tokens_T.astype(np.int64) | place_T << 32)
     hashes_S = np.add.reduceat(mixed_T, starts_S)
     chosen_S = hashes_S & np.uint64(one_in - 1) == 0

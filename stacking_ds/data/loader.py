@@ -76,11 +76,6 @@ class PretrainingData:
         """Rows in the first epoch."""
         return self.layout(0).num_rows
 
-    @property
-    def mean_attended_slots(self) -> float:
-        """The tokens that a token attends to, itself included, on average."""
-        return self.layout(0).mean_attended_slots
-
     def step(
         self,
         first_row: int,
@@ -98,7 +93,7 @@ class PretrainingData:
         if stop_row is not None:
             position_R = position_R[position_R < stop_row]
         epoch_R, place_R = self._locate(position_R)
-        counts, found, keys = [np.zeros(0, np.int64)], [], [np.zeros(0, np.uint64)]
+        counts, found = [np.zeros(0, np.int64)], []
         for epoch in np.unique(epoch_R).tolist():
             layout = self.layout(epoch % self.section.variants)
             order = KeyedPermutation(
@@ -107,13 +102,13 @@ class PretrainingData:
             count, examples = layout.examples_of(order(place_R[epoch_R == epoch]))
             counts.append(count)
             found.append(examples)
-            # an example is known by its first token, which no other has
-            known_by = examples.first_start_E
-            keys.append(derive_key(self._seed, _MASK, self._length, epoch, known_by))
+        counts_R, examples = np.concatenate(counts), concatenate(found)
+        # an example is known by its first token, which no other has
+        known_by = np.repeat(epoch_R, counts_R), examples.first_start_E
         return self._assembler.rank_step(
-            np.concatenate(counts),
-            concatenate(found),
-            np.concatenate(keys),
+            counts_R,
+            examples,
+            derive_key(self._seed, _MASK, self._length, *known_by),
             *split_batch(global_batch_size, world_size, micro_batch_size),
         )
 

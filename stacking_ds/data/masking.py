@@ -33,6 +33,7 @@ from stacking_ds.data.counter_random import (
     integers_below,
     random_bits,
 )
+from stacking_ds.data.examples import ranges
 from stacking_ds.data.tokenizer import special_ids
 from stacking_ds.errors import DataError
 
@@ -119,9 +120,7 @@ def mask_tokens(
         words = _find_words(vocabulary.continues_word_V[ids_T], maskable_T, example_offsets)
         chosen, draw = _choose_words(words, budget_E, which_E, by_span=masking == "spans")
         length = words.length(chosen)
-        before = np.cumsum(length) - length
-        positions_M = np.repeat(words.start(chosen) - before, length)
-        positions_M += np.arange(len(positions_M))
+        positions_M = ranges(words.edges[words.edge_W[chosen]], length)
         draw_M = np.repeat(draw, length) if masking == "spans" else None
 
     labels_M = ids_T[positions_M]
@@ -174,9 +173,6 @@ class _Words:
     edge_W: Integers
     bounds: Integers
 
-    def start(self, words: Integers) -> Integers:
-        return self.edges[self.edge_W[words]]
-
     def length(self, words: Integers) -> Integers:
         edge = self.edge_W[words]
         return self.edges[edge + 1] - self.edges[edge]
@@ -228,9 +224,7 @@ def _choose_words(
 
 def _next_draws(draws_E: Integers, drawn_E: Integers) -> tuple[Integers, Integers]:
     """The example of each of the next `draws_E` draws, and its number in the example."""
-    bounds = np.concatenate(([0], np.cumsum(draws_E)))
-    example_D = _owners(bounds)
-    return example_D, np.arange(len(example_D)) + (drawn_E - bounds[:-1])[example_D]
+    return np.repeat(np.arange(len(draws_E)), draws_E), ranges(drawn_E, draws_E)
 
 
 def _span_lengths(bits_D: Words) -> Integers:
@@ -245,9 +239,7 @@ def _extend(
 ) -> tuple[Integers, Integers]:
     """The words of the spans [first_D, first_D + length_D), each as far as neither an unmaskable
     token nor the end of the example comes between, and the index of the span of each."""
-    ends = np.cumsum(length_D)
-    source = np.repeat(np.arange(len(length_D)), length_D)
-    place = np.arange(len(source)) - (ends - length_D)[source]
+    source, place = _next_draws(length_D, np.zeros_like(length_D))
     first = first_D[source]
     word = np.minimum(first + place, words.bounds[example_D + 1][source] - 1)
     unbroken = np.flatnonzero(words.edge_W[word] - words.edge_W[first] == place)

@@ -34,6 +34,7 @@ from stacking_ds.data.examples import (
     concatenate,
     cut_documents,
     cut_pairs,
+    ranges,
     read_passages,
 )
 from stacking_ds.data.pool import WorkerDiedError, do_in_workers
@@ -197,13 +198,6 @@ class Layout:
     def __reduce__(self) -> tuple[Any, ...]:
         """Worker processes map the files anew."""
         return (Layout, (self.folder, self.record))
-
-
-def ranges(starts: Integers, counts: Integers) -> Integers:
-    """starts[0], starts[0] + 1, ... (counts[0] of them), starts[1], ..."""
-    before = np.cumsum(counts) - counts
-    found: Integers = np.arange(int(counts.sum())) + np.repeat(starts - before, counts)
-    return found
 
 
 # ---- Making a layout, and finding it.
