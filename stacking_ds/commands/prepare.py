@@ -22,7 +22,8 @@ _SECONDS_BETWEEN_LINES = 30
 
 def add_prepare(parser: argparse.ArgumentParser) -> None:
     """Give `parser` the options of `prepare`; sets `command`, which returns the exit code."""
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "sources",
         nargs="+",
         metavar="SOURCE",
@@ -31,22 +32,14 @@ def add_prepare(parser: argparse.ArgumentParser) -> None:
         "left alone); hf:NAME[:CONFIG][@SPLIT] for a Hugging Face dataset; `embedded` for the "
         "English prose that a Python installation carries",
     )
-    parser.add_argument(
-        "--out", type=Path, required=True, dest="out_dir", metavar="OUT", help="folder to write"
-    )
-    parser.add_argument(
-        "--vocab",
-        type=Path,
-        dest="vocabulary",
-        metavar="VOCAB",
-        help="vocab.txt, tokenizer.json or folder of a tokenizer to use",
-    )
-    parser.add_argument(
-        "--vocab-size", type=int, default=8192, help="size of the vocabulary to train (%(default)s)"
-    )
-    parser.add_argument("--cased", action="store_true", help="keep capital letters and accents")
-    parser.add_argument("--keep-accents", action="store_true", help="strip no accents")
-    parser.add_argument(
+    add("--out", type=Path, required=True, dest="out_dir", metavar="OUT", help="folder to write")
+    given = "vocab.txt, tokenizer.json or folder of a tokenizer to use"
+    add("--vocab", type=Path, dest="vocabulary", metavar="VOCAB", help=given)
+    trained = "size of the vocabulary to train (%(default)s)"
+    add("--vocab-size", type=int, default=8192, help=trained)
+    add("--cased", action="store_true", help="keep capital letters and accents")
+    add("--keep-accents", action="store_true", help="strip no accents")
+    add(
         "--heldout",
         nargs="+",
         default=(),
@@ -54,34 +47,27 @@ def add_prepare(parser: argparse.ArgumentParser) -> None:
         metavar="SOURCE",
         help="what to hold out; else a share",
     )
-    parser.add_argument(
-        "--heldout-fraction", type=float, default=0.02, help="share of documents (%(default)s)"
-    )
-    parser.add_argument("--licence", help="the text's licence, for the manifest")
-    parser.add_argument(
-        "--text-key", default="text", help="key or column of the text (%(default)s)"
-    )
-    parser.add_argument(
+    add("--heldout-fraction", type=float, default=0.02, help="share of documents (%(default)s)")
+    add("--licence", help="the text's licence, for the manifest")
+    add("--text-key", default="text", help="key or column of the text (%(default)s)")
+    add(
         "--documents",
         choices=("blank-line", "line", "file"),
         default="blank-line",
         help="what a document of a .txt file is: what stands between blank lines, a line, or the "
         "file (%(default)s)",
     )
-    parser.add_argument(
+    add(
         "--bad-documents",
         choices=("refuse", "count"),
         default="refuse",
         help="what cannot be read: stop at the first, or leave such documents out and list them in "
         "the manifest (%(default)s)",
     )
-    parser.add_argument(
-        "--download", action="store_true", help="fetch hf: datasets whole instead of streaming them"
-    )
-    parser.add_argument(
-        "--workers", type=int, help="processes to work in (all cores this process may use)"
-    )
-    parser.add_argument(
+    whole = "fetch hf: datasets whole instead of streaming them"
+    add("--download", action="store_true", help=whole)
+    add("--workers", type=int, help="processes to work in (all cores this process may use)")
+    add(
         "--part",
         default="1/1",
         metavar="I/N",

@@ -107,22 +107,16 @@ class Passages:
 
 def read_passages(split: TokenSplit, shards: range) -> Passages:
     """The documents that count in the files numbered `shards`."""
-    starts, stops, counts, ends = [], [], [], []
+    columns = []
     for shard in shards:
-        arrays, counted = split.arrays[shard], split.counted(shard)
-        offsets = split.token_bases[shard] + arrays.token_offsets.astype(np.int64)
-        starts.append(offsets[:-1][counted])
-        stops.append(offsets[1:][counted])
+        arrays, counted, base = split.arrays[shard], split.counted(shard), split.token_bases[shard]
+        offsets = base + arrays.token_offsets.astype(np.int64)
         sentences = np.diff(arrays.sentence_offsets)
-        counts.append(sentences[counted])
-        shard_ends = split.token_bases[shard] + np.cumsum(arrays.sentence_lengths, dtype=np.int64)
-        ends.append(shard_ends[np.repeat(counted, sentences)])
-    return Passages(
-        np.concatenate(starts),
-        np.concatenate(stops),
-        np.concatenate([[0], np.cumsum(np.concatenate(counts))]),
-        np.concatenate(ends),
-    )
+        ends = base + np.cumsum(arrays.sentence_lengths, dtype=np.int64)
+        ends = ends[np.repeat(counted, sentences)]
+        columns.append((offsets[:-1][counted], offsets[1:][counted], sentences[counted], ends))
+    starts, stops, counts, ends = map(np.concatenate, zip(*columns, strict=True))
+    return Passages(starts, stops, np.concatenate([[0], np.cumsum(counts)]), ends)
 
 
 def cut_documents(passages: Passages, sequence_length: int, key: Words | None) -> Examples:
@@ -171,12 +165,15 @@ def cut_pairs(passages: Passages, sequence_length: int, key: Words) -> Examples:
     gets = (giver >= 0) & (lengths[giver] > 0)
     left = np.flatnonzero(~np.isin(numbers, giver) & (lengths > 0))
     nothing = np.zeros(len(left), dtype=np.int64)
-    return Examples(
-        np.concatenate([starts, middles[left]]),
-        np.concatenate([middles - starts, lengths[left]]),
-        np.concatenate([np.where(gets, middles[giver], 0), nothing]),
-        np.concatenate([np.where(gets, lengths[giver], 0), nothing]),
-        np.concatenate([gets & (giver != numbers), nothing > 0]),
+    pairs = Examples(
+        starts,
+        middles - starts,
+        np.where(gets, middles[giver], 0),
+        np.where(gets, lengths[giver], 0),
+        gets & (giver != numbers),
+    )
+    return concatenate(
+        [pairs, Examples(middles[left], lengths[left], nothing, nothing, nothing > 0)]
     )
 
 

@@ -202,7 +202,11 @@ def load_steps(
     if workers == 0:
         return (steps[n].pin_memory() if pin_memory else steps[n] for n in numbers)
     return PrefetchedSteps(
-        steps, numbers, workers=workers, pin_memory=pin_memory, patience=patience or Patience()
+        steps.__getitem__,
+        numbers,
+        workers=workers,
+        pin_memory=pin_memory,
+        patience=patience or Patience(),
     )
 
 

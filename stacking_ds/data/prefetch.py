@@ -17,8 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
-from multiprocessing.context import ForkProcess
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 import psutil
 import torch
@@ -33,6 +32,9 @@ _LOOK_SECONDS = 1.0
 # of the 30 that launchers give, for a worker that takes no processor time, and for any other
 _SECONDS_TO_STOP, _MOST_SECONDS_TO_STOP = 10.0, 25.0
 _SECONDS_TO_END = 5.0  # not for ever: what hangs in a file system cannot even be killed
+Build = Callable[[int], RankStep]
+"""Makes the step of any number."""
+
 _MORE_MEMORY = "give the job more, or set data.loader_workers or the batch lower"
 
 
@@ -41,12 +43,6 @@ _REASONS: dict[int, str] = {
     signal.SIGBUS: "as when a file of the token shards is cut off under it, or its disk fails: "
     "`stacking-ds data inspect` looks at the shards",
 }
-
-
-class Steps(Protocol):
-    """A maker of the step of any number."""
-
-    def __getitem__(self, step: int) -> RankStep: ...
 
 
 @dataclass(frozen=True)
@@ -66,7 +62,7 @@ class PrefetchedSteps(Iterator[RankStep]):
 
     def __init__(
         self,
-        steps: Steps,
+        build: Build,
         numbers: Iterable[int],
         *,
         workers: int,
@@ -80,7 +76,7 @@ class PrefetchedSteps(Iterator[RankStep]):
         try:
             for first in range(workers):
                 share = islice(numbers, first, None, workers)
-                self._workers.append(_Worker(steps, share, device))
+                self._workers.append(_Worker(build, share, device))
         except (OSError, RuntimeError) as error:
             self.close()
             raise ConfigError(
@@ -110,15 +106,15 @@ class PrefetchedSteps(Iterator[RankStep]):
 class _Worker:
     """A process that builds its share of the steps, and the thread that reads them."""
 
-    def __init__(self, steps: Steps, share: Iterable[int], device: int | None) -> None:
+    def __init__(self, build: Build, share: Iterable[int], device: int | None) -> None:
         """`device`: the GPU that steps are pinned for."""
         self._ready: queue.SimpleQueue[RankStep | Exception | None] = queue.SimpleQueue()
         self._room = threading.Semaphore(1)
         self._closing = False
         reader, writer = os.pipe()
         self._pipe, theirs = os.fdopen(reader, "rb"), os.fdopen(writer, "wb")
-        self.process: ForkProcess = multiprocessing.get_context("fork").Process(
-            target=_work, args=(steps, share, theirs), daemon=True
+        self.process = multiprocessing.get_context("fork").Process(
+            target=_work, args=(build, share, theirs), daemon=True
         )
         self._reader = threading.Thread(
             target=self._read, args=(device,), name="loader", daemon=True
@@ -178,10 +174,15 @@ class _Worker:
         """The thread's: read steps until the pipe ends, one ahead of who takes them."""
         if device is not None:
             torch.cuda.set_device(device)
-        found: RankStep | Exception | None = None
         try:
             while self._room.acquire() and not self._closing:
-                found = _receive(self._pipe, pin_memory=device is not None)
+                found, length = pickle.load(self._pipe)
+                if isinstance(found, RankStep):
+                    pinned = device is not None
+                    content = torch.empty(length, dtype=torch.int32, pin_memory=pinned)
+                    if self._pipe.readinto(content.numpy().data) < content.nbytes:
+                        raise EOFError
+                    found = replace(found, content=content)
                 self._ready.put(found)
         except (EOFError, pickle.UnpicklingError):
             self._ready.put(None)
@@ -219,19 +220,7 @@ def _send(pipe: BinaryIO, found: RankStep | Exception) -> None:
     pipe.flush()
 
 
-def _receive(pipe: BinaryIO, *, pin_memory: bool) -> RankStep | Exception:
-    """Raises EOFError or UnpicklingError where the pipe ends."""
-    found: RankStep | Exception
-    found, length = pickle.load(pipe)
-    if isinstance(found, Exception):
-        return found
-    content = torch.empty(length, dtype=torch.int32, pin_memory=pin_memory)
-    if pipe.readinto(content.numpy().data) < content.nbytes:  # type: ignore[attr-defined]
-        raise EOFError
-    return replace(found, content=content)
-
-
-def _work(steps: Steps, share: Iterable[int], pipe: BinaryIO) -> None:
+def _work(build: Build, share: Iterable[int], pipe: BinaryIO) -> None:
     """The worker's: build its steps."""
     # Ctrl-C, SLURM and a closed terminal signal every process; what a stop means is the rank's to
     # say, and a worker that dies of it would take the rank along
@@ -243,7 +232,7 @@ def _work(steps: Steps, share: Iterable[int], pipe: BinaryIO) -> None:
     keep_freed_memory()
     try:
         for step in share:
-            _send(pipe, steps[step])
+            _send(pipe, build(step))
     except MemoryError:
         _send(pipe, LoaderError(f"a loader process has no memory for its batch: {_MORE_MEMORY}"))
     except UserError as error:
