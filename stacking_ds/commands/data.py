@@ -36,20 +36,15 @@ def add_data(parser: argparse.ArgumentParser) -> None:
         "code 2 if held-out documents are trained on",
     )
     _take_recipe(action, required=False)
-    plain = action.add_argument_group("without a recipe")
-    plain.add_argument(
-        "--sequence-length", type=int, help=f"tokens of a row ({_SEQUENCE_LENGTH} if not given)"
-    )
-    plain.add_argument("--examples", choices=("pairs", "documents"), help="default pairs")
-    plain.add_argument("--masking", choices=("tokens", "whole_words", "spans"))
-    plain.add_argument(
-        "--packing", action="store_true", default=None, help="several examples share a row"
-    )
-    action.add_argument(
-        "--examples-shown", type=int, default=3, metavar="N", help="default %(default)s"
-    )
-    action.add_argument("--verify", action="store_true", help="read every byte: is all of it whole")
-    action.add_argument("--json", action="store_true", help="for programs")
+    add = action.add_argument_group("without a recipe").add_argument
+    add("--sequence-length", type=int, help=f"tokens of a row ({_SEQUENCE_LENGTH} if not given)")
+    add("--examples", choices=("pairs", "documents"), help="default pairs")
+    add("--masking", choices=("tokens", "whole_words", "spans"))
+    add("--packing", action="store_true", default=None, help="several examples share a row")
+    add = action.add_argument
+    add("--examples-shown", type=int, default=3, metavar="N", help="default %(default)s")
+    add("--verify", action="store_true", help="read every byte: is all of it whole")
+    add("--json", action="store_true", help="for programs")
     action.set_defaults(command=_inspect)
 
     action = actions.add_parser(
@@ -62,14 +57,11 @@ def add_data(parser: argparse.ArgumentParser) -> None:
 
 
 def _take_recipe(action: argparse.ArgumentParser, required: bool) -> None:
-    action.add_argument("shards", type=Path, help="folder that `stacking-ds prepare` wrote")
-    action.add_argument(
-        "--recipe", required=required, help="a bundled recipe's name, or a .yaml file"
-    )
+    add = action.add_argument
+    add("shards", type=Path, help="folder that `stacking-ds prepare` wrote")
+    add("--recipe", required=required, help="a bundled recipe's name, or a .yaml file")
     add_set(action, "data.packing=true")
-    action.add_argument(
-        "--workers", type=int, help="processes that lay out rows (all cores this process may use)"
-    )
+    add("--workers", type=int, help="processes that lay out rows (all cores this process may use)")
 
 
 def _inspect(options: argparse.Namespace) -> int:

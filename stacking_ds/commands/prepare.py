@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import time
+from contextlib import closing
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +22,8 @@ _SECONDS_BETWEEN_LINES = 30
 
 def add_prepare(parser: argparse.ArgumentParser) -> None:
     """Give `parser` the options of `prepare`; sets `command`, which returns the exit code."""
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "sources",
         nargs="+",
         metavar="SOURCE",
@@ -30,22 +32,14 @@ def add_prepare(parser: argparse.ArgumentParser) -> None:
         "left alone); hf:NAME[:CONFIG][@SPLIT] for a Hugging Face dataset; `embedded` for the "
         "English prose that a Python installation carries",
     )
-    parser.add_argument(
-        "--out", type=Path, required=True, dest="out_dir", metavar="OUT", help="folder to write"
-    )
-    parser.add_argument(
-        "--vocab",
-        type=Path,
-        dest="vocabulary",
-        metavar="VOCAB",
-        help="vocab.txt, tokenizer.json or folder of a tokenizer to use",
-    )
-    parser.add_argument(
-        "--vocab-size", type=int, default=8192, help="size of the vocabulary to train (%(default)s)"
-    )
-    parser.add_argument("--cased", action="store_true", help="keep capital letters and accents")
-    parser.add_argument("--keep-accents", action="store_true", help="strip no accents")
-    parser.add_argument(
+    add("--out", type=Path, required=True, dest="out_dir", metavar="OUT", help="folder to write")
+    given = "vocab.txt, tokenizer.json or folder of a tokenizer to use"
+    add("--vocab", type=Path, dest="vocabulary", metavar="VOCAB", help=given)
+    trained = "size of the vocabulary to train (%(default)s)"
+    add("--vocab-size", type=int, default=8192, help=trained)
+    add("--cased", action="store_true", help="keep capital letters and accents")
+    add("--keep-accents", action="store_true", help="strip no accents")
+    add(
         "--heldout",
         nargs="+",
         default=(),
@@ -53,34 +47,27 @@ def add_prepare(parser: argparse.ArgumentParser) -> None:
         metavar="SOURCE",
         help="what to hold out; else a share",
     )
-    parser.add_argument(
-        "--heldout-fraction", type=float, default=0.02, help="share of documents (%(default)s)"
-    )
-    parser.add_argument("--licence", help="the text's licence, for the manifest")
-    parser.add_argument(
-        "--text-key", default="text", help="key or column of the text (%(default)s)"
-    )
-    parser.add_argument(
+    add("--heldout-fraction", type=float, default=0.02, help="share of documents (%(default)s)")
+    add("--licence", help="the text's licence, for the manifest")
+    add("--text-key", default="text", help="key or column of the text (%(default)s)")
+    add(
         "--documents",
         choices=("blank-line", "line", "file"),
         default="blank-line",
         help="what a document of a .txt file is: what stands between blank lines, a line, or the "
         "file (%(default)s)",
     )
-    parser.add_argument(
+    add(
         "--bad-documents",
         choices=("refuse", "count"),
         default="refuse",
         help="what cannot be read: stop at the first, or leave such documents out and list them in "
         "the manifest (%(default)s)",
     )
-    parser.add_argument(
-        "--download", action="store_true", help="fetch hf: datasets whole instead of streaming them"
-    )
-    parser.add_argument(
-        "--workers", type=int, help="processes to work in (all cores this process may use)"
-    )
-    parser.add_argument(
+    whole = "fetch hf: datasets whole instead of streaming them"
+    add("--download", action="store_true", help=whole)
+    add("--workers", type=int, help="processes to work in (all cores this process may use)")
+    add(
         "--part",
         default="1/1",
         metavar="I/N",
@@ -101,7 +88,7 @@ def _prepare(options: argparse.Namespace) -> int:
     # the options are called as the fields are
     names = [field.name for field in fields(PrepareOptions)]
     words = {**vars(options), "part": part, "workers": workers}
-    with _Display() as display:
+    with closing(_Display()) as display:
         prepared = prepare(
             PrepareOptions(**{name: words[name] for name in names if name in words}),
             progress=display,
@@ -119,22 +106,19 @@ def _prepare(options: argparse.Namespace) -> int:
     # a resumed run was spared a part of the work
     done = f"prepared in {seconds:.0f} s{'' if prepared.resumed else speed}:"
     verb = "re-using" if prepared.reused else done
-    print(f"{verb} {options.out_dir}: {_summary(prepared.manifest)}")
-    _say_what_is_unknown(prepared.manifest)
-    for rejected in prepared.manifest.rejected:
+    manifest, train, heldout = prepared.manifest, prepared.manifest.train, prepared.manifest.heldout
+    print(
+        f"{verb} {options.out_dir}: vocabulary {manifest.vocab_size:,}, "
+        f"{manifest.request.normalization}; train {train.documents:,} documents, "
+        f"{train.tokens:,} tokens; held out {heldout.documents:,} documents, "
+        f"{heldout.tokens:,} tokens; {manifest.duplicate_documents:,} duplicates do not count"
+    )
+    _say_what_is_unknown(manifest)
+    for rejected in manifest.rejected:
         print(rejected.sentence)
-    if odd := odd_documents(prepared.manifest):
+    if odd := odd_documents(manifest):
         print(f"warning: {odd}", file=sys.stderr)
     return 0
-
-
-def _summary(manifest: "DataManifest") -> str:
-    return (
-        f"vocabulary {manifest.vocab_size:,}, {manifest.request.normalization}; train "
-        f"{manifest.train.documents:,} documents, {manifest.train.tokens:,} tokens; held out "
-        f"{manifest.heldout.documents:,} documents, {manifest.heldout.tokens:,} tokens; "
-        f"{manifest.duplicate_documents:,} duplicates do not count"
-    )
 
 
 def _say_what_is_unknown(manifest: "DataManifest") -> None:
@@ -145,15 +129,16 @@ def _say_what_is_unknown(manifest: "DataManifest") -> None:
         return
     print(f"[UNK]: {train:.3%} of the tokens of train, {heldout:.3%} of those held out")
     if max(train, heldout) > MANY_UNKNOWN:
-        trained = manifest.request.vocabulary.startswith("trained:")
         reason = (
-            "it has words of more than 100 characters, more than 1,000 different characters, or so "
-            "little text that most characters occur once: look at what it holds (stacking-ds data "
-            "inspect)"
-            if trained
-            else "take a vocabulary of its language and spelling (--cased?), or train one with "
+            "take a vocabulary of its language and spelling (--cased?), or train one with "
             "--vocab-size"
         )
+        if manifest.request.vocabulary.startswith("trained:"):
+            reason = (
+                "it has words of more than 100 characters, more than 1,000 different characters, "
+                "or so little text that most characters occur once: look at what it holds "
+                "(stacking-ds data inspect)"
+            )
         print(
             f"warning: {max(train, heldout):.1%} of the tokens, more than {MANY_UNKNOWN:.0%}, are "
             "[UNK], of which nothing is learned: the vocabulary does not spell this text; "
@@ -210,33 +195,31 @@ class _Display:
             self._bar.initial = self._bar.n = now.kept_bytes
             self._started = self._last = time.monotonic()
         self._read = now.source_bytes
-        self._bar.set_description(f"{self._what(now)}: {now.documents:,} documents", refresh=False)
+        what = "tokenizing"
+        if now.task == "vocabulary":
+            what = f"vocabulary, pass {self._reading} of 2"
+        what += f": {now.documents:,} documents"
+        self._bar.set_description(what, refresh=False)
         self._bar.update(max(0, now.source_bytes - self._bar.n))
         if not self._terminal and time.monotonic() - self._last > _SECONDS_BETWEEN_LINES:
             self._last = time.monotonic()
-            print(self._line(now, self._last - self._started), file=sys.stderr, flush=True)
+            line = f"{what}, {_amount(now, self._last - self._started)}"
+            print(line, file=sys.stderr, flush=True)
 
     def say(self, sentence: str) -> None:
         """A line that the bar goes on below."""
         self._bar.write(sentence, file=sys.stdout)
 
-    def __enter__(self) -> "_Display":
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self._bar.close()
 
-    def _what(self, now: "PrepareProgress") -> str:
-        return (
-            f"vocabulary, pass {self._reading} of 2" if now.task == "vocabulary" else "tokenizing"
-        )
 
-    def _line(self, now: "PrepareProgress", seconds: float) -> str:
-        line = f"{self._what(now)}: {now.documents:,} documents, {now.source_bytes / 1e6:,.1f}"
-        line += f" of {now.total_bytes / 1e6:,.1f} MB" if now.total_bytes else " MB"
-        speed = max(0, now.source_bytes - now.kept_bytes) / seconds
-        line += f" at {speed / 1e6:.1f} MB/s"
-        if now.total_bytes and speed:
-            left = max(0, now.total_bytes - now.source_bytes) / speed
-            line += f", {min(1, now.source_bytes / now.total_bytes):.0%}, {left:,.0f} s left"
-        return line
+def _amount(now: "PrepareProgress", seconds: float) -> str:
+    """What has been read, of what, how fast, and for how long still."""
+    speed = max(0, now.source_bytes - now.kept_bytes) / seconds
+    total = f" of {now.total_bytes / 1e6:,.1f}" if now.total_bytes else ""
+    text = f"{now.source_bytes / 1e6:,.1f}{total} MB at {speed / 1e6:.1f} MB/s"
+    if now.total_bytes and speed:
+        left = max(0, now.total_bytes - now.source_bytes) / speed
+        text += f", {min(1, now.source_bytes / now.total_bytes):.0%}, {left:,.0f} s left"
+    return text

@@ -11,17 +11,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from stacking_ds.config.sections import MaskingName
-from stacking_ds.data.counter_random import Words
-from stacking_ds.data.examples import Examples, concatenate, empty_examples
+from stacking_ds.config.sections import DataSection
+from stacking_ds.data.counter_random import Integers, Words
+from stacking_ds.data.examples import Examples, concatenate, empty_examples, ranges
 from stacking_ds.data.masking import MaskingVocabulary, mask_tokens
-from stacking_ds.data.rows import LayoutSpec, ranges
 from stacking_ds.data.shards import TokenSplit
 from stacking_ds.errors import ConfigError
 from stacking_ds.kernels.attention.sequences import Sequences
 from stacking_ds.kernels.cross_entropy import IGNORE_INDEX
-
-Integers = NDArray[np.int64]
 
 
 def split_batch(global_batch_size: int, world_size: int, micro_batch_size: int) -> tuple[int, int]:
@@ -153,11 +150,8 @@ class RankStep:
 class Assembler:
     """Makes the rows of one split."""
 
-    def __init__(
-        self, split: TokenSplit, spec: LayoutSpec, masking: MaskingName, mlm_probability: float
-    ) -> None:
-        self._split, self._spec = split, spec
-        self._masking, self._mlm_probability = masking, mlm_probability
+    def __init__(self, split: TokenSplit, section: DataSection) -> None:
+        self._split, self._section = split, section
         self._special = split.shards.special_ids
         self._vocabulary = MaskingVocabulary.of(split.shards.vocabulary)
 
@@ -171,43 +165,44 @@ class Assembler:
     ) -> RankStep:
         """The micro-batches of rows that hold `counts_R` of the `examples` each, filled up by rows
         without weight."""
-        real, without_weight = len(examples), micro_batch_size * num_micro_batches - len(counts_R)
+        real, length = len(examples), self._section.sequence_length
+        without_weight = micro_batch_size * num_micro_batches - len(counts_R)
         nothing = np.zeros(without_weight, dtype=np.int64)
         examples = concatenate([examples, empty_examples(without_weight)])
-        tokens = self._frame(examples)
+        ids_T, types_T, maskable_T, offsets = self._frame(examples)
         masked_M, labels_M = mask_tokens(
-            tokens.ids_T,
-            tokens.maskable_T,
-            tokens.offsets,
+            ids_T,
+            maskable_T,
+            offsets,
             np.append(mask_key_E, nothing.astype(np.uint64)),
-            masking=self._masking,
-            mlm_probability=self._mlm_probability,
+            masking=self._section.masking,
+            mlm_probability=self._section.mlm_probability,
             vocabulary=self._vocabulary,
         )
         is_random_E = examples.is_random_E.astype(np.int64)
         label_E = np.where(examples.second_length_E > 0, is_random_E, IGNORE_INDEX)
-        place_T = ranges(np.zeros(len(examples), dtype=np.int64), np.diff(tokens.offsets))
+        place_T = ranges(np.zeros(len(examples), dtype=np.int64), np.diff(offsets))
         first_of_row = np.cumsum([0, *counts_R, *(nothing + 1)])
         micro_batches = []
         for first, stop in itertools.pairwise(first_of_row[::micro_batch_size].tolist()):
-            start, end = tokens.offsets[[first, stop]].tolist()
+            start, end = offsets[[first, stop]].tolist()
             masked = slice(*np.searchsorted(masked_M, (start, end)).tolist())
             parts = (
-                tokens.ids_T[start:end],
-                tokens.types_T[start:end],
+                ids_T[start:end],
+                types_T[start:end],
                 place_T[start:end],
                 masked_M[masked] - start,
                 labels_M[masked],
                 label_E[first:stop],
             )
-            starts_E1 = torch.from_numpy(tokens.offsets[first : stop + 1] - start).int()
-            length = self._spec.sequence_length
+            starts_E1 = torch.from_numpy(offsets[first : stop + 1] - start).int()
             sequences = Sequences(starts_E1, length, micro_batch_size * length)
             micro_batches.append(Batch(sequences, *map(torch.from_numpy, parts)))
-        return RankStep.of(micro_batches, real_tokens=int(tokens.offsets[real]))
+        return RankStep.of(micro_batches, real_tokens=int(offsets[real]))
 
-    def _frame(self, examples: Examples) -> "_Tokens":
-        """[CLS] A [SEP], or [CLS] A [SEP] B [SEP], of each example."""
+    def _frame(self, examples: Examples) -> tuple[Integers, Integers, NDArray[np.bool_], Integers]:
+        """[CLS] A [SEP], or [CLS] A [SEP] B [SEP], of each example: ids, types and what may be
+        masked of all tokens, and at [E + 1] offsets where examples begin."""
         first_E, second_E = examples.first_length_E, examples.second_length_E
         offsets = np.concatenate([[0], np.cumsum(examples.slots, dtype=np.int64)])
         start_E, second_start_E = offsets[:-1], offsets[:-1] + first_E + 2
@@ -226,14 +221,4 @@ class Assembler:
         ids[start_E] = self._special.cls
         ids[second_start_E - 1] = self._special.sep
         ids[offsets[1:] - 1] = self._special.sep
-        return _Tokens(ids, types, maskable, offsets)
-
-
-@dataclass(frozen=True)
-class _Tokens:
-    """Example e is [offsets[e], offsets[e + 1]) of each array."""
-
-    ids_T: Integers
-    types_T: Integers
-    maskable_T: NDArray[np.bool_]
-    offsets: Integers
+        return ids, types, maskable, offsets

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+Integers = NDArray[np.int64]
 Words = NDArray[np.uint64]
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -57,7 +58,7 @@ def random_bits(key: Words, counters: Any) -> Words:
     return _mix(key + (_words(counters) + np.uint64(1)) * _GOLDEN)
 
 
-def integers_below(bits: Words, limits: Any) -> NDArray[np.int64]:
+def integers_below(bits: Words, limits: Any) -> Integers:
     """Integers in [0, limits) from the upper 32 bits of `bits`, for 0 < limits < 2**32.
 
     The multiply-and-shift of Lemire (2019, arXiv:1805.10941) without its rejection step: no value
@@ -87,7 +88,7 @@ class KeyedPermutation:
         self._masks = [np.uint64((1 << width) - 1) for width in (bits - bits // 2, bits // 2)]
         self._round_keys = random_bits(key, np.arange(_FEISTEL_ROUNDS))
 
-    def __call__(self, indices: Any) -> NDArray[np.int64]:
+    def __call__(self, indices: Any) -> Integers:
         """The images of `indices`, each in [0, size); shape [n]."""
         values = self._feistel(_words(indices))
         outside = np.flatnonzero(values >= np.uint64(self.size))

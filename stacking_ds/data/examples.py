@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stacking_ds.data.counter_random import Words, derive_key, random_bits
+from stacking_ds.data.counter_random import Integers, Words, derive_key, random_bits
 from stacking_ds.data.shards import TokenSplit
 from stacking_ds.errors import DataError
 
@@ -43,8 +43,6 @@ _COIN, _LENGTH, _ORDER, _SHIFT = range(4)
 # Seconds of the same document that are passed over in search of another's.
 _MOST_LOOKED_AT = 64
 _32_BITS = np.uint64(32)
-
-Integers = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -67,13 +65,20 @@ class Examples:
         first_E = self.first_length_E.astype(np.int64)  # what is wrong in a file might overflow
         return first_E + self.second_length_E + 2 + (self.second_length_E > 0)
 
-    def __getitem__(self, chosen: NDArray[np.int64]) -> "Examples":
+    def __getitem__(self, chosen: Integers) -> "Examples":
         return Examples(*(column[chosen] for column in self.columns))
 
     @property
     def columns(self) -> list[NDArray[Any]]:
         """The arrays, in the order of the fields."""
         return [getattr(self, field.name) for field in fields(self)]
+
+
+def ranges(starts: Integers, counts: Integers) -> Integers:
+    """starts[0], starts[0] + 1, ... (counts[0] of them), starts[1], ..."""
+    before = np.cumsum(counts) - counts
+    found: Integers = np.arange(int(counts.sum())) + np.repeat(starts - before, counts)
+    return found
 
 
 def empty_examples(count: int) -> Examples:
@@ -102,22 +107,16 @@ class Passages:
 
 def read_passages(split: TokenSplit, shards: range) -> Passages:
     """The documents that count in the files numbered `shards`."""
-    starts, stops, counts, ends = [], [], [], []
+    columns = []
     for shard in shards:
-        arrays, counted = split.arrays[shard], split.counted(shard)
-        offsets = split.token_bases[shard] + arrays.token_offsets.astype(np.int64)
-        starts.append(offsets[:-1][counted])
-        stops.append(offsets[1:][counted])
+        arrays, counted, base = split.arrays[shard], split.counted(shard), split.token_bases[shard]
+        offsets = base + arrays.token_offsets.astype(np.int64)
         sentences = np.diff(arrays.sentence_offsets)
-        counts.append(sentences[counted])
-        shard_ends = split.token_bases[shard] + np.cumsum(arrays.sentence_lengths, dtype=np.int64)
-        ends.append(shard_ends[np.repeat(counted, sentences)])
-    return Passages(
-        np.concatenate(starts),
-        np.concatenate(stops),
-        np.concatenate([[0], np.cumsum(np.concatenate(counts))]),
-        np.concatenate(ends),
-    )
+        ends = base + np.cumsum(arrays.sentence_lengths, dtype=np.int64)
+        ends = ends[np.repeat(counted, sentences)]
+        columns.append((offsets[:-1][counted], offsets[1:][counted], sentences[counted], ends))
+    starts, stops, counts, ends = map(np.concatenate, zip(*columns, strict=True))
+    return Passages(starts, stops, np.concatenate([[0], np.cumsum(counts)]), ends)
 
 
 def cut_documents(passages: Passages, sequence_length: int, key: Words | None) -> Examples:
@@ -135,8 +134,7 @@ def cut_documents(passages: Passages, sequence_length: int, key: Words | None) -
         drawn = 1 + (bits * np.uint64(room) >> _32_BITS).astype(np.int64)
         shift = np.where(lengths > room, drawn, room)
     pieces = 1 + np.maximum(0, -(-(lengths - shift) // room))
-    first_pieces = np.concatenate([[0], np.cumsum(pieces)])
-    number = np.arange(first_pieces[-1]) - np.repeat(first_pieces[:-1], pieces)
+    number = ranges(np.zeros_like(pieces), pieces)
     document = np.repeat(np.arange(len(lengths)), pieces)
     begin = np.where(number == 0, 0, shift[document] + (number - 1) * room)
     end = np.minimum(shift[document] + number * room, lengths[document])
@@ -167,12 +165,15 @@ def cut_pairs(passages: Passages, sequence_length: int, key: Words) -> Examples:
     gets = (giver >= 0) & (lengths[giver] > 0)
     left = np.flatnonzero(~np.isin(numbers, giver) & (lengths > 0))
     nothing = np.zeros(len(left), dtype=np.int64)
-    return Examples(
-        np.concatenate([starts, middles[left]]),
-        np.concatenate([middles - starts, lengths[left]]),
-        np.concatenate([np.where(gets, middles[giver], 0), nothing]),
-        np.concatenate([np.where(gets, lengths[giver], 0), nothing]),
-        np.concatenate([gets & (giver != numbers), nothing > 0]),
+    pairs = Examples(
+        starts,
+        middles - starts,
+        np.where(gets, middles[giver], 0),
+        np.where(gets, lengths[giver], 0),
+        gets & (giver != numbers),
+    )
+    return concatenate(
+        [pairs, Examples(middles[left], lengths[left], nothing, nothing, nothing > 0)]
     )
 
 
@@ -206,8 +207,7 @@ def _cut_in_two(
             stop = min(end, start + room - (start + room - middle) % step)
             found += (start, middle, stop, number)
             start, first = stop, low
-    columns = np.array(found, dtype=np.int64).reshape(-1, 4)
-    starts, middles, stops, numbers = np.ascontiguousarray(columns.T)
+    starts, middles, stops, numbers = np.array(found, dtype=np.int64).reshape(-1, 4).T.copy()
     return starts, middles, stops, numbers
 
 

@@ -19,7 +19,8 @@ from tokenizers import decoders
 from stacking_ds.config.run import RunConfig
 from stacking_ds.config.sections import DataSection
 from stacking_ds.data.batches import Batch
-from stacking_ds.data.counter_random import derive_key, random_bits
+from stacking_ds.data.counter_random import Integers, Words, derive_key, random_bits
+from stacking_ds.data.examples import ranges
 from stacking_ds.data.loader import PretrainingData
 from stacking_ds.data.rows import Layout, LayoutSpec, open_layout
 from stacking_ds.data.shards import TokenShards, TokenSplit
@@ -34,7 +35,6 @@ _SENTENCES_IN_SAMPLE = 2**20
 _PLACES = 5
 
 Facts = dict[str, Any]
-Integers = NDArray[np.int64]
 
 
 def folder_facts(shards: TokenShards, every_byte_verified: bool) -> Facts:
@@ -133,18 +133,16 @@ def _counting_sentences(
         first = stop
 
 
-def _sample(
-    tokens_T: NDArray[np.unsignedinteger], lengths_S: Integers, one_in: int
-) -> NDArray[np.uint64]:
+def _sample(tokens_T: NDArray[np.unsignedinteger], lengths_S: Integers, one_in: int) -> Words:
     """The hashes of those sentences that are in the sample; `one_in` is a power of two."""
     if not len(lengths_S):
         return np.zeros(0, dtype=np.uint64)
     starts_S = np.cumsum(lengths_S) - lengths_S
-    place_T = np.arange(len(tokens_T)) - np.repeat(starts_S, lengths_S)
+    place_T = ranges(np.zeros_like(lengths_S), lengths_S)
     mixed_T = random_bits(derive_key(0), tokens_T.astype(np.int64) | place_T << 32)
     hashes_S = np.add.reduceat(mixed_T, starts_S)
     chosen_S = hashes_S & np.uint64(one_in - 1) == 0
-    chosen: NDArray[np.uint64] = hashes_S[chosen_S & (lengths_S >= REPEATS_FROM_TOKENS)]
+    chosen: Words = hashes_S[chosen_S & (lengths_S >= REPEATS_FROM_TOKENS)]
     return chosen
 
 

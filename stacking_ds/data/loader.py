@@ -7,18 +7,16 @@ only who computes a row, never what is in it, and any position is reached at onc
 Shapes: R rows of one rank, E examples.
 """
 
-import math
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from stacking_ds.config.sections import DataSection
 from stacking_ds.data.batches import Assembler, RankStep, rows_of_rank, split_batch
-from stacking_ds.data.counter_random import KeyedPermutation, Words, derive_key
-from stacking_ds.data.examples import Examples, concatenate
+from stacking_ds.data.counter_random import Integers, KeyedPermutation, derive_key
+from stacking_ds.data.examples import concatenate
 from stacking_ds.data.prefetch import Patience, PrefetchedSteps
 from stacking_ds.data.rows import Layout, LayoutSpec, find_layout, open_layout
 from stacking_ds.data.shard_files import SplitName
@@ -29,8 +27,6 @@ from stacking_ds.schedule.phases import Phase
 _ORDER, _MASK = range(2)
 # Held-out batches do not follow the run's seed: runs with different seeds share one yardstick.
 _EVALUATION_SEED = 20190524
-
-Integers = NDArray[np.int64]
 
 
 class PretrainingData:
@@ -45,9 +41,7 @@ class PretrainingData:
         self._split, self._seed = shards.split(split), seed
         self._length = section.sequence_length
         self._layouts: list[Layout] = []
-        self._assembler = Assembler(
-            self._split, LayoutSpec.of(section), section.masking, section.mlm_probability
-        )
+        self._assembler = Assembler(self._split, section)
 
     def layout(self, variant: int, workers: int = 1) -> Layout:
         """The rows of a variant, laid out by up to `workers` processes if they are not there."""
@@ -82,11 +76,6 @@ class PretrainingData:
         """Rows in the first epoch."""
         return self.layout(0).num_rows
 
-    @property
-    def mean_attended_slots(self) -> float:
-        """The tokens that a token attends to, itself included, on average."""
-        return self.layout(0).mean_attended_slots
-
     def step(
         self,
         first_row: int,
@@ -104,7 +93,7 @@ class PretrainingData:
         if stop_row is not None:
             position_R = position_R[position_R < stop_row]
         epoch_R, place_R = self._locate(position_R)
-        counts, found, keys = [], [], []
+        counts, found = [np.zeros(0, np.int64)], []
         for epoch in np.unique(epoch_R).tolist():
             layout = self.layout(epoch % self.section.variants)
             order = KeyedPermutation(
@@ -113,11 +102,13 @@ class PretrainingData:
             count, examples = layout.examples_of(order(place_R[epoch_R == epoch]))
             counts.append(count)
             found.append(examples)
-            keys.append(self._mask_keys(epoch, examples))
+        counts_R, examples = np.concatenate(counts), concatenate(found)
+        # an example is known by its first token, which no other has
+        known_by = np.repeat(epoch_R, counts_R), examples.first_start_E
         return self._assembler.rank_step(
-            np.concatenate([np.zeros(0, dtype=np.int64), *counts]),
-            concatenate(found),
-            np.concatenate([np.zeros(0, dtype=np.uint64), *keys]),
+            counts_R,
+            examples,
+            derive_key(self._seed, _MASK, self._length, *known_by),
             *split_batch(global_batch_size, world_size, micro_batch_size),
         )
 
@@ -134,10 +125,6 @@ class PretrainingData:
         variant_R = np.searchsorted(bases, place_R, side="right") - 1
         return cycle_R * self.section.variants + variant_R, place_R - np.array(bases)[variant_R]
 
-    def _mask_keys(self, epoch: int, examples: Examples) -> Words:
-        # an example is known by its first token, which no other has
-        return derive_key(self._seed, _MASK, self._length, epoch, examples.first_start_E)
-
     def require_rows(self, global_batch_size: int) -> None:
         """Raises DataError when the first epoch has fewer rows than one global batch."""
         if self.num_rows < global_batch_size:
@@ -149,9 +136,9 @@ class PretrainingData:
 
 
 @dataclass(frozen=True)
-class PretrainingSteps(torch.utils.data.Dataset[RankStep]):
+class PretrainingSteps:
     """The steps of one rank in one phase; item k is step k of the run, made without what lies
-    before it. For `load_steps`, or torch's DataLoader with `batch_size=None`."""
+    before it."""
 
     data: PretrainingData
     phase: Phase
@@ -171,43 +158,34 @@ class PretrainingSteps(torch.utils.data.Dataset[RankStep]):
         )
 
 
-class EvaluationSteps(torch.utils.data.Dataset[RankStep]):
-    """One pass over `max_rows` held-out rows, drawn from all of them, the same in every run."""
-
-    def __init__(
-        self,
-        shards: TokenShards,
-        section: DataSection,
-        *,
-        max_rows: int,
-        micro_batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        """A step is one micro-batch on each rank. Raises DataError when the held-out split has too
-        few documents."""
-        if max_rows < 1:
-            raise ConfigError(f"max_rows is {max_rows}; it must be at least 1")
-        section = section.changed(variants=1)
-        self._data = PretrainingData(shards, "heldout", section, seed=_EVALUATION_SEED)
-        self.num_rows = min(max_rows, self._data.num_rows)
-        self._micro_batch_size, self._rank, self._world_size = micro_batch_size, rank, world_size
-        self._step_rows = micro_batch_size * world_size
-
-    def __len__(self) -> int:
-        return math.ceil(self.num_rows / self._step_rows)
-
-    def __getitem__(self, step: int) -> RankStep:
-        if not 0 <= step < len(self):
-            raise IndexError(f"evaluation step {step} of {len(self)}")
-        return self._data.step(
-            step * self._step_rows,
-            self._step_rows,
-            stop_row=self.num_rows,
-            rank=self._rank,
-            world_size=self._world_size,
-            micro_batch_size=self._micro_batch_size,
+def evaluation_steps(
+    shards: TokenShards,
+    section: DataSection,
+    *,
+    max_rows: int,
+    micro_batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> list[RankStep]:
+    """One pass over `max_rows` held-out rows, drawn from all of them, the same in every run; a step
+    is one micro-batch on each rank. Raises DataError when the held-out split has too few documents.
+    """
+    if max_rows < 1:
+        raise ConfigError(f"max_rows is {max_rows}; it must be at least 1")
+    section = section.changed(variants=1)
+    data = PretrainingData(shards, "heldout", section, seed=_EVALUATION_SEED)
+    stop_row, step_rows = min(max_rows, data.num_rows), micro_batch_size * world_size
+    return [
+        data.step(
+            first_row,
+            step_rows,
+            stop_row=stop_row,
+            rank=rank,
+            world_size=world_size,
+            micro_batch_size=micro_batch_size,
         )
+        for first_row in range(0, stop_row, step_rows)
+    ]
 
 
 def load_steps(
@@ -224,7 +202,11 @@ def load_steps(
     if workers == 0:
         return (steps[n].pin_memory() if pin_memory else steps[n] for n in numbers)
     return PrefetchedSteps(
-        steps, numbers, workers=workers, pin_memory=pin_memory, patience=patience or Patience()
+        steps.__getitem__,
+        numbers,
+        workers=workers,
+        pin_memory=pin_memory,
+        patience=patience or Patience(),
     )
 
 

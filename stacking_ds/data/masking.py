@@ -26,13 +26,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stacking_ds.config.sections import MaskingName
-from stacking_ds.data.counter_random import derive_key, integers_below, random_bits
+from stacking_ds.data.counter_random import (
+    Integers,
+    Words,
+    derive_key,
+    integers_below,
+    random_bits,
+)
+from stacking_ds.data.examples import ranges
 from stacking_ds.data.tokenizer import special_ids
 from stacking_ds.errors import DataError
 
-Integers = NDArray[np.int64]
 Flags = NDArray[np.bool_]
-Keys = NDArray[np.uint64]
 
 _WHICH, _HOW, _REPLACEMENT = range(3)
 
@@ -74,7 +79,7 @@ def mask_tokens(
     ids_T: Integers,
     maskable_T: Flags,
     example_offsets: Integers,
-    key_E: Keys,
+    key_E: Words,
     *,
     masking: MaskingName,
     mlm_probability: float,
@@ -92,10 +97,21 @@ def mask_tokens(
     Returns the flat positions, ascending, and the tokens that stood there; both [M]. Raises
     ValueError when the offsets do not fit the keys and the tokens.
     """
-    _check_offsets(len(ids_T), example_offsets, len(key_E))
+    if len(example_offsets) != len(key_E) + 1:
+        raise ValueError(
+            f"{len(key_E)} examples have {len(key_E) + 1} offsets, not {len(example_offsets)}: "
+            "give each its start, and the end of the last one"
+        )
+    ends = [int(example_offsets[0]), int(example_offsets[-1])]
+    if ends != [0, len(ids_T)] or (np.diff(example_offsets) < 0).any():
+        raise ValueError(
+            f"example_offsets must rise from 0 to the {len(ids_T)} tokens given; they go from "
+            f"{ends[0]} to {ends[1]}"
+        )
     position_N = np.flatnonzero(maskable_T)
     bounds = np.searchsorted(position_N, example_offsets)
-    budget_E = _budgets(np.diff(bounds), mlm_probability)
+    maskable_E = np.diff(bounds)
+    budget_E = np.floor(mlm_probability * maskable_E + 0.5).astype(np.int64).clip(1, maskable_E)
     which_E = derive_key(key_E, _WHICH)
     draw_M = None
     if masking == "tokens":
@@ -104,9 +120,7 @@ def mask_tokens(
         words = _find_words(vocabulary.continues_word_V[ids_T], maskable_T, example_offsets)
         chosen, draw = _choose_words(words, budget_E, which_E, by_span=masking == "spans")
         length = words.length(chosen)
-        before = np.cumsum(length) - length
-        positions_M = np.repeat(words.start(chosen) - before, length)
-        positions_M += np.arange(len(positions_M))
+        positions_M = ranges(words.edges[words.edge_W[chosen]], length)
         draw_M = np.repeat(draw, length) if masking == "spans" else None
 
     labels_M = ids_T[positions_M]
@@ -123,31 +137,12 @@ def mask_tokens(
     return positions_M, labels_M
 
 
-def _check_offsets(num_tokens: int, offsets: Integers, num_keys: int) -> None:
-    if len(offsets) != num_keys + 1:
-        raise ValueError(
-            f"{num_keys} examples have {num_keys + 1} offsets, not {len(offsets)}: give each its "
-            "start, and the end of the last one"
-        )
-    if offsets[0] != 0 or offsets[-1] != num_tokens or (np.diff(offsets) < 0).any():
-        raise ValueError(
-            f"example_offsets must rise from 0 to the {num_tokens} tokens given; they go from "
-            f"{offsets[0]} to {offsets[-1]}"
-        )
-
-
-def _budgets(maskable_E: Integers, mlm_probability: float) -> Integers:
-    wanted_E = np.floor(mlm_probability * maskable_E + 0.5).astype(np.int64)
-    budget_E: Integers = np.minimum(np.maximum(wanted_E, 1), maskable_E)
-    return budget_E
-
-
 def _owners(bounds: Integers) -> Integers:
     """The example of each entry of a list that the examples share by `bounds`."""
     return np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
 
 
-def _choose_tokens(bounds: Integers, budget_E: Integers, key_E: Keys) -> Integers:
+def _choose_tokens(bounds: Integers, budget_E: Integers, key_E: Words) -> Integers:
     """`budget_E` maskable tokens of each example, every set equally likely, as indices into N.
 
     They are the first different ones in an endless row of draws, so that a round draws as many as
@@ -178,9 +173,6 @@ class _Words:
     edge_W: Integers
     bounds: Integers
 
-    def start(self, words: Integers) -> Integers:
-        return self.edges[self.edge_W[words]]
-
     def length(self, words: Integers) -> Integers:
         edge = self.edge_W[words]
         return self.edges[edge + 1] - self.edges[edge]
@@ -198,7 +190,7 @@ def _find_words(continues_T: Flags, maskable_T: Flags, offsets: Integers) -> _Wo
 
 
 def _choose_words(
-    words: _Words, budget_E: Integers, key_E: Keys, *, by_span: bool
+    words: _Words, budget_E: Integers, key_E: Words, *, by_span: bool
 ) -> tuple[Integers, Integers]:
     """The chosen words, ascending, and the number of the draw each was chosen in.
 
@@ -232,12 +224,10 @@ def _choose_words(
 
 def _next_draws(draws_E: Integers, drawn_E: Integers) -> tuple[Integers, Integers]:
     """The example of each of the next `draws_E` draws, and its number in the example."""
-    bounds = np.concatenate(([0], np.cumsum(draws_E)))
-    example_D = _owners(bounds)
-    return example_D, np.arange(len(example_D)) + (drawn_E - bounds[:-1])[example_D]
+    return np.repeat(np.arange(len(draws_E)), draws_E), ranges(drawn_E, draws_E)
 
 
-def _span_lengths(bits_D: Keys) -> Integers:
+def _span_lengths(bits_D: Words) -> Integers:
     """Lengths from 1 to 10 words from the lower 32 bits of `bits_D`."""
     longer = (1 - _SPAN_STOP) ** np.arange(1, _LONGEST_SPAN + 1)
     limits = (1 - longer[:-1]) / (1 - longer[-1]) * 2**32
@@ -249,9 +239,7 @@ def _extend(
 ) -> tuple[Integers, Integers]:
     """The words of the spans [first_D, first_D + length_D), each as far as neither an unmaskable
     token nor the end of the example comes between, and the index of the span of each."""
-    ends = np.cumsum(length_D)
-    source = np.repeat(np.arange(len(length_D)), length_D)
-    place = np.arange(len(source)) - (ends - length_D)[source]
+    source, place = _next_draws(length_D, np.zeros_like(length_D))
     first = first_D[source]
     word = np.minimum(first + place, words.bounds[example_D + 1][source] - 1)
     unbroken = np.flatnonzero(words.edge_W[word] - words.edge_W[first] == place)

@@ -144,11 +144,17 @@ def main() -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     pa.set_cpu_count(1)
     requests: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(parent, requests), daemon=True).start()
+
+    def listen() -> None:
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                requests.put(parent.recv_bytes())
+        end_now(0)
 
     def answer(kind: str, content: Any) -> None:
         _send(parent, pickle.dumps((kind, content)))
 
+    threading.Thread(target=listen, daemon=True).start()
     try:
         work = pickle.loads(requests.get())()
         while True:
@@ -157,13 +163,6 @@ def main() -> None:
     except Exception as error:  # noqa: BLE001 - raised in the parent
         answer("error", _as_it_can_be_sent(error))
     signal.pause()
-
-
-def _listen(parent: Connection, requests: "queue.SimpleQueue[bytes]") -> None:
-    with contextlib.suppress(EOFError, OSError):
-        while True:
-            requests.put(parent.recv_bytes())
-    end_now(0)
 
 
 def _as_it_can_be_sent(error: Exception) -> Exception:

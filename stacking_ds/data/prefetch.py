@@ -17,8 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
-from multiprocessing.context import ForkProcess
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 import psutil
 import torch
@@ -33,13 +32,17 @@ _LOOK_SECONDS = 1.0
 # of the 30 that launchers give, for a worker that takes no processor time, and for any other
 _SECONDS_TO_STOP, _MOST_SECONDS_TO_STOP = 10.0, 25.0
 _SECONDS_TO_END = 5.0  # not for ever: what hangs in a file system cannot even be killed
+Build = Callable[[int], RankStep]
+"""Makes the step of any number."""
+
 _MORE_MEMORY = "give the job more, or set data.loader_workers or the batch lower"
 
 
-class Steps(Protocol):
-    """A maker of the step of any number."""
-
-    def __getitem__(self, step: int) -> RankStep: ...
+_REASONS: dict[int, str] = {
+    signal.SIGKILL: f"as when memory runs out: {_MORE_MEMORY}",
+    signal.SIGBUS: "as when a file of the token shards is cut off under it, or its disk fails: "
+    "`stacking-ds data inspect` looks at the shards",
+}
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class PrefetchedSteps(Iterator[RankStep]):
 
     def __init__(
         self,
-        steps: Steps,
+        build: Build,
         numbers: Iterable[int],
         *,
         workers: int,
@@ -73,7 +76,7 @@ class PrefetchedSteps(Iterator[RankStep]):
         try:
             for first in range(workers):
                 share = islice(numbers, first, None, workers)
-                self._workers.append(_Worker(steps, share, device))
+                self._workers.append(_Worker(build, share, device))
         except (OSError, RuntimeError) as error:
             self.close()
             raise ConfigError(
@@ -103,14 +106,15 @@ class PrefetchedSteps(Iterator[RankStep]):
 class _Worker:
     """A process that builds its share of the steps, and the thread that reads them."""
 
-    def __init__(self, steps: Steps, share: Iterable[int], device: int | None) -> None:
+    def __init__(self, build: Build, share: Iterable[int], device: int | None) -> None:
         """`device`: the GPU that steps are pinned for."""
         self._ready: queue.SimpleQueue[RankStep | Exception | None] = queue.SimpleQueue()
         self._room = threading.Semaphore(1)
         self._closing = False
-        self._pipe, theirs = _pipe()
-        self.process: ForkProcess = multiprocessing.get_context("fork").Process(
-            target=_work, args=(steps, share, theirs), daemon=True
+        reader, writer = os.pipe()
+        self._pipe, theirs = os.fdopen(reader, "rb"), os.fdopen(writer, "wb")
+        self.process = multiprocessing.get_context("fork").Process(
+            target=_work, args=(build, share, theirs), daemon=True
         )
         self._reader = threading.Thread(
             target=self._read, args=(device,), name="loader", daemon=True
@@ -134,11 +138,16 @@ class _Worker:
                 break
             # looks are counted, not the clock: a suspended job is none that hangs
             waited += _LOOK_SECONDS
-            before, used = used, self._processor_seconds()
+            before, (state, used) = used, self._looked_at()
             if used != before:
                 waited = 0.0
             if waited >= patience.timeout_seconds:
-                raise LoaderError(self._hangs(number, waited))
+                raise LoaderError(
+                    f"a loader process (pid {self.process.pid}, {state}) has not handed over the "
+                    f"batch of step {number + 1} and has not moved for {waited:.0f} s: it is "
+                    f"stopped, or hangs in the file system of the token shards; --resume goes on "
+                    f"from the last checkpoint"
+                )
             if patience.asked_to_stop():
                 since_asked += _LOOK_SECONDS
                 idle += _LOOK_SECONDS if used == before else 0.0
@@ -165,56 +174,40 @@ class _Worker:
         """The thread's: read steps until the pipe ends, one ahead of who takes them."""
         if device is not None:
             torch.cuda.set_device(device)
-        found: RankStep | Exception | None = None
         try:
             while self._room.acquire() and not self._closing:
-                found = _receive(self._pipe, pin_memory=device is not None)
+                found, length = pickle.load(self._pipe)
+                if isinstance(found, RankStep):
+                    pinned = device is not None
+                    content = torch.empty(length, dtype=torch.int32, pin_memory=pinned)
+                    if self._pipe.readinto(content.numpy().data) < content.nbytes:
+                        raise EOFError
+                    found = replace(found, content=content)
                 self._ready.put(found)
         except (EOFError, pickle.UnpicklingError):
             self._ready.put(None)
         except Exception as error:  # noqa: BLE001 - raised where the step is waited for
             self._ready.put(error)
 
-    def _processor_seconds(self) -> float:
+    def _looked_at(self) -> tuple[str, float]:
+        """The state of the process, and the processor time that it has taken, in seconds."""
         with suppress(psutil.Error):
-            times = psutil.Process(self.process.pid).cpu_times()
-            return float(times.user + times.system)
-        return 0.0
-
-    def _hangs(self, number: int, seconds: float) -> str:
-        state = "gone"
-        with suppress(psutil.Error):
-            state = psutil.Process(self.process.pid).status()
-        return (
-            f"a loader process (pid {self.process.pid}, {state}) has not handed over the batch of "
-            f"step {number + 1} and has not moved for {seconds:.0f} s: it is stopped, or hangs in "
-            f"the file system of the token shards; --resume goes on from the last checkpoint"
-        )
+            process = psutil.Process(self.process.pid)
+            times = process.cpu_times()
+            return process.status(), float(times.user + times.system)
+        return "gone", 0.0
 
     def _ended(self, number: int) -> str:
         self.process.join(_SECONDS_TO_END)
         code = self.process.exitcode
         how, why = f"ended with exit code {code}", "what it said stands above"
         if code is not None and code < 0:
-            number_of_signal = signal.Signals(-code)
-            how = f"was ended by {number_of_signal.name}"
-            why = {
-                signal.SIGKILL: f"as when memory runs out: {_MORE_MEMORY}",
-                signal.SIGBUS: "as when a file of the token shards is cut off under it, or its "
-                "disk fails: `stacking-ds data inspect` looks at the shards",
-            }.get(number_of_signal, "which nothing here sends")
+            how = f"was ended by {signal.Signals(-code).name}"
+            why = _REASONS.get(-code, "which nothing here sends")
         return (
             f"a loader process (pid {self.process.pid}) {how} before it handed over the batch of "
             f"step {number + 1}, {why}; --resume goes on from the last checkpoint"
         )
-
-
-# ------------------------------------------------------------- through the pipe
-
-
-def _pipe() -> tuple[BinaryIO, BinaryIO]:
-    reader, writer = os.pipe()
-    return os.fdopen(reader, "rb"), os.fdopen(writer, "wb")
 
 
 def _send(pipe: BinaryIO, found: RankStep | Exception) -> None:
@@ -227,22 +220,8 @@ def _send(pipe: BinaryIO, found: RankStep | Exception) -> None:
     pipe.flush()
 
 
-def _receive(pipe: BinaryIO, *, pin_memory: bool) -> RankStep | Exception:
-    """Raises EOFError or UnpicklingError where the pipe ends."""
-    found, length = pickle.load(pipe)
-    if not isinstance(found, RankStep):
-        assert isinstance(found, Exception)
-        return found
-    content = torch.empty(length, dtype=torch.int32, pin_memory=pin_memory)
-    if pipe.readinto(content.numpy().data) < content.nbytes:  # type: ignore[attr-defined]
-        raise EOFError
-    return replace(found, content=content)
-
-
-# ------------------------------------------------------------- in the worker's process
-
-
-def _work(steps: Steps, share: Iterable[int], pipe: BinaryIO) -> None:
+def _work(build: Build, share: Iterable[int], pipe: BinaryIO) -> None:
+    """The worker's: build its steps."""
     # Ctrl-C, SLURM and a closed terminal signal every process; what a stop means is the rank's to
     # say, and a worker that dies of it would take the rank along
     for number in STOP_SIGNALS:
@@ -253,7 +232,7 @@ def _work(steps: Steps, share: Iterable[int], pipe: BinaryIO) -> None:
     keep_freed_memory()
     try:
         for step in share:
-            _send(pipe, steps[step])
+            _send(pipe, build(step))
     except MemoryError:
         _send(pipe, LoaderError(f"a loader process has no memory for its batch: {_MORE_MEMORY}"))
     except UserError as error:

@@ -5,7 +5,6 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
-from types import TracebackType
 
 from stacking_ds.data.run_data import RunData
 from stacking_ds.errors import DataError, UnreadableDataError
@@ -56,12 +55,7 @@ class Rereading:
             self.thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._leaving = True
         self._ending.set()
         if self.thread is not None:

@@ -18,7 +18,6 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,24 +25,23 @@ from typing import Annotated, Any
 import filelock
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
 from stacking_ds.config.sections import DataSection, ExampleKind
-from stacking_ds.data.counter_random import derive_key
+from stacking_ds.data.counter_random import Integers, derive_key
 from stacking_ds.data.examples import (
     Examples,
     concatenate,
     cut_documents,
     cut_pairs,
+    ranges,
     read_passages,
 )
 from stacking_ds.data.pool import WorkerDiedError, do_in_workers
 from stacking_ds.data.shard_files import (
     Count,
-    FileName,
     Positive,
-    Sha256,
+    RecordedFile,
     SplitName,
     write_arrow,
     write_file,
@@ -69,8 +67,6 @@ _EXAMPLES = pa.list_(
         }
     )
 )
-
-Integers = NDArray[np.int64]
 
 
 class LayoutSpec(Record):
@@ -99,12 +95,9 @@ class LayoutSpec(Record):
         return f"{self.examples}-{self.sequence_length}-{packed}-{self.variant}"
 
 
-class PartRecord(Record):
+class PartRecord(RecordedFile):
     """One file of a layout."""
 
-    name: FileName
-    size_bytes: Positive
-    sha256: Sha256
     rows: Positive
     examples: Positive
     tokens: Positive
@@ -122,12 +115,6 @@ class LayoutRecord(Record):
     spec: LayoutSpec
     split: SplitName
     parts: Annotated[tuple[PartRecord, ...], Field(min_length=1)]
-
-
-@dataclass(frozen=True)
-class _Part:
-    row_offsets: Integers
-    examples: Examples
 
 
 class Layout:
@@ -151,8 +138,7 @@ class Layout:
         """Reads a file at a time; raises DataError, naming it, where a byte is not what was
         written."""
         for part in self.record.parts:
-            path = self.folder / part.name
-            require_whole(path, part.size_bytes, part.sha256, self._remedy)
+            require_whole(self.folder, part, every_byte=True, remedy=self._remedy)
             yield
 
     @property
@@ -177,14 +163,14 @@ class Layout:
         counts_R = np.zeros(len(rows_R), dtype=np.int64)
         found, row_E = [], [np.zeros(0, dtype=np.int64)]
         for number in np.unique(part_R):
-            part, here = self._parts[number], np.flatnonzero(part_R == number)
+            (row_offsets, part), here = self._parts[number], np.flatnonzero(part_R == number)
             rows = rows_R[here] - self._row_bases[number]
-            first, last = part.row_offsets[rows], part.row_offsets[rows + 1]
+            first, last = row_offsets[rows], row_offsets[rows + 1]
             with reading(self.folder / self.record.parts[number].name, self._remedy):
-                if not ((first >= 0) & (first < last) & (last <= len(part.examples))).all():
+                if not ((first >= 0) & (first < last) & (last <= len(part))).all():
                     raise ValueError("its rows are not those of a layout")
                 counts_R[here] = last - first
-                found.append(part.examples[ranges(first.astype(np.int64), counts_R[here])])
+                found.append(part[ranges(first.astype(np.int64), counts_R[here])])
                 self._require_room(found[-1], counts_R[here])
             row_E.append(np.repeat(here, counts_R[here]))
         # parts were visited one by one: back to the order of the rows
@@ -200,24 +186,18 @@ class Layout:
         if not has_text.all() or used_R.max() > room:
             raise ValueError("its examples are not those of a layout")
 
-    def _map(self, record: PartRecord) -> "_Part":
+    def _map(self, record: PartRecord) -> tuple[Integers, Examples]:
+        """Where the rows of a part begin [R + 1], and its examples."""
         with reading(path := self.folder / record.name, self._remedy):
             column = only_batch(path, {"examples": (_EXAMPLES,)}).column("examples")
             fields = [numbers(field) for field in column.values.flatten()]
             if (len(column), len(fields[0])) != (record.rows, record.examples):
                 raise ValueError(f"it holds {len(column)} rows and {len(fields[0])} examples")
-            return _Part(numbers(column.offsets), Examples(*fields))
+            return numbers(column.offsets), Examples(*fields)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Worker processes map the files anew."""
         return (Layout, (self.folder, self.record))
-
-
-def ranges(starts: Integers, counts: Integers) -> Integers:
-    """starts[0], starts[0] + 1, ... (counts[0] of them), starts[1], ..."""
-    before = np.cumsum(counts) - counts
-    found: Integers = np.arange(int(counts.sum())) + np.repeat(starts - before, counts)
-    return found
 
 
 # ---- Making a layout, and finding it.
@@ -310,7 +290,7 @@ def _read(folder: Path, spec: LayoutSpec, identity: str) -> Layout | None:
     try:
         record = LayoutRecord.model_validate_json(read_bytes(folder / RECORD_NAME))
         for part in record.parts:
-            require_whole(folder / part.name, part.size_bytes)
+            require_whole(folder, part, every_byte=False)
         is_it = (record.spec, record.identity) == (spec, identity)
         return Layout(folder, record) if is_it else None
     except (OSError, ValidationError, DamagedFileError, DataError):

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from stacking_ds.config.run import RunConfig
 from stacking_ds.data.batches import RankStep
 from stacking_ds.data.loader import (
-    EvaluationSteps,
     PretrainingData,
     PretrainingSteps,
+    evaluation_steps,
     unigram_log_probabilities,
     unigram_mlm_loss,
 )
@@ -122,7 +122,7 @@ class RunData:
 
     def heldout_steps(self, rank: int, world_size: int, phase: Phase) -> list[RankStep]:
         """This rank's share of the one fixed pass over held-out rows of the phase's length."""
-        steps = EvaluationSteps(
+        return evaluation_steps(
             self.shards,
             self.config.data.changed(sequence_length=phase.sequence_length),
             max_rows=self.config.evaluation.max_samples,
@@ -130,7 +130,6 @@ class RunData:
             rank=rank,
             world_size=world_size,
         )
-        return [steps[index] for index in range(len(steps))]
 
     def unigram_loss(self, phase: Phase) -> float:
         """Held-out MLM loss of a model that knows word frequencies only, in nats."""

@@ -14,7 +14,7 @@ import hashlib
 import os
 import uuid
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -87,13 +87,18 @@ class Rejected(Record):
         )
 
 
-class ShardFile(Record):
-    """One Arrow file of a split, duplicates included. `unknown_tokens` are those that are [UNK];
-    None where nobody counted, as in earlier versions and in lists of duplicates."""
+class RecordedFile(Record):
+    """One file, as it was written."""
 
     name: FileName
     size_bytes: Positive
     sha256: Sha256
+
+
+class ShardFile(RecordedFile):
+    """One Arrow file of a split, duplicates included. `unknown_tokens` are those that are [UNK];
+    None where nobody counted, as in earlier versions and in lists of duplicates."""
+
     documents: Count
     sentences: Count
     tokens: Count
@@ -126,19 +131,16 @@ class SplitManifest(Record):
     def unknown_share(self) -> float | None:
         """The share of [UNK] in the tokens of all files; None where an earlier version wrote
         one."""
-        counts = [shard.unknown_tokens for shard in self.shards]
-        if None in counts:
-            return None
-        tokens = sum(shard.tokens for shard in self.shards)
-        return sum(count or 0 for count in counts) / max(tokens, 1)
+        unknown = 0
+        for shard in self.shards:
+            if shard.unknown_tokens is None:
+                return None
+            unknown += shard.unknown_tokens
+        return unknown / max(sum(shard.tokens for shard in self.shards), 1)
 
 
-class VocabularyFile(Record):
+class VocabularyFile(RecordedFile):
     """`vocab.txt` or `tokenizer.json`."""
-
-    name: FileName
-    size_bytes: Positive
-    sha256: Sha256
 
 
 class DataManifest(Record):
@@ -196,7 +198,7 @@ def read_manifest(folder: Path) -> DataManifest:
         folder.stat()  # where its name is too long, nothing is damaged
         raise DataError(f"{error}; delete the folder and prepare it again") from error
     except OSError as error:
-        raise not_opened(path, error) from error
+        raise unreadable(UnreadableDataError, path, error) from error
     try:
         return DataManifest.model_validate_json(text)
     except ValidationError as error:
@@ -210,18 +212,8 @@ def read_manifest(folder: Path) -> DataManifest:
         ) from error
 
 
-def not_opened(path: Path, error: OSError) -> UnreadableDataError:
-    """The error for a file that may be whole, but that the system does not let us read."""
-    return unreadable(UnreadableDataError, path, error)
-
-
 def file_sha256(path: Path) -> str:
-    """The sha256 of a file's bytes, in hexadecimal.
-
-    Raises:
-        DamagedFileError: it is no regular file.
-        OSError: it is not there, or cannot be read.
-    """
+    """The sha256 of a file's bytes, in hexadecimal. Raises what `open_regular` does."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -237,7 +229,7 @@ class ShardWriter:
 
     def __init__(self, vocab_size: int, unknown_id: int | None = None) -> None:
         self._dtype, self._unknown_id = token_dtype(vocab_size), unknown_id
-        self._clear()
+        self._added: list[tuple[NDArray[Any], ...]] = []
 
     def add(
         self,
@@ -248,35 +240,26 @@ class ShardWriter:
     ) -> None:
         """Appends documents: their tokens one after another, the lengths of their sentences in
         tokens, and how many sentences each document has; none of these is zero."""
-        if not len(sentence_counts_D):
-            return
-        self._tokens.append(tokens_T.astype(self._dtype, copy=False))
-        self._sentence_lengths.append(sentence_lengths_S.astype(np.int32, copy=False))
-        self._sentence_counts.append(sentence_counts_D)
-        self._hashes.append(document_hashes_D)
+        if len(sentence_counts_D):
+            tokens_T = tokens_T.astype(self._dtype, copy=False)
+            lengths_S = sentence_lengths_S.astype(np.int32, copy=False)
+            self._added.append((tokens_T, lengths_S, sentence_counts_D, document_hashes_D))
 
     def write(self, folder: Path, name: str, temporary: Path) -> ShardFile | None:
         """Writes what was collected as `folder`/`name`, by way of a file in `temporary`, and starts
         anew. Returns its record; None, and no file, if nothing was collected."""
-        if not self._hashes:
+        if not self._added:
             return None
-        tokens, lengths = np.concatenate(self._tokens), np.concatenate(self._sentence_lengths)
-        counts, hashes = np.concatenate(self._sentence_counts), np.concatenate(self._hashes)
-        self._clear()
+        tokens, lengths, counts, hashes = map(np.concatenate, zip(*self._added, strict=True))
+        self._added = []
         unknown = self._unknown_id
-        sentence_offsets = _offsets(counts)
-        batch = pa.record_batch(
-            {
-                "tokens": pa.ListArray.from_arrays(
-                    pa.array(_offsets(lengths)[sentence_offsets]), pa.array(tokens)
-                ),
-                "sentence_lengths": pa.ListArray.from_arrays(
-                    pa.array(sentence_offsets), pa.array(lengths)
-                ),
-                "document_hash": pa.array(hashes),
-            }
-        )
-        size_bytes, sha256 = write_arrow(batch, folder / name, temporary)
+        offsets = _offsets(counts)
+        columns = {
+            "tokens": pa.ListArray.from_arrays(_offsets(lengths)[offsets], tokens),
+            "sentence_lengths": pa.ListArray.from_arrays(offsets, lengths),
+            "document_hash": hashes,
+        }
+        size_bytes, sha256 = write_arrow(pa.record_batch(columns), folder / name, temporary)
         return ShardFile(
             name=name,
             size_bytes=size_bytes,
@@ -286,12 +269,6 @@ class ShardWriter:
             tokens=len(tokens),
             unknown_tokens=None if unknown is None else int(np.count_nonzero(tokens == unknown)),
         )
-
-    def _clear(self) -> None:
-        self._tokens: list[NDArray[np.unsignedinteger]] = []
-        self._sentence_lengths: list[NDArray[np.int32]] = []
-        self._sentence_counts: list[NDArray[np.int32]] = []
-        self._hashes: list[NDArray[np.uint64]] = []
 
 
 def write_arrow(batch: pa.RecordBatch, path: Path, temporary: Path) -> tuple[int, str]:

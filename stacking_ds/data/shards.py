@@ -15,15 +15,15 @@ from numpy.typing import NDArray
 
 from stacking_ds.data.shard_files import (
     DataManifest,
+    RecordedFile,
     ShardFile,
     SplitName,
     VocabularyFile,
     file_sha256,
-    not_opened,
     read_manifest,
 )
 from stacking_ds.data.tokenizer import SpecialIds, load_vocabulary, special_ids, vocabulary_sha256
-from stacking_ds.errors import DataError
+from stacking_ds.errors import DataError, UnreadableDataError, unreadable
 from stacking_ds.files import DamagedFileError, open_regular
 
 # ---- the files that are written here
@@ -47,21 +47,20 @@ def reading(path: Path, remedy: str = _AGAIN) -> Iterator[None]:
         raise DataError(f"{damage}; {remedy}") from damage
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         if isinstance(error, OSError) and error.errno is not None:  # what Arrow finds has none
-            raise not_opened(path, error) from error
+            raise unreadable(UnreadableDataError, path, error) from error
         raise DataError(f"{path} is damaged: {error}; {remedy}") from error
 
 
 def require_whole(
-    path: Path, size_bytes: int, sha256: str | None = None, remedy: str = _AGAIN
+    folder: Path, file: RecordedFile, *, every_byte: bool, remedy: str = _AGAIN
 ) -> None:
-    """Raises DataError, as `reading` does, unless it is the file that was written: its size, and
-    with `sha256` every byte."""
-    with reading(path, remedy):
-        with open_regular(path) as file:
-            found = os.fstat(file.fileno()).st_size
-        if found != size_bytes:
-            raise ValueError(f"it has {found} bytes, its manifest says {size_bytes}")
-        if sha256 is not None and file_sha256(path) != sha256:
+    """Raises DataError, as `reading` does, unless it is the file that was written."""
+    with reading(path := folder / file.name, remedy):
+        with open_regular(path) as opened:
+            size_bytes = os.fstat(opened.fileno()).st_size
+        if size_bytes != file.size_bytes:
+            raise ValueError(f"it has {size_bytes} bytes, its manifest says {file.size_bytes}")
+        if every_byte and file_sha256(path) != file.sha256:
             raise ValueError("it is not the file its manifest describes (its sha256 differs)")
 
 
@@ -113,28 +112,6 @@ def _has_nulls(column: pa.Array) -> bool:
     return bool(column.null_count)
 
 
-def require_ids(tokens_T: NDArray[Any], vocab_size: int) -> None:
-    """Raises ValueError where an id is none of the vocabulary's."""
-    for first in range(0, len(tokens_T), _TOKENS_AT_ONCE):
-        largest = int(tokens_T[first : first + _TOKENS_AT_ONCE].max())
-        if largest >= vocab_size:
-            raise ValueError(f"it holds the id {largest}, and the vocabulary {vocab_size} tokens")
-
-
-def require_sentences(
-    lengths_S: NDArray[np.int32],
-    sentence_offsets: NDArray[np.int32],
-    token_offsets: NDArray[np.int32],
-) -> None:
-    """Raises ValueError unless every sentence has a token, and those of each document its tokens.
-    Offsets are [D + 1], and rising."""
-    if len(lengths_S) and lengths_S.min() < 1:
-        raise ValueError("it has a sentence without a token")
-    ends = np.concatenate([[0], np.cumsum(lengths_S, dtype=np.int64)])
-    if not np.array_equal(ends[sentence_offsets], token_offsets):
-        raise ValueError("its sentences have other tokens than its documents")
-
-
 _COLUMNS = {
     "tokens": (pa.list_(pa.uint16()), pa.list_(pa.uint32())),
     "sentence_lengths": (pa.list_(pa.int32()),),
@@ -142,13 +119,13 @@ _COLUMNS = {
 }
 
 Tokens = NDArray[np.uint16] | NDArray[np.uint32]
-_RecordedFile = ShardFile | VocabularyFile
 
 
 @dataclass(frozen=True)
 class ShardArrays:
     """The arrays of one file. Offsets have one entry more than there are documents."""
 
+    path: Path
     tokens: Tokens
     token_offsets: NDArray[np.int32]
     sentence_lengths: NDArray[np.int32]
@@ -172,7 +149,26 @@ class ShardArrays:
                     f"it holds {found} documents, sentences and tokens, not what its manifest says"
                 )
             lists = (tokens.values, tokens.offsets, lengths.values, lengths.offsets)
-            return cls(*map(numbers, (*lists, batch.column("document_hash"))))
+            return cls(path, *map(numbers, (*lists, batch.column("document_hash"))))
+
+    def require_ids(self, vocab_size: int) -> None:
+        """Raises DataError where an id is none of the vocabulary's."""
+        with reading(self.path):
+            for first in range(0, len(self.tokens), _TOKENS_AT_ONCE):
+                largest = int(self.tokens[first : first + _TOKENS_AT_ONCE].max())
+                if largest >= vocab_size:
+                    raise ValueError(
+                        f"it holds the id {largest}, and the vocabulary {vocab_size} tokens"
+                    )
+
+    def require_sentences(self) -> None:
+        """Raises DataError unless each sentence has a token, and those of a document its tokens."""
+        with reading(self.path):
+            if self.sentence_lengths.min(initial=1) < 1:
+                raise ValueError("it has a sentence without a token")
+            ends = np.concatenate([[0], np.cumsum(self.sentence_lengths, dtype=np.int64)])
+            if not np.array_equal(ends[self.sentence_offsets], self.token_offsets):
+                raise ValueError("its sentences have other tokens than its documents")
 
 
 class TokenShards:
@@ -194,8 +190,7 @@ class TokenShards:
         shards = cls(folder, read_manifest(folder))
         for file in shards.files:
             # an exchanged vocabulary gives every token another meaning, and is cheap to notice
-            sha256 = file.sha256 if isinstance(file, VocabularyFile) else None
-            require_whole(folder / file.name, file.size_bytes, sha256)
+            require_whole(folder, file, every_byte=isinstance(file, VocabularyFile))
         if verify:
             shards.verify_once()
         return shards
@@ -209,7 +204,7 @@ class TokenShards:
     def verifying(self) -> Iterator[None]:
         """As `open` with `verify`, a file at a time."""
         for file in self.files:
-            require_whole(self.folder / file.name, file.size_bytes, file.sha256)
+            require_whole(self.folder, file, every_byte=True)
             yield
         for name in get_args(SplitName):
             self.split(name).check()
@@ -217,7 +212,7 @@ class TokenShards:
         self._verified = True
 
     @property
-    def files(self) -> list[_RecordedFile]:
+    def files(self) -> list[RecordedFile]:
         """The records of all files that the manifest names."""
         return [
             *self.manifest.train.shards,
@@ -295,28 +290,8 @@ class TokenSplit:
 
         Raises DataError for stretches that no file has, and for ids of no vocabulary entry.
         """
-        shards = self._files_of(starts, lengths)
-        offsets = starts - self.token_bases[shards]
-        tokens = np.empty(int(lengths.sum()), dtype=np.int64)
-        place = 0
-        # few and long: slices are faster than an index for every token
-        for shard, offset, length in np.stack([shards, offsets, lengths], axis=1).tolist():
-            stretch = self.arrays[shard].tokens[offset : offset + length]
-            tokens[place : place + length] = stretch
-            place += length
-        manifest = self.shards.manifest
-        if tokens.max(initial=0) >= manifest.vocab_size:
-            # on a GPU it would be a device-side assert, steps later
-            found = int(np.searchsorted(np.cumsum(lengths), tokens.argmax(), side="right"))
-            name = manifest.split(self.name).shards[shards[found]].name
-            with reading(self.shards.folder / name):
-                require_ids(tokens, manifest.vocab_size)
-        return tokens
-
-    def _files_of(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-        last = len(self.arrays) - 1
         shards = np.searchsorted(self.token_bases, starts, side="right") - 1
-        shards = shards.clip(0, last)
+        shards = shards.clip(0, len(self.arrays) - 1)
         inside = (starts >= 0) & (starts <= self.num_tokens) & (lengths >= 0)
         inside &= lengths <= self.token_bases[shards + 1] - starts
         if not inside.all():
@@ -324,7 +299,19 @@ class TokenSplit:
                 f"rows of {self.shards.folder} lie outside its {self.name} files, so how they were "
                 "laid out is damaged: delete the folder `layouts` in it, which is made again"
             )
-        return shards
+        offsets = starts - self.token_bases[shards]
+        tokens = np.empty(int(lengths.sum()), dtype=np.int64)
+        place = 0
+        # few and long: slices are faster than an index for every token
+        for shard, offset, length in np.stack([shards, offsets, lengths], axis=1).tolist():
+            tokens[place : place + length] = self.arrays[shard].tokens[offset : offset + length]
+            place += length
+        vocab_size = self.shards.manifest.vocab_size
+        if tokens.max(initial=0) >= vocab_size:
+            # on a GPU it would be a device-side assert, steps later
+            found = int(np.searchsorted(np.cumsum(lengths), tokens.argmax(), side="right"))
+            self.arrays[shards[found]].require_ids(vocab_size)
+        return tokens
 
     def counted(self, shard: int) -> NDArray[np.bool_]:
         """A mask of the documents of file number `shard` that count, as no duplicates. Shape
@@ -338,9 +325,8 @@ class TokenSplit:
     def unigram_counts(self) -> NDArray[np.int64]:
         """The occurrences of each token in the documents that count. Shape [vocab_size]."""
         counts = np.zeros(self.shards.manifest.vocab_size, dtype=np.int64)
-        for path, arrays in self._files():
-            with reading(path):
-                require_ids(arrays.tokens, len(counts))
+        for arrays in self.arrays:
+            arrays.require_ids(len(counts))
             counts += np.bincount(arrays.tokens, minlength=len(counts))
         for document in self.duplicates:
             counts -= np.bincount(self.tokens_of(int(document)), minlength=len(counts))
@@ -350,13 +336,9 @@ class TokenSplit:
         """Reads every file: ids are of the vocabulary, sentences add up to documents, and what does
         not count is what the manifest says. Raises DataError naming the file of which it is not
         true."""
-        manifest = self.shards.manifest
-        for path, arrays in self._files():
-            with reading(path):
-                require_ids(arrays.tokens, manifest.vocab_size)
-                require_sentences(
-                    arrays.sentence_lengths, arrays.sentence_offsets, arrays.token_offsets
-                )
+        for arrays in self.arrays:
+            arrays.require_ids(self.shards.manifest.vocab_size)
+            arrays.require_sentences()
         self.require_duplicates()
 
     def require_duplicates(self) -> None:
@@ -366,17 +348,12 @@ class TokenSplit:
         for shard, arrays in enumerate(self.arrays):
             offsets = np.stack([arrays.sentence_offsets, arrays.token_offsets])
             found += np.diff(offsets)[:, ~self.counted(shard)].sum(axis=1, dtype=np.int64)
+        sums = tuple(found.tolist())
         with reading(self.shards.folder / record.name):
-            if found.tolist() != [record.sentences, record.tokens]:
+            if sums != (record.sentences, record.tokens):
                 raise ValueError(
-                    f"it lists {tuple(found.tolist())} sentences and tokens, not what its manifest "
-                    "says"
+                    f"it lists {sums} sentences and tokens, not what its manifest says"
                 )
-
-    def _files(self) -> Iterator[tuple[Path, ShardArrays]]:
-        record = self.shards.manifest.split(self.name)
-        for shard, arrays in zip(record.shards, self.arrays, strict=True):
-            yield self.shards.folder / shard.name, arrays
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (TokenSplit, (self.shards, self.name))

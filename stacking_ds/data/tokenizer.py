@@ -4,11 +4,12 @@ Devlin et al. 2019, section 3; the algorithm is that of the `tokenizers` library
 """
 
 import hashlib
-import unicodedata
+from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tokenizers import (
@@ -63,8 +64,7 @@ class Normalization:
 UNCASED = Normalization()
 
 
-@dataclass(frozen=True)
-class SpecialIds:
+class SpecialIds(NamedTuple):
     """The ids of the five special tokens in one vocabulary."""
 
     pad: int
@@ -72,9 +72,6 @@ class SpecialIds:
     cls: int
     sep: int
     mask: int
-
-    def __iter__(self) -> Iterator[int]:
-        return iter((self.pad, self.unk, self.cls, self.sep, self.mask))
 
 
 def special_ids(vocabulary: Sequence[str]) -> SpecialIds:
@@ -214,19 +211,12 @@ def _require_special_tokens(vocabulary: Container[str], path: Path) -> None:
 
 def _alphabet(texts: Iterable[str]) -> tuple[list[str], list[str]]:
     """The characters worth a token, and those that are not, each ordered by code point."""
-    counts: dict[int, int] = {}
+    counts = Counter[int]()
     for text in texts:
-        codes, code_counts = np.unique(
-            np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32), return_counts=True
-        )
-        for code, count in zip(codes.tolist(), code_counts.tolist(), strict=True):
-            counts[code] = counts.get(code, 0) + count
-    visible = [
-        code
-        for code in counts
-        if not chr(code).isspace() and unicodedata.category(chr(code)) != "Zs"
-    ]
+        codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+        found, times = np.unique(codes, return_counts=True)
+        counts.update(dict(zip(found.tolist(), times.tolist(), strict=True)))
+    visible = [code for code in counts if not chr(code).isspace()]
     visible.sort(key=lambda code: (-counts[code], code))
-    kept = [code for code in visible[:_MAX_ALPHABET] if counts[code] >= _MIN_FREQUENCY]
-    foreign = set(visible) - set(kept)
-    return [chr(code) for code in sorted(kept)], [chr(code) for code in sorted(foreign)]
+    kept = {code for code in visible[:_MAX_ALPHABET] if counts[code] >= _MIN_FREQUENCY}
+    return list(map(chr, sorted(kept))), list(map(chr, sorted(set(visible) - kept)))

@@ -321,7 +321,7 @@ class _Run:
                 phase,
                 num_hidden_layers=stage.num_hidden_layers,
                 flops_per_token=sizes.flops_per_token(
-                    self.data.train[phase.sequence_length].mean_attended_slots,
+                    self.data.train[phase.sequence_length].layout(0).mean_attended_slots,
                     self.interval.mlm_targets / max(self.interval.tokens, 1),
                 ),
                 peak_flops_per_second=self.peak_flops_per_second,

@@ -42,7 +42,7 @@ def _prefetched(
     harm: Callable[[], Any] = lambda: None, patience: Patience | None = None, workers: int = 2
 ) -> Iterator[PrefetchedSteps]:
     steps = PrefetchedSteps(
-        _Steps(harm),
+        _Steps(harm).__getitem__,
         range(2, 9),
         workers=workers,
         pin_memory=False,
@@ -181,7 +181,9 @@ def test_no_room_for_the_processes_is_a_sentence() -> None:
 
 
 def _be_killed(answer: Connection) -> None:
-    steps = PrefetchedSteps(_Steps(), range(9), workers=2, pin_memory=False, patience=Patience())
+    steps = PrefetchedSteps(
+        _Steps().__getitem__, range(9), workers=2, pin_memory=False, patience=Patience()
+    )
     next(steps)
     answer.send([worker.process.pid for worker in steps._workers])
     os.kill(os.getpid(), signal.SIGKILL)
