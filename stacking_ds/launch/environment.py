@@ -23,9 +23,8 @@ _PLAIN = re.compile(r"[A-Za-z0-9_@+=:,./-]+", re.ASCII)
 
 def passable(arguments: Sequence[str]) -> list[str]:
     """`arguments` as they may stand behind `python -m stacking_ds` on any host."""
-    if all(_PLAIN.fullmatch(argument) for argument in arguments):
-        return list(arguments)
-    return [ENCODED, encode_arguments(arguments)]
+    plain = all(_PLAIN.fullmatch(argument) for argument in arguments)
+    return list(arguments) if plain else [ENCODED, encode_arguments(arguments)]
 
 
 def encode_arguments(arguments: Sequence[str]) -> str:
@@ -81,13 +80,8 @@ _SENT_ANYWAY = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 def hosts_environment(
     given: Mapping[str, str], *, python: str, own: Mapping[str, str], launcher: str
 ) -> dict[str, str]:
-    """The variables of the ranks: of `.deepspeed_env`, over that `given`, and the defaults.
-
-    Args:
-        given: what the person asked for, as of `parse_assignments`.
-        python: this interpreter.
-        own: the launcher's own environment.
-        launcher: pdsh or openmpi.
+    """The variables of the ranks: those `given` by a person, over those of `.deepspeed_env`, over
+    the defaults. `own` is this process's environment, `launcher` pdsh or openmpi.
 
     Raises:
         ConfigError: a file has a line that sets no variable, or a value cannot reach the ranks.

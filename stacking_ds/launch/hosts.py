@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import stacking_ds
-from stacking_ds.console import first_of
 from stacking_ds.errors import ConfigError
 from stacking_ds.files import DamagedFileError, read_text
 from stacking_ds.launch.sweep import Action, Found, sweep
@@ -99,22 +98,12 @@ def draw_hostfile(hosts: Sequence[Host]) -> str:
 
 # --------------------------------------------------------------------------------- ssh
 
-_AT_ONCE = 64
-
-
-@dataclass(frozen=True)
-class SshResult:
-    """The answer of a host; `trouble` is None where the command ended with exit code 0."""
-
-    host: str
-    output: str
-    trouble: str | None
-
 
 def run_on_hosts(
     hosts: Sequence[str], command: str, *, port: int | None, seconds: float
-) -> list[SshResult]:
-    """Run `command` on every host; the answers in the order of the hosts.
+) -> dict[str, tuple[str, str | None]]:
+    """Run `command` on every host; what each has printed, and what the trouble was with it: None
+    where the command ended with exit code 0.
 
     Args:
         hosts: names that a hostfile may hold; ssh would take others for options.
@@ -122,11 +111,12 @@ def run_on_hosts(
         port: of the ssh servers; None for what ~/.ssh/config says.
         seconds: after which a host is said not to have answered.
     """
-    with ThreadPoolExecutor(max_workers=_AT_ONCE) as pool:  # it starts no more than it needs
-        return list(pool.map(lambda host: _run(host, command, port, seconds), hosts))
+    with ThreadPoolExecutor(max_workers=64) as pool:  # it starts no more than it needs
+        answers = pool.map(lambda host: _run(host, command, port, seconds), hosts)
+        return dict(zip(hosts, answers, strict=True))
 
 
-def _run(host: str, command: str, port: int | None, seconds: float) -> SshResult:
+def _run(host: str, command: str, port: int | None, seconds: float) -> tuple[str, str | None]:
     at_port = [] if port is None else ["-p", str(port)]
     try:
         done = subprocess.run(
@@ -140,13 +130,11 @@ def _run(host: str, command: str, port: int | None, seconds: float) -> SshResult
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return SshResult(host, "", f"no answer in {seconds:.0f} s")
+        return "", f"no answer in {seconds:.0f} s"
     except FileNotFoundError:
-        return SshResult(host, "", "there is no ssh on this machine")
-    if done.returncode == 0:
-        return SshResult(host, done.stdout, None)
+        return "", "there is no ssh on this machine"
     said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    return SshResult(host, done.stdout, said)
+    return done.stdout, said if done.returncode else None
 
 
 # ------------------------------------------------------------------------------ census
@@ -167,12 +155,6 @@ class ProcessCount:
     def ranks(self) -> set[int]:
         return {rank for found in self.found.values() for rank in found.ranks}
 
-    def places(self) -> str:
-        """Hosts with processes, for people."""
-        return first_of(
-            [host or "this machine" for host, found in self.found.items() if found.processes]
-        )
-
 
 @dataclass(frozen=True)
 class Census:
@@ -190,17 +172,17 @@ class Census:
             f"env PYTHONPATH={PACKAGE_FOLDER} {sys.executable} -P -m stacking_ds.launch.sweep "
             f"{self.marker} --action {action}"
         )
-        for answer in run_on_hosts(self.hosts, command, port=self.port, seconds=self.seconds):
+        answers = run_on_hosts(self.hosts, command, port=self.port, seconds=self.seconds)
+        for host, (output, trouble) in answers.items():
+            if trouble is not None:
+                silent[host] = trouble
+                continue
             try:
                 # what a shell's start-up files print comes before
-                raw = json.loads(answer.output.strip().splitlines()[-1])
-                heard = Found(int(raw["processes"]), tuple(raw["ranks"]))
+                raw = json.loads(output.strip().splitlines()[-1])
+                found[host] = Found(int(raw["processes"]), tuple(raw["ranks"]))
             except (ValueError, LookupError, TypeError):
-                heard = None
-            if heard is None or answer.trouble is not None:
-                silent[answer.host] = answer.trouble or f"it said {answer.output[:80]!r}"
-            else:
-                found[answer.host] = heard
+                silent[host] = f"it said {output[:80]!r}"
         # last, since a runner that is killed takes the way to the other hosts with it; and a rank
         # is asked to stop once, which it was already if this machine is one of the hosts
         asking = self.hosts and action in ("stop-ranks", "stop")

@@ -194,7 +194,8 @@ class _Attempt:
         left = self._census.take("kill")
         if left.processes:
             what = "process that was" if left.processes == 1 else "processes that were"
-            _say(f"killed {left.processes} {what} left on {left.places()}")
+            places = [host or "this machine" for host, own in left.found.items() if own.processes]
+            _say(f"killed {left.processes} {what} left on {first_of(places)}")
         for host, trouble in left.silent.items():
             _say(
                 f"{host} does not say what still runs there ({trouble}); see to it before it is "
@@ -329,7 +330,7 @@ def _usable_hosts(request: LaunchRequest) -> list[Host]:
         port=request.ssh_port,
         seconds=request.timeouts.probe_seconds,
     )
-    troubles = {answer.host: answer.trouble for answer in answers if answer.trouble is not None}
+    troubles = {host: trouble for host, (_, trouble) in answers.items() if trouble is not None}
     usable = [host for host in hosts if host.name not in troubles]
     named = first_of([f"{host}: {trouble}" for host, trouble in troubles.items()], between="; ")
     if len(usable) < least:
