@@ -61,10 +61,8 @@ class FailureDetector:
     """
 
     def __init__(self, world: World, *, timeout_seconds: float, silence_seconds: float) -> None:
-        """Args:
-        timeout_seconds: how long it may be that no rank moves.
-        silence_seconds: how long a rank may be silent.
-        """
+        """`timeout_seconds`: for how long it may be that no rank moves; `silence_seconds`: for how
+        long a rank may be silent."""
         self.record: Callable[[str], None] = lambda verdict: None
         """Called with the verdict before this rank ends by it; it may fail by a UserError."""
         self._world = world

@@ -147,11 +147,8 @@ def is_lost_contact(error: BaseException) -> bool:
 
 
 def connect(timeout: timedelta, *, is_server: bool = False) -> Any:
-    """A connection of its own to the store at MASTER_ADDR:MASTER_PORT.
-
-    Raises:
-        torch.distributed.DistError: nobody is there, or the port is taken.
-    """
+    """A connection of its own to the store at MASTER_ADDR:MASTER_PORT; torch's DistError where
+    nobody is there, or the port is taken."""
     store = dist.TCPStore(  # type: ignore[attr-defined]
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),

@@ -12,7 +12,7 @@ import fcntl
 import secrets
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -58,10 +58,8 @@ class Probing(WireRecord, frozen=False):
 
 
 def probe(world: World, run_dir: Path | None) -> Probing | None:
-    """Try `run_dir` on all nodes; the outcome on rank 0, None elsewhere or if it knows none.
-
-    A collective. Whatever happens, nothing is left of it.
-    """
+    """Try `run_dir` on all nodes, and leave nothing of it; the outcome on rank 0, None elsewhere or
+    if it knows none. A collective."""
     with ExitStack() as held:
         begun = _begin(run_dir, held).model_dump() if world.is_first and run_dir else None
         begun = world.broadcast(begun)
@@ -133,25 +131,24 @@ def _try_lock(path: Path) -> str:
 
 
 def _appears(path: Path, token: str) -> bool:
-    def is_there() -> bool:
+    for _ in _tries():
         with suppress(OSError):
-            return path.read_text() == token
-        return False
-
-    return _in_time(is_there, 0.1)
+            if path.read_text() == token:
+                return True
+    return False
 
 
 def _remove(folder: Path) -> None:
-    def is_gone() -> bool:
-        shutil.rmtree(folder, ignore_errors=True)
-        return not folder.exists()
-
     # a network file system keeps what another node has only just closed for a moment
-    _in_time(is_gone, 0.05)
+    for _ in _tries():
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
 
 
-def _in_time(done: Callable[[], bool], pause_seconds: float) -> bool:
+def _tries() -> Iterator[None]:
     deadline = time.monotonic() + _PATIENCE_SECONDS
-    while not (reached := done()) and time.monotonic() <= deadline:
-        time.sleep(pause_seconds)
-    return reached
+    yield
+    while time.monotonic() <= deadline:
+        time.sleep(0.1)
+        yield

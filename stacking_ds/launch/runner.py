@@ -65,11 +65,8 @@ class LaunchRequest:
     timeouts: Timeouts = Timeouts()
 
     def check(self) -> None:
-        """Find what can be found wrong before any host is asked.
-
-        Raises:
-            ConfigError: an option that cannot be used, or a program that is not there.
-        """
+        """Raise a ConfigError for what can be found wrong before any host is asked: an option that
+        cannot be used, or a program that is not there."""
         if not self.command or self.command[0].startswith("-"):
             raise ConfigError(
                 "launch what? Write the command behind the options, such as `stacking-ds launch "

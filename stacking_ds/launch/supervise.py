@@ -124,9 +124,6 @@ class _Attempt:
         `run_has_ended` is asked now and then: what the run's own records say. Where `stop` asks for
         it, all ranks are asked to stop and have `stop_seconds` for it. What then is left, or what
         survives an attempt that ended by itself, is killed.
-
-        Raises:
-            ConfigError: the environment cannot be given to the hosts.
         """
         request, hosts = self._request, self._hosts
         slots = [host.slots for host in hosts] or [request.ranks or 1]
@@ -309,11 +306,8 @@ def with_resume(command: Sequence[str]) -> tuple[str, ...]:
 
 
 def _usable_hosts(request: LaunchRequest) -> list[Host]:
-    """The hosts of the request's hostfile that can take ranks now; none for ranks here.
-
-    Raises:
-        ConfigError: the hostfile cannot be used, or fewer hosts than `min_nodes` can.
-    """
+    """The hosts of the request's hostfile that can take ranks now, none for ranks here; a
+    ConfigError where they are fewer than `min_nodes`."""
     if request.hostfile is None:
         return []
     hosts = read_hostfile(request.hostfile)

@@ -66,11 +66,8 @@ def marked(message: str) -> str:
 
 
 def complete_environment() -> dict[str, str]:
-    """RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
-
-    Raises:
-        ConfigError: a launcher's variables are incomplete, or MPI cannot be asked.
-    """
+    """RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT; a ConfigError
+    where a launcher's variables are incomplete, or MPI cannot be asked."""
     environment = os.environ
     if "RANK" in environment:
         # torchrun says LOCAL_WORLD_SIZE, the deepspeed launcher LOCAL_SIZE
@@ -96,11 +93,8 @@ def complete_environment() -> dict[str, str]:
 
 
 def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The same from the variables of a job step. A MASTER_ADDR or MASTER_PORT that is set stays.
-
-    Raises:
-        ConfigError: a variable is missing that srun sets.
-    """
+    """The same from the variables of a job step; a ConfigError where one is missing that srun sets.
+    A MASTER_ADDR or MASTER_PORT that is set stays."""
     try:
         tasks = _tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])
         job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
@@ -168,11 +162,8 @@ def free_port() -> int:
 
 
 def address_of_this_node(several_nodes: bool) -> str:
-    """The IPv4 address under which others reach this node.
-
-    Raises:
-        ConfigError: it has none, or several and its name does not tell which.
-    """
+    """The IPv4 address under which others reach this node; a ConfigError where it has none, or
+    several and its name does not tell which."""
     named, reachable = _resolved_name()
     if reachable or not several_nodes:
         return named or "127.0.0.1"
@@ -183,10 +174,8 @@ def interface_for_gloo() -> str | None:
     """The interface for GLOO_SOCKET_IFNAME on a node of several; None where gloo finds it alone.
 
     It binds to what the node's name resolves to. Where /etc/hosts says 127.0.1.1 for that, as
-    Debian's installer writes it, no other node could connect.
-
-    Raises:
-        ConfigError: the name resolves to nothing useful, and there are several interfaces.
+    Debian's installer writes it, no other node could connect; then a ConfigError where there are
+    several interfaces.
     """
     if _resolved_name()[1]:
         return None
