@@ -169,8 +169,12 @@ class FailureDetector:
                 self._tell(store, count)
                 if self._world.is_first:
                     self._look(store)
-                else:
-                    self._listen(store)
+                elif store.check([_VERDICT]):
+                    self._verdict_of_first = True
+                    self._decide(store.get(_VERDICT).decode())
+                # the store answers also while rank 0 itself is stopped
+                elif (beat := store.get(f"{_BEAT}0")) != self._first_beat:
+                    self._first_beat, self._heard_of_first = beat, self._clock.now()
         except RuntimeError:
             if not self._leaving.is_set():
                 # under torchrun rank 0 itself may see this: the store is its agent's
@@ -191,16 +195,6 @@ class FailureDetector:
             failure = RankFailure(**json.loads(line))
             self._seen[failure.rank].failure = failure
             self._alarm = self._alarm or now
-
-    def _listen(self, store: Any) -> None:
-        if store.check([_VERDICT]):
-            self._verdict_of_first = True
-            self._decide(store.get(_VERDICT).decode())
-            return
-        # the store answers also while rank 0 itself is stopped
-        beat = store.get(f"{_BEAT}0")
-        if beat != self._first_beat:
-            self._first_beat, self._heard_of_first = beat, self._clock.now()
 
     # ------------------------------------------------------------- the thread that judges
 

@@ -5,6 +5,7 @@ come is named.
 """
 
 import os
+import re
 import resource
 import socket
 import time
@@ -123,15 +124,10 @@ def stop() -> None:
 
 
 # what gloo and NCCL say when the other end is gone or late
-_SIGNS_OF_LOST_CONTACT = (
-    "closed by peer",
-    "reset by peer",
-    "broken pipe",
-    "timed out waiting",
-    "connection refused",
-    "no route to host",
-    "remote process exited",
-    "connectfullmesh",
+_SIGN_OF_LOST_CONTACT = re.compile(
+    r"(closed|reset) by peer|broken pipe|timed out waiting|connection refused|no route to host|"
+    r"remote process exited|connectfullmesh",
+    re.IGNORECASE,
 )
 
 
@@ -139,8 +135,7 @@ def is_lost_contact(error: BaseException) -> bool:
     """True where the error says no more than that another rank does not answer."""
     if isinstance(error, LostRankError | dist.DistNetworkError | dist.DistStoreError):
         return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(sign in text for sign in _SIGNS_OF_LOST_CONTACT)
+    return isinstance(error, RuntimeError) and bool(_SIGN_OF_LOST_CONTACT.search(str(error)))
 
 
 # ---------------------------------------------------------------------- rendezvous
@@ -193,11 +188,8 @@ def join_store(rank: int, timeout: timedelta) -> Any:
 def agree(
     store: Any, rank: int, size: int, backend: str, refusal: str | None, patience: timedelta
 ) -> None:
-    """Make sure that all ranks are there, can take part, and use the same backend.
-
-    Args:
-        refusal: why this rank cannot take part.
-        patience: how long to wait for rank 0, which waits for the others as long as the store does.
+    """Make sure that all ranks are there, can take part, and use the same backend. `refusal`: why
+    this one cannot; `patience`: for how long rank 0, which waits for the others, is waited for.
 
     Raises:
         ConfigError: on every rank, if one cannot.

@@ -14,7 +14,7 @@ from typing import Literal
 
 from stacking_ds.console import first_of, join_names, plural, readable_size
 from stacking_ds.doctor.facts import NodeFacts, RankFacts
-from stacking_ds.doctor.shared_folder import KEPT, Probing
+from stacking_ds.doctor.shared_folder import Probing
 from stacking_ds.doctor.speed import AllReduce, Matmul
 
 Verdict = Literal["ok", "warning", "FAILED"]
@@ -336,7 +336,7 @@ def run_directory(probing: Probing, names: Mapping[int, str]) -> Finding:
 
 def locks(probing: Probing, names: Mapping[int, str]) -> Finding:
     """The lock that keeps a second job out of a run."""
-    clauses = _grouped({names[e.rank]: e.lock for e in probing.answers if e.lock not in KEPT})
+    clauses = _grouped({names[each.rank]: each.lock for each in probing.answers if each.lock})
     if probing.lock_problem:
         clauses = [([names[0]], f"not to be had in {probing.place} ({probing.lock_problem})")]
     return conclude(

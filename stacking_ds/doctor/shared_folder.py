@@ -22,9 +22,6 @@ from stacking_ds.doctor.facts import WireRecord, nearest_existing
 # network file systems show a new file a little later
 _PATIENCE_SECONDS = 10.0
 _LOCK = "lock"
-_REFUSED, _UNTRIED = "refused", ""
-KEPT = (_REFUSED, _UNTRIED)
-"""What an answer says of a lock that holds, or that there was no need to try."""
 
 
 class Answer(WireRecord, frozen=False):
@@ -32,7 +29,7 @@ class Answer(WireRecord, frozen=False):
 
     rank: int
     problem: str = ""
-    lock: str = _UNTRIED
+    lock: str = ""  # what is wrong with rank 0's; nothing where it holds or need not be tried
 
 
 class Probing(WireRecord, frozen=False):
@@ -113,7 +110,7 @@ def _answer(run_dir: Path | None, call: Probing, rank: int) -> Answer:
     elif rank:  # a second lock of rank 0's own process tells nothing over NFS
         try:
             (folder / str(rank)).write_text(call.token)
-            answer.lock = _UNTRIED if call.lock_problem else _try_lock(folder / _LOCK)
+            answer.lock = "" if call.lock_problem else _try_lock(folder / _LOCK)
         except OSError as error:
             answer.problem = f"cannot write into {folder.parent} ({error.strerror})"
     return answer
@@ -124,7 +121,7 @@ def _try_lock(path: Path) -> str:
         with path.open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return _REFUSED
+        return ""
     except OSError as error:
         return f"no lock to be had ({error.strerror})"
     return "got a lock that rank 0 holds"

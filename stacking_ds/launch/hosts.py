@@ -51,37 +51,33 @@ def read_hostfile(path: Path) -> list[Host]:
     seen: dict[str, int] = {}
     hosts = []
     for number, line in enumerate(lines, start=1):
-        text = " ".join(line.partition("#")[0].translate(_UNSEEN).split())
+        text, where = line.partition("#")[0].translate(_UNSEEN), f"{path}:{number}"
+        text = " ".join(text.split())
         if not text:
             continue
-        host = _host(text, f"{path}:{number}")
-        if host.name in seen:
+        found = _LINE.fullmatch(text)
+        if not found:
+            raise ConfigError(f"{where}: {text!r} is not a host; write `name slots=N`")
+        name, slots = found[1], int(found[2])
+        if not _NAME.fullmatch(name) and not _is_ipv6(name):
             raise ConfigError(
-                f"{path}:{number}: host {host.name} stands in line {seen[host.name]} already; "
-                f"keep one line with all its slots"
+                f"{where}: {name!r} is not a host name; use letters, digits, . _ and -, and give "
+                f"user and port in ~/.ssh/config"
             )
-        seen[host.name] = number
-        hosts.append(host)
+        if slots == 0:
+            raise ConfigError(
+                f"{where}: host {name} has slots=0; give it at least one, or take its line out"
+            )
+        if name in seen:
+            raise ConfigError(
+                f"{where}: host {name} stands in line {seen[name]} already; keep one line with all "
+                f"its slots"
+            )
+        seen[name] = number
+        hosts.append(Host(name, slots))
     if not hosts:
         raise ConfigError(f"the hostfile {path} names no host; write `name slots=N` lines into it")
     return hosts
-
-
-def _host(text: str, where: str) -> Host:
-    found = _LINE.fullmatch(text)
-    if not found:
-        raise ConfigError(f"{where}: {text!r} is not a host; write `name slots=N`")
-    name, slots = found[1], int(found[2])
-    if not _NAME.fullmatch(name) and not _is_ipv6(name):
-        raise ConfigError(
-            f"{where}: {name!r} is not a host name; use letters, digits, . _ and -, and give user "
-            f"and port in ~/.ssh/config"
-        )
-    if slots == 0:
-        raise ConfigError(
-            f"{where}: host {name} has slots=0; give it at least one, or take its line out"
-        )
-    return Host(name, slots)
 
 
 def _is_ipv6(name: str) -> bool:
@@ -111,30 +107,30 @@ def run_on_hosts(
         port: of the ssh servers; None for what ~/.ssh/config says.
         seconds: after which a host is said not to have answered.
     """
-    with ThreadPoolExecutor(max_workers=64) as pool:  # it starts no more than it needs
-        answers = pool.map(lambda host: _run(host, command, port, seconds), hosts)
-        return dict(zip(hosts, answers, strict=True))
-
-
-def _run(host: str, command: str, port: int | None, seconds: float) -> tuple[str, str | None]:
     at_port = [] if port is None else ["-p", str(port)]
-    try:
-        done = subprocess.run(
-            ["ssh", *SSH_OPTIONS.split(), "-o", "ConnectTimeout=5", *at_port, "--", host, command],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=seconds,
-            start_new_session=True,  # Ctrl-C is for the launcher, which still needs the hosts
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return "", f"no answer in {seconds:.0f} s"
-    except FileNotFoundError:
-        return "", "there is no ssh on this machine"
-    said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    return done.stdout, said if done.returncode else None
+    ssh = ["ssh", *SSH_OPTIONS.split(), "-o", "ConnectTimeout=5", *at_port, "--"]
+
+    def answer(host: str) -> tuple[str, str | None]:
+        try:
+            done = subprocess.run(
+                [*ssh, host, command],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=seconds,
+                start_new_session=True,  # Ctrl-C is for the launcher, which still needs the hosts
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return "", f"no answer in {seconds:.0f} s"
+        except FileNotFoundError:
+            return "", "there is no ssh on this machine"
+        said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        return done.stdout, said if done.returncode else None
+
+    with ThreadPoolExecutor(max_workers=64) as pool:  # it starts no more than it needs
+        return dict(zip(hosts, pool.map(answer, hosts), strict=True))
 
 
 # ------------------------------------------------------------------------------ census

@@ -147,8 +147,7 @@ class _Attempt:
                 if why is not None:
                     _say(f"{why}: ending what is left")
                 elif self._stop.asked_by:
-                    default = 30.0 * max(slots) + 30.0
-                    given = request.stop_seconds
+                    given, default = request.stop_seconds, 30.0 * max(slots) + 30.0
                     self._ask_to_stop(sum(slots), default if given is None else given)
                 else:
                     self._wait_until_clear(request.timeouts.survivors_seconds)
@@ -176,12 +175,9 @@ class _Attempt:
     def _wait_until_clear(self, seconds: float) -> None:
         """Wait until nothing is left of the attempt anywhere, or for `seconds`."""
         deadline = time.monotonic() + seconds
-        while not self._stop.at_once:
+        while not self._stop.at_once and (left := deadline - time.monotonic()) > 0:
             runs = self._process.poll() is None
             if not runs and not self._census.take().processes:
-                return
-            left = deadline - time.monotonic()
-            if left <= 0:
                 return
             pause = _GLANCE_SECONDS if runs else self._request.timeouts.look_seconds
             self._stop.wait(min(pause, left))

@@ -90,10 +90,8 @@ class StopRequest:
         for number in signals:
             # a shell's `&` and nohup have these two ignored, and that is a person's choice
             chosen = number in (signal.SIGINT, signal.SIGHUP)
-            if chosen and signal.getsignal(number) == signal.SIG_IGN:
-                continue
-            previous = signal.signal(number, self._remember)
-            self._previous.setdefault(number, previous)
+            if not chosen or signal.getsignal(number) != signal.SIG_IGN:
+                self._previous.setdefault(number, signal.signal(number, self._remember))
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self._handled.add(number, self._saves) == "end":
