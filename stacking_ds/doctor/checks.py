@@ -14,8 +14,7 @@ from typing import Literal
 
 from stacking_ds.console import first_of, join_names, plural, readable_size
 from stacking_ds.doctor.facts import NodeFacts, RankFacts
-from stacking_ds.doctor.shared_folder import Probing
-from stacking_ds.doctor.speed import AllReduce, Matmul
+from stacking_ds.doctor.trials import AllReduce, Matmul, Probing
 
 Verdict = Literal["ok", "warning", "FAILED"]
 Nodes = Mapping[str, NodeFacts]
@@ -310,7 +309,7 @@ def _findings(checks: Sequence[Check], nodes: Nodes, ranks: Sequence[RankFacts])
 def run_directory(probing: Probing, names: Mapping[int, str]) -> Finding:
     """Every node sees what rank 0 writes, and the other way round. `names`: by rank."""
     place, first = probing.place, [names[0]]
-    where = place if probing.exists else f"{place}, where it will be made"
+    where = f"{place}, where it will be made" if probing.levels_up else place
     who = f"all {len(names):,} nodes see and write" if len(names) > 1 else "can be written"
     return conclude(
         "run directory",

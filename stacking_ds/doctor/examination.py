@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from stacking_ds.distributed.world import World
-from stacking_ds.doctor import checks
+from stacking_ds.doctor import checks, trials
 from stacking_ds.doctor.checks import Finding
 from stacking_ds.doctor.facts import (
     Examinee,
@@ -20,8 +20,6 @@ from stacking_ds.doctor.facts import (
     open_examinee,
     rank_facts,
 )
-from stacking_ds.doctor.shared_folder import probe
-from stacking_ds.doctor.speed import Matmul, clock_offset, measure_all_reduce, measure_matmul
 from stacking_ds.errors import ConfigError
 from stacking_ds.train.plan import TrainingPlan
 
@@ -76,7 +74,7 @@ class Examination:
         names = {node.rank: name for name, node in self.nodes.items()}
         if first:
             yield from checks.alike(self.nodes)
-        probing = probe(world, self._run_dir)
+        probing = trials.probe(world, self._run_dir)
         if probing is not None:
             yield checks.run_directory(probing, names)
             if not probing.problem:
@@ -85,16 +83,16 @@ class Examination:
             yield from checks.sufficient_on_each_node(self.nodes, self.ranks)
             place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             yield checks.network(self.nodes, backend, place)
-        offsets = world.gather_on_first(clock_offset(world))
+        offsets = world.gather_on_first(trials.clock_offset(world))
         if first:
             yield checks.clocks({names[rank]: offsets[rank] for rank in names})
-        products = world.gather_on_first(measure_matmul(world, self._precision).model_dump())
+        products = world.gather_on_first(trials.measure_matmul(world, self._precision).model_dump())
         if first:
             self.measured["matrix_products"] = products
-            yield checks.matrix_products(Matmul.read(products))
+            yield checks.matrix_products(trials.Matmul.read(products))
         if world.any(first and self.findings[-1].verdict == "FAILED"):
             return  # a rank that cannot compute would keep the others waiting
-        speed = measure_all_reduce(world)
+        speed = trials.measure_all_reduce(world)
         if first:
             if speed is not None:
                 figures = {"bus_bytes_per_second": speed.bus_bytes_per_second}
