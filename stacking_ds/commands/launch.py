@@ -23,19 +23,10 @@ def add_launch(parser: argparse.ArgumentParser) -> None:
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--hostfile", type=Path, help="the hosts, `name slots=RANKS` one a line")
     where.add_argument("--ranks", type=int, metavar="N", help="that many ranks on this machine")
-    parser.add_argument(
-        "--restarts",
-        type=int,
-        default=0,
-        metavar="N",
-        help="start a failed `train` again up to N times, from its newest checkpoint (0)",
-    )
-    parser.add_argument(
-        "--min-nodes",
-        type=int,
-        metavar="M",
-        help="go on with M hosts or more where others do not answer; all of them if not given",
-    )
+    again = "start a failed `train` again up to N times, from its newest checkpoint (0)"
+    parser.add_argument("--restarts", type=int, default=0, metavar="N", help=again)
+    fewer = "go on with M hosts or more where others do not answer; all of them if not given"
+    parser.add_argument("--min-nodes", type=int, metavar="M", help=fewer)
     parser.add_argument(
         "--env",
         action="append",
@@ -60,15 +51,10 @@ def add_launch(parser: argparse.ArgumentParser) -> None:
         "needs --launcher-args='--mca btl_tcp_if_include NAME'",
     )
     through.add_argument("--ssh-port", type=int, metavar="P")
-    through.add_argument(
-        "--master-addr",
-        dest="master_address",
-        metavar="A",
-        help="of the first host, as the others see it; asked if not",
-    )
-    parser.add_argument(
-        "--master-port", type=int, metavar="P", help="where ranks meet; a free one if not given"
-    )
+    first = "of the first host, as the others see it; asked if not"
+    through.add_argument("--master-addr", dest="master_address", metavar="A", help=first)
+    meeting = "where ranks meet; a free one if not given"
+    parser.add_argument("--master-port", type=int, metavar="P", help=meeting)
     parser.add_argument(
         "arguments",
         nargs=argparse.REMAINDER,

@@ -22,14 +22,7 @@ from functools import partial
 from typing import Any
 
 from stacking_ds.console import say_on_stderr
-from stacking_ds.distributed.lost_ranks import (
-    AwakeClock,
-    Progress,
-    RankFailure,
-    RankView,
-    find_missing,
-    sentence,
-)
+from stacking_ds.distributed import lost_ranks
 from stacking_ds.distributed.process_group import connect, is_lost_contact
 from stacking_ds.distributed.world import World
 from stacking_ds.errors import (
@@ -68,9 +61,9 @@ class FailureDetector:
         self._world = world
         self._timeout, self._silence = timeout_seconds, silence_seconds
         self._interval = min(_LONGEST_INTERVAL_SECONDS, silence_seconds / _INTERVALS_OF_SILENCE)
-        self._progress = Progress()
+        self._progress = lost_ranks.Progress()
         self._hosts: list[str] = []
-        self._seen: list[RankView] = []
+        self._seen: list[lost_ranks.RankView] = []
         self._leaving = threading.Event()
         self._decided = threading.Event()
         self._verdict, self._verdict_of_first = "", False
@@ -95,9 +88,9 @@ class FailureDetector:
             if not is_lost_contact(error):
                 raise
             raise LostRankError(_lost_contact(self._world, error)) from error
-        self._clock = AwakeClock(_INTERVALS_OF_PAUSE * self._interval)
+        self._clock = lost_ranks.AwakeClock(_INTERVALS_OF_PAUSE * self._interval)
         self._heard_of_first = now = self._clock.now()
-        self._seen = [RankView(heard=now, moved=now) for _ in self._hosts]
+        self._seen = [lost_ranks.RankView(heard=now, moved=now) for _ in self._hosts]
         for target in (partial(self._beat, store), self._judge):
             self._threads.append(threading.Thread(target=target, name="heartbeat", daemon=True))
             self._threads[-1].start()
@@ -141,7 +134,7 @@ class FailureDetector:
 
     def _report(self, error: BaseException, contact: bool) -> None:
         why, step = f"{type(error).__name__}: {error}", self._world.pulse.step
-        failure = RankFailure(self._world.rank, step, why, contact)
+        failure = lost_ranks.RankFailure(self._world.rank, step, why, contact)
         self._alarm = self._clock.now()
         with suppress(RuntimeError):  # rank 0 is gone with the store
             self._connect().append(_FAILURES, json.dumps(asdict(failure)) + "\n")
@@ -192,7 +185,7 @@ class FailureDetector:
         for seen, beat in zip(self._seen, beats, strict=True):
             seen.update(now, *map(int, beat.split()))
         for line in filter(None, failures.decode().splitlines()):
-            failure = RankFailure(**json.loads(line))
+            failure = lost_ranks.RankFailure(**json.loads(line))
             self._seen[failure.rank].failure = failure
             self._alarm = self._alarm or now
 
@@ -216,9 +209,13 @@ class FailureDetector:
             silence = min(silence, (_INTERVALS_TO_GATHER - 1) * self._interval)
 
         def missing_by(timeout: float) -> str | None:
-            missing = find_missing(self._seen, now, silence=silence, timeout=timeout)
+            missing = lost_ranks.find_missing(self._seen, now, silence=silence, timeout=timeout)
             step = self._world.pulse.step
-            return sentence(missing, self._seen, self._hosts, now, step) if missing else None
+            return (
+                lost_ranks.sentence(missing, self._seen, self._hosts, now, step)
+                if missing
+                else None
+            )
 
         verdict = missing_by(self._timeout)
         if verdict is None and self._alarm is not None:

@@ -46,10 +46,15 @@ class Finding:
 
 def conclude(check: str, ok: str, nodes: Collection[str], *faults: Fault) -> Finding:
     """The first of the faults for which one of the `nodes` is to blame; `ok` if there is none."""
+    all_of_them = f"all {len(nodes):,} nodes: " if len(nodes) > 1 else ""
     for verdict, clauses, remedy in faults:
         blamed = dict.fromkeys(node for names, _ in clauses for node in names)
         if blamed:
-            texts = [_said_of(names, text, len(nodes)) for names, text in clauses if names]
+            texts = []
+            for names, text in clauses:
+                if names:
+                    who = all_of_them if len(names) == len(nodes) else f"{join_names(names)}: "
+                    texts.append(who + text[:_SHOWN_CHARACTERS])
             return Finding(check, verdict, first_of(texts, _NAMED, "; "), remedy, tuple(blamed))
     return Finding(check, "ok", ok)
 
@@ -64,14 +69,6 @@ def by_name(facts: Sequence[NodeFacts]) -> dict[str, NodeFacts]:
         node.host if hosts[node.host] == 1 else f"{node.host} (rank {node.rank})": node
         for node in facts
     }
-
-
-def _said_of(nodes: Sequence[str], text: str, num_nodes: int) -> str:
-    """The text with the nodes before it; none is named that is alone or where it is all of them."""
-    shown = text[:_SHOWN_CHARACTERS]
-    if len(nodes) == num_nodes:
-        return f"all {num_nodes:,} nodes: {shown}" if num_nodes > 1 else shown
-    return f"{join_names(nodes)}: {shown}"
 
 
 def _grouped(values: Mapping[str, str]) -> list[Clause]:

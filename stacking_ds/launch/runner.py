@@ -86,12 +86,10 @@ class LaunchRequest:
         if self.ranks is not None and self.ranks < 1:
             raise ConfigError(f"--ranks {self.ranks} must be 1 or more")
         parse_assignments(self.env)
-        if self.hostfile is not None:
-            self._check_for_hosts()
-        elif self.min_nodes is not None:
-            raise ConfigError("--min-nodes is for --hostfile; leave it out with --ranks")
-
-    def _check_for_hosts(self) -> None:
+        if self.hostfile is None:
+            if self.min_nodes is not None:
+                raise ConfigError("--min-nodes is for --hostfile; leave it out with --ranks")
+            return
         for word, what in (
             (os.getcwd(), "the working directory"),
             (sys.executable, "the interpreter"),

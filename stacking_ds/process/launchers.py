@@ -1,9 +1,7 @@
 """Launchers' variables: this process's rank, how many there are, and where they meet.
 
-deepspeed, torchrun    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT
-mpirun (Open MPI), hydra    a size; mpi4py tells the rest
-srun                   SLURM_PROCID and relatives; the first node of the step is the meeting place
-none of them           one process
+deepspeed and torchrun tell the meeting place, mpi4py finds one under mpirun (Open MPI) and hydra,
+and under srun it is the first node of the step. Where there is none of them there is one process.
 
 Without torch, since who says a sentence is asked for errors too.
 """
