@@ -55,10 +55,9 @@ def plural(count: int, noun: str) -> str:
 
 def join_names(names: Sequence[str]) -> str:
     """The first three as a sentence lists them, and how many more there are."""
-    first, more = list(names[:3]), len(names) - 3
-    if more > 0:
-        return f"{', '.join(first)} and {more:,} more"
-    return " and ".join(filter(None, (", ".join(first[:-1]), first[-1])))
+    if len(names) > 3:
+        return first_of(names, 3)
+    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
 
 
 def shortened(value: str, most: int = 80) -> str:

@@ -1,6 +1,7 @@
 """The errors a user can meet. Each message says what, which value, where, and what to do."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -71,12 +72,10 @@ def agreed(error: Exception) -> Exception:
     """
     if isinstance(error, AgreedError):
         return error
-    try:
+    with suppress(Exception):  # constructors of libraries raise what they like
         made = _made_again(_agreed_kind(type(error)), error)
         if str(made) == str(error):
             return made
-    except Exception:  # noqa: BLE001 - constructors of libraries raise what they like
-        pass
     return _agreed_kind(RuntimeError)(f"{type(error).__name__}: {error}")
 
 

@@ -117,15 +117,11 @@ def parse_json(text: str | bytes | bytearray) -> Any:
         ValueError: it is no JSON, or nested more than 64 deep: what is near the interpreter's own
             bound would be read, and break whoever writes or checks it.
     """
-    try:
+    with suppress(RecursionError):
         value = json.loads(text)
-    except RecursionError:
-        value, too_deep = None, True
-    else:
-        too_deep = is_nested_deeper(value, _DEEPEST)
-    if too_deep:
-        raise ValueError("it is nested too deeply")
-    return value
+        if not is_nested_deeper(value, _DEEPEST):
+            return value
+    raise ValueError("it is nested too deeply")
 
 
 def is_nested_deeper(value: Any, levels: int) -> bool:
@@ -188,20 +184,15 @@ def read_json_lines(
         while line := file.readline(_LONGEST_LINE_BYTES):
             if not in_long_line:
                 number += 1
-                found = _object_of(line)
-                if found is not None and is_record(found):
+                try:
+                    found = parse_json(line)
+                except ValueError:  # also what is not UTF-8
+                    found = None
+                if isinstance(found, dict) and is_record(found):
                     yield found
                 elif line.strip() and passed_over is not None:
                     passed_over.add(number)
             in_long_line = len(line) == _LONGEST_LINE_BYTES and not line.endswith(b"\n")
-
-
-def _object_of(line: bytes) -> dict[str, Any] | None:
-    try:
-        value = parse_json(line)
-    except ValueError:  # also what is not UTF-8
-        return None
-    return value if isinstance(value, dict) else None
 
 
 # --------------------------------------------------------------------------- writing

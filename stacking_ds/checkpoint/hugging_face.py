@@ -26,13 +26,8 @@ _SPECIAL_TOKENS = {
 
 _SWITCHES = ("lowercase", "strip_accents", "handle_chinese_chars")
 
-_FILES = {
-    "config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.txt",
-}
+_COPIED = ("tokenizer.json", "vocab.txt")
+_FILES = {"config.json", "model.safetensors", "tokenizer_config.json", *_COPIED}
 
 
 def export_to_hugging_face(
@@ -81,11 +76,12 @@ def export_to_hugging_face(
     try:
         with published(out_dir) as partial:
             _write_weights(partial / "model.safetensors", tensors, config)
-            _write_json(partial / "config.json", _model_json(config, tokenizer))
-            _write_json(
-                partial / "tokenizer_config.json", _tokenizer_json(tokenizer, longest_tokens)
-            )
-            for name in ("tokenizer.json", "vocab.txt"):
+            for name, content in (
+                ("config.json", _model_json(config, tokenizer)),
+                ("tokenizer_config.json", _tokenizer_json(tokenizer, longest_tokens)),
+            ):
+                (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            for name in _COPIED:
                 shutil.copyfile(tokenizer_dir / name, partial / name)
     except OSError as error:
         raise ConfigError(
@@ -124,29 +120,29 @@ def _write_weights(
 
 
 def _read_tokenizer(folder: Path) -> dict[str, Any]:
-    for name in ("tokenizer.json", "vocab.txt"):
+    for name in _COPIED:
         if not (folder / name).is_file():
             raise DataError(f"{folder / name} is missing; point to the folder of prepared data")
+    path = folder / "tokenizer.json"
     try:
-        tokenizer: dict[str, Any] = read_json(folder / "tokenizer.json")
+        tokenizer: dict[str, Any] = read_json(path)
         kinds = tokenizer["model"]["type"], tokenizer["normalizer"]["type"]
         vocabulary = tokenizer["model"]["vocab"]
         special = [vocabulary[token] for token in _SPECIAL_TOKENS.values()]
         switches = [tokenizer["normalizer"][name] for name in _SWITCHES]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{folder / 'tokenizer.json'} is not a BERT tokenizer ({error!r}); prepare the data "
-            f"anew or restore the file"
+            f"{path} is not a BERT tokenizer ({error!r}); prepare the data anew or restore the file"
         ) from error
     if kinds != ("WordPiece", "BertNormalizer"):
         raise DataError(
-            f"{folder / 'tokenizer.json'} is made of {kinds}, and BERT's of WordPiece with a "
+            f"{path} is made of {kinds}, and BERT's of WordPiece with a "
             f"BertNormalizer; export needs the tokenizer that prepared the data"
         )
     right = all(map(is_count, special)) and len(set(special)) == len(special)
     if not right or not all(each is None or isinstance(each, bool) for each in switches):
         raise DataError(
-            f"{folder / 'tokenizer.json'} is damaged: its special tokens have no ids of their own, "
+            f"{path} is damaged: its special tokens have no ids of their own, "
             f"or a switch of its normalizer is neither on nor off; prepare the data anew or "
             f"restore the file"
         )
@@ -184,10 +180,6 @@ def _tokenizer_json(tokenizer: dict[str, Any], longest_tokens: int) -> dict[str,
         "model_max_length": longest_tokens,
         **_SPECIAL_TOKENS,
     }
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _check_replaceable(out_dir: Path) -> None:

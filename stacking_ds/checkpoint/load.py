@@ -4,43 +4,22 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 
 from stacking_ds.checkpoint.folders import fall_back
-from stacking_ds.checkpoint.manifest import (
-    ELEMENT_BYTES,
-    Count,
-    Manifest,
-    Positive,
-    RankFile,
-    checksum,
-    read_manifest,
-)
+from stacking_ds.checkpoint.manifest import ELEMENT_BYTES, Manifest, checksum, read_manifest
 from stacking_ds.console import shortened
 from stacking_ds.distributed.world import World
 from stacking_ds.errors import CheckpointError, UnreadableError, UserError, unreadable
-from stacking_ds.files import DamagedFileError, open_regular
-from stacking_ds.records import Record, first_problem
+from stacking_ds.files import DamagedFileError, open_regular, parse_json
 from stacking_ds.sharding.fragments import MASTER, Fragment
 
 _LENGTH_BYTES = 8
 """Of the number that says how many bytes of header follow it."""
 _MOST_HEADER_BYTES = 100_000_000
 """safetensors' own bound."""
-
-
-class _Tensor(Record):
-    """What the header of a file says of a tensor."""
-
-    dtype: Literal["F32"]
-    shape: tuple[Positive]
-    data_offsets: tuple[Count, Count]
-
-
-_HEADER = TypeAdapter(dict[str, _Tensor])
 
 
 class FragmentReader:
@@ -65,7 +44,7 @@ class FragmentReader:
             try:
                 if rank not in self._files:
                     self._files[rank] = self._open(rank)
-                saved = self._files[rank].read(f"{key}/{name}", high - low, first - low, last - low)
+                saved = self._files[rank].read(f"{key}/{name}", first - low, last - low)
             except (DamagedFileError, OSError) as error:
                 problem = self._problem(rank, error)
                 if isinstance(problem, UnreadableError):
@@ -78,12 +57,12 @@ class FragmentReader:
         `UnreadableError` for each of which nobody knows."""
         for rank in range(self._manifest.world_size):
             try:
-                self._open(rank).verify_all(self._manifest.tensors_of(rank))
+                self._open(rank).verify_all()
             except (DamagedFileError, OSError) as error:
                 yield self._problem(rank, error)
 
     def _open(self, rank: int) -> "_VerifiedFile":
-        return _VerifiedFile(self._folder, self._manifest.files[rank], self._manifest.chunk_bytes)
+        return _VerifiedFile(self._folder, self._manifest, rank)
 
     def _problem(self, rank: int, error: DamagedFileError | OSError) -> CheckpointError:
         """The error without a remedy."""
@@ -102,25 +81,26 @@ class _VerifiedFile:
     kept open: there may be more ranks than a process may open files.
     """
 
-    def __init__(self, folder: Path, record: RankFile, chunk_bytes: int) -> None:
-        self._path = folder / record.name
-        self._record = record
-        self._chunk_bytes = chunk_bytes
+    def __init__(self, folder: Path, manifest: Manifest, rank: int) -> None:
+        record = manifest.files[rank]
+        self._path, self._size_bytes = folder / record.name, record.size_bytes
+        self._checksums, self._chunk_bytes = record.checksums, manifest.chunk_bytes
+        self._tensors = manifest.tensors_of(rank)
         self._last_chunk: tuple[int, bytes] = (-1, b"")
         with open_regular(self._path) as file:
-            size = os.fstat(file.fileno()).st_size
-        if size != record.size_bytes:
-            raise self._damaged(f"it has {size} bytes instead of {record.size_bytes}")
+            found = os.fstat(file.fileno()).st_size
+        if found != self._size_bytes:
+            raise self._damaged(f"it has {found} bytes instead of {self._size_bytes}")
 
-    def read(self, tensor: str, numel: int, start: int, stop: int) -> torch.Tensor:
-        """The elements [start, stop), at least one, of a 1-D fp32 tensor of `numel`."""
-        place = self._find(tensor, numel)
+    def read(self, tensor: str, start: int, stop: int) -> torch.Tensor:
+        """The elements [start, stop), at least one, of a 1-D fp32 tensor."""
+        place = self._places[tensor]
         found = self._bytes(place + ELEMENT_BYTES * start, place + ELEMENT_BYTES * stop)
         return torch.frombuffer(found, dtype=torch.float32)
 
-    def verify_all(self, tensors: Mapping[str, int]) -> None:
-        """Every byte, and that it holds these tensors, of so many elements each, and no others."""
-        count = len(self._record.checksums)
+    def verify_all(self) -> None:
+        """Every byte, and that it holds the tensors of its rank and no others."""
+        count = len(self._checksums)
         with open_regular(self._path) as file:
             damaged = [i for i in range(count) if not self._is_whole(i, self._chunk(file, i))]
         if damaged:
@@ -128,43 +108,31 @@ class _VerifiedFile:
                 f"{len(damaged)} of {count} chunks are not those that were written, the first at "
                 f"byte {damaged[0] * self._chunk_bytes}"
             )
-        for tensor, numel in tensors.items():
-            self._find(tensor, numel)
-        if len(self._tensors) > len(tensors):
-            raise self._damaged(f"it holds {len(self._tensors)} tensors instead of {len(tensors)}")
-
-    def _find(self, tensor: str, numel: int) -> int:
-        """The first byte of a tensor of `numel` elements."""
-        place, found = self._tensors.get(tensor, (0, None))
-        if found != numel:
-            raise self._damaged(f"it does not hold the {numel} elements of {tensor}")
-        return place
+        assert self._places is not None
 
     @cached_property
-    def _tensors(self) -> dict[str, tuple[int, int]]:
-        """Name to first byte and number of elements, of tensors that fill the rest of the file and
-        share no byte."""
-        size = self._record.size_bytes
-        end = _LENGTH_BYTES + int.from_bytes(self._bytes(0, min(_LENGTH_BYTES, size)), "little")
-        if end > min(size, _LENGTH_BYTES + _MOST_HEADER_BYTES):
-            raise self._damaged(f"its header would end at byte {end}")
+    def _places(self) -> dict[str, int]:
+        """The first byte of each tensor, of which the file has those that the manifest says."""
+        length = self._bytes(0, min(_LENGTH_BYTES, self._size_bytes))
+        start = _LENGTH_BYTES + int.from_bytes(length, "little")
+        if start > min(self._size_bytes, _LENGTH_BYTES + _MOST_HEADER_BYTES):
+            raise self._damaged(f"its header would end at byte {start}")
         try:
-            header = _HEADER.validate_json(self._bytes(_LENGTH_BYTES, end))
-        except ValidationError as error:
+            found = parse_json(self._bytes(_LENGTH_BYTES, start))
+        except ValueError as error:
+            raise self._damaged(f"its header cannot be read: {error}") from None
+        header, numel = found if isinstance(found, dict) else {}, self._tensors
+        places, end = {}, 0
+        for name, entry in header.items():
+            size, begin, end = numel.get(name, 0), end, end + ELEMENT_BYTES * numel.get(name, 0)
+            if entry != {"dtype": "F32", "shape": [size], "data_offsets": [begin, end]}:
+                raise self._damaged(f"its header says of {shortened(name)} what is not true of it")
+            places[name] = start + begin
+        if places.keys() != numel.keys() or start + end != self._size_bytes:
             raise self._damaged(
-                f"its header is not one of 1-D fp32 tensors: {first_problem(error)}"
-            ) from None
-        found, place = {}, end
-        for name, tensor in sorted(header.items(), key=lambda entry: entry[1].data_offsets):
-            [numel], (first, last) = tensor.shape, tensor.data_offsets
-            if end + first != place or last - first != ELEMENT_BYTES * numel:
-                raise self._damaged(
-                    f"its header puts {shortened(name)} where another tensor or none is"
-                )
-            found[name], place = (place, numel), end + last
-        if place != size:
-            raise self._damaged(f"its tensors end at byte {place} instead of {size}")
-        return found
+                f"its {len(places):,} tensors are not the {len(numel):,} that the manifest gives it"
+            )
+        return places
 
     def _bytes(self, start: int, stop: int) -> bytearray:
         """The bytes [start, stop), whose chunks are verified."""
@@ -189,7 +157,7 @@ class _VerifiedFile:
         return file.read(self._chunk_bytes)
 
     def _is_whole(self, index: int, chunk: bytes) -> bool:
-        return checksum(chunk) == self._record.checksums[index]
+        return checksum(chunk) == self._checksums[index]
 
     def _damaged(self, reason: str) -> DamagedFileError:
         return DamagedFileError(self._path, reason)

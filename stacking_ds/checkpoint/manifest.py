@@ -1,6 +1,5 @@
 """Manifest of a checkpoint: its `manifest.json`, as strict records."""
 
-import importlib.metadata
 import json
 import math
 from pathlib import Path
@@ -48,7 +47,7 @@ class Contents(Record):
 
     Nothing else is needed to go on. The position in the data, masks and dropout are functions of
     `config["seed"]` and `step`; the learning rate is one of `config` and `step`. The stage is
-    `train_state["stage_index"]`, the precision `Manifest.precision`.
+    `train_state["stage_index"]`.
     """
 
     step: Count
@@ -127,25 +126,22 @@ class Manifest(Contents):
         return self
 
     @property
-    def precision(self) -> str | None:
-        """The engine's, in the recipe of whichever version wrote it."""
-        engine = self.config.get("engine")
-        found = engine.get("precision") if isinstance(engine, dict) else None
-        return found if isinstance(found, str) else None
-
-    @property
     def fp16_loss_scale(self) -> float | None:
-        """The loss scale that fp16 has settled on; None at other precisions."""
-        return self.loss_scale if self.precision == "fp16" else None
+        """The loss scale that fp16 has settled on; None at other precisions, and in the recipe of
+        a version that has none."""
+        engine = self.config.get("engine")
+        is_fp16 = isinstance(engine, dict) and engine.get("precision") == "fp16"
+        return self.loss_scale if is_fp16 else None
 
     def tensors_of(self, rank: int) -> dict[str, int]:
         """The tensors in the file of `rank`, and how many elements each has."""
-        found: dict[str, int] = {}
-        for name, parameter in self.parameters.items():
-            low, high = parameter.cut.interval(rank)
-            if low < high:
-                found |= {f"{key}/{name}": high - low for key in self.keys}
-        return found
+        intervals = {name: each.cut.interval(rank) for name, each in self.parameters.items()}
+        return {
+            f"{key}/{name}": high - low
+            for name, (low, high) in intervals.items()
+            if low < high
+            for key in self.keys
+        }
 
     def to_json(self) -> str:
         """The text of `manifest.json`: this record and its checksum."""
@@ -155,12 +151,6 @@ class Manifest(Contents):
 
 def _checksum_of(record: dict[str, Any]) -> str:
     return checksum(json.dumps(record, sort_keys=True, separators=(",", ":")).encode())
-
-
-def package_versions() -> dict[str, str]:
-    """Of the libraries on which the numbers or their layout depend."""
-    names = ("torch", "deepspeed", "safetensors")
-    return {name: importlib.metadata.version(name) for name in names}
 
 
 def read_manifest(folder: Path) -> Manifest:

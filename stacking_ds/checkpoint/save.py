@@ -9,11 +9,12 @@ Only the main thread talks to other ranks. A checkpoint is published when all ra
 disk; whatever fails or is killed before leaves the previous one as it was.
 """
 
+import importlib.metadata
 import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from threading import Thread
 from typing import Any, NoReturn
@@ -35,7 +36,6 @@ from stacking_ds.checkpoint.manifest import (
     Parameter,
     RankFile,
     checksum,
-    package_versions,
     rank_file_name,
 )
 from stacking_ds.console import first_of
@@ -76,6 +76,8 @@ def little_endian_bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.detach().contiguous().numpy().astype("<f4", copy=False).data
 
 
+# on which the numbers or their layout depend
+_PACKAGES = ("torch", "deepspeed", "safetensors")
 _PATIENCE_SECONDS = 10.0
 _MEET_SECONDS = 1.0
 
@@ -118,11 +120,8 @@ class BackgroundSave:
         self._failure: str | None = None
         self._thread: Thread | None = None
         owned = [fragment.owned_by(world.rank) for fragment in fragments]
-        refusal = world.on_first(self._begin)
-        if refusal is None:
+        if world.on_first(self._begin):
             self._go(self._write, owned)
-        elif world.is_first:
-            self._failure = refusal
 
     def poll(self) -> bool:
         """Ask the ranks, in one small all-reduce, whether the checkpoint is published; waits for
@@ -195,14 +194,16 @@ class BackgroundSave:
         }
         save_file(tensors, path)
         sync(path)
+        with path.open("rb") as file:
+            checksums = tuple(map(checksum, iter(lambda: file.read(CHUNK_BYTES), b"")))
         self._written = RankFile(
-            name=path.name, size_bytes=path.stat().st_size, checksums=tuple(_checksums(path))
+            name=path.name, size_bytes=path.stat().st_size, checksums=checksums
         )
 
     def _publish(self, files: Sequence[RankFile]) -> None:
         manifest = Manifest(
             **self._contents.model_dump(),
-            package_versions=package_versions(),
+            package_versions={name: importlib.metadata.version(name) for name in _PACKAGES},
             world_size=self._world.size,
             chunk_bytes=CHUNK_BYTES,
             keys=self._keys,
@@ -214,23 +215,20 @@ class BackgroundSave:
 
     # ------------------------------------------------------------- when it fails
 
-    def _begin(self) -> str | None:
+    def _begin(self) -> bool:
         try:
             begin(self.folder)
         except OSError as error:
-            return str(error)
-        return None
+            self._failure = str(error)
+        return self._failure is None
 
     def _raise_failures(self) -> None:
         if not self._world.any(self._failure is not None):
             return
         self.over = True
-        reasons = [
-            f"rank {rank}: {reason}"
-            for rank, reason in enumerate(self._world.gather(self._failure))
-            if reason is not None
-        ]
-        self._world.on_first(lambda: self._clean_up(reasons))
+        reasons = enumerate(self._world.gather(self._failure))
+        told = [f"rank {rank}: {reason}" for rank, reason in reasons if reason is not None]
+        self._world.on_first(lambda: self._clean_up(told))
 
     def _clean_up(self, reasons: Sequence[str]) -> NoReturn:
         shutil.rmtree(partial_of(self.folder), ignore_errors=True)
@@ -238,10 +236,9 @@ class BackgroundSave:
         try:
             newest = named_by_latest(self.folder.parent)
             before = f"{newest} is untouched" if newest else "there is no earlier checkpoint"
-        except OSError as error:  # the file system that has just failed
-            newest, before = None, f"which one is the latest cannot be read ({error.strerror})"
-        except DamagedFileError as damage:
-            newest, before = None, f"which one is the latest cannot be read ({damage.reason})"
+        except (OSError, DamagedFileError) as error:  # the file system that has just failed
+            reason = error.strerror if isinstance(error, OSError) else error.reason
+            newest, before = None, f"which one is the latest cannot be read ({reason})"
         if newest == self.folder.name:
             raise CheckpointError(
                 f"{self.folder} was saved, but may not outlast a power failure ({why})"
@@ -249,9 +246,3 @@ class BackgroundSave:
         raise CheckpointError(
             f"{self.folder} was not saved ({why}); {before}: make room or mend the file system"
         )
-
-
-def _checksums(path: Path) -> Iterator[str]:
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            yield checksum(chunk)

@@ -53,8 +53,8 @@ def _which(action: argparse.ArgumentParser) -> "argparse._MutuallyExclusiveGroup
 def _list(options: argparse.Namespace) -> int:
     from stacking_ds.checkpoint.listing import listed, listing
 
-    as_json = options.json
-    say(json.dumps(listed(options.run_dir), indent=1) if as_json else listing(options.run_dir))
+    run_dir = options.run_dir
+    say(json.dumps(listed(run_dir), indent=1) if options.json else listing(run_dir))
     return 0
 
 

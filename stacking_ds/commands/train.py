@@ -176,8 +176,7 @@ def run_dir_of(options: argparse.Namespace, config: RunConfig | None = None) -> 
         ConfigError: two directories are given, none can be told, or the recipe that has the run's
             name cannot be used.
     """
-    named = _named(options)
-    return named or default_run_dir(config or _config_of(options))
+    return _named(options) or default_run_dir(config or _config_of(options))
 
 
 def _config_of(options: argparse.Namespace) -> RunConfig:
@@ -199,10 +198,9 @@ def _config_of(options: argparse.Namespace) -> RunConfig:
 
 
 def _named(options: argparse.Namespace) -> Path | None:
-    given = (options.run_dir, options.resume)
-    named = [path for path in given if isinstance(path, Path)]
+    named = [path for path in (options.run_dir, options.resume) if isinstance(path, Path)]
     if len({os.path.realpath(path) for path in named}) > 1:
         raise ConfigError(
             f"--run-dir {options.run_dir} and --resume {options.resume} are two runs; give one"
         )
-    return named[0] if named else None
+    return next(iter(named), None)

@@ -1,13 +1,13 @@
 """Sentences about a recipe's mistakes: which key, what it must be, what was typed, and in which
 line or which `--set`."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from stacking_ds.config.overrides import Override, declared, meant
-from stacking_ds.config.yaml_text import Scalar, Tree
+from stacking_ds.config.yaml_text import Scalar, Tree, leaves
 from stacking_ds.console import shortened
 from stacking_ds.errors import ConfigError
 from stacking_ds.records import Record
@@ -18,23 +18,18 @@ _Location = tuple[str, ...]
 
 _OVERRIDE, _WITH_OVERRIDES = "--set ", "with --set "
 _MUST_BE = {
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "int_parsing": "a whole number",
-    "int_parsing_size": "a whole number",
-    "float_type": "a number",
-    "float_parsing": "a number",
-    "finite_number": "a finite number",
-    "bool_type": "true or false",
-    "bool_parsing": "true or false",
-    "string_type": "text",
+    "int": "a whole number",
+    "float": "a number",
+    "finite": "a finite number",
+    "bool": "true or false",
     "string_unicode": "text in UTF-8",
-    "tuple_type": "a list, in brackets",
-    "list_type": "a list, in brackets",
-    "model_type": "a section of keys",
-    "model_attributes_type": "a section of keys",
-    "dict_type": "a section of keys",
+    "string": "text",
+    "tuple": "a list, in brackets",
+    "list": "a list, in brackets",
+    "model": "a section of keys",
+    "dict": "a section of keys",
 }
+"""By the name of pydantic's error, or how it begins."""
 _BOUNDS = {
     "greater_than": ("gt", "above"),
     "greater_than_equal": ("ge", "at least"),
@@ -56,7 +51,7 @@ def sentences(
         if not _only_follows(problem, problems):
             location = _location(problem)
             told[location] = _predicate(problem, location, tree)
-    for location, scalar in _scalars(tree):
+    for location, scalar in leaves(tree):
         # as text it is either complained of above, or taken as it stands
         if scalar.surprise and location not in told and declared(location) is not str:
             told[location] = (
@@ -138,20 +133,18 @@ def _predicate(problem: Mapping[str, Any], location: _Location, tree: Tree) -> s
     elif kind in _BOUNDS:
         name, words = _BOUNDS[kind]
         must = f"must be {words} {_number(context[name])}"
-    elif kind in _MUST_BE:
-        must = f"must be {_MUST_BE[kind]}"
+    elif what := _MUST_BE.get(kind) or _MUST_BE.get(kind.split("_")[0]):
+        must = f"must be {what}"
     else:
         must = "cannot have this value"
     return f" {must}{_but_is(given, kind)}"
 
 
 def _but_is(given: Tree | None, kind: str) -> str:
-    if isinstance(given, dict):
-        return ", not a section"
-    if isinstance(given, list):
-        return ", not a list"
     if given is None:
         return ""
+    if not isinstance(given, Scalar):
+        return ", not a section" if isinstance(given, dict) else ", not a list"
     text = shortened(given.text)
     if isinstance(given.value, str):
         return f", not '{text}'"
@@ -189,12 +182,3 @@ def _at(tree: Tree, location: _Location) -> Tree | None:
         else:
             return None
     return here
-
-
-def _scalars(tree: Tree, location: _Location = ()) -> Iterator[tuple[_Location, Scalar]]:
-    if isinstance(tree, Scalar):
-        yield location, tree
-    else:
-        children = tree.items() if isinstance(tree, dict) else enumerate(tree)
-        for key, child in children:
-            yield from _scalars(child, (*location, str(key)))

@@ -38,11 +38,6 @@ def is_list(kind: Any) -> bool:
     return get_origin(kind) is tuple
 
 
-def unknown_part(path: Sequence[str]) -> int | None:
-    """The index of the first part of `path` that no key has; None if all are known."""
-    return next((n for n in range(len(path)) if declared(path[: n + 1]) is None), None)
-
-
 def meant(path: Sequence[str]) -> str:
     """Advice for a `path` whose last part is unknown: what to write instead."""
     *parents, leaf = path
@@ -82,15 +77,13 @@ def _inside(kind: Any, part: str) -> Any:
 
 def _all_keys(section: Any, prefix: str = "") -> Iterator[str]:
     for name, field in section.model_fields.items():
-        kind = field.annotation
-        if is_list(kind):
-            inner, step = _section(get_args(kind)[0]), f"{prefix}{name}.0."
+        kind, place = field.annotation, f"{prefix}{name}"
+        if is_list(kind) and (section := _section(get_args(kind)[0])):
+            yield from _all_keys(section, f"{place}.0.")
+        elif section := _section(kind):
+            yield from _all_keys(section, f"{place}.")
         else:
-            inner, step = _section(kind), f"{prefix}{name}."
-        if inner is None:
-            yield f"{prefix}{name}"
-        else:
-            yield from _all_keys(inner, step)
+            yield place
 
 
 class OverrideError(ValueError):
@@ -117,12 +110,11 @@ class Override:
         path = tuple(key.strip().split("."))
         if not all(path):
             raise OverrideError("its key is not complete; write section.key=value")
-        unknown = unknown_part(path)
-        if unknown is not None:
-            _refuse(path[: unknown + 1])
+        for depth in range(len(path)):
+            if declared(path[: depth + 1]) is None:
+                raise _unknown(path[: depth + 1])
         if declared(path) is str:
-            blanks_around = key != key.rstrip()
-            literal = written.strip() if blanks_around else written
+            literal = written if key == key.rstrip() else written.strip()
             return cls(text, path, Scalar(literal, literal))
         try:
             return cls(text, path, read_yaml(written))
@@ -137,41 +129,33 @@ class Override:
             OverrideError: a place in a list that the recipe does not have.
         """
         *parents, leaf = self.path
-        container: Tree = tree
+        container: Any = tree
         for depth, part in enumerate(parents):
+            key = _key(container, part, self.path[:depth])
             if isinstance(container, dict):
                 child = container.get(part)
                 if child is None or (isinstance(child, Scalar) and child.value is None):
-                    child = [] if is_list(declared(self.path[: depth + 1])) else {}
-                    container[part] = child
-                container = child
-            else:
-                container = _items(container, self.path[:depth])[_position(container, part)]
-        if isinstance(container, dict):
-            container[leaf] = self.value
-        else:
-            items = _items(container, self.path[:-1])
-            items[_position(items, leaf)] = self.value
+                    container[part] = [] if is_list(declared(self.path[: depth + 1])) else {}
+            container = container[key]
+        container[_key(container, leaf, self.path[:-1])] = self.value
 
 
-def _refuse(path: tuple[str, ...]) -> None:
+def _unknown(path: tuple[str, ...]) -> OverrideError:
     *parents, part = path
     if is_list(declared(parents)):
-        raise OverrideError(f"{shortened(part)} is not a position in the list {'.'.join(parents)}")
-    raise OverrideError(f"{shortened('.'.join(path))} is not a key; {meant(path)}")
+        return OverrideError(f"{shortened(part)} is not a position in the list {'.'.join(parents)}")
+    return OverrideError(f"{shortened('.'.join(path))} is not a key; {meant(path)}")
 
 
-def _items(container: Tree, path: tuple[str, ...]) -> list[Tree]:
-    if isinstance(container, list):
-        return container
-    written = container.text if isinstance(container, Scalar) else "..."
-    raise OverrideError(
-        f"the recipe has {'.'.join(path)}: {shortened(written)}, which holds no keys; override that"
-    )
-
-
-def _position(container: Tree, part: str) -> int:
-    assert isinstance(container, list)
+def _key(container: Tree, part: str, path: tuple[str, ...]) -> str | int:
+    """What leads from the container, which is at `path`, to its `part`."""
+    if isinstance(container, dict):
+        return part
+    if isinstance(container, Scalar):
+        raise OverrideError(
+            f"the recipe has {'.'.join(path)}: {shortened(container.text)}, which holds no keys; "
+            f"override that"
+        )
     if not container:
         raise OverrideError("the recipe writes no such list; give the whole list, in brackets")
     if len(part) > 9 or int(part) >= len(container):

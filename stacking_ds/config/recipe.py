@@ -99,25 +99,20 @@ def load_run_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
         found = [one for one in error.errors() if one["type"] not in left_out]
     problems = [*sentences(found[:_MOST_PROBLEMS], tree, applied), *problems]
     if config is None or problems:
-        passed_over = max(0, len(found) - _MOST_PROBLEMS)
-        raise ConfigError(_in_one_message(path, problems, passed_over))
+        told = problems[:_MOST_PROBLEMS]
+        if more := max(0, len(found) - _MOST_PROBLEMS) + len(problems) - len(told):
+            told.append(f"and {more:,} more")
+        where = f"recipe {path}: " if any(map(is_of_file, problems)) else ""
+        raise ConfigError(where + "; ".join(told))
     return config
-
-
-def _in_one_message(path: Path, problems: Sequence[str], passed_over: int) -> str:
-    listed = list(problems[:_MOST_PROBLEMS])
-    if more := passed_over + len(problems) - len(listed):
-        listed.append(f"and {more:,} more")
-    return (f"recipe {path}: " if any(map(is_of_file, problems)) else "") + "; ".join(listed)
 
 
 def _read(path: Path) -> dict[str, Tree]:
     try:
         tree = read_yaml(read_text(path, _MOST_BYTES))
-    except OSError as error:
-        raise ConfigError(f"cannot read recipe {path}: {error.strerror}") from None
-    except DamagedFileError as error:
-        raise ConfigError(f"cannot read recipe {path}: {error.reason}") from None
+    except (OSError, DamagedFileError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error.reason
+        raise ConfigError(f"cannot read recipe {path}: {reason}") from None
     except YamlTextError as error:
         raise ConfigError(f"recipe {path} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):

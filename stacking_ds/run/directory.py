@@ -19,7 +19,7 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -116,35 +116,27 @@ def lock(
         CheckpointError: another job is at work in it.
         ConfigError: the directory cannot be created or written.
     """
-    deadline = time.monotonic() + patience_seconds
+    deadline, file = time.monotonic() + patience_seconds, None
     try:
-        while True:
+        while file is None or not _is_there(file, run_dir):
+            if file is not None:  # who had it was refused, and has taken its own away
+                file.close()
             run_dir.mkdir(parents=True, exist_ok=True)
             file = open(  # noqa: SIM115 - open for as long as the run is locked
                 run_dir / _LOCK, "a", encoding="utf-8", opener=without_waiting
             )
             if not _lock_in_time(file, run_dir, deadline):
-                file.close()
                 raise CheckpointError(f"another job is training in {run_dir}; {remedy}")
-            if _is_there(file, run_dir):
-                break
-            file.close()  # who had it was refused, and has taken its own away
-    except OSError as error:
-        raise _not_writable(run_dir, error) from None
-    try:
-        _sign(file)
-    except OSError as error:
-        with suppress(OSError):  # it tries to write once more
-            file.close()
-        raise _not_writable(run_dir, error) from None
+        file.truncate(0)
+        file.write(f"{socket.gethostname()} {os.getpid()} {uuid.uuid4().hex}\n")
+        file.flush()
+        os.fsync(file.fileno())  # network file systems show others what is on the server
+    except (OSError, CheckpointError) as error:
+        if file is not None:
+            with suppress(OSError):  # it tries to write once more
+                file.close()
+        raise _not_writable(run_dir, error) if isinstance(error, OSError) else error from None
     return file
-
-
-def _sign(file: IO[str]) -> None:
-    file.truncate(0)
-    file.write(f"{socket.gethostname()} {os.getpid()} {uuid.uuid4().hex}\n")
-    file.flush()
-    os.fsync(file.fileno())  # network file systems show others what is on the server
 
 
 def _signature(run_dir: Path) -> bytes | None:
@@ -159,6 +151,7 @@ def _lock_in_time(file: IO[str], run_dir: Path, deadline: float) -> bool:
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
         except BlockingIOError:
             if time.monotonic() >= deadline:
                 return False
@@ -172,7 +165,6 @@ def _lock_in_time(file: IO[str], run_dir: Path, deadline: float) -> bool:
             time.sleep(0.1)
         except OSError as error:
             if error.errno not in _NO_LOCKS:
-                file.close()
                 raise
             logger.warning(
                 "the file system of %s has no locks (%s): see that no other job trains in it, or "
@@ -180,8 +172,6 @@ def _lock_in_time(file: IO[str], run_dir: Path, deadline: float) -> bool:
                 run_dir,
                 error.strerror,
             )
-            return True
-        else:
             return True
 
 
@@ -306,11 +296,9 @@ def mend_config(run_dir: Path, found: Path) -> bool:
     except UnreadableError:
         raise
     except CheckpointError:
-        config = _config_in(found)
-        if config is None:
-            return False
-        write_config(run_dir, config)
-        return True
+        if config := _config_in(found):
+            write_config(run_dir, config)
+            return True
     return False
 
 
@@ -336,7 +324,7 @@ def keep_tokenizer(run_dir: Path, shards: "TokenShards") -> None:
     """
     folder = run_dir / _TOKENIZER
     sums = {file.name: file.sha256 for file in shards.manifest.vocabulary_files}
-    if dict(_kept_sums(folder)) == sums:
+    if _kept_sums(folder) == sums:
         return
     with published(folder) as partial:
         for name in sums:
@@ -360,7 +348,7 @@ def choose_tokenizer(
     from stacking_ds.data import shard_files  # brings numpy along
 
     if data is None and (run_dir / _TOKENIZER).is_dir():
-        folder, sums = run_dir / _TOKENIZER, dict(_kept_sums(run_dir / _TOKENIZER))
+        folder, sums = run_dir / _TOKENIZER, _kept_sums(run_dir / _TOKENIZER)
         remedy = f"delete {folder}, so that the one beside the shards is taken, or give --data"
     else:
         folder = data or Path(config.data.path)
@@ -389,18 +377,15 @@ def choose_tokenizer(
     return folder
 
 
-def _kept_sums(folder: Path) -> Iterator[tuple[str, str]]:
+def _kept_sums(folder: Path) -> dict[str, str]:
     path = folder / _SUMS
     try:
-        text = read_text(path)
+        lines = [line.partition("  ") for line in read_text(path).splitlines()]
     except (FileNotFoundError, NotADirectoryError, DamagedFileError):
-        return  # as if they were those of nothing
+        return {}  # as if they were those of nothing
     except OSError as error:
         raise unreadable(UnreadableDataError, path, error) from None
-    for line in text.splitlines():
-        sha256, _, name = line.partition("  ")
-        if name == Path(name).name:
-            yield name, sha256
+    return {name: sha256 for sha256, _, name in lines if name == Path(name).name}
 
 
 def default_run_dir(config: RunConfig) -> Path:
