@@ -17,13 +17,14 @@ from stacking_ds.model.bert import parameter_shapes
 from stacking_ds.model.bert_config import BertConfig
 
 _SPECIAL_TOKENS = {
-    "unk_token": "[UNK]",
-    "sep_token": "[SEP]",
-    "pad_token": "[PAD]",
-    "cls_token": "[CLS]",
-    "mask_token": "[MASK]",
+    f"{name}_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls", "mask")
 }
 
+_CONFIG_KEYS = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+    *("hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob"),
+    *("max_position_embeddings", "type_vocab_size", "initializer_range", "layer_norm_eps"),
+)
 _SWITCHES = ("lowercase", "strip_accents", "handle_chinese_chars")
 
 _COPIED = ("tokenizer.json", "vocab.txt")
@@ -45,8 +46,7 @@ def export_to_hugging_face(
     `from_pretrained` as `BertForPreTraining`, any `AutoModel…` class of BERT, and `AutoTokenizer`.
 
     Args:
-        tensors: every parameter of the model once, in any order: our name, fp32 on the CPU.
-        config: the model's sizes.
+        tensors: every parameter of `config`'s model once, in any order: our name, fp32 on the CPU.
         tokenizer_dir: folder with the `tokenizer.json` and `vocab.txt` of the training data.
         out_dir: new, empty, or an earlier export.
         longest_tokens: the longest rows that trained the model, to which its tokenizer is to cut
@@ -70,8 +70,15 @@ def export_to_hugging_face(
         )
     # behind a link, the folder is replaced and not the link
     out_dir = Path(os.path.realpath(out_dir))
-    _check_replaceable(out_dir)
-
+    if out_dir.exists() and not out_dir.is_dir():
+        raise ConfigError(f"{out_dir} is a file; give the folder to export into")
+    # an export is replaced as a whole, so anything else in the folder would be lost
+    found = {path.name for path in out_dir.iterdir()} if out_dir.exists() else set()
+    if foreign := sorted(found - _FILES):
+        raise ConfigError(
+            f"{out_dir} holds something else than an export ({', '.join(foreign[:3])}); give "
+            f"another folder"
+        )
     longest_tokens = longest_tokens or config.max_position_embeddings
     try:
         with published(out_dir) as partial:
@@ -150,21 +157,11 @@ def _read_tokenizer(folder: Path) -> dict[str, Any]:
 
 
 def _model_json(config: BertConfig, tokenizer: dict[str, Any]) -> dict[str, Any]:
+    values = {**config.model_dump(), "hidden_act": "gelu"}
     return {
         "architectures": ["BertForPreTraining"],
         "model_type": "bert",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "intermediate_size": config.intermediate_size,
-        "hidden_act": "gelu",
-        "hidden_dropout_prob": config.hidden_dropout_prob,
-        "attention_probs_dropout_prob": config.attention_probs_dropout_prob,
-        "max_position_embeddings": config.max_position_embeddings,
-        "type_vocab_size": config.type_vocab_size,
-        "initializer_range": config.initializer_range,
-        "layer_norm_eps": config.layer_norm_eps,
+        **{name: values[name] for name in _CONFIG_KEYS},
         "pad_token_id": tokenizer["model"]["vocab"]["[PAD]"],
         "tie_word_embeddings": True,
     }
@@ -180,17 +177,3 @@ def _tokenizer_json(tokenizer: dict[str, Any], longest_tokens: int) -> dict[str,
         "model_max_length": longest_tokens,
         **_SPECIAL_TOKENS,
     }
-
-
-def _check_replaceable(out_dir: Path) -> None:
-    if not out_dir.exists():
-        return
-    if not out_dir.is_dir():
-        raise ConfigError(f"{out_dir} is a file; give the folder to export into")
-    # an export is replaced as a whole, so anything else in the folder would be lost
-    foreign = sorted({path.name for path in out_dir.iterdir()} - _FILES)
-    if foreign:
-        raise ConfigError(
-            f"{out_dir} holds something else than an export ({', '.join(foreign[:3])}); give "
-            f"another folder"
-        )

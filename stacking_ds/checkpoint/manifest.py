@@ -160,17 +160,21 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / "manifest.json"
     try:
-        record = read_json(path)
+        return _checked(path, read_json(path))
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error.strerror}); {fall_back(folder)}"
-        ) from None
+        problem = f"{path} cannot be read ({error.strerror})"
     except OSError as error:
         raise unreadable(UnreadableError, path, error) from None
     except DamagedFileError as damage:
-        raise _damaged(folder, damage.reason) from None
+        problem = str(damage)
+    except ValidationError as error:
+        problem = f"{path} is damaged: {first_problem(error)}"
+    raise CheckpointError(f"{problem}; {fall_back(folder)}")
+
+
+def _checked(path: Path, record: Any) -> Manifest:
     if not isinstance(record, dict):
-        raise _damaged(folder, "it is not a JSON object")
+        raise DamagedFileError(path, "it is not a JSON object")
     stated, version = record.pop("checksum", None), record.get("format_version")
     whole = stated == _checksum_of(record)
     if version != FORMAT_VERSION and (whole or stated is None):  # version 1 had no checksum
@@ -180,15 +184,8 @@ def read_manifest(folder: Path) -> Manifest:
             f"another --run-dir"
         )
     if not whole:
-        raise _damaged(folder, "its checksum is not that of its contents")
-    try:
-        manifest = Manifest.model_validate_json(json.dumps(record))
-    except ValidationError as error:
-        raise _damaged(folder, first_problem(error)) from None
-    if step_of(folder) not in (None, manifest.step):
-        raise _damaged(folder, f"it is that of step {manifest.step}")
+        raise DamagedFileError(path, "its checksum is not that of its contents")
+    manifest = Manifest.model_validate_json(json.dumps(record))
+    if step_of(path.parent) not in (None, manifest.step):
+        raise DamagedFileError(path, f"it is that of step {manifest.step}")
     return manifest
-
-
-def _damaged(folder: Path, reason: str) -> CheckpointError:
-    return CheckpointError(f"{folder / 'manifest.json'} is damaged: {reason}; {fall_back(folder)}")

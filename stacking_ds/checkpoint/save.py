@@ -15,19 +15,14 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import Any, NoReturn
 
 import torch
 
-from stacking_ds.checkpoint.folders import (
-    begin,
-    folder_name,
-    named_by_latest,
-    partial_of,
-    publish,
-)
+from stacking_ds.checkpoint.folders import begin, folder_name, named_by_latest, partial_of, publish
 from stacking_ds.checkpoint.manifest import (
     CHUNK_BYTES,
     ELEMENT_BYTES,
@@ -93,12 +88,9 @@ class BackgroundSave:
         contents: Contents,
         afterwards: Callable[[], None] = lambda: None,
     ) -> None:
-        """Start to write.
-
-        Args:
-            fragments: host tensors that nobody writes to while the save lasts (`Fragment.on_host`).
-            afterwards: called on the first rank, in its thread, when the checkpoint is published.
-        """
+        """Start to write `fragments`: host tensors that nobody writes to while the save lasts
+        (`Fragment.on_host`). `afterwards` is called on the first rank, in its thread, when the
+        checkpoint is published."""
         self.folder = run_dir / "checkpoints" / folder_name(contents.step)
         self.over = False
         """Whether it has been published or has failed."""
@@ -106,15 +98,19 @@ class BackgroundSave:
         """Time that its threads have taken so far; on the first rank, once it is published, with
         what the slowest rank took to write. When they were waited for does not count."""
         self._world = world
-        self._contents = contents
         self._afterwards = afterwards
-        self._keys = tuple(fragments[0].views)
-        self._parameters = {
-            fragment.name: Parameter(
-                shape=fragment.shape, size=fragment.cut.size, offset=fragment.cut.offset
-            )
-            for fragment in fragments
-        }
+        self._manifest = partial(
+            Manifest,
+            **contents.model_dump(),
+            package_versions={name: importlib.metadata.version(name) for name in _PACKAGES},
+            world_size=world.size,
+            chunk_bytes=CHUNK_BYTES,
+            keys=tuple(fragments[0].views),
+            parameters={
+                each.name: Parameter(shape=each.shape, size=each.cut.size, offset=each.cut.offset)
+                for each in fragments
+            },
+        )
         self._written: RankFile | None = None
         self._publishing = False
         self._failure: str | None = None
@@ -124,13 +120,9 @@ class BackgroundSave:
             self._go(self._write, owned)
 
     def poll(self) -> bool:
-        """Ask the ranks, in one small all-reduce, whether the checkpoint is published; waits for
-        no thread.
-
-        Raises:
-            CheckpointError: on every rank, if one could not write; the save is over, nothing of it
-                is left, and `latest` still names the previous checkpoint, which is untouched.
-        """
+        """Ask the ranks, in one small all-reduce, whether the checkpoint is published; waits for no
+        thread. Raises `CheckpointError`: on every rank, if one could not write; the save is over,
+        nothing of it is left, and `latest` still names the previous checkpoint, untouched."""
         if self._world.any(self._thread is not None and self._thread.is_alive()):
             return False
         self._raise_failures()
@@ -145,11 +137,7 @@ class BackgroundSave:
         return False
 
     def finish(self) -> None:
-        """Wait until the checkpoint is published.
-
-        Raises:
-            CheckpointError: as `poll`.
-        """
+        """Wait until the checkpoint is published. Raises `CheckpointError`: as `poll`."""
         with self._world.waiting_for(self._thread):
             while not self.poll():
                 self._world.pulse.work = self._thread
@@ -201,16 +189,7 @@ class BackgroundSave:
         )
 
     def _publish(self, files: Sequence[RankFile]) -> None:
-        manifest = Manifest(
-            **self._contents.model_dump(),
-            package_versions={name: importlib.metadata.version(name) for name in _PACKAGES},
-            world_size=self._world.size,
-            chunk_bytes=CHUNK_BYTES,
-            keys=self._keys,
-            parameters=self._parameters,
-            files=tuple(files),
-        )
-        publish(self.folder, manifest.to_json())
+        publish(self.folder, self._manifest(files=tuple(files)).to_json())
         self._afterwards()
 
     # ------------------------------------------------------------- when it fails

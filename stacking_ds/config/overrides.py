@@ -2,8 +2,8 @@
 
 import difflib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, get_args, get_origin
+from functools import reduce
+from typing import Annotated, Any, NamedTuple, get_args, get_origin
 
 from stacking_ds.config.run import RunConfig
 from stacking_ds.config.yaml_text import Scalar, Tree, YamlTextError, read_yaml
@@ -26,12 +26,7 @@ _OTHER_NAMES = {
 def declared(path: Sequence[str]) -> Any:
     """The type of the key at `path`, None if there is no such key. A place in a list is a part of
     the path: ("stages", "0", "steps")."""
-    kind: Any = RunConfig
-    for part in path:
-        kind = _inside(kind, part)
-        if kind is None:
-            return None
-    return kind
+    return reduce(_inside, path, RunConfig)
 
 
 def is_list(kind: Any) -> bool:
@@ -70,8 +65,7 @@ def _inside(kind: Any, part: str) -> Any:
             return None
         element = get_args(kind)[0]
         return get_args(element)[0] if get_origin(element) is Annotated else element
-    section = _section(kind)
-    field = None if section is None else section.model_fields.get(part)
+    field = getattr(_section(kind), "model_fields", {}).get(part)
     return None if field is None else field.annotation
 
 
@@ -90,20 +84,17 @@ class OverrideError(ValueError):
     """An override that cannot be applied; the message goes after its text."""
 
 
-@dataclass(frozen=True)
-class Override:
+class Override(NamedTuple):
+    """An override that a recipe has taken: its text, and the key."""
+
     text: str
     path: tuple[str, ...]
-    value: Tree
 
     @classmethod
-    def parse(cls, text: str) -> "Override":
-        """Read `key=value`. Where the key takes text, the value is all that follows the first =,
-        as it is; elsewhere it is YAML.
-
-        Raises:
-            OverrideError: it has another form, names an unknown key, or its value is not YAML.
-        """
+    def into(cls, tree: dict[str, Tree], text: str) -> "Override":
+        """Put `key=value` into a recipe. Where the key takes text, the value is all that follows
+        the first =, as it is; elsewhere it is YAML. Raises `OverrideError`: it has another form,
+        names an unknown key or a place that a list does not have, or its value is not YAML."""
         key, separator, written = text.partition("=")
         if not separator:
             raise OverrideError("it has no =; write section.key=value")
@@ -113,31 +104,28 @@ class Override:
         for depth in range(len(path)):
             if declared(path[: depth + 1]) is None:
                 raise _unknown(path[: depth + 1])
-        if declared(path) is str:
-            literal = written if key == key.rstrip() else written.strip()
-            return cls(text, path, Scalar(literal, literal))
-        try:
-            return cls(text, path, read_yaml(written))
-        except YamlTextError as error:
-            reason = str(error).removeprefix("line 1: ")
-            raise OverrideError(f"{shortened(written)} is not a YAML value ({reason})") from None
-
-    def apply(self, tree: dict[str, Tree]) -> None:
-        """Put the value into a recipe.
-
-        Raises:
-            OverrideError: a place in a list that the recipe does not have.
-        """
-        *parents, leaf = self.path
+        *parents, leaf = path
         container: Any = tree
+        value = _value(path, written if key == key.rstrip() else written.strip())
         for depth, part in enumerate(parents):
-            key = _key(container, part, self.path[:depth])
+            place = _key(container, part, path[:depth])
             if isinstance(container, dict):
                 child = container.get(part)
                 if child is None or (isinstance(child, Scalar) and child.value is None):
-                    container[part] = [] if is_list(declared(self.path[: depth + 1])) else {}
-            container = container[key]
-        container[_key(container, leaf, self.path[:-1])] = self.value
+                    container[part] = [] if is_list(declared(path[: depth + 1])) else {}
+            container = container[place]
+        container[_key(container, leaf, path[:-1])] = value
+        return cls(text, path)
+
+
+def _value(path: tuple[str, ...], written: str) -> Tree:
+    if declared(path) is str:
+        return Scalar(written, written)
+    try:
+        return read_yaml(written)
+    except YamlTextError as error:
+        reason = str(error).removeprefix("line 1: ")
+        raise OverrideError(f"{shortened(written)} is not a YAML value ({reason})") from None
 
 
 def _unknown(path: tuple[str, ...]) -> OverrideError:

@@ -26,20 +26,14 @@ _OF_SLURM = {".sbatch", ".sh", ".md"}
 
 
 def ds_config_path(name: str) -> Path:
-    """The DeepSpeed JSON `name`: a path, or the name of a bundled one such as `zero1`.
-
-    Raises:
-        ConfigError: there is neither; the message lists the bundled names.
-    """
+    """The DeepSpeed JSON `name`: a path, or the name of a bundled one such as `zero1`; a
+    `ConfigError` that lists the bundled ones where there is neither."""
     return _find(name, _folder("ds_configs"), ".json", "DeepSpeed JSON")
 
 
 def recipe_path(name: str) -> Path:
-    """The recipe `name`: a path, or the name of a bundled one.
-
-    Raises:
-        ConfigError: there is neither; the message lists the bundled names.
-    """
+    """The recipe `name`: a path, or the name of a bundled one; a `ConfigError` that lists the
+    bundled ones where there is neither."""
     return _find(name, _folder("ds_configs") / "recipes", ".yaml", "recipe")
 
 
@@ -71,24 +65,17 @@ def _find(name: str, folder: Path, suffix: str, what: str) -> Path:
 
 def load_run_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a recipe (a path, or the name of a bundled one) and apply `key=value` overrides, the
-    later of two for the same key last.
-
-    Raises:
-        ConfigError: no such recipe, not YAML, unknown keys (with the nearest right one), values
-            of the wrong type or range; all of them in one message.
-    """
+    later of two for the same key last. Raises `ConfigError`: no such recipe, not YAML, unknown keys
+    (with the nearest right one), values of the wrong type or range; all of them in one message."""
     path = recipe_path(recipe)
     tree = _read(path)
     applied: list[Override] = []
     problems: list[str] = []
     for text in overrides:
         try:
-            override = Override.parse(text)
-            override.apply(tree)
+            applied.append(Override.into(tree, text))
         except OverrideError as error:
             problems.append(f"--set {shortened(text)}: {error}")
-        else:
-            applied.append(override)
     found: list[Any] = []
     config: RunConfig | None = None
     try:

@@ -91,11 +91,8 @@ class RunConfig(Record):
         return self
 
     def phase_schedule(self) -> PhaseSchedule:
-        """The sequence length and batch of every step.
-
-        Raises:
-            ConfigError: phases that are not in the order of their steps.
-        """
+        """The sequence length and batch of every step. Raises `ConfigError`: phases that are not in
+        the order of their steps."""
         data, batch = self.data, self.batch
         shapes = [(0, data.sequence_length, batch.global_batch_size, batch.micro_batch_size)]
         for phase in self.phases:
@@ -111,11 +108,8 @@ class RunConfig(Record):
         return PhaseSchedule.from_shapes(shapes)
 
     def stage_schedule(self) -> StageSchedule:
-        """The stages in steps.
-
-        Raises:
-            StageError: depths that do not grow, or a phase that starts after the last step.
-        """
+        """The stages in steps. Raises `StageError`: depths that do not grow, or a phase that starts
+        after the last step."""
         phases = self.phase_schedule()
         pairs: list[tuple[int, int]] = []
         start = 0
@@ -131,12 +125,8 @@ class RunConfig(Record):
         return StageSchedule.from_depths(pairs)
 
     def learning_rates(self) -> LearningRateSchedule:
-        """The learning rate of each step.
-
-        Raises:
-            StageError: as `stage_schedule`.
-            ConfigError: parts of the schedule that do not fit into the run.
-        """
+        """The learning rate of each step. Raises `StageError`: as `stage_schedule`; `ConfigError`:
+        parts of the schedule that do not fit into the run."""
         stages = self.stage_schedule()
         peaks = tuple(
             (phase.start_step, self.optimizer.peak_learning_rate(phase.global_batch_size))

@@ -101,7 +101,7 @@ def plain(tree: Tree) -> Any:
 
 
 def leaves(tree: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """What is no mapping and no list, and where it stands in them."""
+    """Every value that is no mapping and no list, after the place where it stands in them."""
     if isinstance(tree, dict | list):
         for key, child in tree.items() if isinstance(tree, dict) else enumerate(tree):
             yield from leaves(child, (*place, str(key)))

@@ -276,7 +276,7 @@ def _warn_of_secrets(request: LaunchRequest) -> None:
 def _train(request: LaunchRequest, run_dir: Path, stop: StopSignals) -> int:
     command, left = request.command, request.restarts
     while True:
-        since = attempts.count(run_dir)
+        since = len(attempts.read_records(run_dir))
         hosts = _usable_hosts(request)
         if stop.asked_by:
             _say("asked to stop before the ranks were started")

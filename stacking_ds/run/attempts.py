@@ -5,7 +5,8 @@ RUN_DIR/attempts.jsonl    one JSON object a line, only ever added to
     ended     how it left the run; an attempt that was killed outright has none
     judged    whether to start the run again, and why
 
-Batch scripts and launchers ask here, so nothing slow is imported.
+Batch scripts and launchers ask here, so nothing slow is imported. Whoever reads records or adds one
+raises a `UserError` where that cannot be done.
 """
 
 import itertools
@@ -20,7 +21,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stacking_ds.errors import UserError
-from stacking_ds.files import DamagedFileError, PassedOver, is_count, read_json_lines
+from stacking_ds.files import (
+    DamagedFileError,
+    PassedOver,
+    is_count,
+    read_json_lines,
+    without_waiting,
+)
 from stacking_ds.run.metrics_file import last_step
 
 ATTEMPTS_FILE = "attempts.jsonl"
@@ -59,21 +66,13 @@ class End:
 
 def begun(run_dir: Path, step: int, world_size: int, hosts: Sequence[str]) -> None:
     """Record that an attempt has entered the run at `step`. On rank 0, once `metrics.jsonl` ends
-    there: a later line of it is taken for this attempt's.
-
-    Raises:
-        UserError: the record cannot be written.
-    """
+    there: a later line of it is taken for this attempt's."""
     who = {"world_size": world_size, "hosts": list(hosts), "job": os.environ.get("SLURM_JOB_ID")}
     add(run_dir, {"event": "begun", "step": step, **who})
 
 
 def ended(run_dir: Path, outcome: Outcome, step: int, message: str) -> None:
-    """Record how the attempt left the run, after `step` steps. On rank 0.
-
-    Raises:
-        UserError: the record cannot be written.
-    """
+    """Record how the attempt left the run, after `step` steps. On rank 0."""
     end = {"outcome": outcome, "step": step, "message": message[:_LONGEST_MESSAGE]}
     add(run_dir, {"event": "ended", **end})
 
@@ -84,8 +83,7 @@ def add(run_dir: Path, record: Record) -> None:
     line = json.dumps({"event": record["event"], "time": now, **record}) + "\n"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOCTTY
-        with os.fdopen(os.open(path, flags, 0o666), "rb+", buffering=0) as file:
+        with open(path, "ab+", buffering=0, opener=without_waiting) as file:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode):
                 raise OSError(f"{path} is not a regular file")
@@ -107,11 +105,7 @@ def add(run_dir: Path, record: Record) -> None:
 
 def read_records(run_dir: Path, passed_over: PassedOver | None = None) -> list[Record]:
     """All records, in order. Lines that are none, such as one that a crash has cut off, are left
-    out and added to `passed_over`.
-
-    Raises:
-        UserError: they cannot be read.
-    """
+    out and added to `passed_over`."""
     path = run_dir / ATTEMPTS_FILE
     try:
         return list(read_json_lines(path, passed_over, _is_record))
@@ -140,23 +134,10 @@ def _is_record(found: Mapping[str, Any]) -> bool:
 
 
 def passed_over(run_dir: Path) -> str | None:
-    """A sentence on the lines of `attempts.jsonl` that are no records; None if there are none.
-
-    Raises:
-        UserError: they cannot be read.
-    """
+    """A sentence on the lines of `attempts.jsonl` that are no records; None if there are none."""
     found = PassedOver(run_dir / ATTEMPTS_FILE)
     read_records(run_dir, found)
     return found.sentence
-
-
-def count(run_dir: Path) -> int:
-    """Count the records: what `since` below is given.
-
-    Raises:
-        UserError: they cannot be read.
-    """
-    return len(read_records(run_dir))
 
 
 def last_end(run_dir: Path, records: Sequence[Record]) -> End | None:
@@ -173,20 +154,13 @@ def last_end(run_dir: Path, records: Sequence[Record]) -> End | None:
 def outcome_since(run_dir: Path, since: int) -> str | None:
     """Outcome of the attempt whose records begin at `since`: an `Outcome` or "killed"; None if
     it did not begin.
-
-    Raises:
-        UserError: the records cannot be read.
     """
     end = last_end(run_dir, read_records(run_dir)[since:])
     return end.outcome if end else None
 
 
 def summary(run_dir: Path) -> str | None:
-    """Count how often the run was begun and how that ended, for people; None after one attempt.
-
-    Raises:
-        UserError: the records cannot be read.
-    """
+    """Count how often the run was begun and how that ended, for people; None after one attempt."""
     records = read_records(run_dir)
     starts = [i for i, record in enumerate(records) if record["event"] == "begun"]
     if len(starts) < 2:

@@ -66,11 +66,7 @@ def read_metrics(
 
 def last_step(run_dir: Path) -> int:
     """The step of the last line of `metrics.jsonl`; 0 where no line is near its end, or it is no
-    regular file. Only its end is read.
-
-    Raises:
-        UnreadableError: it cannot be read.
-    """
+    regular file. Only its end is read. Raises `UnreadableError`: it cannot be read."""
     path = run_dir / METRICS_FILE
     try:
         with open_regular(path) as file:
@@ -105,12 +101,8 @@ def shown(line: Mapping[str, Any], name: str, form: str) -> str:
 
 def drop_after(run_dir: Path, completed_steps: int) -> str | None:
     """Leave the lines up to that step, since later ones will be written again; a sentence on those
-    that were none, if any.
-
-    Raises:
-        CheckpointError: it is no regular file, or cannot be read.
-        OSError: it cannot be written.
-    """
+    that were none, if any. Raises `CheckpointError`: it is no regular file, or cannot be read;
+    `OSError`: it cannot be written."""
     path = run_dir / METRICS_FILE
     if not os.path.lexists(path):
         return None
@@ -175,7 +167,7 @@ class _Evaluation:
 
 
 class Course:
-    """The losses of a run, line after line."""
+    """The losses of a run by the lines of its `metrics.jsonl`, in their order."""
 
     def __init__(self, lines: Iterable[Mapping[str, Any]] = ()) -> None:
         self._by_heldout = Judgement("not evaluated", "no held-out loss yet")
@@ -261,11 +253,6 @@ _THROWN_BACK = (
     ". The boundary threw it back: train again with a lower optimizer.learning_rate, "
     "schedule.at_boundary=rewarm, or a stage in between"
 )
-
-
-def judge(lines: Iterable[Mapping[str, Any]]) -> Judgement:
-    """Judge a run by the lines of its `metrics.jsonl`, in their order, up to the last of them."""
-    return Course(lines).judgement
 
 
 def finite_or_none(value: Any) -> Any:

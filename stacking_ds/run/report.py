@@ -9,7 +9,7 @@ from stacking_ds.console import aligned
 from stacking_ds.errors import CheckpointError, UserError
 from stacking_ds.files import PassedOver, is_count, is_number
 from stacking_ds.run import attempts, directory
-from stacking_ds.run.metrics_file import METRICS_FILE, judge, read_metrics, shown
+from stacking_ds.run.metrics_file import METRICS_FILE, Course, read_metrics, shown
 from stacking_ds.schedule.stages import Stage
 
 _COLUMNS = ("stage", "layers", "steps", "tokens", "train MLM loss", "held-out MLM loss",
@@ -20,11 +20,8 @@ _NUMBERS = ("stage/train_seconds", "stage/boundary_seconds", "wall_seconds")
 
 
 def run_table(run_dir: Path) -> str:
-    """Table of each stage so far, the unigram floor, and what the shallow stages spared.
-
-    Raises:
-        CheckpointError: there is no run, or it has not come far enough to say anything.
-    """
+    """Table of each stage so far, the unigram floor, and what the shallow stages spared. Raises
+    `CheckpointError`: there is no run, or it has not come far enough to say anything."""
     config = directory.read_config(run_dir)
     schedule = config.stage_schedule()
     passed_over = PassedOver(run_dir / METRICS_FILE)
@@ -45,7 +42,7 @@ def run_table(run_dir: Path) -> str:
             f"unigram floor: {floors[-1]:.3f} held-out MLM loss of word frequencies alone, on the "
             f"same masked tokens"
         )
-    lines.append(f"state: {judge(lines_so_far).sentence}")
+    lines.append(f"state: {Course(lines_so_far).judgement.sentence}")
     depths = [line["num_hidden_layers"] for line in last_of_stage.values()]
     spent = sum(map(operator.mul, depths, steps))
     full = schedule.stages[-1].num_hidden_layers * sum(steps)
