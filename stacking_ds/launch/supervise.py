@@ -238,7 +238,7 @@ def supervise(request: LaunchRequest) -> int:
 def _train(request: LaunchRequest, run_dir: Path, stop: StopSignals) -> int:
     command, left = request.command, request.restarts
     while True:
-        since = attempts.count(run_dir)
+        since = len(attempts.read_records(run_dir))
         attempt = _Attempt(request, _usable_hosts(request), stop)
         if stop.asked_by:
             _say("asked to stop before the ranks were started")
