@@ -4,6 +4,7 @@ import os
 import random
 import signal
 
+import hypothesis
 import numpy as np
 import pytest
 
@@ -13,6 +14,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 let_waiting_threads_sleep()
 
 import torch  # noqa: E402 - its OpenMP reads the environment once
+
+# how long an example takes is the machine's affair: another test may be using it
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -46,7 +46,7 @@ documents_of_lengths = st.lists(
 row_lengths = st.integers(8, 64) | st.just(512)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     documents=documents_of_lengths,
     length=row_lengths,
@@ -86,7 +86,7 @@ def test_pairs_hold_every_token_once_and_know_where_they_come_from(documents, le
             assert pairs.slots[row] > length - step or stop == passages.stops[other]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(documents=documents_of_lengths, length=row_lengths, seed=st.integers(0, 1000))
 def test_a_second_begins_with_a_sentence_whether_true_or_random(documents, length, seed):
     passages = passages_of(documents)
@@ -180,7 +180,7 @@ def test_a_single_document_gives_true_pairs_only():
     assert tokens_of(pairs) == list(range(100))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(documents=documents_of_lengths, length=row_lengths, shifted=st.booleans())
 def test_documents_are_cut_into_full_pieces_in_order(documents, length, shifted):
     passages = passages_of(documents, gap=3)

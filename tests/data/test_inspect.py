@@ -74,7 +74,7 @@ def test_the_numbers_of_a_folder_that_was_counted_by_hand(tmp_path, capsys):
     same_as_golden(text, tmp_path, "data_inspect.txt", SIZE)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data(), at_once=st.integers(1, 40))
 def test_a_split_read_in_pieces_is_the_whole_split(tmp_path_factory, data, at_once):
     folder = tmp_path_factory.mktemp("split")

@@ -46,7 +46,7 @@ def counting_tokens(documents, duplicates):
     ]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     documents=st.lists(
         st.lists(st.integers(1, 40), min_size=1, max_size=6), min_size=3, max_size=10

@@ -127,7 +127,7 @@ def test_split_of_the_documented_example():
         split_batch(8, 2, 0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     kind=st.sampled_from(list(KINDS)),
     world_size=st.sampled_from([1, 2, 3, 4, 8, 25]),
@@ -157,7 +157,7 @@ def test_any_split_computes_the_same_global_batch(
     assert whole.mlm_targets == len(only.mlm_labels_M)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     documents=st.lists(
         st.lists(st.integers(1, 40), min_size=1, max_size=6), min_size=4, max_size=10

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from stacking_ds.data.rows import pack
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(slots=st.lists(st.integers(2, 64), max_size=200))
 def test_rows_hold_every_example_once_and_none_overflows(slots):
     order, offsets = pack(np.array(slots, dtype=np.int64), 64)

@@ -86,13 +86,13 @@ def pair(normalization):
 
 
 @given(st.lists(SENTENCE, min_size=1, max_size=6))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_any_sentences_are_tokenized_as_by_the_library(sentences):
     assert found(OURS, sentences) == expected(sentences)
 
 
 @given(st.sampled_from(NORMALIZATIONS), st.lists(SENTENCE, min_size=1, max_size=6))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_however_they_are_normalised(normalization, sentences):
     library, ours = pair(normalization)
     expected = [library.encode(text, add_special_tokens=False).ids for text in sentences]
@@ -131,7 +131,7 @@ def test_empty_sentences_have_no_tokens(sentences):
 
 
 @given(st.text() | SENTENCE)
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_words_are_those_of_str_split(text):
     text = text.encode("utf-8", "ignore").decode()
     assert words_of(text) == " ".join(text.split()).encode()

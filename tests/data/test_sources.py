@@ -71,7 +71,7 @@ TEXT = st.text(st.sampled_from("ab é\r\n\t\x85"), max_size=60)
 
 
 @given(TEXT, st.integers(1, 40))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_a_text_file_cut_anywhere_has_the_same_documents_and_places(tmp_path_factory, text, size):
     path = tmp_path_factory.getbasetemp() / "cut.txt"
     path.write_bytes(text.encode())
@@ -84,7 +84,7 @@ def test_a_text_file_cut_anywhere_has_the_same_documents_and_places(tmp_path_fac
 
 
 @given(st.lists(st.text("ab\n é", max_size=12), max_size=12), st.integers(1, 60))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_json_lines_cut_anywhere_have_the_same_documents(tmp_path_factory, texts, size):
     path = tmp_path_factory.getbasetemp() / "cut.jsonl"
     path.write_bytes(json_lines(texts).replace(b"}\n", b"}\n \n"))

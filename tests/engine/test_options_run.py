@@ -15,7 +15,7 @@ from stacking_ds.config.sections import EngineSection
 from stacking_ds.distributed.world import World
 from stacking_ds.kernels.operations import Operations, Weights
 from stacking_ds.kernels.registry import Compute, choose_compute
-from stacking_ds.train import loop
+from stacking_ds.train import stage_engine
 from tests.prose import tiny_shards
 from tests.ranks import run_ranks
 from tests.runs import losses, metrics, small_recipe, train_small
@@ -67,7 +67,7 @@ def _operations_used(world: World, config: RunConfig, run_dir: Path) -> tuple[Co
         sections.add(section)
         return replace(choose_compute(section, *others), operations=Counting())
 
-    loop.choose_compute = choose  # type: ignore[assignment]
+    stage_engine.choose_compute = choose  # type: ignore[assignment]
     train_small(world, config, run_dir)
     return called, sections
 

@@ -39,7 +39,7 @@ def test_a_mask_keeps_what_it_should(dropout_prob: float) -> None:
 
 
 @given(shape=st.lists(st.integers(0, 9), max_size=3), dropout_prob=st.floats(0.0, 0.999))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_mask_has_any_shape_and_the_seed_decides_it(
     shape: list[int], dropout_prob: float
 ) -> None:
@@ -100,7 +100,7 @@ def _expected(logits_MV: torch.Tensor, labels_M: torch.Tensor) -> tuple[torch.Te
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_cross_entropy_and_its_gradient(
     rows: int, classes: int, ignored: int, chunk: int, dtype: torch.dtype, seed: int
 ) -> None:

@@ -274,7 +274,7 @@ class TestAllOfThem:
             assert apart(found, expected) <= TOLERANCE[torch.float32]
 
     @given(T=st.integers(0, 40), H=st.integers(3, 70), dropout=st.booleans())
-    @settings(max_examples=15, deadline=None, phases=[Phase.generate])
+    @settings(max_examples=15, phases=[Phase.generate])
     def test_any_shape(self, T: int, H: int, dropout: bool) -> None:
         probability = 0.4 * dropout
         inputs = [random(*size, seed=i) for i, size in enumerate([(T, H), (H,), (T, H)])]

@@ -132,7 +132,7 @@ def _require_same(
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_it_is_the_papers(kernel: str) -> None:
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=150)
     @given(_problems())
     def compare(problem: dict[str, Any]) -> None:
         _compare(problem, kernel)

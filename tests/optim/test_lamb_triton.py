@@ -287,7 +287,7 @@ class TestAgainstTheReference:
         assert same_bits(one[0].shard.flat, other[0].shard.flat)
 
     @given(data=st.data())
-    @settings(max_examples=30, deadline=None, phases=[Phase.generate])
+    @settings(max_examples=30, phases=[Phase.generate])
     def test_any_layout(self, data: st.DataObject) -> None:
         numbers = st.integers(0, 60) | st.sampled_from([0, 1, 1023, 1024, 1025, 1500])
         flats, index = [], 0

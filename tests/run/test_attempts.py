@@ -442,7 +442,7 @@ def test_a_folder_that_is_no_run_is_left_as_it_was(tmp_path: Path) -> None:
 FAILURES = st.sampled_from(["not_finite", "lost", "failed", "killed", "not_begun"])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(FAILURES, st.integers(1, 9), st.booleans()), min_size=3, max_size=30))
 def test_no_run_is_restarted_for_ever(
     tmp_path_factory: pytest.TempPathFactory, plan: list[tuple[str, int, bool]]

@@ -88,7 +88,7 @@ def test_a_cut_and_its_holders_agree(layouts: tuple[Layout, Layout]) -> None:
         assert all(min(high, stop) > max(low, start) for low, high in found)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(_two_layouts())
 def test_every_element_a_rank_needs_has_exactly_one_source(layouts: tuple[Layout, Layout]) -> None:
     old, new = layouts
@@ -114,7 +114,7 @@ def test_every_element_a_rank_needs_has_exactly_one_source(layouts: tuple[Layout
         assert (stop[last] == need_stop[needing]).all()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(_two_layouts())
 def test_traffic_is_accounted_for_and_even(layouts: tuple[Layout, Layout]) -> None:
     old, new = layouts
