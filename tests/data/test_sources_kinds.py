@@ -166,6 +166,13 @@ def test_json_files(tmp_path, content, count):
     assert texts_of(tmp_path / "a.json", 10) == TEXTS[:count]
 
 
+def test_places_in_a_cut_json_file_of_lines_are_counted_from_its_start(tmp_path):
+    (tmp_path / "a.json").write_bytes(json_lines([f"document {n}" for n in range(50)]))
+    assert len(open_source(str(tmp_path / "a.json")).pieces(200, Reading())) > 5
+    places = [place for _, (place, _) in items_of(tmp_path / "a.json", 200)]
+    assert places == [f"a.json:{n}" for n in range(1, 51)]
+
+
 def test_large_json_arrays_are_read_in_blocks(tmp_path):
     texts = [f"document {i} " + "é" * (i % 97) for i in range(8_000)]
     path = tmp_path / "a.json"
