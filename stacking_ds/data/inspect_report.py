@@ -75,10 +75,6 @@ def _splits(splits: Sequence[Facts]) -> list[str]:
     return [*text, "", "train's documents by their tokens", *_bars(train["document_lengths"])]
 
 
-def _overlap(overlap: Facts) -> list[str]:
-    return [f"train documents that are held out too: {overlap['documents']:,}"]
-
-
 def _rows(rows: Sequence[Facts]) -> list[str]:
     columns: _Columns = [
         ("rows of", "{sequence_length:,}"),
@@ -186,7 +182,7 @@ def _bars(bins: Sequence[Facts]) -> list[str]:
 _PARTS: dict[str, Callable[[Any], list[str]]] = {
     "folder": _folder,
     "splits": _splits,
-    "overlap": _overlap,
+    "overlap": lambda found: [f"train documents that are held out too: {found['documents']:,}"],
     "rows": _rows,
     "readings": _readings,
     "examples": _examples,
