@@ -19,6 +19,21 @@ from stacking_ds.launch.environment import ENCODED, decode_arguments
 from stacking_ds.process.exit import report_error
 from stacking_ds.process.runtime import let_waiting_threads_sleep
 
+_COMMANDS = {
+    add_prepare: "text to token shards",
+    add_train: "train a recipe, growing from stage to stage",
+    add_data: "inspect prepared shards, or lay out their rows",
+    add_checkpoint: "list, verify or inspect a run's checkpoints, or choose from which to go on",
+    add_evaluate: "held-out loss of a run's checkpoint",
+    add_export: "a run's model as a Hugging Face folder",
+    add_report: "what happened in a run, as a table",
+    add_launch: "DeepSpeed's launcher, watched over: hosts that answer, restarts, nothing left",
+    add_doctor: "on all ranks of a cluster: which node differs, what is missing",
+    add_again: "should a run that has ended be started again?",
+    add_slurm: "the batch scripts, copied to where you stand",
+    add_bench: "what a step, kernels, data, a boundary or LAMB cost, measured here",
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the process's exit code, which `report_error` lists."""
@@ -48,27 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"stacking-ds {__version__}")
     add_local_rank(parser)  # `deepspeed --module` puts it before the command
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, summary, add in (
-        ("prepare", "text to token shards", add_prepare),
-        ("train", "train a recipe, growing from stage to stage", add_train),
-        ("data", "inspect prepared shards, or lay out their rows", add_data),
-        (
-            "checkpoint",
-            "list, verify or inspect a run's checkpoints, or choose from which to go on",
-            add_checkpoint,
-        ),
-        ("evaluate", "held-out loss of a run's checkpoint", add_evaluate),
-        ("export", "a run's model as a Hugging Face folder", add_export),
-        ("report", "what happened in a run, as a table", add_report),
-        (
-            "launch",
-            "DeepSpeed's launcher, watched over: hosts that answer, restarts, nothing left",
-            add_launch,
-        ),
-        ("doctor", "on all ranks of a cluster: which node differs, what is missing", add_doctor),
-        ("again", "should a run that has ended be started again?", add_again),
-        ("slurm", "the batch scripts, copied to where you stand", add_slurm),
-        ("bench", "what a step, kernels, data, a boundary or LAMB cost, measured here", add_bench),
-    ):
+    for add, summary in _COMMANDS.items():
+        name = add.__name__.removeprefix("add_")
         add(commands.add_parser(allow_abbrev=False, name=name, help=summary))
     return parser

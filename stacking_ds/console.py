@@ -55,10 +55,9 @@ def plural(count: int, noun: str) -> str:
 
 def join_names(names: Sequence[str]) -> str:
     """The first three as a sentence lists them, and how many more there are."""
-    first, more = list(names[:3]), len(names) - 3
-    if more > 0:
-        return f"{', '.join(first)} and {more:,} more"
-    return " and ".join(filter(None, (", ".join(first[:-1]), first[-1])))
+    if len(names) > 3:
+        return first_of(names, 3)
+    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
 
 
 def shortened(value: str, most: int = 80) -> str:
@@ -99,17 +98,14 @@ def is_utf8(name: str | Path) -> bool:
 
 def readable_name(name: str | Path) -> str:
     """The name as a person may read it: what is not UTF-8 as `\\xe9`."""
-    content = str(name).encode("utf-8", errors="surrogatepass")
-    with_bytes = content if is_utf8(name) else os.fsencode(str(name))
-    return with_bytes.decode("utf-8", errors="backslashreplace")
+    if is_utf8(name):
+        return str(name)
+    return os.fsencode(str(name)).decode("utf-8", errors="backslashreplace")
 
 
 def check_names(words: Sequence[str]) -> None:
-    """Check the words of a command, and the directory it runs in.
-
-    Raises:
-        ConfigError: one of them is not UTF-8, or the directory is gone.
-    """
+    """Check the words of a command, and the directory it runs in. Raises `ConfigError`: one of them
+    is not UTF-8, or the directory is gone."""
     for word in words:
         if not is_utf8(word):
             raise ConfigError(
@@ -134,23 +130,13 @@ def steady_streams() -> None:
     A character that the console's encoding lacks is written as `\\u2265`. A stream that was closed
     leads nowhere: else the next file to be opened would get its number, and what is printed.
     """
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
+    while (found := os.open(os.devnull, os.O_RDWR)) <= 2:  # the lowest number that is free
+        os.set_inheritable(found, True)
+    os.close(found)
+    for name in ("stdin", "stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
-            _fill(number)
             mode = "r" if name == "stdin" else "w"
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
         elif isinstance(stream, io.TextIOWrapper) and name != "stdin":
             stream.reconfigure(errors="backslashreplace")
-
-
-def _fill(number: int) -> None:
-    """Opens the descriptor if it is closed."""
-    try:
-        os.fstat(number)
-    except OSError:
-        found = os.open(os.devnull, os.O_RDWR)
-        if found != number:
-            os.dup2(found, number)
-            os.close(found)
-        os.set_inheritable(number, True)

@@ -1,6 +1,7 @@
 """The errors a user can meet. Each message says what, which value, where, and what to do."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -71,22 +72,16 @@ def agreed(error: Exception) -> Exception:
     """
     if isinstance(error, AgreedError):
         return error
-    try:
-        made = _made_again(_agreed_kind(type(error)), error)
+    with suppress(Exception):  # constructors of libraries raise what they like
+        kind = _agreed_kind(type(error))
+        if isinstance(error, OSError) and error.errno is not None:
+            made = kind(error.errno, error.strerror, error.filename, None, error.filename2)
+        else:
+            made = kind.__new__(kind, *error.args)
+        made.__dict__.update(error.__dict__)
         if str(made) == str(error):
             return made
-    except Exception:  # noqa: BLE001 - constructors of libraries raise what they like
-        pass
     return _agreed_kind(RuntimeError)(f"{type(error).__name__}: {error}")
-
-
-def _made_again(kind: type[Exception], error: Exception) -> Exception:
-    if isinstance(error, OSError) and error.errno is not None:
-        made = kind(error.errno, error.strerror, error.filename, None, error.filename2)
-    else:
-        made = kind.__new__(kind, *error.args)
-    made.__dict__.update(error.__dict__)
-    return made
 
 
 def _agreed_kind(kind: type[Exception]) -> type[Exception]:

@@ -39,9 +39,7 @@ class PassedOver:
     """Counts the lines of a file that are no records, for the one sentence that tells of them."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.lines = 0
-        self._first = 0
+        self.path, self.lines, self._first = path, 0, 0
 
     def add(self, line: int) -> None:
         """`line` counts from 1."""
@@ -61,7 +59,7 @@ class PassedOver:
 def open_regular(path: Path) -> BufferedReader:
     """Open a regular file for reading bytes; never waits for a writer.
 
-    Raises:
+    Raises, as all who read by it:
         DamagedFileError: it is a folder, a FIFO, a device, or a link in a circle.
         OSError: it is not there, or cannot be read.
     """
@@ -84,12 +82,7 @@ def without_waiting(path: str, flags: int) -> int:
 
 
 def read_bytes(path: Path, most_bytes: int = _MOST_BYTES) -> bytes:
-    """The bytes of a file of at most `most_bytes`.
-
-    Raises:
-        DamagedFileError: it is longer, or no regular file.
-        OSError: it is not there, or cannot be read.
-    """
+    """The bytes of a file; a `DamagedFileError` where it has more than `most_bytes`."""
     with open_regular(path) as file:
         content = file.read(most_bytes + 1)
     if len(content) > most_bytes:
@@ -98,12 +91,7 @@ def read_bytes(path: Path, most_bytes: int = _MOST_BYTES) -> bytes:
 
 
 def read_text(path: Path, most_bytes: int = _MOST_BYTES) -> str:
-    """The text of a UTF-8 file of at most `most_bytes`.
-
-    Raises:
-        DamagedFileError: it is longer, not UTF-8 or no regular file.
-        OSError: it is not there, or cannot be read.
-    """
+    """The text of a file of at most `most_bytes`; a `DamagedFileError` where it is not UTF-8."""
     try:
         return read_bytes(path, most_bytes).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -111,36 +99,22 @@ def read_text(path: Path, most_bytes: int = _MOST_BYTES) -> str:
 
 
 def parse_json(text: str | bytes | bytearray) -> Any:
-    """The value of a JSON text.
-
-    Raises:
-        ValueError: it is no JSON, or nested more than 64 deep: what is near the interpreter's own
-            bound would be read, and break whoever writes or checks it.
-    """
-    try:
+    """The value of a JSON text. Raises `ValueError`: it is no JSON, or nested more than 64 deep, as
+    what is near the interpreter's own bound breaks whoever writes or checks it."""
+    with suppress(RecursionError):
         value = json.loads(text)
-    except RecursionError:
-        value, too_deep = None, True
-    else:
-        too_deep = is_nested_deeper(value, _DEEPEST)
-    if too_deep:
-        raise ValueError("it is nested too deeply")
-    return value
+        if not is_nested_deeper(value, _DEEPEST):
+            return value
+    raise ValueError("it is nested too deeply")
 
 
 def is_nested_deeper(value: Any, levels: int) -> bool:
     """True for more than so many lists and dictionaries, one in another."""
-    level = [value]
-    for _ in range(levels + 1):
-        containers = [each for each in level if isinstance(each, dict | list)]
-        if not containers:
-            return False
-        level = [
-            inner
-            for each in containers
-            for inner in (each.values() if isinstance(each, dict) else each)
-        ]
-    return True
+    if not isinstance(value, dict | list):
+        return False
+    inside = value.values() if isinstance(value, dict) else value
+    containers = [each for each in inside if isinstance(each, dict | list)]
+    return levels < 1 or any(is_nested_deeper(each, levels - 1) for each in containers)
 
 
 def is_count(value: Any) -> bool:
@@ -156,12 +130,8 @@ def is_number(value: Any) -> bool:
 
 
 def read_json(path: Path, most_bytes: int = _MOST_BYTES) -> Any:
-    """The value of a JSON file of at most `most_bytes`.
-
-    Raises:
-        DamagedFileError: it is longer, no JSON, nested too deeply or no regular file.
-        OSError: it is not there, or cannot be read.
-    """
+    """The value of a file of at most `most_bytes`; a `DamagedFileError` where it is no JSON, or
+    nested too deeply."""
     text = read_text(path, most_bytes)
     try:
         return parse_json(text)
@@ -178,30 +148,21 @@ def read_json_lines(
 
     Lines that hold something else, as the last one does that a crash has cut off, are added to
     `passed_over`; empty ones are nothing.
-
-    Raises:
-        DamagedFileError: it is no regular file.
-        OSError: it is not there, or cannot be read.
     """
     with open_regular(path) as file:
         number, in_long_line = 0, False
         while line := file.readline(_LONGEST_LINE_BYTES):
             if not in_long_line:
                 number += 1
-                found = _object_of(line)
-                if found is not None and is_record(found):
+                try:
+                    found = parse_json(line)
+                except ValueError:  # also what is not UTF-8
+                    found = None
+                if isinstance(found, dict) and is_record(found):
                     yield found
                 elif line.strip() and passed_over is not None:
                     passed_over.add(number)
             in_long_line = len(line) == _LONGEST_LINE_BYTES and not line.endswith(b"\n")
-
-
-def _object_of(line: bytes) -> dict[str, Any] | None:
-    try:
-        value = parse_json(line)
-    except ValueError:  # also what is not UTF-8
-        return None
-    return value if isinstance(value, dict) else None
 
 
 # --------------------------------------------------------------------------- writing
@@ -223,16 +184,11 @@ def sync(path: Path) -> None:
 def write_whole(
     path: Path, content: str | bytes | memoryview, by_way_of: Path | None = None
 ) -> None:
-    """Write the file `path`, or replace it, by way of another name on the same file system.
+    """Write the file `path`, or replace it, by way of another name on the same file system: hidden
+    beside it, if it is not `by_way_of`. Raises `OSError`: it cannot be written, and is as it was.
 
     Its new name outlasts a crash of the machine once its folder is synced, which is the caller's to
     do: several files may share one `sync`.
-
-    Args:
-        by_way_of: the other name; else it is hidden beside `path`.
-
-    Raises:
-        OSError: it cannot be written; `path` is as it was.
     """
     unfinished = by_way_of or path.with_name(f".{path.name}.partial")
     try:
@@ -273,11 +229,8 @@ def _remove(path: Path) -> None:
 @contextmanager
 def published(folder: Path) -> Iterator[Path]:
     """A new hidden folder to fill with files; it becomes `folder`, in place of what is there, when
-    it is left. After an error nothing of it stays.
-
-    Raises:
-        OSError: it cannot be written; `folder` is as it was.
-    """
+    it is left. After an error nothing of it stays. Raises `OSError`: it cannot be written; `folder`
+    is as it was."""
     partial = folder.with_name(f".{folder.name}.partial")
     previous = folder.with_name(f".{folder.name}.previous")
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed

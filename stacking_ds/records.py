@@ -6,11 +6,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 
 class Record(BaseModel):
-    """Named values of exact types: no key too many, nothing infinite, nothing that changes.
-
-    Raises:
-        ValidationError: what does not fit, value by value.
-    """
+    """Named values of exact types: no key too many, nothing infinite, nothing that changes. Raises
+    `ValidationError`: what does not fit, value by value."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 

@@ -9,7 +9,6 @@ import torch
 
 from stacking_ds.distributed.world import World
 from stacking_ds.engine.build import build_engine, release_engine
-from stacking_ds.engine.zero import gradients as engine_zero_gradients
 from stacking_ds.engine.zero import sharded_state
 from stacking_ds.growth.operators import layer_map, source_name
 from stacking_ds.growth.transfer import capture, install
@@ -76,7 +75,7 @@ def grown_by_hand(model: Any, optimizer: torch.optim.Optimizer, depth: int, **la
 def _gradients_seen(world: World, engine: Any) -> Iterator[dict[str, torch.Tensor]]:
     """While this lasts: the whole gradients that the optimizer is given, on every rank."""
     optimizer = engine.basic_optimizer
-    shards = {id(shard.flat): shard for shard in engine_zero_gradients.shards(engine)}
+    shards = {id(shard.flat): shard for shard in sharded_state.shards(engine)}
     fragments = {fragment.name: fragment for fragment in sharded_state.fragments(engine)}
     parts: list[tuple[str, int, torch.Tensor]] = []
     whole: dict[str, torch.Tensor] = {}

@@ -155,11 +155,11 @@ def apex_step(tensors: Tensors) -> Step:
             step=_LATER_STEP,
         )
         for flat in group["params"]:
-            shard = Shard(flat, ())
-            items.append(Item(shard, torch.zeros_like(flat), torch.zeros_like(flat), hyper))
+            shard, moments = Shard(flat, ()), (torch.zeros_like(flat), torch.zeros_like(flat))
+            items.append(Item(shard, *moments, hyper, flat.grad))
 
     def step() -> None:
-        kernel.accumulate(items, tensors.gradients, no_squares_2P, None)
+        kernel.accumulate(items, no_squares_2P, None)
         kernel.apply(items, no_squares_2P)
         tensors.copy_low()
 

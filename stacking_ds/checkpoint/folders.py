@@ -46,11 +46,7 @@ def step_of(folder: Path) -> int | None:
 
 
 def saved_steps(run_dir: Path) -> list[int]:
-    """The steps of all checkpoints of a run, in order.
-
-    Raises:
-        UnreadableError: nobody knows what is in their folder.
-    """
+    """The steps of all checkpoints of a run, in order; an `UnreadableError` if nobody knows."""
     root = run_dir / "checkpoints"
     try:
         names = [_NAME.fullmatch(path.name) for path in root.iterdir()]
@@ -79,12 +75,7 @@ def newest_first(run_dir: Path) -> list[Path]:
 
 
 def named_by_latest(root: Path) -> str | None:
-    """The name in `root`/latest; None before the run's first checkpoint.
-
-    Raises:
-        DamagedFileError: it is no text, or no regular file.
-        OSError: it cannot be read.
-    """
+    """The name in `root`/latest, by `read_text`; None before the run's first checkpoint."""
     if root.is_file():
         return None  # and no checkpoint can lie in it
     try:
@@ -94,14 +85,12 @@ def named_by_latest(root: Path) -> str | None:
 
 
 def latest(run_dir: Path) -> Path | None:
-    """The newest checkpoint of a run; None if it has none yet.
+    """The newest checkpoint of a run; None if it has none yet. Raises `UnreadableError`: nobody
+    knows which one it is; `CheckpointError`: `latest` is damaged, or names a folder that is not
+    there.
 
     Without `latest` (a run that was killed just before it was first written) it is the last folder,
     since a folder is there only when it is whole.
-
-    Raises:
-        UnreadableError: nobody knows which one it is.
-        CheckpointError: `latest` is damaged, or names a folder that is not there.
     """
     root, there = run_dir / "checkpoints", saved(run_dir)
     try:
@@ -118,16 +107,13 @@ def latest(run_dir: Path) -> Path | None:
         for folder in (root / name, _removed(root / name)):
             if folder.is_dir():
                 return folder
-    if not there:
-        raise CheckpointError(
-            f"{root / 'latest'} {wrong}, and there is no checkpoint: take that file away, and the "
-            f"run starts anew"
+    remedy = ", and there is no checkpoint: take that file away, and the run starts anew"
+    if there:
+        remedy = (
+            f"; say from which checkpoint to go on with `{use_command(root / 'STEP')}` (there is: "
+            f"{first_of([folder.name for folder in there])})"
         )
-    raise CheckpointError(
-        f"{root / 'latest'} {wrong}; say from which checkpoint to go on with `stacking-ds "
-        f"checkpoint use {shlex.quote(str(run_dir))} STEP` (there is: "
-        f"{first_of([folder.name for folder in there])})"
-    )
+    raise CheckpointError(f"{root / 'latest'} {wrong}{remedy}")
 
 
 def fall_back(folder: Path) -> str:
@@ -206,11 +192,9 @@ def prune(run_dir: Path, *, keep_last: int, keep_steps: Collection[int]) -> None
 
 def choose(place: Path, name: str | None = None) -> Path:
     """The checkpoint `name` of the run `place`, or its newest; or `place` itself if it is one.
+    Raises `CheckpointError`: there is none; the message lists those that are there.
 
     A name is that of a folder, or just its step. It is there, but whether it is whole is not asked.
-
-    Raises:
-        CheckpointError: there is none; the message lists those that are there.
     """
     if is_checkpoint(place):
         if name is None:
@@ -232,11 +216,8 @@ def choose(place: Path, name: str | None = None) -> Path:
 
 
 def choose_all(place: Path) -> list[Path]:
-    """Every checkpoint of the run `place` by step, or `place` itself if it is one.
-
-    Raises:
-        CheckpointError: there is none.
-    """
+    """Every checkpoint of the run `place` by step, or `place` itself if it is one; a
+    `CheckpointError` where there is none."""
     if is_checkpoint(place):
         return [place]
     require_run(place)

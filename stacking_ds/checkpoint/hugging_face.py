@@ -17,22 +17,18 @@ from stacking_ds.model.bert import parameter_shapes
 from stacking_ds.model.bert_config import BertConfig
 
 _SPECIAL_TOKENS = {
-    "unk_token": "[UNK]",
-    "sep_token": "[SEP]",
-    "pad_token": "[PAD]",
-    "cls_token": "[CLS]",
-    "mask_token": "[MASK]",
+    f"{name}_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls", "mask")
 }
 
+_CONFIG_KEYS = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+    *("hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob"),
+    *("max_position_embeddings", "type_vocab_size", "initializer_range", "layer_norm_eps"),
+)
 _SWITCHES = ("lowercase", "strip_accents", "handle_chinese_chars")
 
-_FILES = {
-    "config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.txt",
-}
+_COPIED = ("tokenizer.json", "vocab.txt")
+_FILES = {"config.json", "model.safetensors", "tokenizer_config.json", *_COPIED}
 
 
 def export_to_hugging_face(
@@ -50,8 +46,7 @@ def export_to_hugging_face(
     `from_pretrained` as `BertForPreTraining`, any `AutoModel…` class of BERT, and `AutoTokenizer`.
 
     Args:
-        tensors: every parameter of the model once, in any order: our name, fp32 on the CPU.
-        config: the model's sizes.
+        tensors: every parameter of `config`'s model once, in any order: our name, fp32 on the CPU.
         tokenizer_dir: folder with the `tokenizer.json` and `vocab.txt` of the training data.
         out_dir: new, empty, or an earlier export.
         longest_tokens: the longest rows that trained the model, to which its tokenizer is to cut
@@ -75,17 +70,25 @@ def export_to_hugging_face(
         )
     # behind a link, the folder is replaced and not the link
     out_dir = Path(os.path.realpath(out_dir))
-    _check_replaceable(out_dir)
-
+    if out_dir.exists() and not out_dir.is_dir():
+        raise ConfigError(f"{out_dir} is a file; give the folder to export into")
+    # an export is replaced as a whole, so anything else in the folder would be lost
+    found = {path.name for path in out_dir.iterdir()} if out_dir.exists() else set()
+    if foreign := sorted(found - _FILES):
+        raise ConfigError(
+            f"{out_dir} holds something else than an export ({', '.join(foreign[:3])}); give "
+            f"another folder"
+        )
     longest_tokens = longest_tokens or config.max_position_embeddings
     try:
         with published(out_dir) as partial:
             _write_weights(partial / "model.safetensors", tensors, config)
-            _write_json(partial / "config.json", _model_json(config, tokenizer))
-            _write_json(
-                partial / "tokenizer_config.json", _tokenizer_json(tokenizer, longest_tokens)
-            )
-            for name in ("tokenizer.json", "vocab.txt"):
+            for name, content in (
+                ("config.json", _model_json(config, tokenizer)),
+                ("tokenizer_config.json", _tokenizer_json(tokenizer, longest_tokens)),
+            ):
+                (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            for name in _COPIED:
                 shutil.copyfile(tokenizer_dir / name, partial / name)
     except OSError as error:
         raise ConfigError(
@@ -124,29 +127,29 @@ def _write_weights(
 
 
 def _read_tokenizer(folder: Path) -> dict[str, Any]:
-    for name in ("tokenizer.json", "vocab.txt"):
+    for name in _COPIED:
         if not (folder / name).is_file():
             raise DataError(f"{folder / name} is missing; point to the folder of prepared data")
+    path = folder / "tokenizer.json"
     try:
-        tokenizer: dict[str, Any] = read_json(folder / "tokenizer.json")
+        tokenizer: dict[str, Any] = read_json(path)
         kinds = tokenizer["model"]["type"], tokenizer["normalizer"]["type"]
         vocabulary = tokenizer["model"]["vocab"]
         special = [vocabulary[token] for token in _SPECIAL_TOKENS.values()]
         switches = [tokenizer["normalizer"][name] for name in _SWITCHES]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{folder / 'tokenizer.json'} is not a BERT tokenizer ({error!r}); prepare the data "
-            f"anew or restore the file"
+            f"{path} is not a BERT tokenizer ({error!r}); prepare the data anew or restore the file"
         ) from error
     if kinds != ("WordPiece", "BertNormalizer"):
         raise DataError(
-            f"{folder / 'tokenizer.json'} is made of {kinds}, and BERT's of WordPiece with a "
+            f"{path} is made of {kinds}, and BERT's of WordPiece with a "
             f"BertNormalizer; export needs the tokenizer that prepared the data"
         )
     right = all(map(is_count, special)) and len(set(special)) == len(special)
     if not right or not all(each is None or isinstance(each, bool) for each in switches):
         raise DataError(
-            f"{folder / 'tokenizer.json'} is damaged: its special tokens have no ids of their own, "
+            f"{path} is damaged: its special tokens have no ids of their own, "
             f"or a switch of its normalizer is neither on nor off; prepare the data anew or "
             f"restore the file"
         )
@@ -154,21 +157,11 @@ def _read_tokenizer(folder: Path) -> dict[str, Any]:
 
 
 def _model_json(config: BertConfig, tokenizer: dict[str, Any]) -> dict[str, Any]:
+    values = {**config.model_dump(), "hidden_act": "gelu"}
     return {
         "architectures": ["BertForPreTraining"],
         "model_type": "bert",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "intermediate_size": config.intermediate_size,
-        "hidden_act": "gelu",
-        "hidden_dropout_prob": config.hidden_dropout_prob,
-        "attention_probs_dropout_prob": config.attention_probs_dropout_prob,
-        "max_position_embeddings": config.max_position_embeddings,
-        "type_vocab_size": config.type_vocab_size,
-        "initializer_range": config.initializer_range,
-        "layer_norm_eps": config.layer_norm_eps,
+        **{name: values[name] for name in _CONFIG_KEYS},
         "pad_token_id": tokenizer["model"]["vocab"]["[PAD]"],
         "tie_word_embeddings": True,
     }
@@ -184,21 +177,3 @@ def _tokenizer_json(tokenizer: dict[str, Any], longest_tokens: int) -> dict[str,
         "model_max_length": longest_tokens,
         **_SPECIAL_TOKENS,
     }
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _check_replaceable(out_dir: Path) -> None:
-    if not out_dir.exists():
-        return
-    if not out_dir.is_dir():
-        raise ConfigError(f"{out_dir} is a file; give the folder to export into")
-    # an export is replaced as a whole, so anything else in the folder would be lost
-    foreign = sorted({path.name for path in out_dir.iterdir()} - _FILES)
-    if foreign:
-        raise ConfigError(
-            f"{out_dir} holds something else than an export ({', '.join(foreign[:3])}); give "
-            f"another folder"
-        )

@@ -37,13 +37,9 @@ State = Literal["whole", "damaged", "unreadable"]
 
 
 def listed(run_dir: Path) -> list[dict[str, Any]]:
-    """A record of each checkpoint of a run, by step, and after them of what is unfinished.
-
-    Values are plain JSON; None where a manifest would have to say it and cannot.
-
-    Raises:
-        CheckpointError: `run_dir` is not the directory of a run.
-    """
+    """A record of each checkpoint of a run, by step, and after them of what is unfinished: plain
+    JSON, None where a manifest would have to say it and cannot. Raises `CheckpointError`: `run_dir`
+    is not the directory of a run."""
     if is_checkpoint(run_dir):
         raise CheckpointError(f"{run_dir} is one checkpoint; give the directory of its run")
     require_run(run_dir)
@@ -105,10 +101,7 @@ def config_of(manifest: Manifest) -> RunConfig | None:
 
 def listing(run_dir: Path) -> str:
     """A run's checkpoints as a table, and what is wrong with those whose manifest cannot be used.
-
-    Raises:
-        CheckpointError: `run_dir` is not the directory of a run.
-    """
+    Raises `CheckpointError`: `run_dir` is not the directory of a run."""
     records = listed(run_dir)
     remarks = [record["problem"] for record in records if record["problem"]]
     try:
@@ -214,11 +207,8 @@ def _way_out(damaged: Sequence[Path], states: dict[Path, State], say: Say) -> st
 
 
 def contents(folder: Path) -> str:
-    """Describe what is in a checkpoint, from its manifest.
-
-    Raises:
-        CheckpointError: the manifest is missing, damaged or of another format.
-    """
+    """Describe what is in a checkpoint, from its manifest. Raises `CheckpointError`: the manifest
+    is missing, damaged or of another format."""
     manifest = read_manifest(folder)
     state, config = manifest.train_state, config_of(manifest)
     facts = {
@@ -272,11 +262,8 @@ def _plans(manifest: Manifest, config: RunConfig) -> dict[str, str]:
 
 
 def parameter_lines(folder: Path) -> Iterator[str]:
-    """A table of all parameters, a line at a time: each is read, and verified, for its line.
-
-    Raises:
-        CheckpointError: the manifest, or a file where it is read, is missing or damaged.
-    """
+    """A table of all parameters, a line at a time: each is read, and verified, for its line. Raises
+    `CheckpointError`: the manifest, or a file where it is read, is missing or damaged."""
     manifest = read_manifest(folder)
     rows = [(name, *_shape_and_cut(each)) for name, each in manifest.parameters.items()]
     title, *lines = aligned([("parameter", "shape", "cut"), *rows], left=(0, 1, 2))

@@ -4,43 +4,22 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 
 from stacking_ds.checkpoint.folders import fall_back
-from stacking_ds.checkpoint.manifest import (
-    ELEMENT_BYTES,
-    Count,
-    Manifest,
-    Positive,
-    RankFile,
-    checksum,
-    read_manifest,
-)
+from stacking_ds.checkpoint.manifest import ELEMENT_BYTES, Manifest, checksum, read_manifest
 from stacking_ds.console import shortened
 from stacking_ds.distributed.world import World
 from stacking_ds.errors import CheckpointError, UnreadableError, UserError, unreadable
-from stacking_ds.files import DamagedFileError, open_regular
-from stacking_ds.records import Record, first_problem
+from stacking_ds.files import DamagedFileError, open_regular, parse_json
 from stacking_ds.sharding.fragments import MASTER, Fragment
 
 _LENGTH_BYTES = 8
 """Of the number that says how many bytes of header follow it."""
 _MOST_HEADER_BYTES = 100_000_000
 """safetensors' own bound."""
-
-
-class _Tensor(Record):
-    """What the header of a file says of a tensor."""
-
-    dtype: Literal["F32"]
-    shape: tuple[Positive]
-    data_offsets: tuple[Count, Count]
-
-
-_HEADER = TypeAdapter(dict[str, _Tensor])
 
 
 class FragmentReader:
@@ -52,47 +31,32 @@ class FragmentReader:
         self._files: dict[int, _VerifiedFile] = {}
 
     def fill(self, view: torch.Tensor, key: str, name: str, start: int, stop: int) -> None:
-        """Copy the elements [start, stop) of `name` into `view`, a 1-D tensor of as many.
-
-        Raises:
-            UnreadableError: a file is there and cannot be read.
-            CheckpointError: it is missing, or damaged where it is read.
-        """
+        """Copy the elements [start, stop) of `name` into `view`, a 1-D tensor of as many. Raises
+        `UnreadableError`: a file is there and cannot be read; `CheckpointError`: it is missing, or
+        damaged where it is read."""
         cut = self._manifest.parameters[name].cut
         for rank in cut.holders(start, stop):
             low, high = cut.interval(rank)
             first, last = max(start, low), min(stop, high)
             try:
                 if rank not in self._files:
-                    self._files[rank] = self._open(rank)
-                saved = self._files[rank].read(f"{key}/{name}", high - low, first - low, last - low)
+                    self._files[rank] = _VerifiedFile(self._folder, self._manifest, rank)
+                saved = self._files[rank].read(f"{key}/{name}", first - low, last - low)
             except (DamagedFileError, OSError) as error:
-                problem = self._problem(rank, error)
+                problem = _problem(self._folder / self._manifest.files[rank].name, error)
                 if isinstance(problem, UnreadableError):
                     raise problem from None
                 raise CheckpointError(f"{problem}; {fall_back(self._folder)}") from None
             view[first - start : last - start].copy_(saved)
 
-    def problems(self) -> Iterator[CheckpointError]:
-        """Read every byte of every file; an error for each that is not as it was written, and an
-        `UnreadableError` for each of which nobody knows."""
-        for rank in range(self._manifest.world_size):
-            try:
-                self._open(rank).verify_all(self._manifest.tensors_of(rank))
-            except (DamagedFileError, OSError) as error:
-                yield self._problem(rank, error)
 
-    def _open(self, rank: int) -> "_VerifiedFile":
-        return _VerifiedFile(self._folder, self._manifest.files[rank], self._manifest.chunk_bytes)
-
-    def _problem(self, rank: int, error: DamagedFileError | OSError) -> CheckpointError:
-        """The error without a remedy."""
-        path = self._folder / self._manifest.files[rank].name  # not every error knows it
-        if isinstance(error, DamagedFileError):
-            return CheckpointError(str(error))
-        if isinstance(error, FileNotFoundError):
-            return CheckpointError(f"{path} cannot be read ({error.strerror})")
-        return unreadable(UnreadableError, path, error)
+def _problem(path: Path, error: DamagedFileError | OSError) -> CheckpointError:
+    """The error without a remedy; not every one knows the path."""
+    if isinstance(error, DamagedFileError):
+        return CheckpointError(str(error))
+    if isinstance(error, FileNotFoundError):
+        return CheckpointError(f"{path} cannot be read ({error.strerror})")
+    return unreadable(UnreadableError, path, error)
 
 
 class _VerifiedFile:
@@ -102,114 +66,95 @@ class _VerifiedFile:
     kept open: there may be more ranks than a process may open files.
     """
 
-    def __init__(self, folder: Path, record: RankFile, chunk_bytes: int) -> None:
-        self._path = folder / record.name
-        self._record = record
-        self._chunk_bytes = chunk_bytes
+    def __init__(self, folder: Path, manifest: Manifest, rank: int) -> None:
+        record = manifest.files[rank]
+        self._path, self._size_bytes = folder / record.name, record.size_bytes
+        self._checksums, self._chunk_bytes = record.checksums, manifest.chunk_bytes
+        self._manifest, self._rank = manifest, rank
         self._last_chunk: tuple[int, bytes] = (-1, b"")
         with open_regular(self._path) as file:
-            size = os.fstat(file.fileno()).st_size
-        if size != record.size_bytes:
-            raise self._damaged(f"it has {size} bytes instead of {record.size_bytes}")
+            found = os.fstat(file.fileno()).st_size
+        if found != self._size_bytes:
+            raise self._damaged(f"it has {found} bytes instead of {self._size_bytes}")
 
-    def read(self, tensor: str, numel: int, start: int, stop: int) -> torch.Tensor:
-        """The elements [start, stop), at least one, of a 1-D fp32 tensor of `numel`."""
-        place = self._find(tensor, numel)
+    def read(self, tensor: str, start: int, stop: int) -> torch.Tensor:
+        """The elements [start, stop), at least one, of a 1-D fp32 tensor."""
+        place = self._places[tensor]
         found = self._bytes(place + ELEMENT_BYTES * start, place + ELEMENT_BYTES * stop)
         return torch.frombuffer(found, dtype=torch.float32)
 
-    def verify_all(self, tensors: Mapping[str, int]) -> None:
-        """Every byte, and that it holds these tensors, of so many elements each, and no others."""
-        count = len(self._record.checksums)
+    def verify_all(self) -> None:
+        """Every byte, and that it holds the tensors of its rank and no others."""
+        count = len(self._checksums)
         with open_regular(self._path) as file:
-            damaged = [i for i in range(count) if not self._is_whole(i, self._chunk(file, i))]
+            damaged = [i for i in range(count) if self._chunk(file, i) is None]
         if damaged:
             raise self._damaged(
                 f"{len(damaged)} of {count} chunks are not those that were written, the first at "
                 f"byte {damaged[0] * self._chunk_bytes}"
             )
-        for tensor, numel in tensors.items():
-            self._find(tensor, numel)
-        if len(self._tensors) > len(tensors):
-            raise self._damaged(f"it holds {len(self._tensors)} tensors instead of {len(tensors)}")
-
-    def _find(self, tensor: str, numel: int) -> int:
-        """The first byte of a tensor of `numel` elements."""
-        place, found = self._tensors.get(tensor, (0, None))
-        if found != numel:
-            raise self._damaged(f"it does not hold the {numel} elements of {tensor}")
-        return place
+        assert self._places is not None
 
     @cached_property
-    def _tensors(self) -> dict[str, tuple[int, int]]:
-        """Name to first byte and number of elements, of tensors that fill the rest of the file and
-        share no byte."""
-        size = self._record.size_bytes
-        end = _LENGTH_BYTES + int.from_bytes(self._bytes(0, min(_LENGTH_BYTES, size)), "little")
-        if end > min(size, _LENGTH_BYTES + _MOST_HEADER_BYTES):
-            raise self._damaged(f"its header would end at byte {end}")
+    def _places(self) -> dict[str, int]:
+        """The first byte of each tensor, of which the file has those that the manifest says."""
+        length = self._bytes(0, min(_LENGTH_BYTES, self._size_bytes))
+        start = _LENGTH_BYTES + int.from_bytes(length, "little")
+        if start > min(self._size_bytes, _LENGTH_BYTES + _MOST_HEADER_BYTES):
+            raise self._damaged(f"its header would end at byte {start}")
         try:
-            header = _HEADER.validate_json(self._bytes(_LENGTH_BYTES, end))
-        except ValidationError as error:
+            found = parse_json(self._bytes(_LENGTH_BYTES, start))
+        except ValueError as error:
+            raise self._damaged(f"its header cannot be read: {error}") from None
+        header = found if isinstance(found, dict) else {}
+        numel, places, end = self._manifest.tensors_of(self._rank), {}, 0
+        for name, entry in header.items():
+            size, begin = numel.get(name, 0), end
+            end += ELEMENT_BYTES * size
+            if entry != {"dtype": "F32", "shape": [size], "data_offsets": [begin, end]}:
+                raise self._damaged(f"its header says of {shortened(name)} what is not true of it")
+            places[name] = start + begin
+        if places.keys() != numel.keys() or start + end != self._size_bytes:
             raise self._damaged(
-                f"its header is not one of 1-D fp32 tensors: {first_problem(error)}"
-            ) from None
-        found, place = {}, end
-        for name, tensor in sorted(header.items(), key=lambda entry: entry[1].data_offsets):
-            [numel], (first, last) = tensor.shape, tensor.data_offsets
-            if end + first != place or last - first != ELEMENT_BYTES * numel:
-                raise self._damaged(
-                    f"its header puts {shortened(name)} where another tensor or none is"
-                )
-            found[name], place = (place, numel), end + last
-        if place != size:
-            raise self._damaged(f"its tensors end at byte {place} instead of {size}")
-        return found
+                f"its {len(places):,} tensors are not the {len(numel):,} that the manifest gives it"
+            )
+        return places
 
     def _bytes(self, start: int, stop: int) -> bytearray:
         """The bytes [start, stop), whose chunks are verified."""
-        found = bytearray(stop - start)
+        found = bytearray()
         with open_regular(self._path) as file:
             for index in range(start // self._chunk_bytes, -(-stop // self._chunk_bytes)):
                 low = index * self._chunk_bytes
                 if self._last_chunk[0] != index:  # small tensors share one
-                    chunk = self._chunk(file, index)
-                    if not self._is_whole(index, chunk):
+                    if (chunk := self._chunk(file, index)) is None:
                         raise self._damaged(
                             f"the bytes from {low} on are not those that were written"
                         )
                     self._last_chunk = (index, chunk)
-                part = memoryview(self._last_chunk[1])[max(start - low, 0) : max(stop - low, 0)]
-                first = max(low - start, 0)
-                found[first : first + len(part)] = part
+                found += memoryview(self._last_chunk[1])[max(start - low, 0) : stop - low]
         return found
 
-    def _chunk(self, file: BinaryIO, index: int) -> bytes:
+    def _chunk(self, file: BinaryIO, index: int) -> bytes | None:
+        """None where it is not the one that was written."""
         file.seek(index * self._chunk_bytes)
-        return file.read(self._chunk_bytes)
-
-    def _is_whole(self, index: int, chunk: bytes) -> bool:
-        return checksum(chunk) == self._record.checksums[index]
+        chunk = file.read(self._chunk_bytes)
+        return chunk if checksum(chunk) == self._checksums[index] else None
 
     def _damaged(self, reason: str) -> DamagedFileError:
         return DamagedFileError(self._path, reason)
 
 
 def load(folder: Path, targets: Sequence[Fragment], world: World | None = None) -> Manifest:
-    """Fill the live fragments `targets` with the elements saved in `folder`.
+    """Fill the live fragments `targets`, every parameter of the model, with the elements saved in
+    `folder`, which must have these and no others. With a `world` it is a collective, and an error
+    on one rank is raised on all. Raises `CheckpointError`: a file that is missing or damaged, the
+    checkpoint of another model, or whatever else has kept it from being loaded.
 
     Works at any world size, ZeRO stage and precision: only the intervals that this rank needs are
     read, and verified. What a target has views for is filled; moments that were not there yet
     become zero. The caller seeds the moments before and refreshes the low-precision copies
     afterwards.
-
-    Args:
-        targets: every parameter of the model; the checkpoint must have these and no others.
-        world: given, it is a collective, and an error on one rank is raised on all.
-
-    Raises:
-        CheckpointError: a file that is missing or damaged, the checkpoint of another model, or
-            whatever else has kept it from being loaded.
     """
 
     def fill() -> Manifest:
@@ -261,11 +206,8 @@ def require_shapes(folder: Path, manifest: Manifest, shapes: Mapping[str, tuple[
 
 
 def read_parameters(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter's name and whole fp32 master, one at a time.
-
-    Raises:
-        CheckpointError: a file that is missing or damaged.
-    """
+    """Every parameter's name and whole fp32 master, one at a time. Raises `CheckpointError`: a file
+    that is missing or damaged."""
     manifest = read_manifest(folder)
     reader = FragmentReader(folder, manifest)
     for name, parameter in manifest.parameters.items():
@@ -278,6 +220,13 @@ def problems(folder: Path) -> list[CheckpointError]:
     """Everything that is wrong with a checkpoint, every byte of which is read: damage, and an
     `UnreadableError` for what cannot be read."""
     try:
-        return list(FragmentReader(folder, read_manifest(folder)).problems())
+        manifest = read_manifest(folder)
     except CheckpointError as error:
         return [error]
+    found = []
+    for rank, file in enumerate(manifest.files):
+        try:
+            _VerifiedFile(folder, manifest, rank).verify_all()
+        except (DamagedFileError, OSError) as error:
+            found.append(_problem(folder / file.name, error))
+    return found

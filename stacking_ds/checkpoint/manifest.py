@@ -1,6 +1,5 @@
 """Manifest of a checkpoint: its `manifest.json`, as strict records."""
 
-import importlib.metadata
 import json
 import math
 from pathlib import Path
@@ -48,7 +47,7 @@ class Contents(Record):
 
     Nothing else is needed to go on. The position in the data, masks and dropout are functions of
     `config["seed"]` and `step`; the learning rate is one of `config` and `step`. The stage is
-    `train_state["stage_index"]`, the precision `Manifest.precision`.
+    `train_state["stage_index"]`.
     """
 
     step: Count
@@ -127,25 +126,22 @@ class Manifest(Contents):
         return self
 
     @property
-    def precision(self) -> str | None:
-        """The engine's, in the recipe of whichever version wrote it."""
-        engine = self.config.get("engine")
-        found = engine.get("precision") if isinstance(engine, dict) else None
-        return found if isinstance(found, str) else None
-
-    @property
     def fp16_loss_scale(self) -> float | None:
-        """The loss scale that fp16 has settled on; None at other precisions."""
-        return self.loss_scale if self.precision == "fp16" else None
+        """The loss scale that fp16 has settled on; None at other precisions, and in the recipe of
+        a version that has none."""
+        engine = self.config.get("engine")
+        is_fp16 = isinstance(engine, dict) and engine.get("precision") == "fp16"
+        return self.loss_scale if is_fp16 else None
 
     def tensors_of(self, rank: int) -> dict[str, int]:
         """The tensors in the file of `rank`, and how many elements each has."""
-        found: dict[str, int] = {}
-        for name, parameter in self.parameters.items():
-            low, high = parameter.cut.interval(rank)
-            if low < high:
-                found |= {f"{key}/{name}": high - low for key in self.keys}
-        return found
+        intervals = {name: each.cut.interval(rank) for name, each in self.parameters.items()}
+        return {
+            f"{key}/{name}": high - low
+            for name, (low, high) in intervals.items()
+            if low < high
+            for key in self.keys
+        }
 
     def to_json(self) -> str:
         """The text of `manifest.json`: this record and its checksum."""
@@ -157,12 +153,6 @@ def _checksum_of(record: dict[str, Any]) -> str:
     return checksum(json.dumps(record, sort_keys=True, separators=(",", ":")).encode())
 
 
-def package_versions() -> dict[str, str]:
-    """Of the libraries on which the numbers or their layout depend."""
-    names = ("torch", "deepspeed", "safetensors")
-    return {name: importlib.metadata.version(name) for name in names}
-
-
 def read_manifest(folder: Path) -> Manifest:
     """Raises:
     UnreadableError: the manifest is there and cannot be read.
@@ -170,17 +160,21 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / "manifest.json"
     try:
-        record = read_json(path)
+        return _checked(path, read_json(path))
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error.strerror}); {fall_back(folder)}"
-        ) from None
+        problem = f"{path} cannot be read ({error.strerror})"
     except OSError as error:
         raise unreadable(UnreadableError, path, error) from None
     except DamagedFileError as damage:
-        raise _damaged(folder, damage.reason) from None
+        problem = str(damage)
+    except ValidationError as error:
+        problem = f"{path} is damaged: {first_problem(error)}"
+    raise CheckpointError(f"{problem}; {fall_back(folder)}")
+
+
+def _checked(path: Path, record: Any) -> Manifest:
     if not isinstance(record, dict):
-        raise _damaged(folder, "it is not a JSON object")
+        raise DamagedFileError(path, "it is not a JSON object")
     stated, version = record.pop("checksum", None), record.get("format_version")
     whole = stated == _checksum_of(record)
     if version != FORMAT_VERSION and (whole or stated is None):  # version 1 had no checksum
@@ -190,15 +184,8 @@ def read_manifest(folder: Path) -> Manifest:
             f"another --run-dir"
         )
     if not whole:
-        raise _damaged(folder, "its checksum is not that of its contents")
-    try:
-        manifest = Manifest.model_validate_json(json.dumps(record))
-    except ValidationError as error:
-        raise _damaged(folder, first_problem(error)) from None
-    if step_of(folder) not in (None, manifest.step):
-        raise _damaged(folder, f"it is that of step {manifest.step}")
+        raise DamagedFileError(path, "its checksum is not that of its contents")
+    manifest = Manifest.model_validate_json(json.dumps(record))
+    if step_of(path.parent) not in (None, manifest.step):
+        raise DamagedFileError(path, f"it is that of step {manifest.step}")
     return manifest
-
-
-def _damaged(folder: Path, reason: str) -> CheckpointError:
-    return CheckpointError(f"{folder / 'manifest.json'} is damaged: {reason}; {fall_back(folder)}")

@@ -9,24 +9,20 @@ Only the main thread talks to other ranks. A checkpoint is published when all ra
 disk; whatever fails or is killed before leaves the previous one as it was.
 """
 
+import importlib.metadata
 import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import Any, NoReturn
 
 import torch
 
-from stacking_ds.checkpoint.folders import (
-    begin,
-    folder_name,
-    named_by_latest,
-    partial_of,
-    publish,
-)
+from stacking_ds.checkpoint.folders import begin, folder_name, named_by_latest, partial_of, publish
 from stacking_ds.checkpoint.manifest import (
     CHUNK_BYTES,
     ELEMENT_BYTES,
@@ -35,7 +31,6 @@ from stacking_ds.checkpoint.manifest import (
     Parameter,
     RankFile,
     checksum,
-    package_versions,
     rank_file_name,
 )
 from stacking_ds.console import first_of
@@ -76,6 +71,8 @@ def little_endian_bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.detach().contiguous().numpy().astype("<f4", copy=False).data
 
 
+# on which the numbers or their layout depend
+_PACKAGES = ("torch", "deepspeed", "safetensors")
 _PATIENCE_SECONDS = 10.0
 _MEET_SECONDS = 1.0
 
@@ -91,12 +88,9 @@ class BackgroundSave:
         contents: Contents,
         afterwards: Callable[[], None] = lambda: None,
     ) -> None:
-        """Start to write.
-
-        Args:
-            fragments: host tensors that nobody writes to while the save lasts (`Fragment.on_host`).
-            afterwards: called on the first rank, in its thread, when the checkpoint is published.
-        """
+        """Start to write `fragments`: host tensors that nobody writes to while the save lasts
+        (`Fragment.on_host`). `afterwards` is called on the first rank, in its thread, when the
+        checkpoint is published."""
         self.folder = run_dir / "checkpoints" / folder_name(contents.step)
         self.over = False
         """Whether it has been published or has failed."""
@@ -104,34 +98,31 @@ class BackgroundSave:
         """Time that its threads have taken so far; on the first rank, once it is published, with
         what the slowest rank took to write. When they were waited for does not count."""
         self._world = world
-        self._contents = contents
         self._afterwards = afterwards
-        self._keys = tuple(fragments[0].views)
-        self._parameters = {
-            fragment.name: Parameter(
-                shape=fragment.shape, size=fragment.cut.size, offset=fragment.cut.offset
-            )
-            for fragment in fragments
-        }
+        self._manifest = partial(
+            Manifest,
+            **contents.model_dump(),
+            package_versions={name: importlib.metadata.version(name) for name in _PACKAGES},
+            world_size=world.size,
+            chunk_bytes=CHUNK_BYTES,
+            keys=tuple(fragments[0].views),
+            parameters={
+                each.name: Parameter(shape=each.shape, size=each.cut.size, offset=each.cut.offset)
+                for each in fragments
+            },
+        )
         self._written: RankFile | None = None
         self._publishing = False
         self._failure: str | None = None
         self._thread: Thread | None = None
         owned = [fragment.owned_by(world.rank) for fragment in fragments]
-        refusal = world.on_first(self._begin)
-        if refusal is None:
+        if world.on_first(self._begin):
             self._go(self._write, owned)
-        elif world.is_first:
-            self._failure = refusal
 
     def poll(self) -> bool:
-        """Ask the ranks, in one small all-reduce, whether the checkpoint is published; waits for
-        no thread.
-
-        Raises:
-            CheckpointError: on every rank, if one could not write; the save is over, nothing of it
-                is left, and `latest` still names the previous checkpoint, which is untouched.
-        """
+        """Ask the ranks, in one small all-reduce, whether the checkpoint is published; waits for no
+        thread. Raises `CheckpointError`: on every rank, if one could not write; the save is over,
+        nothing of it is left, and `latest` still names the previous checkpoint, untouched."""
         if self._world.any(self._thread is not None and self._thread.is_alive()):
             return False
         self._raise_failures()
@@ -146,11 +137,7 @@ class BackgroundSave:
         return False
 
     def finish(self) -> None:
-        """Wait until the checkpoint is published.
-
-        Raises:
-            CheckpointError: as `poll`.
-        """
+        """Wait until the checkpoint is published. Raises `CheckpointError`: as `poll`."""
         with self._world.waiting_for(self._thread):
             while not self.poll():
                 self._world.pulse.work = self._thread
@@ -195,42 +182,32 @@ class BackgroundSave:
         }
         save_file(tensors, path)
         sync(path)
+        with path.open("rb") as file:
+            checksums = tuple(map(checksum, iter(lambda: file.read(CHUNK_BYTES), b"")))
         self._written = RankFile(
-            name=path.name, size_bytes=path.stat().st_size, checksums=tuple(_checksums(path))
+            name=path.name, size_bytes=path.stat().st_size, checksums=checksums
         )
 
     def _publish(self, files: Sequence[RankFile]) -> None:
-        manifest = Manifest(
-            **self._contents.model_dump(),
-            package_versions=package_versions(),
-            world_size=self._world.size,
-            chunk_bytes=CHUNK_BYTES,
-            keys=self._keys,
-            parameters=self._parameters,
-            files=tuple(files),
-        )
-        publish(self.folder, manifest.to_json())
+        publish(self.folder, self._manifest(files=tuple(files)).to_json())
         self._afterwards()
 
     # ------------------------------------------------------------- when it fails
 
-    def _begin(self) -> str | None:
+    def _begin(self) -> bool:
         try:
             begin(self.folder)
         except OSError as error:
-            return str(error)
-        return None
+            self._failure = str(error)
+        return self._failure is None
 
     def _raise_failures(self) -> None:
         if not self._world.any(self._failure is not None):
             return
         self.over = True
-        reasons = [
-            f"rank {rank}: {reason}"
-            for rank, reason in enumerate(self._world.gather(self._failure))
-            if reason is not None
-        ]
-        self._world.on_first(lambda: self._clean_up(reasons))
+        reasons = enumerate(self._world.gather(self._failure))
+        told = [f"rank {rank}: {reason}" for rank, reason in reasons if reason is not None]
+        self._world.on_first(lambda: self._clean_up(told))
 
     def _clean_up(self, reasons: Sequence[str]) -> NoReturn:
         shutil.rmtree(partial_of(self.folder), ignore_errors=True)
@@ -238,10 +215,9 @@ class BackgroundSave:
         try:
             newest = named_by_latest(self.folder.parent)
             before = f"{newest} is untouched" if newest else "there is no earlier checkpoint"
-        except OSError as error:  # the file system that has just failed
-            newest, before = None, f"which one is the latest cannot be read ({error.strerror})"
-        except DamagedFileError as damage:
-            newest, before = None, f"which one is the latest cannot be read ({damage.reason})"
+        except (OSError, DamagedFileError) as error:  # the file system that has just failed
+            reason = error.strerror if isinstance(error, OSError) else error.reason
+            newest, before = None, f"which one is the latest cannot be read ({reason})"
         if newest == self.folder.name:
             raise CheckpointError(
                 f"{self.folder} was saved, but may not outlast a power failure ({why})"
@@ -249,9 +225,3 @@ class BackgroundSave:
         raise CheckpointError(
             f"{self.folder} was not saved ({why}); {before}: make room or mend the file system"
         )
-
-
-def _checksums(path: Path) -> Iterator[str]:
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            yield checksum(chunk)

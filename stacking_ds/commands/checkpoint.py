@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from stacking_ds.checkpoint.folders import choose, choose_all, point_to
@@ -13,34 +14,33 @@ from stacking_ds.run import directory
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """Give `parser` the actions; each sets `command`, which returns the exit code."""
     actions = parser.add_subparsers(required=True, metavar="ACTION")
-    action = actions.add_parser(allow_abbrev=False, name="list", help="what is there")
+
+    def add(
+        name: str, command: Callable[[argparse.Namespace], int], summary: str
+    ) -> argparse.ArgumentParser:
+        action = actions.add_parser(allow_abbrev=False, name=name, help=summary)
+        action.set_defaults(command=command)
+        return action
+
+    action = add("list", _list, "what is there")
     action.add_argument("run_dir", type=Path)
     action.add_argument("--json", action="store_true", help="for programs")
-    action.set_defaults(command=_list)
 
-    action = actions.add_parser(
-        allow_abbrev=False, name="verify", help="read every byte: is it whole; exit code 2 if not"
-    )
-    which = _which(action)
-    which.add_argument("--all", action="store_true", help="every checkpoint of the run")
-    action.set_defaults(command=_verify)
+    action = add("verify", _verify, "read every byte: is it whole; exit code 2 if not")
+    _which(action).add_argument("--all", action="store_true", help="every checkpoint of the run")
 
-    action = actions.add_parser(allow_abbrev=False, name="inspect", help="what is in it")
+    action = add("inspect", _inspect, "what is in it")
     _which(action)
     action.add_argument(
         "--parameters", action="store_true", help="shape, cut and statistics of each parameter"
     )
-    action.set_defaults(command=_inspect)
-
-    action = actions.add_parser(
-        allow_abbrev=False,
-        name="use",
-        help="go on from this one: verify it, and have `latest` name it; exit code 2 if it is not "
-        "whole",
+    action = add(
+        "use",
+        _use,
+        "go on from this one: verify it, and have `latest` name it; exit code 2 if it is not whole",
     )
     action.add_argument("run_dir", type=Path)
     action.add_argument("checkpoint", metavar="STEP", help="e.g. 1000, or step_00001000")
-    action.set_defaults(command=_use)
 
 
 def _which(action: argparse.ArgumentParser) -> "argparse._MutuallyExclusiveGroup":
@@ -53,8 +53,8 @@ def _which(action: argparse.ArgumentParser) -> "argparse._MutuallyExclusiveGroup
 def _list(options: argparse.Namespace) -> int:
     from stacking_ds.checkpoint.listing import listed, listing
 
-    as_json = options.json
-    say(json.dumps(listed(options.run_dir), indent=1) if as_json else listing(options.run_dir))
+    run_dir = options.run_dir
+    say(json.dumps(listed(run_dir), indent=1) if options.json else listing(run_dir))
     return 0
 
 

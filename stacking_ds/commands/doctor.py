@@ -84,15 +84,11 @@ def report(world: "World", options: argparse.Namespace) -> int:
 
 def _say_finding(finding: "Finding") -> None:
     lead = f"{finding.check:<{_CHECK_COLUMNS}}{finding.verdict:<{_VERDICT_COLUMNS}}"
-    indent = " " * len(lead)
-    say(_wrapped(finding.text, lead, indent))
+    indent, width = " " * len(lead), _LINE_COLUMNS
+    fill = partial(textwrap.fill, width=width, break_long_words=False, break_on_hyphens=False)
+    say(fill(finding.text, initial_indent=lead, subsequent_indent=indent))
     if finding.remedy:
-        say(_wrapped(f"-> {finding.remedy}", indent, f"{indent}   "))
-
-
-def _wrapped(text: str, first: str, rest: str) -> str:
-    fill = partial(textwrap.fill, break_long_words=False, break_on_hyphens=False)
-    return fill(text, _LINE_COLUMNS, initial_indent=first, subsequent_indent=rest)
+        say(fill(f"-> {finding.remedy}", initial_indent=indent, subsequent_indent=f"{indent}   "))
 
 
 def _require_writable(path: Path | None) -> None:

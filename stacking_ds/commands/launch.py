@@ -23,19 +23,10 @@ def add_launch(parser: argparse.ArgumentParser) -> None:
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--hostfile", type=Path, help="the hosts, `name slots=RANKS` one a line")
     where.add_argument("--ranks", type=int, metavar="N", help="that many ranks on this machine")
-    parser.add_argument(
-        "--restarts",
-        type=int,
-        default=0,
-        metavar="N",
-        help="start a failed `train` again up to N times, from its newest checkpoint (0)",
-    )
-    parser.add_argument(
-        "--min-nodes",
-        type=int,
-        metavar="M",
-        help="go on with M hosts or more where others do not answer; all of them if not given",
-    )
+    again = "start a failed `train` again up to N times, from its newest checkpoint (0)"
+    parser.add_argument("--restarts", type=int, default=0, metavar="N", help=again)
+    fewer = "go on with M hosts or more where others do not answer; all of them if not given"
+    parser.add_argument("--min-nodes", type=int, metavar="M", help=fewer)
     parser.add_argument(
         "--env",
         action="append",
@@ -60,15 +51,10 @@ def add_launch(parser: argparse.ArgumentParser) -> None:
         "needs --launcher-args='--mca btl_tcp_if_include NAME'",
     )
     through.add_argument("--ssh-port", type=int, metavar="P")
-    through.add_argument(
-        "--master-addr",
-        dest="master_address",
-        metavar="A",
-        help="of the first host, as the others see it; asked if not",
-    )
-    parser.add_argument(
-        "--master-port", type=int, metavar="P", help="where ranks meet; a free one if not given"
-    )
+    first = "of the first host, as the others see it; asked if not"
+    through.add_argument("--master-addr", dest="master_address", metavar="A", help=first)
+    meeting = "where ranks meet; a free one if not given"
+    parser.add_argument("--master-port", type=int, metavar="P", help=meeting)
     parser.add_argument(
         "arguments",
         nargs=argparse.REMAINDER,
@@ -116,13 +102,8 @@ def add_again(parser: argparse.ArgumentParser) -> None:
         f"{_EXIT_COMPLETE}: no, it is complete."
     )
     parser.add_argument("run_dir", type=Path)
-    parser.add_argument(
-        "--exit-status",
-        type=int,
-        required=True,
-        metavar="N",
-        help="what the job ended with ($? in a batch script)",
-    )
+    status = "what the job ended with ($? in a batch script)"
+    parser.add_argument("--exit-status", type=int, required=True, metavar="N", help=status)
     parser.set_defaults(command=_again)
 
 
@@ -131,48 +112,39 @@ def _again(options: argparse.Namespace) -> int:
         say_on_stderr(damage)
     decision = decision_of_this_job(options.run_dir) or judge(options.run_dir, options.exit_status)
     say(decision.why)
-    if decision.outcome == "complete":
-        return _EXIT_COMPLETE
-    return _EXIT_AGAIN if decision.again else _EXIT_NOT_AGAIN
+    not_again = _EXIT_COMPLETE if decision.outcome == "complete" else _EXIT_NOT_AGAIN
+    return _EXIT_AGAIN if decision.again else not_again
 
 
 def add_slurm(parser: argparse.ArgumentParser) -> None:
     """Give `parser` the one action; it sets `command`, which returns the exit code."""
     actions = parser.add_subparsers(required=True, metavar="ACTION")
-    action = actions.add_parser(
-        allow_abbrev=False, name="copy", help="write the batch scripts into DIR/slurm"
-    )
-    action.add_argument(
-        "directory", type=Path, metavar="DIR", help="where sbatch is called, seen by all nodes"
-    )
+    does = "write the batch scripts into DIR/slurm"
+    action = actions.add_parser(allow_abbrev=False, name="copy", help=does)
+    where = "where sbatch is called, seen by all nodes"
+    action.add_argument("directory", type=Path, metavar="DIR", help=where)
     action.set_defaults(command=_copy)
 
 
 def _copy(options: argparse.Namespace) -> int:
     target = options.directory / "slurm"
-    scripts = batch_scripts()
-    changed = [
-        path.name
-        for path in scripts
-        if (target / path.name).exists() and (target / path.name).read_bytes() != path.read_bytes()
-    ]
+    scripts = {target / path.name: path for path in batch_scripts()}
+    there = {place: path for place, path in scripts.items() if place.exists()}
+    changed = [p.name for p, path in there.items() if p.read_bytes() != path.read_bytes()]
     if changed:
         raise ConfigError(
             f"{target} has {', '.join(changed)} with other contents, which stay as they are: move "
             f"them away, or give another folder"
         )
     target.mkdir(parents=True, exist_ok=True)
-    for path in scripts:
-        if not (target / path.name).exists():  # in a checkout they may be these themselves
-            shutil.copyfile(path, target / path.name)
+    for place in scripts.keys() - there.keys():  # in a checkout they may be these themselves
+        shutil.copyfile(scripts[place], place)
     (target / "submit.sh").chmod(0o755)  # a wheel does not keep it
     command = Path(sys.executable).with_name("stacking-ds")
-    place, program = (shlex.quote(str(path)) for path in (options.directory, command))
+    folder, program = (shlex.quote(str(path)) for path in (options.directory, command))
     say(
-        f"batch scripts are in {target}; write what your site needs into {target / 'site.sh'}, then"
-    )
-    say(
-        f"cd {place} && STACKING_DS={program} sbatch slurm/pretrain.sbatch RECIPE RUN_DIR "
+        f"batch scripts are in {target}; write what your site needs into {target / 'site.sh'}, "
+        f"then\ncd {folder} && STACKING_DS={program} sbatch slurm/pretrain.sbatch RECIPE RUN_DIR "
         f"--set data.path=SHARDS"
     )
     return 0

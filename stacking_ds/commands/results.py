@@ -3,15 +3,11 @@
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from stacking_ds.checkpoint.folders import choose
 from stacking_ds.console import say, say_on_stderr
 from stacking_ds.run.directory import read_config, require_shards
 from stacking_ds.run.report import run_table
-
-if TYPE_CHECKING:
-    from stacking_ds.train.plan import TrainingPlan
 
 
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
@@ -23,10 +19,18 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    plan = _plan_of(options.run_dir, options.data)
+    config = read_config(options.run_dir)
+    if options.data is None:
+        require_shards(options.run_dir, config, "--data FOLDER")
+    else:
+        section = config.data.model_copy(update={"path": options.data})
+        config = config.model_copy(update={"data": section})
+    # seconds of imports, for a run that is there; before there is a process group
     from stacking_ds.distributed import process_group
     from stacking_ds.train.from_checkpoint import run_heldout
+    from stacking_ds.train.plan import open_plan
 
+    plan = open_plan(config)
     found = choose(options.run_dir, options.checkpoint)
     world = process_group.start()
     try:
@@ -59,22 +63,9 @@ def _export(options: argparse.Namespace) -> int:
     found = choose(options.run_dir, options.checkpoint)
     place = export_run(config, options.run_dir, found, options.out, options.data)
     say(f"exported: {place}")
-    warning = warning_of(options.run_dir, found)
-    if warning:
+    if warning := warning_of(options.run_dir, found):
         say_on_stderr(f"stacking-ds: warning: {warning}")
     return 0
-
-
-def _plan_of(run_dir: Path, data: str | None) -> "TrainingPlan":
-    config = read_config(run_dir)
-    if data is None:
-        require_shards(run_dir, config, "--data FOLDER")
-    from stacking_ds.train.plan import open_plan  # seconds of imports, for a run that is there
-
-    if data is not None:
-        section = config.data.model_copy(update={"path": data})
-        config = config.model_copy(update={"data": section})
-    return open_plan(config)
 
 
 def add_report(parser: argparse.ArgumentParser) -> None:

@@ -81,16 +81,12 @@ def _train(options: argparse.Namespace) -> int:
     if options.without_data and not options.dry_run:
         raise ConfigError("--without-data is for --dry-run: training needs the token shards")
     with StopRequest() as request:  # torch takes seconds to import, and SLURM may signal meanwhile
-        if options.dry_run:
-            return _dry_run(options)
-        return _train_on_ranks(options, request)
-
-
-def _dry_run(options: argparse.Namespace) -> int:
-    plan = _opened(options, _config_of(options), world_size_from_environment())
-    check(run_dir_of(options, plan.config), plan.config, resume=bool(options.resume))
-    if rank_from_environment() == 0:
-        say(f"{plan.config.to_yaml()}\n{plan.schedule.draw()}")
+        if not options.dry_run:
+            return _train_on_ranks(options, request)
+        plan = _opened(options, _config_of(options), world_size_from_environment())
+        check(run_dir_of(options, plan.config), plan.config, resume=bool(options.resume))
+        if rank_from_environment() == 0:
+            say(f"{plan.config.to_yaml()}\n{plan.schedule.draw()}")
     return 0
 
 
@@ -173,23 +169,15 @@ def _say_on_first_of_node(message: str) -> None:
 
 
 def run_dir_of(options: argparse.Namespace, config: RunConfig | None = None) -> Path:
-    """The directory of the run whose recipe is `config`, which is read if it is not given.
-
-    Raises:
-        ConfigError: two directories are given, none can be told, or the recipe that has the run's
-            name cannot be used.
-    """
-    named = _named(options)
-    return named or default_run_dir(config or _config_of(options))
+    """The directory of the run whose recipe is `config`, which is read if it is not given. Raises
+    `ConfigError`: two directories are given, or none can be told."""
+    return _named(options) or default_run_dir(config or _config_of(options))
 
 
 def _config_of(options: argparse.Namespace) -> RunConfig:
-    """The recipe, of the run itself if it is resumed and no other is given, after overrides.
-
-    Raises:
-        ConfigError: there is none, or a value that cannot be used.
-        CheckpointError: the run is not there, or its recipe is damaged.
-    """
+    """The recipe, of the run itself if it is resumed and no other is given, after overrides. Raises
+    `ConfigError`: there is none, or a value that cannot be used; `CheckpointError`: the run is not
+    there, or its recipe is damaged."""
     if options.recipe is not None:
         return load_run_config(options.recipe, options.set)
     run_dir = _named(options)
@@ -202,10 +190,9 @@ def _config_of(options: argparse.Namespace) -> RunConfig:
 
 
 def _named(options: argparse.Namespace) -> Path | None:
-    given = (options.run_dir, options.resume)
-    named = [path for path in given if isinstance(path, Path)]
+    named = [path for path in (options.run_dir, options.resume) if isinstance(path, Path)]
     if len({os.path.realpath(path) for path in named}) > 1:
         raise ConfigError(
             f"--run-dir {options.run_dir} and --resume {options.resume} are two runs; give one"
         )
-    return named[0] if named else None
+    return next(iter(named), None)

@@ -1,13 +1,14 @@
 """Sentences about a recipe's mistakes: which key, what it must be, what was typed, and in which
 line or which `--set`."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from stacking_ds.config.overrides import Override, declared, meant
-from stacking_ds.config.yaml_text import Scalar, Tree
+from stacking_ds.config.yaml_text import Scalar, Tree, leaves
 from stacking_ds.console import shortened
 from stacking_ds.errors import ConfigError
 from stacking_ds.records import Record
@@ -17,30 +18,28 @@ R = TypeVar("R", bound=Record)
 _Location = tuple[str, ...]
 
 _OVERRIDE, _WITH_OVERRIDES = "--set ", "with --set "
+_IS = {
+    "missing": " is missing; give it a value",
+    "too_short": " needs at least {min_length} of its parts",
+    "too_long": " can have at most {max_length} parts",
+    "value_error": ": {error}",
+}
 _MUST_BE = {
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "int_parsing": "a whole number",
-    "int_parsing_size": "a whole number",
-    "float_type": "a number",
-    "float_parsing": "a number",
-    "finite_number": "a finite number",
-    "bool_type": "true or false",
-    "bool_parsing": "true or false",
-    "string_type": "text",
+    "greater_than": "above {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "below {lt}",
+    "less_than_equal": "at most {le}",
+    "literal_error": "{expected}",
+    "int": "a whole number",
+    "float": "a number",
+    "finite": "a finite number",
+    "bool": "true or false",
     "string_unicode": "text in UTF-8",
-    "tuple_type": "a list, in brackets",
-    "list_type": "a list, in brackets",
-    "model_type": "a section of keys",
-    "model_attributes_type": "a section of keys",
-    "dict_type": "a section of keys",
+    "string": "text",
+    **dict.fromkeys(("tuple", "list"), "a list, in brackets"),
+    **dict.fromkeys(("model", "dict"), "a section of keys"),
 }
-_BOUNDS = {
-    "greater_than": ("gt", "above"),
-    "greater_than_equal": ("ge", "at least"),
-    "less_than": ("lt", "below"),
-    "less_than_equal": ("le", "at most"),
-}
+"""By pydantic's name of the error, or how it begins."""
 
 
 def sentences(
@@ -56,7 +55,7 @@ def sentences(
         if not _only_follows(problem, problems):
             location = _location(problem)
             told[location] = _predicate(problem, location, tree)
-    for location, scalar in _scalars(tree):
+    for location, scalar in leaves(tree):
         # as text it is either complained of above, or taken as it stands
         if scalar.surprise and location not in told and declared(location) is not str:
             told[location] = (
@@ -68,11 +67,8 @@ def sentences(
 
 
 def checked(kind: type[R], **values: Any) -> R:
-    """`kind(**values)`, of values that somebody typed who knows of no sections.
-
-    Raises:
-        ConfigError: all that is wrong, in sentences.
-    """
+    """`kind(**values)`, of values that somebody typed who knows of no sections. Raises
+    `ConfigError`: all that is wrong, in sentences."""
     try:
         return kind(**values)
     except ValidationError as error:
@@ -119,39 +115,24 @@ def _placed(location: _Location, predicate: str, tree: Tree, overrides: Sequence
 
 def _predicate(problem: Mapping[str, Any], location: _Location, tree: Tree) -> str:
     """What follows the key: " must be a number, not 'x'"."""
-    kind, context = problem["type"], problem.get("ctx", {})
-    given = _at(tree, location)
+    kind, given = problem["type"], _at(tree, location)
+    context = {name: _shown(value) for name, value in problem.get("ctx", {}).items()}
     if kind == "extra_forbidden":
         return f" is not a key; {meant(location)}"
-    if kind == "missing":
-        return " is missing; give it a value"
-    if kind == "value_error":
-        return f": {context['error']}"
+    if kind in _IS:
+        return _IS[kind].format(**context)
     if isinstance(given, Scalar) and given.text == "" and given.value is None:
         return " has no value; give it one, or leave the key out"
-    if kind == "too_short":
-        return f" needs at least {context['min_length']:,} of its parts"
-    if kind == "too_long":
-        return f" can have at most {context['max_length']:,} parts"
-    if kind == "literal_error":
-        must = f"must be {context['expected']}"
-    elif kind in _BOUNDS:
-        name, words = _BOUNDS[kind]
-        must = f"must be {words} {_number(context[name])}"
-    elif kind in _MUST_BE:
-        must = f"must be {_MUST_BE[kind]}"
-    else:
-        must = "cannot have this value"
-    return f" {must}{_but_is(given, kind)}"
+    must = _MUST_BE.get(kind) or _MUST_BE.get(kind.split("_")[0])
+    said = f"must be {must.format(**context)}" if must else "cannot have this value"
+    return f" {said}{_but_is(given, kind)}"
 
 
 def _but_is(given: Tree | None, kind: str) -> str:
-    if isinstance(given, dict):
-        return ", not a section"
-    if isinstance(given, list):
-        return ", not a list"
     if given is None:
         return ""
+    if not isinstance(given, Scalar):
+        return ", not a section" if isinstance(given, dict) else ", not a list"
     text = shortened(given.text)
     if isinstance(given.value, str):
         return f", not '{text}'"
@@ -173,28 +154,18 @@ def _what(value: bool | int | float | str | None) -> str:
     return "a number"
 
 
-def _number(value: float) -> str:
-    whole = int(value)
-    return f"{whole:,}" if whole == value else f"{value:g}"
+def _shown(value: Any) -> str:
+    if isinstance(value, int | float):
+        return f"{int(value):,}" if int(value) == value else f"{value:g}"
+    return str(value)
 
 
 def _at(tree: Tree, location: _Location) -> Tree | None:
     """What the recipe has there, None where it has nothing."""
-    here: Tree | None = tree
-    for part in location:
-        if isinstance(here, dict):
-            here = here.get(part)
-        elif isinstance(here, list) and part.isdecimal() and int(part) < len(here):
-            here = here[int(part)]
-        else:
-            return None
-    return here
-
-
-def _scalars(tree: Tree, location: _Location = ()) -> Iterator[tuple[_Location, Scalar]]:
-    if isinstance(tree, Scalar):
-        yield location, tree
-    else:
-        children = tree.items() if isinstance(tree, dict) else enumerate(tree)
-        for key, child in children:
-            yield from _scalars(child, (*location, str(key)))
+    here: Any = tree
+    with suppress(LookupError, ValueError, TypeError):
+        for part in location:
+            here = here[int(part) if isinstance(here, list) else part]
+        found: Tree = here
+        return found
+    return None

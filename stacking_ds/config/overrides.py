@@ -2,8 +2,8 @@
 
 import difflib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, get_args, get_origin
+from functools import reduce
+from typing import Annotated, Any, NamedTuple, get_args, get_origin
 
 from stacking_ds.config.run import RunConfig
 from stacking_ds.config.yaml_text import Scalar, Tree, YamlTextError, read_yaml
@@ -26,21 +26,11 @@ _OTHER_NAMES = {
 def declared(path: Sequence[str]) -> Any:
     """The type of the key at `path`, None if there is no such key. A place in a list is a part of
     the path: ("stages", "0", "steps")."""
-    kind: Any = RunConfig
-    for part in path:
-        kind = _inside(kind, part)
-        if kind is None:
-            return None
-    return kind
+    return reduce(_inside, path, RunConfig)
 
 
 def is_list(kind: Any) -> bool:
     return get_origin(kind) is tuple
-
-
-def unknown_part(path: Sequence[str]) -> int | None:
-    """The index of the first part of `path` that no key has; None if all are known."""
-    return next((n for n in range(len(path)) if declared(path[: n + 1]) is None), None)
 
 
 def meant(path: Sequence[str]) -> str:
@@ -75,103 +65,85 @@ def _inside(kind: Any, part: str) -> Any:
             return None
         element = get_args(kind)[0]
         return get_args(element)[0] if get_origin(element) is Annotated else element
-    section = _section(kind)
-    field = None if section is None else section.model_fields.get(part)
+    field = getattr(_section(kind), "model_fields", {}).get(part)
     return None if field is None else field.annotation
 
 
 def _all_keys(section: Any, prefix: str = "") -> Iterator[str]:
     for name, field in section.model_fields.items():
-        kind = field.annotation
-        if is_list(kind):
-            inner, step = _section(get_args(kind)[0]), f"{prefix}{name}.0."
+        kind, place = field.annotation, f"{prefix}{name}"
+        if is_list(kind) and (section := _section(get_args(kind)[0])):
+            yield from _all_keys(section, f"{place}.0.")
+        elif section := _section(kind):
+            yield from _all_keys(section, f"{place}.")
         else:
-            inner, step = _section(kind), f"{prefix}{name}."
-        if inner is None:
-            yield f"{prefix}{name}"
-        else:
-            yield from _all_keys(inner, step)
+            yield place
 
 
 class OverrideError(ValueError):
     """An override that cannot be applied; the message goes after its text."""
 
 
-@dataclass(frozen=True)
-class Override:
+class Override(NamedTuple):
+    """An override that a recipe has taken: its text, and the key."""
+
     text: str
     path: tuple[str, ...]
-    value: Tree
 
     @classmethod
-    def parse(cls, text: str) -> "Override":
-        """Read `key=value`. Where the key takes text, the value is all that follows the first =,
-        as it is; elsewhere it is YAML.
-
-        Raises:
-            OverrideError: it has another form, names an unknown key, or its value is not YAML.
-        """
+    def into(cls, tree: dict[str, Tree], text: str) -> "Override":
+        """Put `key=value` into a recipe. Where the key takes text, the value is all that follows
+        the first =, as it is; elsewhere it is YAML. Raises `OverrideError`: it has another form,
+        names an unknown key or a place that a list does not have, or its value is not YAML."""
         key, separator, written = text.partition("=")
         if not separator:
             raise OverrideError("it has no =; write section.key=value")
         path = tuple(key.strip().split("."))
         if not all(path):
             raise OverrideError("its key is not complete; write section.key=value")
-        unknown = unknown_part(path)
-        if unknown is not None:
-            _refuse(path[: unknown + 1])
-        if declared(path) is str:
-            blanks_around = key != key.rstrip()
-            literal = written.strip() if blanks_around else written
-            return cls(text, path, Scalar(literal, literal))
-        try:
-            return cls(text, path, read_yaml(written))
-        except YamlTextError as error:
-            reason = str(error).removeprefix("line 1: ")
-            raise OverrideError(f"{shortened(written)} is not a YAML value ({reason})") from None
-
-    def apply(self, tree: dict[str, Tree]) -> None:
-        """Put the value into a recipe.
-
-        Raises:
-            OverrideError: a place in a list that the recipe does not have.
-        """
-        *parents, leaf = self.path
-        container: Tree = tree
+        for depth in range(len(path)):
+            if declared(path[: depth + 1]) is None:
+                raise _unknown(path[: depth + 1])
+        *parents, leaf = path
+        container: Any = tree
+        value = _value(path, written if key == key.rstrip() else written.strip())
         for depth, part in enumerate(parents):
+            place = _key(container, part, path[:depth])
             if isinstance(container, dict):
                 child = container.get(part)
                 if child is None or (isinstance(child, Scalar) and child.value is None):
-                    child = [] if is_list(declared(self.path[: depth + 1])) else {}
-                    container[part] = child
-                container = child
-            else:
-                container = _items(container, self.path[:depth])[_position(container, part)]
-        if isinstance(container, dict):
-            container[leaf] = self.value
-        else:
-            items = _items(container, self.path[:-1])
-            items[_position(items, leaf)] = self.value
+                    container[part] = [] if is_list(declared(path[: depth + 1])) else {}
+            container = container[place]
+        container[_key(container, leaf, path[:-1])] = value
+        return cls(text, path)
 
 
-def _refuse(path: tuple[str, ...]) -> None:
+def _value(path: tuple[str, ...], written: str) -> Tree:
+    if declared(path) is str:
+        return Scalar(written, written)
+    try:
+        return read_yaml(written)
+    except YamlTextError as error:
+        reason = str(error).removeprefix("line 1: ")
+        raise OverrideError(f"{shortened(written)} is not a YAML value ({reason})") from None
+
+
+def _unknown(path: tuple[str, ...]) -> OverrideError:
     *parents, part = path
     if is_list(declared(parents)):
-        raise OverrideError(f"{shortened(part)} is not a position in the list {'.'.join(parents)}")
-    raise OverrideError(f"{shortened('.'.join(path))} is not a key; {meant(path)}")
+        return OverrideError(f"{shortened(part)} is not a position in the list {'.'.join(parents)}")
+    return OverrideError(f"{shortened('.'.join(path))} is not a key; {meant(path)}")
 
 
-def _items(container: Tree, path: tuple[str, ...]) -> list[Tree]:
-    if isinstance(container, list):
-        return container
-    written = container.text if isinstance(container, Scalar) else "..."
-    raise OverrideError(
-        f"the recipe has {'.'.join(path)}: {shortened(written)}, which holds no keys; override that"
-    )
-
-
-def _position(container: Tree, part: str) -> int:
-    assert isinstance(container, list)
+def _key(container: Tree, part: str, path: tuple[str, ...]) -> str | int:
+    """What leads from the container, which is at `path`, to its `part`."""
+    if isinstance(container, dict):
+        return part
+    if isinstance(container, Scalar):
+        raise OverrideError(
+            f"the recipe has {'.'.join(path)}: {shortened(container.text)}, which holds no keys; "
+            f"override that"
+        )
     if not container:
         raise OverrideError("the recipe writes no such list; give the whole list, in brackets")
     if len(part) > 9 or int(part) >= len(container):

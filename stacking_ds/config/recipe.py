@@ -26,20 +26,14 @@ _OF_SLURM = {".sbatch", ".sh", ".md"}
 
 
 def ds_config_path(name: str) -> Path:
-    """The DeepSpeed JSON `name`: a path, or the name of a bundled one such as `zero1`.
-
-    Raises:
-        ConfigError: there is neither; the message lists the bundled names.
-    """
+    """The DeepSpeed JSON `name`: a path, or the name of a bundled one such as `zero1`; a
+    `ConfigError` that lists the bundled ones where there is neither."""
     return _find(name, _folder("ds_configs"), ".json", "DeepSpeed JSON")
 
 
 def recipe_path(name: str) -> Path:
-    """The recipe `name`: a path, or the name of a bundled one.
-
-    Raises:
-        ConfigError: there is neither; the message lists the bundled names.
-    """
+    """The recipe `name`: a path, or the name of a bundled one; a `ConfigError` that lists the
+    bundled ones where there is neither."""
     return _find(name, _folder("ds_configs") / "recipes", ".yaml", "recipe")
 
 
@@ -71,24 +65,17 @@ def _find(name: str, folder: Path, suffix: str, what: str) -> Path:
 
 def load_run_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a recipe (a path, or the name of a bundled one) and apply `key=value` overrides, the
-    later of two for the same key last.
-
-    Raises:
-        ConfigError: no such recipe, not YAML, unknown keys (with the nearest right one), values
-            of the wrong type or range; all of them in one message.
-    """
+    later of two for the same key last. Raises `ConfigError`: no such recipe, not YAML, unknown keys
+    (with the nearest right one), values of the wrong type or range; all of them in one message."""
     path = recipe_path(recipe)
     tree = _read(path)
     applied: list[Override] = []
     problems: list[str] = []
     for text in overrides:
         try:
-            override = Override.parse(text)
-            override.apply(tree)
+            applied.append(Override.into(tree, text))
         except OverrideError as error:
             problems.append(f"--set {shortened(text)}: {error}")
-        else:
-            applied.append(override)
     found: list[Any] = []
     config: RunConfig | None = None
     try:
@@ -99,25 +86,20 @@ def load_run_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
         found = [one for one in error.errors() if one["type"] not in left_out]
     problems = [*sentences(found[:_MOST_PROBLEMS], tree, applied), *problems]
     if config is None or problems:
-        passed_over = max(0, len(found) - _MOST_PROBLEMS)
-        raise ConfigError(_in_one_message(path, problems, passed_over))
+        told = problems[:_MOST_PROBLEMS]
+        if more := max(0, len(found) - _MOST_PROBLEMS) + len(problems) - len(told):
+            told.append(f"and {more:,} more")
+        where = f"recipe {path}: " if any(map(is_of_file, problems)) else ""
+        raise ConfigError(where + "; ".join(told))
     return config
-
-
-def _in_one_message(path: Path, problems: Sequence[str], passed_over: int) -> str:
-    listed = list(problems[:_MOST_PROBLEMS])
-    if more := passed_over + len(problems) - len(listed):
-        listed.append(f"and {more:,} more")
-    return (f"recipe {path}: " if any(map(is_of_file, problems)) else "") + "; ".join(listed)
 
 
 def _read(path: Path) -> dict[str, Tree]:
     try:
         tree = read_yaml(read_text(path, _MOST_BYTES))
-    except OSError as error:
-        raise ConfigError(f"cannot read recipe {path}: {error.strerror}") from None
-    except DamagedFileError as error:
-        raise ConfigError(f"cannot read recipe {path}: {error.reason}") from None
+    except (OSError, DamagedFileError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error.reason
+        raise ConfigError(f"cannot read recipe {path}: {reason}") from None
     except YamlTextError as error:
         raise ConfigError(f"recipe {path} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):

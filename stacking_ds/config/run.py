@@ -2,7 +2,7 @@
 
 import os
 import re
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -22,7 +22,7 @@ from stacking_ds.config.sections import (
     PhaseSection,
     StageSection,
 )
-from stacking_ds.config.yaml_text import write_yaml
+from stacking_ds.config.yaml_text import leaves, write_yaml
 from stacking_ds.errors import StageError
 from stacking_ds.records import Record
 from stacking_ds.schedule.learning_rate import LearningRateSchedule, ScheduleSection
@@ -92,32 +92,25 @@ class RunConfig(Record):
         return self
 
     def phase_schedule(self) -> PhaseSchedule:
-        """The sequence length and batch of every step.
-
-        Raises:
-            ConfigError: phases that are not in the order of their steps.
-        """
-        shape = (
-            self.data.sequence_length,
-            self.batch.global_batch_size,
-            self.batch.micro_batch_size,
-        )
-        shapes = [(0, *shape)]
+        """The sequence length and batch of every step. Raises `ConfigError`: phases that are not in
+        the order of their steps."""
+        data, batch = self.data, self.batch
+        shapes = [(0, data.sequence_length, batch.global_batch_size, batch.micro_batch_size)]
         for phase in self.phases:
-            changed = (phase.sequence_length, phase.global_batch_size, phase.micro_batch_size)
-            sequence_length, rows, micro_rows = (
-                old if new is None else new
-                for old, new in zip(shapes[-1][1:], changed, strict=True)
+            _, tokens, rows, micro_rows = shapes[-1]
+            shapes.append(
+                (
+                    phase.from_step,
+                    phase.sequence_length or tokens,
+                    phase.global_batch_size or rows,
+                    phase.micro_batch_size or micro_rows,
+                )
             )
-            shapes.append((phase.from_step, sequence_length, rows, micro_rows))
         return PhaseSchedule.from_shapes(shapes)
 
     def stage_schedule(self) -> StageSchedule:
-        """The stages in steps.
-
-        Raises:
-            StageError: depths that do not grow, or a phase that starts after the last step.
-        """
+        """The stages in steps. Raises `StageError`: depths that do not grow, or a phase that starts
+        after the last step."""
         phases = self.phase_schedule()
         pairs: list[tuple[int, int]] = []
         start = 0
@@ -125,20 +118,16 @@ class RunConfig(Record):
             steps = stage.steps or phases.steps_for_tokens(stage.tokens or 0, start)
             pairs.append((stage.num_hidden_layers, steps))
             start += steps
-        if phases.phases[-1].start_step >= start:
+        if (last := phases.phases[-1].start_step) >= start:
             raise StageError(
-                f"phases.{len(self.phases) - 1}.from_step={phases.phases[-1].start_step} is not "
-                f"before the end of the run at step {start}; lower it or leave the phase out"
+                f"phases.{len(self.phases) - 1}.from_step={last} is not before the end of the run "
+                f"at step {start}; lower it or leave the phase out"
             )
         return StageSchedule.from_depths(pairs)
 
     def learning_rates(self) -> LearningRateSchedule:
-        """The learning rate of each step.
-
-        Raises:
-            StageError: as `stage_schedule`.
-            ConfigError: parts of the schedule that do not fit into the run.
-        """
+        """The learning rate of each step. Raises `StageError`: as `stage_schedule`; `ConfigError`:
+        parts of the schedule that do not fit into the run."""
         stages = self.stage_schedule()
         peaks = tuple(
             (phase.start_step, self.optimizer.peak_learning_rate(phase.global_batch_size))
@@ -157,12 +146,11 @@ class RunConfig(Record):
     def with_absolute_paths(self) -> Self:
         """The same run, whatever the working directory it is looked at from."""
         # realpath and isfile, unlike a Path's, raise nothing on links in a circle or long names
-        deepspeed = self.engine.deepspeed
+        path, deepspeed = os.path.realpath(self.data.path), self.engine.deepspeed
         if os.path.isfile(deepspeed):
             deepspeed = os.path.realpath(deepspeed)
         return self.changed(
-            data=self.data.changed(path=os.path.realpath(self.data.path)),
-            engine=self.engine.changed(deepspeed=deepspeed),
+            data=self.data.changed(path=path), engine=self.engine.changed(deepspeed=deepspeed)
         )
 
     def to_yaml(self) -> str:
@@ -184,7 +172,10 @@ _MAY_CHANGE = (
 
 def changed_keys(before: RunConfig, now: RunConfig) -> list[str]:
     """The differences that make `now` another run than `before`, as "key: before -> now" lines."""
-    old, new = _flatten(before.model_dump(mode="json")), _flatten(now.model_dump(mode="json"))
+    old, new = (
+        {".".join(place): leaf for place, leaf in leaves(config.model_dump(mode="json"))}
+        for config in (before, now)
+    )
     return [
         f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
@@ -192,13 +183,3 @@ def changed_keys(before: RunConfig, now: RunConfig) -> list[str]:
         and not key.startswith(_MAY_CHANGE)
         and not key.endswith(".micro_batch_size")
     ]
-
-
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, dict):
-        items = [(f"{prefix}{key}", child) for key, child in value.items()]
-    elif isinstance(value, list):
-        items = [(f"{prefix}{index}", child) for index, child in enumerate(value)]
-    else:
-        return {prefix.removesuffix("."): value}
-    return {key: leaf for name, child in items for key, leaf in _flatten(child, name + ".").items()}

@@ -270,7 +270,7 @@ class EngineSection(Record):
     Micro-batches are filled up to their rows' slots, so pack the rows."""
 
     @model_validator(mode="after")
-    def _kernels_have_the_precision(self) -> Self:
+    def _go_together(self) -> Self:
         if self.fp8 and self.precision == "fp16":
             raise ValueError("fp8 goes with precision bf16 or fp32, not fp16: change one of them")
         if self.precision == "fp32" and self.attention in ("cudnn", "flash", "varlen"):
@@ -278,10 +278,6 @@ class EngineSection(Record):
                 f"attention={self.attention} computes in bf16 and fp16, not in fp32: set it to "
                 f"auto, or change the precision"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _graphs_hold_all(self) -> Self:
         if self.cuda_graphs and self.activation_checkpointing != "none":
             raise ValueError(
                 f"cuda_graphs keeps what a layer computes, so activation_checkpointing="

@@ -6,7 +6,7 @@ whatever a constructor happens to raise, and keep nothing of the text that a mes
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,17 +23,31 @@ _WORDS: dict[str, bool | None] = {
     **dict.fromkeys(("yes", "Yes", "YES", "true", "True", "TRUE", "on", "On", "ON"), True),
     **dict.fromkeys(("no", "No", "NO", "false", "False", "FALSE", "off", "Off", "OFF"), False),
 }
-_DECIMAL = re.compile(r"[-+]?(?:0|[1-9][0-9_]*)")
-_HEXADECIMAL = re.compile(r"[-+]?0x_*[0-9a-fA-F][0-9a-fA-F_]*")
-_BINARY = re.compile(r"[-+]?0b_*[01][01_]*")
-_OCTAL = re.compile(r"[-+]?0_*[0-7][0-7_]*")
 # 1e-3 is a number, as everybody who writes a learning rate means it
 _EXPONENT = r"[eE][-+]?[0-9]+"
-_FLOAT = re.compile(
+_FLOAT = (
     rf"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:{_EXPONENT})?|[-+]?[0-9][0-9_]*{_EXPONENT}"
 )
-_NOT_FINITE = re.compile(r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)")
-_BASE_60 = re.compile(r"[-+]?[0-9][0-9_]*(?::[0-5]?[0-9])+(?:\.[0-9_]*)?")
+
+
+def _base_60(digits: str) -> int | float:
+    value: int | float = 0
+    for part in digits.lstrip("+-").split(":"):
+        value = value * 60 + (float(part) if "." in part else int(part))
+    return -value if digits.startswith("-") else value
+
+
+_NUMBERS: tuple[tuple[str, Callable[[str], int | float], str], ...] = (
+    (r"[-+]?(?:0|[1-9][0-9_]*)", int, ""),
+    (r"[-+]?0x_*[0-9a-fA-F][0-9a-fA-F_]*", lambda digits: int(digits, 16), ""),
+    (r"[-+]?0b_*[01][01_]*", lambda digits: int(digits, 2), ""),
+    (r"[-+]?0_*[0-7][0-7_]*", lambda digits: int(digits, 8), "an octal number"),
+    (_FLOAT, float, ""),
+    (r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", lambda word: float(word.replace(".", "")), ""),
+    (r"[-+]?[0-9][0-9_]*(?::[0-5]?[0-9])+(?:\.[0-9_]*)?", _base_60, "a number in base 60"),
+)
+"""What a number's text matches, how it is read without its underscores, and as what if hardly
+anybody means that."""
 
 
 class YamlTextError(ValueError):
@@ -86,6 +100,15 @@ def plain(tree: Tree) -> Any:
     return [plain(child) for child in tree] if isinstance(tree, list) else tree.value
 
 
+def leaves(tree: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every value that is no mapping and no list, after the place where it stands in them."""
+    if isinstance(tree, dict | list):
+        for key, child in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from leaves(child, (*place, str(key)))
+    else:
+        yield place, tree
+
+
 def write_yaml(data: Any) -> str:
     """`data` as a text that `read_yaml` reads back equal."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False)
@@ -105,8 +128,7 @@ class _Reader:
             return Scalar(None, "")
         tree = self._node(next(self._events), 0)
         next(self._events)  # the document's end
-        following = next(self._events)
-        if not isinstance(following, yaml.StreamEndEvent):
+        if not isinstance(following := next(self._events), yaml.StreamEndEvent):
             raise _error(following, "a second document begins; keep one")
         return tree
 
@@ -176,11 +198,9 @@ def _require_tag(event: Any, *allowed: str) -> None:
 
 def _scalar(event: Any) -> Scalar:
     _require_tag(event, "tag:yaml.org,2002:str")
-    line = event.start_mark.line + 1
-    if event.style is not None or event.tag is not None:
-        return Scalar(event.value, event.value, line)
-    value, surprise = _meaning(event.value)
-    return Scalar(value, event.value, line, surprise)
+    is_plain = event.style is None and event.tag is None
+    value, surprise = _meaning(event.value) if is_plain else (event.value, "")
+    return Scalar(value, event.value, event.start_mark.line + 1, surprise)
 
 
 def _meaning(text: str) -> tuple[bool | int | float | str | None, str]:
@@ -188,38 +208,20 @@ def _meaning(text: str) -> tuple[bool | int | float | str | None, str]:
     if text in _WORDS:
         return _WORDS[text], ""
     digits = text.replace("_", "")
-    patterns = (_DECIMAL, _HEXADECIMAL, _BINARY, _OCTAL, _FLOAT, _NOT_FINITE, _BASE_60)
-    pattern = next((pattern for pattern in patterns if pattern.fullmatch(text)), None)
-    if pattern is None:
-        return text, ""
-    if len(digits) > _MOST_DIGITS:
-        return text, f"a number of {len(digits):,} characters"
-    if pattern is _FLOAT:
-        return float(digits), ""
-    if pattern is _NOT_FINITE:
-        return float(digits.replace(".", "")), ""
-    if pattern is _BASE_60:
-        value = _base_60(digits)
-        return value, f"{value}, a number in base 60"
-    if pattern is _OCTAL:
-        value = int(digits, 8)
-        return value, f"{value}, an octal number"
-    return int(digits, {_HEXADECIMAL: 16, _BINARY: 2}.get(pattern, 10)), ""
-
-
-def _base_60(digits: str) -> int | float:
-    value: int | float = 0
-    for part in digits.lstrip("+-").split(":"):
-        value = value * 60 + (float(part) if "." in part else int(part))
-    return -value if digits.startswith("-") else value
+    for pattern, number, surprise in _NUMBERS:
+        if re.fullmatch(pattern, text):
+            if len(digits) > _MOST_DIGITS:
+                return text, f"a number of {len(digits):,} characters"
+            value = number(digits)
+            return value, f"{value}, {surprise}" if surprise else ""
+    return text, ""
 
 
 class _Dumper(yaml.SafeDumper):
     """Quotes all text that would be read as something else."""
 
     def represent_text(self, text: str) -> yaml.Node:
-        is_text = isinstance(_meaning(text)[0], str) and not _meaning(text)[1]
-        style = None if is_text else '"'
+        style = None if _meaning(text) == (text, "") else '"'
         return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 

@@ -5,7 +5,8 @@ Devlin et al. 2019, section 3; the algorithm is that of the `tokenizers` library
 
 import hashlib
 from collections import Counter
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -138,6 +139,18 @@ def train_wordpiece(
     return sorted(ids, key=ids.__getitem__)
 
 
+@contextmanager
+def reading_vocabulary(path: Path) -> Iterator[None]:
+    """Raises DataError, which names the file, for whatever keeps it from being read."""
+    try:
+        yield
+    except OSError as error:
+        name = shortened(str(path), 160)
+        raise DataError(f"vocabulary {name} cannot be read: {error.strerror or error}") from error
+    except DamagedFileError as error:
+        raise DataError(f"vocabulary {path} cannot be used: {error.reason}") from error
+
+
 def load_vocabulary(path: Path, *, as_written: bool = False) -> list[str]:
     """The tokens of a `vocab.txt` by id: one a line, whatever ends the line, without the blanks
     around it, the byte order mark that some editors add, and empty lines at the end. With
@@ -146,12 +159,8 @@ def load_vocabulary(path: Path, *, as_written: bool = False) -> list[str]:
 
     Raises DataError for a missing or unreadable file, and as `require_tokens` does.
     """
-    try:
+    with reading_vocabulary(path):
         text = read_text(path)
-    except OSError as error:
-        raise DataError(f"vocabulary {path} cannot be read: {error.strerror}") from error
-    except DamagedFileError as error:
-        raise DataError(f"vocabulary {path} cannot be used: {error.reason}") from error
     if as_written:
         vocabulary = text.removesuffix("\n").split("\n")
         _require_special_tokens(vocabulary, path)

@@ -22,14 +22,7 @@ from functools import partial
 from typing import Any
 
 from stacking_ds.console import say_on_stderr
-from stacking_ds.distributed.lost_ranks import (
-    AwakeClock,
-    Progress,
-    RankFailure,
-    RankView,
-    find_missing,
-    sentence,
-)
+from stacking_ds.distributed import lost_ranks
 from stacking_ds.distributed.process_group import connect, is_lost_contact
 from stacking_ds.distributed.world import World
 from stacking_ds.errors import (
@@ -61,18 +54,16 @@ class FailureDetector:
     """
 
     def __init__(self, world: World, *, timeout_seconds: float, silence_seconds: float) -> None:
-        """Args:
-        timeout_seconds: how long it may be that no rank moves.
-        silence_seconds: how long a rank may be silent.
-        """
+        """`timeout_seconds`: for how long it may be that no rank moves; `silence_seconds`: for how
+        long a rank may be silent."""
         self.record: Callable[[str], None] = lambda verdict: None
         """Called with the verdict before this rank ends by it; it may fail by a UserError."""
         self._world = world
         self._timeout, self._silence = timeout_seconds, silence_seconds
         self._interval = min(_LONGEST_INTERVAL_SECONDS, silence_seconds / _INTERVALS_OF_SILENCE)
-        self._progress = Progress()
+        self._progress = lost_ranks.Progress()
         self._hosts: list[str] = []
-        self._seen: list[RankView] = []
+        self._seen: list[lost_ranks.RankView] = []
         self._leaving = threading.Event()
         self._decided = threading.Event()
         self._verdict, self._verdict_of_first = "", False
@@ -97,9 +88,9 @@ class FailureDetector:
             if not is_lost_contact(error):
                 raise
             raise LostRankError(_lost_contact(self._world, error)) from error
-        self._clock = AwakeClock(_INTERVALS_OF_PAUSE * self._interval)
+        self._clock = lost_ranks.AwakeClock(_INTERVALS_OF_PAUSE * self._interval)
         self._heard_of_first = now = self._clock.now()
-        self._seen = [RankView(heard=now, moved=now) for _ in self._hosts]
+        self._seen = [lost_ranks.RankView(heard=now, moved=now) for _ in self._hosts]
         for target in (partial(self._beat, store), self._judge):
             self._threads.append(threading.Thread(target=target, name="heartbeat", daemon=True))
             self._threads[-1].start()
@@ -143,7 +134,7 @@ class FailureDetector:
 
     def _report(self, error: BaseException, contact: bool) -> None:
         why, step = f"{type(error).__name__}: {error}", self._world.pulse.step
-        failure = RankFailure(self._world.rank, step, why, contact)
+        failure = lost_ranks.RankFailure(self._world.rank, step, why, contact)
         self._alarm = self._clock.now()
         with suppress(RuntimeError):  # rank 0 is gone with the store
             self._connect().append(_FAILURES, json.dumps(asdict(failure)) + "\n")
@@ -171,8 +162,12 @@ class FailureDetector:
                 self._tell(store, count)
                 if self._world.is_first:
                     self._look(store)
-                else:
-                    self._listen(store)
+                elif store.check([_VERDICT]):
+                    self._verdict_of_first = True
+                    self._decide(store.get(_VERDICT).decode())
+                # the store answers also while rank 0 itself is stopped
+                elif (beat := store.get(f"{_BEAT}0")) != self._first_beat:
+                    self._first_beat, self._heard_of_first = beat, self._clock.now()
         except RuntimeError:
             if not self._leaving.is_set():
                 # under torchrun rank 0 itself may see this: the store is its agent's
@@ -190,19 +185,9 @@ class FailureDetector:
         for seen, beat in zip(self._seen, beats, strict=True):
             seen.update(now, *map(int, beat.split()))
         for line in filter(None, failures.decode().splitlines()):
-            failure = RankFailure(**json.loads(line))
+            failure = lost_ranks.RankFailure(**json.loads(line))
             self._seen[failure.rank].failure = failure
             self._alarm = self._alarm or now
-
-    def _listen(self, store: Any) -> None:
-        if store.check([_VERDICT]):
-            self._verdict_of_first = True
-            self._decide(store.get(_VERDICT).decode())
-            return
-        # the store answers also while rank 0 itself is stopped
-        beat = store.get(f"{_BEAT}0")
-        if beat != self._first_beat:
-            self._first_beat, self._heard_of_first = beat, self._clock.now()
 
     # ------------------------------------------------------------- the thread that judges
 
@@ -224,9 +209,13 @@ class FailureDetector:
             silence = min(silence, (_INTERVALS_TO_GATHER - 1) * self._interval)
 
         def missing_by(timeout: float) -> str | None:
-            missing = find_missing(self._seen, now, silence=silence, timeout=timeout)
+            missing = lost_ranks.find_missing(self._seen, now, silence=silence, timeout=timeout)
             step = self._world.pulse.step
-            return sentence(missing, self._seen, self._hosts, now, step) if missing else None
+            return (
+                lost_ranks.sentence(missing, self._seen, self._hosts, now, step)
+                if missing
+                else None
+            )
 
         verdict = missing_by(self._timeout)
         if verdict is None and self._alarm is not None:

@@ -5,6 +5,7 @@ come is named.
 """
 
 import os
+import re
 import resource
 import socket
 import time
@@ -123,15 +124,10 @@ def stop() -> None:
 
 
 # what gloo and NCCL say when the other end is gone or late
-_SIGNS_OF_LOST_CONTACT = (
-    "closed by peer",
-    "reset by peer",
-    "broken pipe",
-    "timed out waiting",
-    "connection refused",
-    "no route to host",
-    "remote process exited",
-    "connectfullmesh",
+_SIGN_OF_LOST_CONTACT = re.compile(
+    r"(closed|reset) by peer|broken pipe|timed out waiting|connection refused|no route to host|"
+    r"remote process exited|connectfullmesh",
+    re.IGNORECASE,
 )
 
 
@@ -139,19 +135,15 @@ def is_lost_contact(error: BaseException) -> bool:
     """True where the error says no more than that another rank does not answer."""
     if isinstance(error, LostRankError | dist.DistNetworkError | dist.DistStoreError):
         return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(sign in text for sign in _SIGNS_OF_LOST_CONTACT)
+    return isinstance(error, RuntimeError) and bool(_SIGN_OF_LOST_CONTACT.search(str(error)))
 
 
 # ---------------------------------------------------------------------- rendezvous
 
 
 def connect(timeout: timedelta, *, is_server: bool = False) -> Any:
-    """A connection of its own to the store at MASTER_ADDR:MASTER_PORT.
-
-    Raises:
-        torch.distributed.DistError: nobody is there, or the port is taken.
-    """
+    """A connection of its own to the store at MASTER_ADDR:MASTER_PORT; torch's DistError where
+    nobody is there, or the port is taken."""
     store = dist.TCPStore(  # type: ignore[attr-defined]
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
@@ -196,11 +188,8 @@ def join_store(rank: int, timeout: timedelta) -> Any:
 def agree(
     store: Any, rank: int, size: int, backend: str, refusal: str | None, patience: timedelta
 ) -> None:
-    """Make sure that all ranks are there, can take part, and use the same backend.
-
-    Args:
-        refusal: why this rank cannot take part.
-        patience: how long to wait for rank 0, which waits for the others as long as the store does.
+    """Make sure that all ranks are there, can take part, and use the same backend. `refusal`: why
+    this one cannot; `patience`: for how long rank 0, which waits for the others, is waited for.
 
     Raises:
         ConfigError: on every rank, if one cannot.

@@ -209,10 +209,7 @@ class StopFlag:
         self._world, self._request = world, request
 
     def agreed(self) -> bool:
-        """True on every rank once any rank was asked to stop (a collective).
-
-        Raises:
-            KeyboardInterrupt: this rank is to end at once, and what it did has swallowed that.
-        """
+        """True on every rank once any rank was asked to stop (a collective); raises as
+        `StopRequest.raise_if_interrupted`."""
         self._request.raise_if_interrupted()
         return self._world.any(self._request.made)

@@ -14,8 +14,7 @@ from typing import Literal
 
 from stacking_ds.console import first_of, join_names, plural, readable_size
 from stacking_ds.doctor.facts import NodeFacts, RankFacts
-from stacking_ds.doctor.shared_folder import KEPT, Probing
-from stacking_ds.doctor.speed import AllReduce, Matmul
+from stacking_ds.doctor.trials import AllReduce, Matmul, Probing
 
 Verdict = Literal["ok", "warning", "FAILED"]
 Nodes = Mapping[str, NodeFacts]
@@ -47,10 +46,15 @@ class Finding:
 
 def conclude(check: str, ok: str, nodes: Collection[str], *faults: Fault) -> Finding:
     """The first of the faults for which one of the `nodes` is to blame; `ok` if there is none."""
+    all_of_them = f"all {len(nodes):,} nodes: " if len(nodes) > 1 else ""
     for verdict, clauses, remedy in faults:
         blamed = dict.fromkeys(node for names, _ in clauses for node in names)
         if blamed:
-            texts = [_said_of(names, text, len(nodes)) for names, text in clauses if names]
+            texts = []
+            for names, text in clauses:
+                if names:
+                    who = all_of_them if len(names) == len(nodes) else f"{join_names(names)}: "
+                    texts.append(who + text[:_SHOWN_CHARACTERS])
             return Finding(check, verdict, first_of(texts, _NAMED, "; "), remedy, tuple(blamed))
     return Finding(check, "ok", ok)
 
@@ -65,14 +69,6 @@ def by_name(facts: Sequence[NodeFacts]) -> dict[str, NodeFacts]:
         node.host if hosts[node.host] == 1 else f"{node.host} (rank {node.rank})": node
         for node in facts
     }
-
-
-def _said_of(nodes: Sequence[str], text: str, num_nodes: int) -> str:
-    """The text with the nodes before it; none is named that is alone or where it is all of them."""
-    shown = text[:_SHOWN_CHARACTERS]
-    if len(nodes) == num_nodes:
-        return f"all {num_nodes:,} nodes: {shown}" if num_nodes > 1 else shown
-    return f"{join_names(nodes)}: {shown}"
 
 
 def _grouped(values: Mapping[str, str]) -> list[Clause]:
@@ -310,7 +306,7 @@ def _findings(checks: Sequence[Check], nodes: Nodes, ranks: Sequence[RankFacts])
 def run_directory(probing: Probing, names: Mapping[int, str]) -> Finding:
     """Every node sees what rank 0 writes, and the other way round. `names`: by rank."""
     place, first = probing.place, [names[0]]
-    where = place if probing.exists else f"{place}, where it will be made"
+    where = f"{place}, where it will be made" if probing.levels_up else place
     who = f"all {len(names):,} nodes see and write" if len(names) > 1 else "can be written"
     return conclude(
         "run directory",
@@ -336,7 +332,7 @@ def run_directory(probing: Probing, names: Mapping[int, str]) -> Finding:
 
 def locks(probing: Probing, names: Mapping[int, str]) -> Finding:
     """The lock that keeps a second job out of a run."""
-    clauses = _grouped({names[e.rank]: e.lock for e in probing.answers if e.lock not in KEPT})
+    clauses = _grouped({names[each.rank]: each.lock for each in probing.answers if each.lock})
     if probing.lock_problem:
         clauses = [([names[0]], f"not to be had in {probing.place} ({probing.lock_problem})")]
     return conclude(

@@ -10,18 +10,8 @@ from typing import Any
 import torch.distributed as dist
 
 from stacking_ds.distributed.world import World
-from stacking_ds.doctor import checks
+from stacking_ds.doctor import checks, facts, trials
 from stacking_ds.doctor.checks import Finding
-from stacking_ds.doctor.facts import (
-    Examinee,
-    NodeFacts,
-    RankFacts,
-    node_facts,
-    open_examinee,
-    rank_facts,
-)
-from stacking_ds.doctor.shared_folder import probe
-from stacking_ds.doctor.speed import Matmul, clock_offset, measure_all_reduce, measure_matmul
 from stacking_ds.errors import ConfigError
 from stacking_ds.train.plan import TrainingPlan
 
@@ -37,13 +27,13 @@ class Examination:
     def __init__(
         self, world: World, recipe: str | None, overrides: Sequence[str], run_dir: Path | None
     ) -> None:
-        self._world, examinee, node = world, Examinee(run_dir), None
+        self._world, examinee, node = world, facts.Examinee(run_dir), None
         if world.speaks_for_node:
-            examinee = open_examinee(recipe, overrides, run_dir, world.size)
-            node = node_facts(world, examinee).model_dump()
-        sent = world.gather_on_first((node, rank_facts(world).model_dump()))
-        self.nodes = checks.by_name(NodeFacts.read(each for each, _ in sent))
-        self.ranks = RankFacts.read(each for _, each in sent)
+            examinee = facts.open_examinee(recipe, overrides, run_dir, world.size)
+            node = facts.node_facts(world, examinee).model_dump()
+        sent = world.gather_on_first((node, facts.rank_facts(world).model_dump()))
+        self.nodes = checks.by_name(facts.NodeFacts.read(each for each, _ in sent))
+        self.ranks = facts.RankFacts.read(each for _, each in sent)
         precision = examinee.config.engine.precision if examinee.config else "bf16"
         self._run_dir, self._precision = examinee.run_dir, world.broadcast(precision)
         self.findings: list[Finding] = []
@@ -62,7 +52,7 @@ class Examination:
             "nodes": {
                 name: node.model_dump(exclude=_NOT_TOLD) for name, node in self.nodes.items()
             },
-            "ranks": [facts.model_dump() for facts in self.ranks],
+            "ranks": [rank.model_dump() for rank in self.ranks],
         }
 
     def look(self) -> Iterator[Finding]:
@@ -76,7 +66,7 @@ class Examination:
         names = {node.rank: name for name, node in self.nodes.items()}
         if first:
             yield from checks.alike(self.nodes)
-        probing = probe(world, self._run_dir)
+        probing = trials.probe(world, self._run_dir)
         if probing is not None:
             yield checks.run_directory(probing, names)
             if not probing.problem:
@@ -85,16 +75,16 @@ class Examination:
             yield from checks.sufficient_on_each_node(self.nodes, self.ranks)
             place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             yield checks.network(self.nodes, backend, place)
-        offsets = world.gather_on_first(clock_offset(world))
+        offsets = world.gather_on_first(trials.clock_offset(world))
         if first:
             yield checks.clocks({names[rank]: offsets[rank] for rank in names})
-        products = world.gather_on_first(measure_matmul(world, self._precision).model_dump())
+        products = world.gather_on_first(trials.measure_matmul(world, self._precision).model_dump())
         if first:
             self.measured["matrix_products"] = products
-            yield checks.matrix_products(Matmul.read(products))
+            yield checks.matrix_products(trials.Matmul.read(products))
         if world.any(first and self.findings[-1].verdict == "FAILED"):
             return  # a rank that cannot compute would keep the others waiting
-        speed = measure_all_reduce(world)
+        speed = trials.measure_all_reduce(world)
         if first:
             if speed is not None:
                 figures = {"bus_bytes_per_second": speed.bus_bytes_per_second}
@@ -111,14 +101,14 @@ def require_alike(world: World, plan: TrainingPlan, run_dir: Path) -> None:
     """
     mine = None
     if world.speaks_for_node:
-        examinee = Examinee(run_dir, plan.config, plan.ds_json, plan)
-        mine = node_facts(world, examinee, only_alike=True).model_dump(exclude=_NOT_TOLD)
+        examinee = facts.Examinee(run_dir, plan.config, plan.ds_json, plan)
+        mine = facts.node_facts(world, examinee, only_alike=True).model_dump(exclude=_NOT_TOLD)
     sent = world.gather_on_first(mine)
     world.on_first(lambda: _require(sent))
 
 
 def _require(sent: Sequence[Mapping[str, Any] | None]) -> None:
-    findings = checks.alike(checks.by_name(NodeFacts.read(sent)))
+    findings = checks.alike(checks.by_name(facts.NodeFacts.read(sent)))
     reasons = [
         f"{each.check}: {each.text} ({each.remedy})"
         for each in findings

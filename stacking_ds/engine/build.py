@@ -12,12 +12,7 @@ import torch
 import torch.distributed as dist
 
 from stacking_ds.engine.ds_settings import asks_for_log
-from stacking_ds.engine.zero import (
-    compatibility,
-    gradients,
-    lifecycle,
-    sharded_state,
-)
+from stacking_ds.engine.zero import compatibility, lifecycle, sharded_state
 from stacking_ds.engine.zero.compatibility import deepspeed
 from stacking_ds.errors import ConfigError
 from stacking_ds.kernels.registry import DTYPES
@@ -51,14 +46,19 @@ def build_engine(
     lifecycle.import_muon()
     compatibility.follow_process_group()
     if isinstance(optimizer, ShardedOptimizer):
-        gradients.accept_under_zero(type(optimizer))
-    checked = _Checksum(value_of) if value_of is not None else None
+        sharded_state.accept_under_zero(type(optimizer))
+    sums: list[float] = []
+    noted = _noting(value_of, sums) if value_of is not None else None
     dtype = DTYPES[low_precision or "fp32"]
     with sharded_state.without_stepping(optimizer):
         try:
-            lifecycle.give_storage(model, ds_config, dtype, _device(), checked)
-            if checked is not None:
-                checked.require_same_on_all_ranks()
+            lifecycle.give_storage(model, ds_config, dtype, _device(), noted)
+            total = sum(number * one for number, one in enumerate(sums, 1))
+            if noted is not None and not _same_on_all_ranks(total):
+                raise ConfigError(
+                    "the ranks built models with different weights; build the model with the same "
+                    "seed on every rank"
+                )
             with lifecycle.without_traffic(model):
                 # [0]: a name for the rest of the tuple would keep the optimizer alive for ever
                 engine = deepspeed.initialize(
@@ -69,11 +69,12 @@ def build_engine(
     lifecycle.return_free_pages()  # what the parameters had before DeepSpeed flattened them
     sharded_state.reset_moments(engine)
     sharded_state.mend_loss_scaling(engine)
+    sharded_state.measure_at_once(engine)
     if isinstance(optimizer, ShardedOptimizer):
         optimizer.bind(
-            gradients.shards(engine),
-            gradients.adder_over_ranks(engine),
-            gradients.gradient_norm_at_step(engine),
+            sharded_state.shards(engine),
+            sharded_state.adder_over_ranks(engine),
+            sharded_state.gradient_norm_at_step(engine),
             _same_on_all_ranks,
         )
     if low_precision and value_of is not None:
@@ -108,10 +109,10 @@ def advance(engine: Any) -> float | None:
     if not engine.is_gradient_accumulation_boundary():
         engine.step()
         return None
-    norm = gradients.norm_before_step(engine)
+    norm = sharded_state.norm_before_step(engine)
     if norm is None:
         engine.step()
-        return gradients.gradient_norm(engine)
+        return sharded_state.gradient_norm(engine)
     if math.isfinite(norm):
         engine.step()
         return norm
@@ -139,26 +140,15 @@ def _same_on_all_ranks(value: float) -> bool:
     return bool(ends[0] == -ends[1])
 
 
-class _Checksum:
-    """Hands values on, and adds them up so that ranks can compare."""
+def _noting(value_of: lifecycle.ValueOf, sums: list[float]) -> lifecycle.ValueOf:
+    """`value_of`, and the sum of each value that it gives in `sums`."""
 
-    def __init__(self, value_of: lifecycle.ValueOf) -> None:
-        self._value_of = value_of
-        self._parameters = 0
-        self._total = 0.0
+    def value(name: str, shape: torch.Size) -> torch.Tensor:
+        given = value_of(name, shape)
+        sums.append(float(given.sum(dtype=torch.float64)))
+        return given
 
-    def __call__(self, name: str, shape: torch.Size) -> torch.Tensor:
-        value = self._value_of(name, shape)
-        self._parameters += 1
-        self._total += self._parameters * float(value.sum(dtype=torch.float64))
-        return value
-
-    def require_same_on_all_ranks(self) -> None:
-        if not _same_on_all_ranks(self._total):
-            raise ConfigError(
-                "the ranks built models with different weights; build the model with the same "
-                "seed on every rank"
-            )
+    return value
 
 
 def _prepare_process(*, show_log: bool) -> None:

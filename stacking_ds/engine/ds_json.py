@@ -9,7 +9,7 @@ from typing import Any
 from stacking_ds.config.recipe import ds_config_path
 from stacking_ds.config.sections import Precision
 from stacking_ds.console import shortened
-from stacking_ds.engine.ds_settings import as_json, section_problems, top_level_problems
+from stacking_ds.engine.ds_settings import as_json, problems_of
 from stacking_ds.errors import ConfigError
 from stacking_ds.files import DamagedFileError, is_nested_deeper, read_text
 
@@ -99,7 +99,7 @@ def resolve_ds_config(
         *_engine_defaults(_zero_stage(ds_json), precision),
     ]
     resolved: dict[str, Any] = deepcopy(dict(ds_json))
-    problems = top_level_problems(ds_json) + section_problems(ds_json)
+    problems = problems_of(ds_json)
     for setting in owned:
         problems += _settle(resolved, setting)
     problems += [
@@ -115,7 +115,7 @@ def resolve_ds_config(
 def _zero_stage(ds_json: Mapping[str, Any]) -> int:
     section = ds_json.get("zero_optimization", {})
     stage = section.get("stage", 0) if isinstance(section, dict) else 0
-    return stage if type(stage) is int else 0  # section_problems complains of anything else
+    return stage if type(stage) is int else 0  # problems_of complains of anything else
 
 
 def _engine_defaults(zero_stage: int, precision: Precision) -> list[_Owned]:
@@ -146,6 +146,11 @@ def _engine_defaults(zero_stage: int, precision: Precision) -> list[_Owned]:
             False,
             reason="the recipe's optimizer steps on offloaded state too; DeepSpeed's own would be "
             "compiled at first use",
+        ),
+        _Owned(
+            "timers.throughput.enabled",
+            False,
+            reason="it waits for the device twice in every micro-step; the log has tokens/s",
         ),
         _Owned(
             "zero_optimization.memory_efficient_linear",

@@ -6,7 +6,6 @@ so every key is looked at here first.
 
 import difflib
 import json
-import math
 import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -35,26 +34,15 @@ def _number(least: float, most: float) -> Rule:
     )
 
 
-def _whole(least: int, most: int, multiple_of: int = 1) -> Rule:
+def _whole(
+    least: int, most: int, multiple_of: int = 1, types: tuple[type, ...] = (int, float)
+) -> Rule:
     """5e8 is one too, as people write bucket sizes: DeepSpeed's schemas read it so, and where it
-    has none, steps are divided by it."""
+    has none, steps are divided by it. Of `types` (int,) where it takes what stands there."""
     kind = "a whole number" if multiple_of == 1 else f"a multiple of {multiple_of}"
     return Rule(
         f"{kind} from {least:,} to {most:,}",
-        lambda value: (
-            type(value) in (int, float)
-            and math.isfinite(value)
-            and least <= value <= most
-            and value % multiple_of == 0
-        ),
-    )
-
-
-def _count(least: int, most: int) -> Rule:
-    """A whole number where DeepSpeed has no schema, and takes what stands there."""
-    return Rule(
-        f"a whole number from {least:,} to {most:,}",
-        lambda value: type(value) is int and least <= value <= most,
+        lambda value: type(value) in types and least <= value <= most and value % multiple_of == 0,
     )
 
 
@@ -88,20 +76,20 @@ _NAMES = Rule(
     lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
 )
 _FILE = Rule("the path of a file in a folder where you can write", _is_writable_file)
-_ELEMENTS = _whole(0, 2**63 - 1)
-_BUCKET = _whole(1, 2 * 10**9)  # so much is allocated
 _MOST_STEPS = 10**12
 
+
+def _each(rule: Rule, names: str) -> dict[str, Rule]:
+    return dict.fromkeys(names.split(), rule)
+
+
 TOP_LEVEL: Mapping[str, Rule] = {
-    "train_batch_size": _SETTLED,
-    "train_micro_batch_size_per_gpu": _SETTLED,
-    "gradient_accumulation_steps": _SETTLED,
-    "gradient_clipping": _SETTLED,
-    "zero_force_ds_cpu_optimizer": _SETTLED,
-    "communication_data_type": _SETTLED,
-    "wall_clock_breakdown": _SWITCH,
-    "memory_breakdown": _SWITCH,
-    "dump_state": _SWITCH,
+    **_each(
+        _SETTLED,
+        "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps "
+        "gradient_clipping zero_force_ds_cpu_optimizer communication_data_type",
+    ),
+    **_each(_SWITCH, "wall_clock_breakdown memory_breakdown dump_state"),
     "steps_per_print": _or_null(_whole(1, _MOST_STEPS)),
 }
 
@@ -110,37 +98,32 @@ OFFLOAD_OPTIMIZER: Mapping[str, Rule] = {
         '"cpu" or "none", since growth and checkpoints read no state that lies elsewhere',
         lambda value: value in ("cpu", "none"),
     ),
-    "pin_memory": _SWITCH,
-    "pipeline_read": _SWITCH,
-    "pipeline_write": _SWITCH,
-    "fast_init": _SWITCH,
-    "super_offload": _SWITCH,
-    "ratio": _number(0, 1),
-    "cpuadam_cores_perc": _number(0, 1),
+    **_each(_SWITCH, "pin_memory pipeline_read pipeline_write fast_init super_offload"),
+    **_each(_number(0, 1), "ratio cpuadam_cores_perc"),
     "buffer_count": _whole(0, 10**6),
     "nvme_path": _or_null(_TEXT),
 }
 
 FLOPS_PROFILER: Mapping[str, Rule] = {
-    "enabled": _SWITCH,
-    "detailed": _SWITCH,
-    "profile_step": _count(0, _MOST_STEPS),
+    **_each(_SWITCH, "enabled detailed"),
+    "profile_step": _whole(0, _MOST_STEPS, types=(int,)),
     # deeper than the model is, DeepSpeed looks for modules that are not there
-    "module_depth": _count(-1, 6),
-    "top_modules": _count(1, 10**6),
+    "module_depth": _whole(-1, 6, types=(int,)),
+    "top_modules": _whole(1, 10**6, types=(int,)),
     "recompute_fwd_factor": _number(0, 100),
     "output_file": _or_null(_FILE),
 }
 
 _STAGE_3: Mapping[str, Rule] = {
-    "prefetch_bucket_size": _ELEMENTS,
-    "param_persistence_threshold": _ELEMENTS,
-    "model_persistence_threshold": _ELEMENTS,
-    "max_live_parameters": _ELEMENTS,
-    "max_reuse_distance": _ELEMENTS,
-    "gather_16bit_weights_on_model_save": _SWITCH,
-    "use_all_reduce_for_fetch_params": _SWITCH,
-    "allgather_sequential": _SWITCH,
+    **_each(
+        _whole(0, 2**63 - 1),
+        "prefetch_bucket_size param_persistence_threshold model_persistence_threshold "
+        "max_live_parameters max_reuse_distance",
+    ),
+    **_each(
+        _SWITCH,
+        "gather_16bit_weights_on_model_save use_all_reduce_for_fetch_params allgather_sequential",
+    ),
 }
 
 _GATHERS_ITSELF = "the model says itself which of its modules ZeRO 3 gathers whole"
@@ -149,45 +132,41 @@ _NOT_SHARDED_SO = "growth and checkpoints do not read state laid out that way"
 SECTIONS: Mapping[str, Mapping[str, Rule]] = {
     "data_types": {"grad_accum_dtype": _SETTLED},
     "zero_optimization": {
-        "stage": _count(0, 3),
-        "offload_optimizer": _SETTLED,
-        "memory_efficient_linear": _SETTLED,
+        "stage": _whole(0, 3, types=(int,)),
+        **_each(_SETTLED, "offload_optimizer memory_efficient_linear"),
         "round_robin_gradients": _only(
             False, since="true corrupts the map from weights to masters"
         ),
         "compute_grad_norm": _only(True, since="the run reports the gradient norm at every step"),
         "legacy_stage1": _only(False, since="DeepSpeed no longer has it"),
         "elastic_checkpoint": _only(False, since="checkpoints here load at any world size anyway"),
-        "cpu_offload": _only(None, False, since=_NOT_SHARDED_SO),
-        "cpu_offload_param": _only(None, False, since=_NOT_SHARDED_SO),
+        **_each(_only(None, False, since=_NOT_SHARDED_SO), "cpu_offload cpu_offload_param"),
         "offload_param": _only(None, {"device": "none"}, since=_NOT_SHARDED_SO),
         "zenflow": _only(None, since=_NOT_SHARDED_SO),
         "leaf_module": _only({}, since=_GATHERS_ITSELF),
-        "module_granularity_threshold": _only(0, since=_GATHERS_ITSELF),
-        "stage3_module_granularity_threshold": _only(0, since=_GATHERS_ITSELF),
+        **_each(
+            _only(0, since=_GATHERS_ITSELF),
+            "module_granularity_threshold stage3_module_granularity_threshold",
+        ),
         "zero_hpz_partition_size": _only(1, since=_NOT_SHARDED_SO),
-        "zero_quantized_weights": _only(False, since=_NOT_SHARDED_SO),
-        "zero_quantized_nontrainable_weights": _only(False, since=_NOT_SHARDED_SO),
+        **_each(
+            _only(False, since=_NOT_SHARDED_SO),
+            "zero_quantized_weights zero_quantized_nontrainable_weights",
+        ),
         "zero_quantized_gradients": _only(False, since="gradients are reduced in fp32"),
-        "contiguous_gradients": _SWITCH,
-        "reduce_scatter": _SWITCH,
-        "reduce_bucket_size": _BUCKET,
-        "use_multi_rank_bucket_allreduce": _SWITCH,
-        "allgather_partitions": _SWITCH,
+        "reduce_bucket_size": _whole(1, 2 * 10**9),  # so much is allocated
         # ZeRO 1 and 2 cut it at addresses that two elements share
         "allgather_bucket_size": _whole(2, 2**62, multiple_of=2),
-        "overlap_comm": _or_null(_SWITCH),
-        "load_from_fp32_weights": _SWITCH,
         "sub_group_size": _whole(1, 2**63 - 1),
-        "cpu_offload_use_pin_memory": _or_null(_SWITCH),
-        "stage3_gather_fp16_weights_on_model_save": _SWITCH,
-        "ignore_unused_parameters": _SWITCH,
-        "parameter_alignment": _SWITCH,
-        "pipeline_loading_checkpoint": _SWITCH,
-        "override_module_apply": _SWITCH,
-        "log_trace_cache_warnings": _SWITCH,
-        "enable_sanity_checks": _SWITCH,
-        "save_muon_momentum_buffer_in_memory": _SWITCH,
+        **_each(_or_null(_SWITCH), "overlap_comm cpu_offload_use_pin_memory"),
+        **_each(
+            _SWITCH,
+            "contiguous_gradients reduce_scatter use_multi_rank_bucket_allreduce "
+            "allgather_partitions load_from_fp32_weights stage3_gather_fp16_weights_on_model_save "
+            "ignore_unused_parameters parameter_alignment pipeline_loading_checkpoint "
+            "override_module_apply log_trace_cache_warnings enable_sanity_checks "
+            "save_muon_momentum_buffer_in_memory",
+        ),
         **_STAGE_3,
         **{f"stage3_{key}": rule for key, rule in _STAGE_3.items()},
     },
@@ -213,87 +192,46 @@ SECTIONS: Mapping[str, Mapping[str, Rule]] = {
         "consecutive_hysteresis": _SWITCH,
         "min_loss_scale": _whole(1, 2**32),
     },
-    "comms_logger": {
-        "enabled": _SWITCH,
-        "prof_all": _SWITCH,
-        "prof_ops": _NAMES,
-        "verbose": _SWITCH,
-        "debug": _SWITCH,
-    },
+    "comms_logger": {**_each(_SWITCH, "enabled prof_all verbose debug"), "prof_ops": _NAMES},
     "flops_profiler": FLOPS_PROFILER,
 }
 
 
 KNOWN_KEYS = (*TOP_LEVEL, *SECTIONS)
 
-_REMOVED = "DeepSpeed 0.19.8 has removed it; delete it"
-_RECIPE = "the recipe owns it; delete it"
-_METRICS = "the run writes its metrics once, by itself; delete it"
-_SCALING = "the loss is scaled for gradients averaged over ranks in fp32; delete it"
-_ELSEWHERE = "this package trains by data parallelism alone and does not use it; delete it"
-
+_NAMES_BY_REASON = {
+    "DeepSpeed 0.19.8 has removed it; delete it": (
+        "amp compression_training curriculum_learning eigenvalue elasticity graph_harvesting "
+        "nebula progressive_layer_drop quantize_training sparse_attention sparse_gradients"
+    ),
+    "the recipe owns it; delete it": "optimizer scheduler",
+    "the run writes its metrics once, by itself; delete it": "tensorboard wandb csv_monitor comet",
+    "the loss is scaled for gradients averaged over ranks in fp32; delete it": (
+        "prescale_gradients gradient_predivide_factor gradient_allreduce_op"
+    ),
+    "this package trains by data parallelism alone and does not use it; delete it": (
+        "activation_checkpointing aio autotuning checkpoint compile data_efficiency "
+        "data_parallel_size expert_parallel hybrid_engine managed_gradient_accumulation pipeline "
+        "sequence_parallel_size tensor_parallel torch_autocast weight_quantization "
+        "zero_allow_untested_optimizer"
+    ),
+    'its name is now "bf16"; rename it': "bfloat16",
+}
 REFUSED_KEYS: Mapping[str, str] = {
-    **dict.fromkeys(("optimizer", "scheduler"), _RECIPE),
-    **dict.fromkeys(
-        (
-            "amp",
-            "compression_training",
-            "curriculum_learning",
-            "eigenvalue",
-            "elasticity",
-            "graph_harvesting",
-            "nebula",
-            "progressive_layer_drop",
-            "quantize_training",
-            "sparse_attention",
-            "sparse_gradients",
-        ),
-        _REMOVED,
-    ),
-    **dict.fromkeys(("tensorboard", "wandb", "csv_monitor", "comet"), _METRICS),
-    **dict.fromkeys(
-        ("prescale_gradients", "gradient_predivide_factor", "gradient_allreduce_op"), _SCALING
-    ),
-    **dict.fromkeys(
-        (
-            "activation_checkpointing",
-            "aio",
-            "autotuning",
-            "checkpoint",
-            "compile",
-            "data_efficiency",
-            "data_parallel_size",
-            "expert_parallel",
-            "hybrid_engine",
-            "managed_gradient_accumulation",
-            "pipeline",
-            "sequence_parallel_size",
-            "tensor_parallel",
-            "torch_autocast",
-            "weight_quantization",
-            "zero_allow_untested_optimizer",
-        ),
-        _ELSEWHERE,
-    ),
-    "bfloat16": 'its name is now "bf16"; rename it',
+    key: reason for reason, names in _NAMES_BY_REASON.items() for key in names.split()
 }
 
 
-def top_level_problems(json: Mapping[str, Any]) -> list[str]:
-    """One line for every top-level key that is refused or unknown."""
+def problems_of(json: Mapping[str, Any]) -> list[str]:
+    """One line for every key, at the top or inside a section such as `zero_optimization`, that is
+    refused or unknown, and for every value that DeepSpeed or this package cannot work with."""
     problems = []
     for key in json:
         if key in REFUSED_KEYS:
             problems.append(f'"{key}": {REFUSED_KEYS[key]}')
         elif key not in KNOWN_KEYS:
             problems.append(f'"{shortened(key)}": {_unknown(key, KNOWN_KEYS)}')
-    return problems
-
-
-def section_problems(json: Mapping[str, Any]) -> list[str]:
-    """One line for every value that is not what DeepSpeed or this package can work with, and for
-    every unknown key inside a section such as `zero_optimization` or `bf16`."""
-    problems = _value_problems("", json, TOP_LEVEL)
+    problems += _value_problems("", json, TOP_LEVEL)
     for section, rules in SECTIONS.items():
         problems += _problems_inside(section, json.get(section, {}), rules)
     zero_optimization = json.get("zero_optimization", {})
@@ -320,9 +258,7 @@ def _offload_problems(zero_optimization: Mapping[str, Any]) -> list[str]:
     if offload is None:
         return []
     problems = _problems_inside(section, offload, OFFLOAD_OPTIMIZER)
-    if not isinstance(offload, dict):
-        return problems
-    if offload.get("device", "none") != "cpu":
+    if not isinstance(offload, dict) or offload.get("device", "none") != "cpu":
         return problems
     if zero_optimization.get("stage", 0) == 0:
         problems.append(

@@ -68,11 +68,8 @@ def _chunks(logits_MV: torch.Tensor) -> list[slice]:
     return [slice(start, start + step) for start in range(0, rows, step)]
 
 
-# ---- The product with the vocabulary, in rows that begin where a GPU's matrix units can
-# load them.
-
-
-# 128 bytes of bf16, a cache line: rows of 30,522 words begin anywhere, and get slower kernels
+# 128 bytes of bf16, a cache line, where a GPU's matrix units can load: rows of 30,522 words begin
+# anywhere, and get slower kernels
 _ALIGNED_ELEMENTS = 64
 
 

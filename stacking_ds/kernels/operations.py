@@ -8,9 +8,11 @@ Shapes: T tokens, I inputs, O outputs, H hidden size, M masked positions, V voca
 """
 
 import importlib
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -18,9 +20,6 @@ from torch.nn import functional
 
 from stacking_ds.errors import ConfigError
 from stacking_ds.kernels.cross_entropy import cross_entropy_sum
-
-# ---- Dropout, and dropout with the sum that follows it.
-
 
 _LEVELS = 1 << 16
 _LANES = 4  # of 16 bits in a random word
@@ -50,7 +49,8 @@ def dropout_add(
     Each element is 0 with probability `dropout_prob`, else divided by 1 - dropout_prob (Srivastava
     et al. 2014).
     """
-    if dropout_prob == 0.0 or inner.device.type != "cpu":
+    # the compiler knows torch's own
+    if dropout_prob == 0.0 or inner.device.type != "cpu" or torch.compiler.is_compiling():
         dropped = functional.dropout(inner, dropout_prob)
         return dropped if residual is None else residual + dropped
     added: torch.Tensor = _DropoutAdd.apply(inner, residual, dropout_prob)  # type: ignore[no-untyped-call]
@@ -168,9 +168,6 @@ class Operations:
         return function
 
 
-# ---- The forms of libraries.
-
-
 @dataclass(frozen=True)
 class CompiledOperations(Operations):
     """By torch.compile, the rival that the hand-written kernels have to beat.
@@ -179,16 +176,6 @@ class CompiledOperations(Operations):
     """
 
     name = "compile"
-
-    def linear_add(
-        self,
-        x_TI: torch.Tensor,
-        weights: Weights,
-        residual_TO: torch.Tensor,
-        dropout_prob: float,
-    ) -> torch.Tensor:
-        # torch's own dropout, which the compiler knows
-        return residual_TO + functional.dropout(self.linear(x_TI, *weights), dropout_prob)
 
     def between_attentions(self, function: Function) -> Function:
         compiled: Any = _compiled(function)
@@ -209,38 +196,55 @@ def _compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
     return run
 
 
-_REMEDY = (
-    "build NVIDIA's apex from its repository with APEX_CPP_EXT=1 APEX_CUDA_EXT=1, or leave "
-    "engine.kernels to auto"
-)
+def find_apex(key: str, compiled: str, module: str, needed: Sequence[str]) -> Any:
+    """A module of NVIDIA's apex that has these functions, for the recipe's `key`.
 
-
-def find_fused_layer_norm() -> Any:
-    """apex's function of input, weight, bias, shape and eps.
-
-    PyPI's `apex` is another project, and NVIDIA's may lack its compiled part: so that part,
-    `fused_layer_norm_cuda`, is looked for first.
+    The package called `apex` on PyPI is another project, and NVIDIA's can be installed without its
+    compiled part; both can be imported, and neither can compute. So it is that part, `compiled`,
+    that is looked for.
 
     Raises:
-        ConfigError: it is not there, or not what it should be.
+        ConfigError: it is not there, cannot be loaded, or is not what it should be; the message
+            says what is there instead.
     """
+    remedy = (
+        f"build NVIDIA's apex from its repository with APEX_CPP_EXT=1 APEX_CUDA_EXT=1, or leave "
+        f"{key} to auto"
+    )
     try:
-        importlib.import_module("fused_layer_norm_cuda")
-        found = importlib.import_module("apex.normalization.fused_layer_norm")
+        importlib.import_module(compiled)
+        found = importlib.import_module(module)
     except ImportError as error:
-        raise ConfigError(f"engine.kernels=apex: {error}; {_REMEDY}") from None
-    function = getattr(found, "fused_layer_norm_affine", None)
-    if not callable(function):
+        raise ConfigError(f"{_what_is_there(compiled, error)}: {remedy}") from None
+    missing = [name for name in needed if not callable(getattr(found, name, None))]
+    if missing:
         raise ConfigError(
-            f"engine.kernels=apex: {found.__name__} has no fused_layer_norm_affine: it is not "
-            f"NVIDIA's, or an old one; {_REMEDY}"
+            f"the module {module} at {getattr(found, '__file__', None)} has no "
+            f"{', '.join(missing)}: it is not that of NVIDIA's apex, or an old one; {remedy}"
         )
-    return function
+    return found
+
+
+def _what_is_there(compiled: str, error: ImportError) -> str:
+    if importlib.util.find_spec(compiled) is not None:
+        return f"apex's compiled part {compiled} cannot be loaded ({error}); it fits another torch"
+    apex = importlib.util.find_spec("apex")
+    if apex is None:
+        return "NVIDIA's apex is not installed"
+    # a look at its folder, since importing the other project would run it
+    places = [Path(place) for place in apex.submodule_search_locations or []]
+    if any((place / "multi_tensor_apply").is_dir() for place in places):
+        return f"NVIDIA's apex in {places[0]} was installed without its compiled part {compiled}"
+    where = places[0] if places else apex.origin
+    return (
+        f"the package apex in {where}, without {compiled}, is not NVIDIA's (PyPI's is another "
+        f"project)"
+    )
 
 
 @dataclass(frozen=True)
 class ApexOperations(Operations):
-    """The torch form with the LayerNorm of NVIDIA's apex, as `find_fused_layer_norm` finds it."""
+    """The torch form with a LayerNorm of NVIDIA's apex: of input, weight, bias, shape and eps."""
 
     layer_norm: Any = None
 

@@ -28,11 +28,8 @@ from stacking_ds.kernels.operations import (
     LinearForm,
     Norm,
     Operations,
-    find_fused_layer_norm,
+    find_apex,
 )
-
-# ---- How a model computes: the form of its operations and of its attention, and what it
-# keeps.
 
 
 def attend_anywhere(
@@ -189,7 +186,9 @@ def _compile(device: torch.device, linear: LinearForm) -> Operations:
 
 def _apex(device: torch.device, linear: LinearForm) -> Operations:
     _OPERATIONS.require_gpu("apex", device, "apex runs on an NVIDIA GPU alone")
-    return ApexOperations(linear, find_fused_layer_norm())
+    module, function = "apex.normalization.fused_layer_norm", "fused_layer_norm_affine"
+    apex = find_apex("engine.kernels", "fused_layer_norm_cuda", module, [function])
+    return ApexOperations(linear, getattr(apex, function))
 
 
 _OPERATIONS = Forms[Operations](

@@ -148,13 +148,8 @@ def embed(
 ) -> torch.Tensor:
     """dropout(LayerNorm(word[ids] + type[types] + position[positions])), in word's dtype: T,H.
 
-    Args:
-        input_ids_T, token_type_ids_T, position_ids_T: rows of the tables; a token with an id that
-            is none becomes NaN.
-        word_VH, type_KH, position_PH: the tables.
-        weight_H, norm_bias_H: of the LayerNorm.
-        eps: added to the variance.
-        dropout_prob: 0 draws nothing.
+    A token with an id that is no row of its table becomes NaN. A probability of 0 draws nothing;
+    `eps` is added to the variance.
     """
     given = input_ids_T, token_type_ids_T, position_ids_T, word_VH, type_KH, position_PH
     tensors = [tensor.contiguous() for tensor in (*given, weight_H, norm_bias_H)]

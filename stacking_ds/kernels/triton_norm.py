@@ -167,12 +167,8 @@ def bias_dropout_add_norm(
 ) -> torch.Tensor:
     """LayerNorm(residual + dropout(inner + bias)), in inner's dtype: T,H.
 
-    Args:
-        inner_TH: a projection without its bias.
-        bias_H, residual_TH: None adds nothing.
-        weight_H, norm_bias_H: of the LayerNorm.
-        eps: added to the variance.
-        dropout_prob: 0 draws nothing.
+    A bias or residual of None adds nothing, a probability of 0 draws nothing; `eps` is added to the
+    variance.
     """
     return _add_norm(inner_TH, bias_H, residual_TH, weight_H, norm_bias_H, eps, dropout_prob)
 
@@ -196,22 +192,13 @@ def _add_norm(*arguments: Any) -> torch.Tensor:
         made = _AddNorm.apply(*tensors, eps, dropout_prob)  # type: ignore[no-untyped-call]
         recorded_TH: torch.Tensor = made
         return recorded_TH
-    added = inner_TH, bias_H, residual_TH
-    return _forward(*added, weight_H, norm_bias_H, eps, dropout_prob, record=False)[0]
+    return _forward(*tensors, eps, dropout_prob, record=False)[0]
 
 
-def _forward(
-    inner_TH: torch.Tensor,
-    bias_H: torch.Tensor | None,
-    residual_TH: torch.Tensor | None,
-    weight_H: torch.Tensor | None,
-    norm_bias_H: torch.Tensor | None,
-    eps: float,
-    dropout_prob: float,
-    *,
-    record: bool,
-) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
+def _forward(*arguments: Any, record: bool) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
     """The result; with `record` also sum_TH, mean_T, rstd_T and seed."""
+    *given, eps, dropout_prob = arguments
+    inner_TH, bias_H, residual_TH, weight_H, _ = given
     tokens, width = inner_TH.shape
     seed = draw_seed(dropout_prob, inner_TH.device)
     normed = weight_H is not None
@@ -220,10 +207,9 @@ def _forward(
     out_TH = torch.empty_like(inner_TH) if normed else None
     mean_T, rstd_T = moments(inner_TH) if normed and record else (None, None)
     how = options(width)
-    given = inner_TH, bias_H, residual_TH, weight_H, norm_bias_H, seed
     made = sum_TH, mean_T, rstd_T, out_TH
     grid = (triton.cdiv(tokens, how["ROWS"]),)
-    launch(add_norm_kernel, grid, *given, *made, tokens, eps, dropout_prob, **how)
+    launch(add_norm_kernel, grid, *given, seed, *made, tokens, eps, dropout_prob, **how)
     if out_TH is None:
         assert sum_TH is not None
         return sum_TH, (None, None, None, seed)

@@ -1,4 +1,8 @@
-"""The operations of a BERT with everything between two matrix products in one Triton kernel."""
+"""The operations of a BERT with everything between two matrix products in one Triton kernel.
+
+Here are those operations, and GELU of a projection and its bias: a read and a write forward, one
+read more back.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +18,6 @@ from stacking_ds.kernels.triton_cross_entropy import cross_entropy_sum
 from stacking_ds.kernels.triton_embedding import embed
 from stacking_ds.kernels.triton_norm import bias_dropout_add, bias_dropout_add_norm
 from stacking_ds.kernels.triton_parts import column_sums, jit, launch, walkers
-
-# ---- GELU of a projection and its bias, in Triton: a read and a write forward, one read
-# more back.
-
 
 # A program's tile: 8 elements a thread, which are a load of 16 bytes. With 16 elements and half
 # the warps ptxas spills for some GPUs.
@@ -88,12 +88,7 @@ def options(width: int) -> dict[str, Any]:
 
 
 def bias_gelu(inner_TF: torch.Tensor, bias_F: torch.Tensor) -> torch.Tensor:
-    """gelu(inner + bias), computed in fp32, in inner's dtype: T,F.
-
-    Args:
-        inner_TF: a projection without its bias.
-        bias_F: added to each row.
-    """
+    """gelu(inner + bias), computed in fp32, in inner's dtype: T,F."""
     assert inner_TF.shape[1:] == bias_F.shape, (inner_TF.shape, bias_F.shape)
     made = _BiasGelu.apply(inner_TF.contiguous(), bias_F.contiguous())  # type: ignore[no-untyped-call]
     out_TF: torch.Tensor = made

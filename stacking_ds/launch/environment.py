@@ -23,9 +23,8 @@ _PLAIN = re.compile(r"[A-Za-z0-9_@+=:,./-]+", re.ASCII)
 
 def passable(arguments: Sequence[str]) -> list[str]:
     """`arguments` as they may stand behind `python -m stacking_ds` on any host."""
-    if all(_PLAIN.fullmatch(argument) for argument in arguments):
-        return list(arguments)
-    return [ENCODED, encode_arguments(arguments)]
+    plain = all(_PLAIN.fullmatch(argument) for argument in arguments)
+    return list(arguments) if plain else [ENCODED, encode_arguments(arguments)]
 
 
 def encode_arguments(arguments: Sequence[str]) -> str:
@@ -36,11 +35,7 @@ def encode_arguments(arguments: Sequence[str]) -> str:
 
 
 def decode_arguments(word: str) -> list[str]:
-    """The arguments that `encode_arguments` made `word` of.
-
-    Raises:
-        UserError: it made no such word.
-    """
+    """The arguments that `encode_arguments` made `word` of; a UserError if it made no such word."""
     arguments = None
     with suppress(ValueError):
         text = base64.b64decode(word + "=" * (-len(word) % 4), altchars=b"-_", validate=True)
@@ -54,11 +49,8 @@ def decode_arguments(word: str) -> list[str]:
 
 
 def require_plain(word: str, what: str, remedy: str) -> None:
-    """Make sure that the shells of other hosts read `word` as it is.
-
-    Raises:
-        ConfigError: one could read it as something else; `remedy` says what to do.
-    """
+    """Raise a ConfigError, whose `remedy` says what to do, unless the shells of other hosts read
+    `word` as it is."""
     if not _PLAIN.fullmatch(word):
         raise ConfigError(
             f"{what} {word!r} has characters that the shells of other hosts may read as something "
@@ -81,13 +73,8 @@ _SENT_ANYWAY = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 def hosts_environment(
     given: Mapping[str, str], *, python: str, own: Mapping[str, str], launcher: str
 ) -> dict[str, str]:
-    """The variables of the ranks: of `.deepspeed_env`, over that `given`, and the defaults.
-
-    Args:
-        given: what the person asked for, as of `parse_assignments`.
-        python: this interpreter.
-        own: the launcher's own environment.
-        launcher: pdsh or openmpi.
+    """The variables of the ranks: those `given` by a person, over those of `.deepspeed_env`, over
+    the defaults. `own` is this process's environment, `launcher` pdsh or openmpi.
 
     Raises:
         ConfigError: a file has a line that sets no variable, or a value cannot reach the ranks.
@@ -108,11 +95,7 @@ def search_path(python: str, own: Mapping[str, str]) -> str:
 
 def secret_names(given: Mapping[str, str], own: Mapping[str, str]) -> list[str]:
     """The variables that hosts are given and whose names are those of secrets, as of tokens and
-    passwords: on every host, command lines show their values to all of its users.
-
-    Raises:
-        ConfigError: a file has a line that sets no variable.
-    """
+    passwords: on every host, command lines show their values to all of its users."""
     return sorted(filter(_SECRET.search, {**_sent_anyway(own), **_of_files(own), **given}))
 
 
@@ -138,11 +121,8 @@ def _of_files(own: Mapping[str, str]) -> dict[str, str]:
 
 
 def parse_assignments(texts: Sequence[str], where: str = "--env") -> dict[str, str]:
-    """The variables of `--env NAME=VALUE` options, or of lines of a file.
-
-    Raises:
-        ConfigError: one of them sets no variable.
-    """
+    """The variables of `--env NAME=VALUE` options, or of lines of a file; a ConfigError for what
+    sets no variable."""
     found: dict[str, str] = {}
     for text in texts:
         name, separator, value = text.partition("=")
@@ -153,11 +133,7 @@ def parse_assignments(texts: Sequence[str], where: str = "--env") -> dict[str, s
 
 
 def require_exportable(name: str, value: str, launcher: str) -> None:
-    """Make sure that the variable reaches the ranks of other hosts as it is.
-
-    Raises:
-        ConfigError: it would arrive as something else.
-    """
+    """Raise a ConfigError unless the variable reaches the ranks of other hosts as it is."""
     if _READ_BY_SHELLS.search(value):
         trouble = 'has one of " $ ` \\ or a line break, which the shells of the hosts would read'
     elif launcher == "pdsh" and _REPLACED_BY_PDSH.search(value):

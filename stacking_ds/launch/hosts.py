@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import stacking_ds
-from stacking_ds.console import first_of
 from stacking_ds.errors import ConfigError
 from stacking_ds.files import DamagedFileError, read_text
 from stacking_ds.launch.sweep import Action, Found, sweep
@@ -52,37 +51,33 @@ def read_hostfile(path: Path) -> list[Host]:
     seen: dict[str, int] = {}
     hosts = []
     for number, line in enumerate(lines, start=1):
-        text = " ".join(line.partition("#")[0].translate(_UNSEEN).split())
+        text, where = line.partition("#")[0].translate(_UNSEEN), f"{path}:{number}"
+        text = " ".join(text.split())
         if not text:
             continue
-        host = _host(text, f"{path}:{number}")
-        if host.name in seen:
+        found = _LINE.fullmatch(text)
+        if not found:
+            raise ConfigError(f"{where}: {text!r} is not a host; write `name slots=N`")
+        name, slots = found[1], int(found[2])
+        if not _NAME.fullmatch(name) and not _is_ipv6(name):
             raise ConfigError(
-                f"{path}:{number}: host {host.name} stands in line {seen[host.name]} already; "
-                f"keep one line with all its slots"
+                f"{where}: {name!r} is not a host name; use letters, digits, . _ and -, and give "
+                f"user and port in ~/.ssh/config"
             )
-        seen[host.name] = number
-        hosts.append(host)
+        if slots == 0:
+            raise ConfigError(
+                f"{where}: host {name} has slots=0; give it at least one, or take its line out"
+            )
+        if name in seen:
+            raise ConfigError(
+                f"{where}: host {name} stands in line {seen[name]} already; keep one line with all "
+                f"its slots"
+            )
+        seen[name] = number
+        hosts.append(Host(name, slots))
     if not hosts:
         raise ConfigError(f"the hostfile {path} names no host; write `name slots=N` lines into it")
     return hosts
-
-
-def _host(text: str, where: str) -> Host:
-    found = _LINE.fullmatch(text)
-    if not found:
-        raise ConfigError(f"{where}: {text!r} is not a host; write `name slots=N`")
-    name, slots = found[1], int(found[2])
-    if not _NAME.fullmatch(name) and not _is_ipv6(name):
-        raise ConfigError(
-            f"{where}: {name!r} is not a host name; use letters, digits, . _ and -, and give user "
-            f"and port in ~/.ssh/config"
-        )
-    if slots == 0:
-        raise ConfigError(
-            f"{where}: host {name} has slots=0; give it at least one, or take its line out"
-        )
-    return Host(name, slots)
 
 
 def _is_ipv6(name: str) -> bool:
@@ -99,22 +94,12 @@ def draw_hostfile(hosts: Sequence[Host]) -> str:
 
 # --------------------------------------------------------------------------------- ssh
 
-_AT_ONCE = 64
-
-
-@dataclass(frozen=True)
-class SshResult:
-    """The answer of a host; `trouble` is None where the command ended with exit code 0."""
-
-    host: str
-    output: str
-    trouble: str | None
-
 
 def run_on_hosts(
     hosts: Sequence[str], command: str, *, port: int | None, seconds: float
-) -> list[SshResult]:
-    """Run `command` on every host; the answers in the order of the hosts.
+) -> dict[str, tuple[str, str | None]]:
+    """Run `command` on every host; what each has printed, and what the trouble was with it: None
+    where the command ended with exit code 0.
 
     Args:
         hosts: names that a hostfile may hold; ssh would take others for options.
@@ -122,31 +107,30 @@ def run_on_hosts(
         port: of the ssh servers; None for what ~/.ssh/config says.
         seconds: after which a host is said not to have answered.
     """
-    with ThreadPoolExecutor(max_workers=_AT_ONCE) as pool:  # it starts no more than it needs
-        return list(pool.map(lambda host: _run(host, command, port, seconds), hosts))
-
-
-def _run(host: str, command: str, port: int | None, seconds: float) -> SshResult:
     at_port = [] if port is None else ["-p", str(port)]
-    try:
-        done = subprocess.run(
-            ["ssh", *SSH_OPTIONS.split(), "-o", "ConnectTimeout=5", *at_port, "--", host, command],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=seconds,
-            start_new_session=True,  # Ctrl-C is for the launcher, which still needs the hosts
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return SshResult(host, "", f"no answer in {seconds:.0f} s")
-    except FileNotFoundError:
-        return SshResult(host, "", "there is no ssh on this machine")
-    if done.returncode == 0:
-        return SshResult(host, done.stdout, None)
-    said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    return SshResult(host, done.stdout, said)
+    ssh = ["ssh", *SSH_OPTIONS.split(), "-o", "ConnectTimeout=5", *at_port, "--"]
+
+    def answer(host: str) -> tuple[str, str | None]:
+        try:
+            done = subprocess.run(
+                [*ssh, host, command],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=seconds,
+                start_new_session=True,  # Ctrl-C is for the launcher, which still needs the hosts
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return "", f"no answer in {seconds:.0f} s"
+        except FileNotFoundError:
+            return "", "there is no ssh on this machine"
+        said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        return done.stdout, said if done.returncode else None
+
+    with ThreadPoolExecutor(max_workers=64) as pool:  # it starts no more than it needs
+        return dict(zip(hosts, pool.map(answer, hosts), strict=True))
 
 
 # ------------------------------------------------------------------------------ census
@@ -167,12 +151,6 @@ class ProcessCount:
     def ranks(self) -> set[int]:
         return {rank for found in self.found.values() for rank in found.ranks}
 
-    def places(self) -> str:
-        """Hosts with processes, for people."""
-        return first_of(
-            [host or "this machine" for host, found in self.found.items() if found.processes]
-        )
-
 
 @dataclass(frozen=True)
 class Census:
@@ -190,17 +168,17 @@ class Census:
             f"env PYTHONPATH={PACKAGE_FOLDER} {sys.executable} -P -m stacking_ds.launch.sweep "
             f"{self.marker} --action {action}"
         )
-        for answer in run_on_hosts(self.hosts, command, port=self.port, seconds=self.seconds):
+        answers = run_on_hosts(self.hosts, command, port=self.port, seconds=self.seconds)
+        for host, (output, trouble) in answers.items():
+            if trouble is not None:
+                silent[host] = trouble
+                continue
             try:
                 # what a shell's start-up files print comes before
-                raw = json.loads(answer.output.strip().splitlines()[-1])
-                heard = Found(int(raw["processes"]), tuple(raw["ranks"]))
+                raw = json.loads(output.strip().splitlines()[-1])
+                found[host] = Found(int(raw["processes"]), tuple(raw["ranks"]))
             except (ValueError, LookupError, TypeError):
-                heard = None
-            if heard is None or answer.trouble is not None:
-                silent[answer.host] = answer.trouble or f"it said {answer.output[:80]!r}"
-            else:
-                found[answer.host] = heard
+                silent[host] = f"it said {output[:80]!r}"
         # last, since a runner that is killed takes the way to the other hosts with it; and a rank
         # is asked to stop once, which it was already if this machine is one of the hosts
         asking = self.hosts and action in ("stop-ranks", "stop")

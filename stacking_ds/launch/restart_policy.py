@@ -36,7 +36,6 @@ def judge(run_dir: Path, exit_status: int, *, since: int = 0) -> RestartDecision
     before it could save says nothing of the run: it is neither.
 
     Args:
-        run_dir: the run's directory, which need not be there yet.
         exit_status: of the command, or of the launcher around it; 0 alone proves nothing.
         since: the number of records there were when the attempt was started, where that is known;
             what was recorded before the last decision is never taken for this attempt's.
@@ -71,12 +70,12 @@ def _by_exit_status(end: End | None, exit_status: int) -> End:
     """What an attempt has said of its own end; what its exit status tells where it said nothing."""
     if end is not None and end.outcome != "killed":
         return end
-    status = f"exit status {exit_status}"
+    status, step = f"exit status {exit_status}", end.step if end else None
     if exit_status in _ASKED_TO_STOP:
-        return End("stopped_unsaved", end.step if end else None, status)
+        return End("stopped_unsaved", step, status)
     if exit_status == EXIT_USER_ERROR:
         when = "before it entered the run" if end is None else "without a record of why"
-        return End("user_error", end.step if end else None, f"it ended with {status} {when}")
+        return End("user_error", step, f"it ended with {status} {when}")
     return end or End("not_begun", None, f"{status} before it entered the run")
 
 

@@ -65,11 +65,8 @@ class LaunchRequest:
     timeouts: Timeouts = Timeouts()
 
     def check(self) -> None:
-        """Find what can be found wrong before any host is asked.
-
-        Raises:
-            ConfigError: an option that cannot be used, or a program that is not there.
-        """
+        """Raise a ConfigError for what can be found wrong before any host is asked: an option that
+        cannot be used, or a program that is not there."""
         if not self.command or self.command[0].startswith("-"):
             raise ConfigError(
                 "launch what? Write the command behind the options, such as `stacking-ds launch "
@@ -89,12 +86,10 @@ class LaunchRequest:
         if self.ranks is not None and self.ranks < 1:
             raise ConfigError(f"--ranks {self.ranks} must be 1 or more")
         parse_assignments(self.env)
-        if self.hostfile is not None:
-            self._check_for_hosts()
-        elif self.min_nodes is not None:
-            raise ConfigError("--min-nodes is for --hostfile; leave it out with --ranks")
-
-    def _check_for_hosts(self) -> None:
+        if self.hostfile is None:
+            if self.min_nodes is not None:
+                raise ConfigError("--min-nodes is for --hostfile; leave it out with --ranks")
+            return
         for word, what in (
             (os.getcwd(), "the working directory"),
             (sys.executable, "the interpreter"),
@@ -136,22 +131,18 @@ def prepare(
     Raises:
         ConfigError: a variable cannot reach the hosts, or fewer GPUs are visible here than ranks.
     """
-    given = parse_assignments(request.env)
+    given, python = parse_assignments(request.env), sys.executable
     hostfile, variables_file = folder / "hosts", folder / "environment"
-    environment = {**own, MARKER_VARIABLE: marker}
     if hosts:
-        variables = hosts_environment(
-            given, python=sys.executable, own=own, launcher=request.launcher
-        )
+        variables = hosts_environment(given, python=python, own=own, launcher=request.launcher)
         variables[MARKER_VARIABLE] = marker
         hostfile.write_text(draw_hostfile(hosts), encoding="utf-8")
         variables_file.write_text(draw_environment(variables), encoding="utf-8")
         ssh = f"{own.get('PDSH_SSH_ARGS_APPEND', '')} {SSH_OPTIONS}".strip()
-        environment |= {"DS_ENV_FILE": str(variables_file), "PDSH_SSH_ARGS_APPEND": ssh}
+        environment = {**own, "DS_ENV_FILE": str(variables_file), "PDSH_SSH_ARGS_APPEND": ssh}
         where, level, words = _through_launcher(request), "warning", passable(command)
     else:
-        path = search_path(sys.executable, own)
-        environment = {**own, "PATH": path, **given, MARKER_VARIABLE: marker}
+        environment = {**own, "PATH": search_path(python, own), **given}
         # it would warn that there is no hostfile, which is as it should be
         where, level, words = _gpus(request.ranks or 1, environment), "error", list(command)
     arguments = [
@@ -163,7 +154,7 @@ def prepare(
         "--no_local_rank",  # the environment says it
         *("--module", "stacking_ds", *words),
     ]
-    return arguments, environment
+    return arguments, {**environment, MARKER_VARIABLE: marker}
 
 
 def _through_launcher(request: LaunchRequest) -> list[str]:

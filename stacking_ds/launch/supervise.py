@@ -124,9 +124,6 @@ class _Attempt:
         `run_has_ended` is asked now and then: what the run's own records say. Where `stop` asks for
         it, all ranks are asked to stop and have `stop_seconds` for it. What then is left, or what
         survives an attempt that ended by itself, is killed.
-
-        Raises:
-            ConfigError: the environment cannot be given to the hosts.
         """
         request, hosts = self._request, self._hosts
         slots = [host.slots for host in hosts] or [request.ranks or 1]
@@ -150,8 +147,7 @@ class _Attempt:
                 if why is not None:
                     _say(f"{why}: ending what is left")
                 elif self._stop.asked_by:
-                    default = 30.0 * max(slots) + 30.0
-                    given = request.stop_seconds
+                    given, default = request.stop_seconds, 30.0 * max(slots) + 30.0
                     self._ask_to_stop(sum(slots), default if given is None else given)
                 else:
                     self._wait_until_clear(request.timeouts.survivors_seconds)
@@ -179,12 +175,9 @@ class _Attempt:
     def _wait_until_clear(self, seconds: float) -> None:
         """Wait until nothing is left of the attempt anywhere, or for `seconds`."""
         deadline = time.monotonic() + seconds
-        while not self._stop.at_once:
+        while not self._stop.at_once and (left := deadline - time.monotonic()) > 0:
             runs = self._process.poll() is None
             if not runs and not self._census.take().processes:
-                return
-            left = deadline - time.monotonic()
-            if left <= 0:
                 return
             pause = _GLANCE_SECONDS if runs else self._request.timeouts.look_seconds
             self._stop.wait(min(pause, left))
@@ -194,7 +187,8 @@ class _Attempt:
         left = self._census.take("kill")
         if left.processes:
             what = "process that was" if left.processes == 1 else "processes that were"
-            _say(f"killed {left.processes} {what} left on {left.places()}")
+            places = [host or "this machine" for host, own in left.found.items() if own.processes]
+            _say(f"killed {left.processes} {what} left on {first_of(places)}")
         for host, trouble in left.silent.items():
             _say(
                 f"{host} does not say what still runs there ({trouble}); see to it before it is "
@@ -244,7 +238,7 @@ def supervise(request: LaunchRequest) -> int:
 def _train(request: LaunchRequest, run_dir: Path, stop: StopSignals) -> int:
     command, left = request.command, request.restarts
     while True:
-        since = attempts.count(run_dir)
+        since = len(attempts.read_records(run_dir))
         attempt = _Attempt(request, _usable_hosts(request), stop)
         if stop.asked_by:
             _say("asked to stop before the ranks were started")
@@ -308,11 +302,8 @@ def with_resume(command: Sequence[str]) -> tuple[str, ...]:
 
 
 def _usable_hosts(request: LaunchRequest) -> list[Host]:
-    """The hosts of the request's hostfile that can take ranks now; none for ranks here.
-
-    Raises:
-        ConfigError: the hostfile cannot be used, or fewer hosts than `min_nodes` can.
-    """
+    """The hosts of the request's hostfile that can take ranks now, none for ranks here; a
+    ConfigError where they are fewer than `min_nodes`."""
     if request.hostfile is None:
         return []
     hosts = read_hostfile(request.hostfile)
@@ -329,7 +320,7 @@ def _usable_hosts(request: LaunchRequest) -> list[Host]:
         port=request.ssh_port,
         seconds=request.timeouts.probe_seconds,
     )
-    troubles = {answer.host: answer.trouble for answer in answers if answer.trouble is not None}
+    troubles = {host: trouble for host, (_, trouble) in answers.items() if trouble is not None}
     usable = [host for host in hosts if host.name not in troubles]
     named = first_of([f"{host}: {trouble}" for host, trouble in troubles.items()], between="; ")
     if len(usable) < least:

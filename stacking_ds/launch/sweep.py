@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import psutil
 
@@ -22,8 +22,6 @@ from stacking_ds.process.launchers import HYDRA_RANK, OPEN_MPI_RANK
 MARKER_VARIABLE = "STACKING_DS_LAUNCH"
 
 Action = Literal["count", "stop-ranks", "stop", "kill"]
-ACTIONS: tuple[Action, ...] = ("count", "stop-ranks", "stop", "kill")
-
 _RANKS = ("RANK", OPEN_MPI_RANK, HYDRA_RANK)
 _PATIENCE_SECONDS = 5.0
 
@@ -45,7 +43,13 @@ def sweep(marker: str, action: Action = "count") -> Found:
     """
     found = list(_marked(marker))
     if action == "kill":
-        _kill(marker)
+        # until none is left: one may start another while this one looks
+        deadline, left = time.monotonic() + _PATIENCE_SECONDS, found
+        while left and time.monotonic() < deadline:
+            for process, _ in left:
+                _send(process, signal.SIGKILL)
+            time.sleep(0.05)  # psutil's waiting would take a child's exit code from who started it
+            left = list(_marked(marker))
     elif action != "count":
         for process, rank in found:
             if action == "stop" or rank is not None:
@@ -67,15 +71,6 @@ def _marked(marker: str) -> Iterator[tuple[psutil.Process, int | None]]:
             yield process, int(ranks[0]) if ranks and ranks[0].isdigit() else None
 
 
-def _kill(marker: str) -> None:
-    # until none is left: one may start another while this one looks
-    deadline = time.monotonic() + _PATIENCE_SECONDS
-    while (found := list(_marked(marker))) and time.monotonic() < deadline:
-        for process, _ in found:
-            _send(process, signal.SIGKILL)
-        time.sleep(0.05)  # psutil's waiting would take a child's exit code from who started it
-
-
 def _send(process: psutil.Process, number: signal.Signals) -> None:
     with contextlib.suppress(psutil.Error, OSError):  # it has just ended
         process.send_signal(number)
@@ -85,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Sweep this host once; 0 always, since what was found is in what is printed."""
     parser = argparse.ArgumentParser(prog="python -m stacking_ds.launch.sweep", description=__doc__)
     parser.add_argument("marker")
-    parser.add_argument("--action", choices=ACTIONS, default="count")
+    parser.add_argument("--action", choices=get_args(Action), default="count")
     options = parser.parse_args(arguments)
     print(json.dumps(asdict(sweep(options.marker, options.action))))
     return 0

@@ -1,8 +1,7 @@
 """BERT with its two pre-training heads and their losses, written for speed and knowing no ranks.
 
-Devlin et al. 2019, under Hugging Face's parameter names (`model/parameters.py` has the one
-table of what differs). Everything is computed on tokens without padding, one example behind the
-other.
+Devlin et al. 2019, under Hugging Face's parameter names. Everything is computed on tokens without
+padding, one example behind the other.
 
 Shapes: T tokens, H hidden size, M masked positions, E examples, V vocabulary; of rows as Hugging
 Face's models take them: B rows, S slots each.
@@ -224,28 +223,17 @@ class BertForPreTraining(nn.Module):
         Raises:
             ConfigError: the rows are longer than the position embeddings.
         """
-        hidden_TH, pooled_EH = self.encode(input_ids_T, token_type_ids_T, position_ids_T, sequences)
-        if mlm_positions_M is not None:
-            hidden_TH = hidden_TH.index_select(0, mlm_positions_M)
-        logits, nsp_logits_E2 = self.cls(hidden_TH, pooled_EH)
-        return logits, nsp_logits_E2
-
-    def encode(
-        self,
-        input_ids_T: torch.Tensor,
-        token_type_ids_T: torch.Tensor,
-        position_ids_T: torch.Tensor,
-        sequences: Sequences,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The model without its heads: hidden_TH and pooled_EH. See `forward`."""
         if sequences.longest > self.config.max_position_embeddings:
             raise ConfigError(
                 f"rows of {sequences.longest} tokens do not fit max_position_embeddings="
                 f"{self.config.max_position_embeddings}; shorten sequence_length or raise it"
             )
-        encoded: tuple[torch.Tensor, torch.Tensor]
-        encoded = self.bert(input_ids_T, token_type_ids_T, position_ids_T, sequences)
-        return encoded
+        inputs = input_ids_T, token_type_ids_T, position_ids_T, sequences
+        hidden_TH, pooled_EH = self.bert(*inputs)
+        if mlm_positions_M is not None:
+            hidden_TH = hidden_TH.index_select(0, mlm_positions_M)
+        logits, nsp_logits_E2 = self.cls(hidden_TH, pooled_EH)
+        return logits, nsp_logits_E2
 
 
 def from_rows(

@@ -7,8 +7,7 @@ Shapes: T tokens, H hidden size, E examples; slots = rows x longest.
 """
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -52,7 +51,13 @@ class GraphedLayers:
             self._by_shape[slots, longest] = captured
         filling = -(-(slots - tokens) // longest)
         if examples + filling > captured.examples:
-            self._warn(examples)
+            if not self._has_warned:
+                self._has_warned = True
+                logger.warning(
+                    "a micro-batch of %d examples has more than its CUDA graph was made for, and "
+                    "runs without; others may too",
+                    examples,
+                )
             return None
         starts_E1 = fill_up(sequences.starts_E1, captured.examples, slots, longest)
         filled_TH = torch.cat([hidden_TH, hidden_TH.new_zeros(slots - tokens, hidden_TH.shape[1])])
@@ -60,15 +65,6 @@ class GraphedLayers:
             weights = [_FreshGradient.apply(p) for p in layer.parameters()]  # type: ignore[no-untyped-call]
             filled_TH = graphed(filled_TH, starts_E1, *weights)
         return filled_TH[:tokens]
-
-    def _warn(self, examples: int) -> None:
-        if not self._has_warned:
-            self._has_warned = True
-            logger.warning(
-                "a micro-batch of %d examples has more than its CUDA graph was made for, and runs "
-                "without; others may too",
-                examples,
-            )
 
     def _captured(
         self, hidden_TH: torch.Tensor, examples: int, slots: int, longest: int
@@ -86,7 +82,8 @@ class GraphedLayers:
             for layer in self._layers
         )
         functions = tuple(_function_of(layer, longest) for layer in self._layers)
-        with _random_state_kept(device):
+        # capturing draws numbers; a resumed run, which captures elsewhere, must not notice
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             return self._capture(functions, samples)
 
 
@@ -140,11 +137,3 @@ class _FreshGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[no-untyped-def]
         return grad.clone()
-
-
-@contextmanager
-def _random_state_kept(device: torch.device) -> Iterator[None]:
-    """Capturing draws numbers; a resumed run, which captures elsewhere, must not notice."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        yield

@@ -6,7 +6,7 @@ that a form fuses need the parameters of several at once.
 Shapes: T tokens, H hidden size, N attention heads, D = H / N.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
+    noop_context_fn,
 )
 
 from stacking_ds.kernels.attention.sequences import Sequences
@@ -91,14 +92,9 @@ class Layer(GatheredWhole):
             self.LayerNorm = layer_norm(config)
         self.intermediate = _Intermediate(config)
         self.output = _Output(config, config.intermediate_size)
-        self._num_heads = config.num_attention_heads
-        self._attention_dropout = config.attention_probs_dropout_prob
-        self._hidden_dropout = config.hidden_dropout_prob
-        self._compute = compute
+        self._config, self._compute = config, compute
         self._is_pre = config.layer_norm_position == "pre"
-        self._rest = compute.operations.between_attentions(
-            _rest_of_pre_layer if self._is_pre else _rest_of_post_layer
-        )
+        self._rest = compute.operations.between_attentions(_after_attention)
 
     def forward(self, hidden_TH: torch.Tensor, sequences: Sequences) -> torch.Tensor:
         operations, attention = self._compute.operations, self.attention
@@ -109,8 +105,8 @@ class Layer(GatheredWhole):
             inner_TH = hidden_TH
             norms = [norm_of(attention.output.LayerNorm), norm_of(self.output.LayerNorm)]
         qkv_TC = operations.linear(inner_TH, *attention.self.joined())
-        qkv_T3ND = qkv_TC.view(len(qkv_TC), 3, self._num_heads, -1)
-        attention_dropout = self._attention_dropout if self.training else 0.0
+        qkv_T3ND = qkv_TC.view(len(qkv_TC), 3, self._config.num_attention_heads, -1)
+        attention_dropout = self._config.attention_probs_dropout_prob if self.training else 0.0
         context_TND = self._compute.attend(qkv_T3ND, sequences, attention_dropout)
         layer_TH: torch.Tensor = self._rest(
             operations,
@@ -120,12 +116,13 @@ class Layer(GatheredWhole):
             weights_of(self.intermediate.dense),
             weights_of(self.output.dense),
             norms,
-            self._hidden_dropout if self.training else 0.0,
+            self._config.hidden_dropout_prob if self.training else 0.0,
+            self._is_pre,
         )
         return layer_TH
 
 
-def _rest_of_post_layer(
+def _after_attention(
     operations: Operations,
     context_TH: torch.Tensor,
     hidden_TH: torch.Tensor,
@@ -134,29 +131,19 @@ def _rest_of_post_layer(
     down: Weights,
     norms: Sequence[Norm],
     dropout_prob: float,
+    is_pre: bool,
 ) -> torch.Tensor:
-    """From the attention's context on, each sum normalised (Devlin et al. 2019)."""
+    """From the attention's context on, each sum normalised (Devlin et al. 2019); in a pre-LN layer
+    what enters is (Xiong et al. 2020)."""
+    if is_pre:
+        attended_TH = operations.linear_add(context_TH, projection, hidden_TH, dropout_prob)
+        inner_TF = operations.linear_gelu(operations.norm(attended_TH, norms[0]), up)
+        return operations.linear_add(inner_TF, down, attended_TH, dropout_prob)
     attended_TH = operations.linear_add_norm(
         context_TH, projection, hidden_TH, norms[0], dropout_prob
     )
     inner_TF = operations.linear_gelu(attended_TH, up)
     return operations.linear_add_norm(inner_TF, down, attended_TH, norms[1], dropout_prob)
-
-
-def _rest_of_pre_layer(
-    operations: Operations,
-    context_TH: torch.Tensor,
-    hidden_TH: torch.Tensor,
-    projection: Weights,
-    up: Weights,
-    down: Weights,
-    norms: Sequence[Norm],
-    dropout_prob: float,
-) -> torch.Tensor:
-    """From the attention's context on, with norms before what enters (Xiong et al. 2020)."""
-    attended_TH = operations.linear_add(context_TH, projection, hidden_TH, dropout_prob)
-    inner_TF = operations.linear_gelu(operations.norm(attended_TH, norms[0]), up)
-    return operations.linear_add(inner_TF, down, attended_TH, dropout_prob)
 
 
 class Encoder(nn.Module):
@@ -167,7 +154,7 @@ class Encoder(nn.Module):
         self.layer = nn.ModuleList(Layer(config, compute) for _ in range(config.num_hidden_layers))
         is_pre = config.layer_norm_position == "pre"
         self.LayerNorm = layer_norm(config) if is_pre else nn.Identity()
-        self._run = _RUNNERS[compute.activation_checkpointing]
+        self._recomputed = _RECOMPUTED[compute.activation_checkpointing]
         self._graphs = GraphedLayers(self.layer) if compute.cuda_graphs else None
 
     def forward(self, hidden_TH: torch.Tensor, sequences: Sequences) -> torch.Tensor:
@@ -180,33 +167,17 @@ class Encoder(nn.Module):
         return normed_TH
 
     def _run_layers(self, hidden_TH: torch.Tensor, sequences: Sequences) -> torch.Tensor:
-        run = self._run if torch.is_grad_enabled() else _keep_all
         for layer in self.layer:
-            hidden_TH = run(layer, hidden_TH, sequences)
+            if self._recomputed is None or not torch.is_grad_enabled():
+                hidden_TH = layer(hidden_TH, sequences)
+            else:
+                hidden_TH = checkpoint(
+                    layer, hidden_TH, sequences, use_reentrant=False, context_fn=self._recomputed
+                )
         return hidden_TH
 
 
 # ------------------------------------------------------------- activation checkpointing
-
-
-def _keep_all(layer: nn.Module, hidden_TH: torch.Tensor, sequences: Sequences) -> torch.Tensor:
-    computed_TH: torch.Tensor = layer(hidden_TH, sequences)
-    return computed_TH
-
-
-def _keep_nothing(layer: nn.Module, hidden_TH: torch.Tensor, sequences: Sequences) -> torch.Tensor:
-    """The backward pass computes the layer once more (Chen et al. 2016)."""
-    computed_TH: torch.Tensor = checkpoint(layer, hidden_TH, sequences, use_reentrant=False)
-    return computed_TH
-
-
-def _keep_products(layer: nn.Module, hidden_TH: torch.Tensor, sequences: Sequences) -> torch.Tensor:
-    """The backward pass computes attention and what is elementwise once more."""
-    contexts = partial(create_selective_checkpoint_contexts, _policy)
-    computed_TH: torch.Tensor = checkpoint(
-        layer, hidden_TH, sequences, use_reentrant=False, context_fn=contexts
-    )
-    return computed_TH
 
 
 _PRODUCTS = (
@@ -223,4 +194,11 @@ def _policy(context: Any, operation: Any, *arguments: Any, **options: Any) -> Ch
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-_RUNNERS = {"none": _keep_all, "selective": _keep_products, "full": _keep_nothing}
+_RECOMPUTED: dict[str, Callable[[], Any] | None] = {
+    "none": None,
+    # attention and what is elementwise, but no matrix product
+    "selective": partial(create_selective_checkpoint_contexts, _policy),
+    # the whole layer (Chen et al. 2016)
+    "full": noop_context_fn,
+}
+"""What the backward pass computes once more of a layer, by `activation_checkpointing`."""

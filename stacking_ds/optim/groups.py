@@ -13,7 +13,6 @@ from torch import nn
 from stacking_ds.model.bert_config import split_at_layer
 
 OUTSIDE = "outside"
-_LAYER_PLACE = "layer."
 
 
 def parameter_groups(
@@ -33,37 +32,30 @@ def parameter_groups(
         For `torch.optim`: dicts of "params", "weight_decay", "layer_adaptation" and "name", the
         last being "outside/decay", "outside/no_decay", "layer.0/decay" and so on, in this order.
     """
-    groups: dict[str, dict[str, Any]] = {}
-    layers: dict[str, int] = {}
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
     seen: set[int] = set()
     for name, parameter in named_parameters:
         if id(parameter) in seen:
             continue
         seen.add(id(parameter))
-        place = place_of(name)
-        layers[place] = -1 if place == OUTSIDE else int(place.removeprefix(_LAYER_PLACE))
-        decays = _decays(name)
+        found, decays = split_at_layer(name), _decays(name)
         group = groups.setdefault(
-            f"{place}/{'decay' if decays else 'no_decay'}",
+            (found[1] if found else -1, not decays),
             {
                 "params": [],
                 "weight_decay": weight_decay if decays else 0.0,
                 "layer_adaptation": decays or always_adapt,
+                "name": f"{place_of(name)}/{'decay' if decays else 'no_decay'}",
             },
         )
         group["params"].append(parameter)
-    order = [
-        f"{place}/{kind}"
-        for place in sorted(layers, key=layers.__getitem__)
-        for kind in ("decay", "no_decay")
-    ]
-    return [{**groups[name], "name": name} for name in order if name in groups]
+    return [groups[place] for place in sorted(groups)]
 
 
 def place_of(name: str) -> str:
     """The place of a parameter: "layer.3", or OUTSIDE of the layers."""
     found = split_at_layer(name)
-    return f"{_LAYER_PLACE}{found[1]}" if found else OUTSIDE
+    return f"layer.{found[1]}" if found else OUTSIDE
 
 
 def _decays(name: str) -> bool:

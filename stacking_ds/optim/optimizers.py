@@ -67,11 +67,8 @@ def build_optimizer(
         ConfigError: a LAMB kernel that cannot run here.
     """
     lamb = config.lamb
-    groups = parameter_groups(
-        named_parameters,
-        config.weight_decay,
-        always_adapt=lamb is not None and lamb.always_adapt,
-    )
+    always_adapt = lamb is not None and lamb.always_adapt
+    groups = parameter_groups(named_parameters, config.weight_decay, always_adapt=always_adapt)
     # weight decay is each group's own, and the learning rate is set before every step
     if lamb is None:
         return torch.optim.AdamW(
@@ -81,8 +78,6 @@ def build_optimizer(
 
 
 def require_optimizer(config: OptimizerSection, *, sharded: bool) -> None:
-    """Raises:
-    ConfigError: the recipe's optimizer steps on whole tensors only, and ranks have parts of them.
-    """
+    """Raises ConfigError if it steps on whole tensors only, and ranks have parts of them."""
     if config.lamb is not None:
         require_whole_tensors(config.lamb.kernel, sharded=sharded)

@@ -80,9 +80,8 @@ def report_error(error: BaseException) -> int | None:
     1 a process of the loader is lost, 2 something the user can mend, 3 a loss or gradient that is
     not finite, 4 another rank is lost, 130 interrupted.
     """
-    rank = rank_from_environment()
     if isinstance(error, KeyboardInterrupt):
-        if rank == 0:
+        if rank_from_environment() == 0:
             say_on_stderr("stacking-ds: interrupted")
         return EXIT_INTERRUPTED
     if isinstance(error, OSError) and is_mendable(error):
@@ -92,6 +91,7 @@ def report_error(error: BaseException) -> int | None:
         if found is None:
             return None
         code, text = found, str(error)
+    rank = rank_from_environment()
     if isinstance(error, AgreedError):
         speaks = rank == 0
     elif isinstance(error, LostRankError):

@@ -1,9 +1,7 @@
 """Launchers' variables: this process's rank, how many there are, and where they meet.
 
-deepspeed, torchrun    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT
-mpirun (Open MPI), hydra    a size; mpi4py tells the rest
-srun                   SLURM_PROCID and relatives; the first node of the step is the meeting place
-none of them           one process
+deepspeed and torchrun tell the meeting place, mpi4py finds one under mpirun (Open MPI) and hydra,
+and under srun it is the first node of the step. Where there is none of them there is one process.
 
 Without torch, since who says a sentence is asked for errors too.
 """
@@ -66,11 +64,8 @@ def marked(message: str) -> str:
 
 
 def complete_environment() -> dict[str, str]:
-    """RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
-
-    Raises:
-        ConfigError: a launcher's variables are incomplete, or MPI cannot be asked.
-    """
+    """RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT; a ConfigError
+    where a launcher's variables are incomplete, or MPI cannot be asked."""
     environment = os.environ
     if "RANK" in environment:
         # torchrun says LOCAL_WORLD_SIZE, the deepspeed launcher LOCAL_SIZE
@@ -96,11 +91,8 @@ def complete_environment() -> dict[str, str]:
 
 
 def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The same from the variables of a job step. A MASTER_ADDR or MASTER_PORT that is set stays.
-
-    Raises:
-        ConfigError: a variable is missing that srun sets.
-    """
+    """The same from the variables of a job step; a ConfigError where one is missing that srun sets.
+    A MASTER_ADDR or MASTER_PORT that is set stays."""
     try:
         tasks = _tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])
         job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
@@ -168,11 +160,8 @@ def free_port() -> int:
 
 
 def address_of_this_node(several_nodes: bool) -> str:
-    """The IPv4 address under which others reach this node.
-
-    Raises:
-        ConfigError: it has none, or several and its name does not tell which.
-    """
+    """The IPv4 address under which others reach this node; a ConfigError where it has none, or
+    several and its name does not tell which."""
     named, reachable = _resolved_name()
     if reachable or not several_nodes:
         return named or "127.0.0.1"
@@ -183,10 +172,8 @@ def interface_for_gloo() -> str | None:
     """The interface for GLOO_SOCKET_IFNAME on a node of several; None where gloo finds it alone.
 
     It binds to what the node's name resolves to. Where /etc/hosts says 127.0.1.1 for that, as
-    Debian's installer writes it, no other node could connect.
-
-    Raises:
-        ConfigError: the name resolves to nothing useful, and there are several interfaces.
+    Debian's installer writes it, no other node could connect; then a ConfigError where there are
+    several interfaces.
     """
     if _resolved_name()[1]:
         return None

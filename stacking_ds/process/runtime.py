@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 # any of them says how threads wait: OpenMP's own, GNU's, and that of LLVM and Intel
 _CHOSEN_BY = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
@@ -82,18 +81,10 @@ def keep_freed_memory() -> bool:
     glibc by itself gives large blocks back at once, and the operating system clears their pages
     for the next step, which takes CPU time.
     """
-    mallopt = _of_glibc("mallopt")
-    if mallopt is None:
-        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *setting: 0)
     return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1))
 
 
 def return_freed_memory() -> None:
     """Give what is free at present back to the machine."""
-    trim = _of_glibc("malloc_trim")
-    if trim is not None:
-        trim(0)
-
-
-def _of_glibc(name: str) -> Any:
-    return getattr(ctypes.CDLL(None), name, None)
+    getattr(ctypes.CDLL(None), "malloc_trim", lambda padding: 0)(0)

@@ -74,21 +74,15 @@ class StopRequest:
         os.close(self._write_end)
 
     def hold_all(self) -> None:
-        """From now on a stop leaves a checkpoint behind, so every signal waits for it.
-
-        Raises:
-            KeyboardInterrupt: as `raise_if_interrupted`.
-        """
+        """From now on a stop leaves a checkpoint behind, so every signal waits for it; raises as
+        `raise_if_interrupted`."""
         self.raise_if_interrupted()
         self._saves = True
         self._hold(STOP_SIGNALS)
 
     def raise_if_interrupted(self) -> None:
-        """For the seams of work that may have swallowed an interrupt.
-
-        Raises:
-            KeyboardInterrupt: the run is to end at once.
-        """
+        """Raise KeyboardInterrupt if the run is to end at once, and work that is done by now may
+        have swallowed that."""
         if self._interrupted:
             raise KeyboardInterrupt
 
@@ -96,10 +90,8 @@ class StopRequest:
         for number in signals:
             # a shell's `&` and nohup have these two ignored, and that is a person's choice
             chosen = number in (signal.SIGINT, signal.SIGHUP)
-            if chosen and signal.getsignal(number) == signal.SIG_IGN:
-                continue
-            previous = signal.signal(number, self._remember)
-            self._previous.setdefault(number, previous)
+            if not chosen or signal.getsignal(number) != signal.SIG_IGN:
+                self._previous.setdefault(number, signal.signal(number, self._remember))
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self._handled.add(number, self._saves) == "end":
@@ -142,9 +134,7 @@ class _Asked:
 
     def add(self, number: int, saves: bool) -> Literal["stop", "end"] | None:
         """Return what this signal asks for beyond those before it: to stop soon, to end at once.
-
-        `saves`: whether a stop leaves a checkpoint behind by now.
-        """
+        `saves`: whether a stop leaves a checkpoint behind by now."""
         now, first = time.monotonic(), self.by is None
         again = self.by is signal.SIGINT or now - self.since > _SAME_PRESS_SECONDS
         if first:

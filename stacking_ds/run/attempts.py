@@ -5,9 +5,11 @@ RUN_DIR/attempts.jsonl    one JSON object a line, only ever added to
     ended     how it left the run; an attempt that was killed outright has none
     judged    whether to start the run again, and why
 
-Batch scripts and launchers ask here, so nothing slow is imported.
+Batch scripts and launchers ask here, so nothing slow is imported. Whoever reads records or adds one
+raises a `UserError` where that cannot be done.
 """
 
+import itertools
 import json
 import os
 import stat
@@ -16,31 +18,34 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from stacking_ds.errors import UserError
-from stacking_ds.files import DamagedFileError, PassedOver, is_count, read_json_lines
+from stacking_ds.files import (
+    DamagedFileError,
+    PassedOver,
+    is_count,
+    read_json_lines,
+    without_waiting,
+)
 from stacking_ds.run.metrics_file import last_step
 
 ATTEMPTS_FILE = "attempts.jsonl"
 
 Outcome = Literal["complete", "stopped", "user_error", "not_finite", "lost", "failed"]
 
-_OUTCOMES = frozenset(get_args(Outcome))
-
-
-_COUNT, _TEXT, _FLAG, _NONE = "count", "text", "flag", "none"
-_KEYS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
-    "begun": {"step": (_COUNT,)},
-    "ended": {"outcome": (_TEXT,), "step": (_COUNT,), "message": (_TEXT,)},
+_NONE = type(None)
+_KEYS: Mapping[str, Mapping[str, tuple[type, ...]]] = {
+    "begun": {"step": (int,)},
+    "ended": {"outcome": (str,), "step": (int,), "message": (str,)},
     "judged": {
-        "again": (_FLAG,),
-        **dict.fromkeys(("why", "outcome"), (_TEXT,)),
-        **dict.fromkeys(("step", "saved"), (_COUNT, _NONE)),
-        **dict.fromkeys(("job", "restart_count"), (_TEXT, _NONE)),
+        "again": (bool,),
+        **dict.fromkeys(("why", "outcome"), (str,)),
+        **dict.fromkeys(("step", "saved"), (int, _NONE)),
+        **dict.fromkeys(("job", "restart_count"), (str, _NONE)),
     },
 }
-"""Keys that a record of each event has to hold, and the kinds they may be of."""
+"""Keys that a record of each event has to hold, and the types they may be of: int is a count."""
 
 _LONGEST_MESSAGE = 2000
 
@@ -61,32 +66,15 @@ class End:
 
 def begun(run_dir: Path, step: int, world_size: int, hosts: Sequence[str]) -> None:
     """Record that an attempt has entered the run at `step`. On rank 0, once `metrics.jsonl` ends
-    there: a later line of it is taken for this attempt's.
-
-    Raises:
-        UserError: the record cannot be written.
-    """
-    add(
-        run_dir,
-        {
-            "event": "begun",
-            "step": step,
-            "world_size": world_size,
-            "hosts": list(hosts),
-            "job": os.environ.get("SLURM_JOB_ID"),
-        },
-    )
+    there: a later line of it is taken for this attempt's."""
+    who = {"world_size": world_size, "hosts": list(hosts), "job": os.environ.get("SLURM_JOB_ID")}
+    add(run_dir, {"event": "begun", "step": step, **who})
 
 
 def ended(run_dir: Path, outcome: Outcome, step: int, message: str) -> None:
-    """Record how the attempt left the run, after `step` steps. On rank 0.
-
-    Raises:
-        UserError: the record cannot be written.
-    """
-    assert outcome in _OUTCOMES, outcome
-    message = message[:_LONGEST_MESSAGE]
-    add(run_dir, {"event": "ended", "outcome": outcome, "step": step, "message": message})
+    """Record how the attempt left the run, after `step` steps. On rank 0."""
+    end = {"outcome": outcome, "step": step, "message": message[:_LONGEST_MESSAGE]}
+    add(run_dir, {"event": "ended", **end})
 
 
 def add(run_dir: Path, record: Record) -> None:
@@ -95,21 +83,16 @@ def add(run_dir: Path, record: Record) -> None:
     line = json.dumps({"event": record["event"], "time": now, **record}) + "\n"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOCTTY
-        descriptor = os.open(path, flags, 0o666)
-        try:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        with open(path, "ab+", buffering=0, opener=without_waiting) as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
                 raise OSError(f"{path} is not a regular file")
-            size = os.fstat(descriptor).st_size
-            if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            if found.st_size and os.pread(file.fileno(), 1, found.st_size - 1) != b"\n":
                 line = "\n" + line  # a crash has cut the last line off, and this is not its rest
-            data = line.encode()
             # in one call, so that rank 0 and a launcher cannot write into each other's line
-            if os.write(descriptor, data) != len(data):
+            if file.write(line.encode()) != len(line.encode()):
                 raise OSError(f"{path} took only a part of a line")
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            os.fsync(file.fileno())
     except OSError as error:
         raise UserError(
             f"cannot write {path} ({error.strerror or error}); make room, mend the permissions of "
@@ -122,11 +105,7 @@ def add(run_dir: Path, record: Record) -> None:
 
 def read_records(run_dir: Path, passed_over: PassedOver | None = None) -> list[Record]:
     """All records, in order. Lines that are none, such as one that a crash has cut off, are left
-    out and added to `passed_over`.
-
-    Raises:
-        UserError: they cannot be read.
-    """
+    out and added to `passed_over`."""
     path = run_dir / ATTEMPTS_FILE
     try:
         return list(read_json_lines(path, passed_over, _is_record))
@@ -147,42 +126,25 @@ def _is_record(found: Mapping[str, Any]) -> bool:
     event = found.get("event")
     keys = _KEYS.get(event) if isinstance(event, str) else None
     return keys is not None and all(
-        key in found and _kind(found[key]) in kinds for key, kinds in keys.items()
+        key in found
+        and type(found[key]) in types
+        and (type(found[key]) is not int or is_count(found[key]))
+        for key, types in keys.items()
     )
 
 
-def _kind(value: Any) -> str | None:
-    if is_count(value):
-        return _COUNT
-    return {str: _TEXT, bool: _FLAG, type(None): _NONE}.get(type(value))
-
-
 def passed_over(run_dir: Path) -> str | None:
-    """A sentence on the lines of `attempts.jsonl` that are no records; None if there are none.
-
-    Raises:
-        UserError: they cannot be read.
-    """
+    """A sentence on the lines of `attempts.jsonl` that are no records; None if there are none."""
     found = PassedOver(run_dir / ATTEMPTS_FILE)
     read_records(run_dir, found)
     return found.sentence
 
 
-def count(run_dir: Path) -> int:
-    """Count the records: what `since` below is given.
-
-    Raises:
-        UserError: they cannot be read.
-    """
-    return len(read_records(run_dir))
-
-
 def last_end(run_dir: Path, records: Sequence[Record]) -> End | None:
     """End of the last attempt in `records`; None if none of them began or ended."""
-    own = [record for record in records if record["event"] != "judged"]
-    if not own:
+    last = next((each for each in reversed(records) if each["event"] != "judged"), None)
+    if last is None:
         return None
-    last = own[-1]
     if last["event"] == "begun":
         step = max(int(last["step"]), last_step(run_dir))
         return End("killed", step, "it was killed outright")
@@ -192,27 +154,19 @@ def last_end(run_dir: Path, records: Sequence[Record]) -> End | None:
 def outcome_since(run_dir: Path, since: int) -> str | None:
     """Outcome of the attempt whose records begin at `since`: an `Outcome` or "killed"; None if
     it did not begin.
-
-    Raises:
-        UserError: the records cannot be read.
     """
     end = last_end(run_dir, read_records(run_dir)[since:])
     return end.outcome if end else None
 
 
 def summary(run_dir: Path) -> str | None:
-    """Count how often the run was begun and how that ended, for people; None after one attempt.
-
-    Raises:
-        UserError: the records cannot be read.
-    """
+    """Count how often the run was begun and how that ended, for people; None after one attempt."""
     records = read_records(run_dir)
     starts = [i for i, record in enumerate(records) if record["event"] == "begun"]
     if len(starts) < 2:
         return None
-    spans = zip(starts, [*starts[1:], len(records)], strict=True)
+    spans = itertools.pairwise([*starts, len(records)])
     ends = [last_end(run_dir, records[start:end]) for start, end in spans]
-    outcomes = Counter(end.outcome for end in ends if end is not None)
-    return f"{len(starts)} attempts: " + ", ".join(
-        f"{times} {outcome.replace('_', ' ')}" for outcome, times in outcomes.items()
-    )
+    outcomes = Counter(end.outcome.replace("_", " ") for end in ends if end is not None)
+    told = ", ".join(f"{times} {outcome}" for outcome, times in outcomes.items())
+    return f"{len(starts)} attempts: {told}"

@@ -19,7 +19,7 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -58,27 +58,23 @@ _NO_LOCKS = {errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK}
 
 logger = logging.getLogger("stacking_ds")
 
+_ANOTHER = "choose another --run-dir"
 _CONFIG, _UNFINISHED, _LOCK = "config.yaml", "config.tmp", ".lock"
 _TOKENIZER, _SUMS, _VOCABULARY = "tokenizer", "SHA256SUMS", "vocab.txt"
 
 
 def check(run_dir: Path, config: RunConfig, *, resume: bool) -> None:
-    """Make sure that `run_dir` may become, or already is, the run of `config`.
-
-    Raises:
-        CheckpointError: it holds a run and `resume` is not set, or another run than `config`.
-    """
+    """Make sure that `run_dir` may become, or already is, the run of `config`. Raises
+    `CheckpointError`: it holds a run and `resume` is not set, or another run than `config`."""
     if saved(run_dir):
         if not resume:
             raise CheckpointError(
-                f"{run_dir} already holds a run; continue it with --resume, or choose another "
-                f"--run-dir"
+                f"{run_dir} already holds a run; continue it with --resume, or {_ANOTHER}"
             )
-        changes = changed_keys(read_config(run_dir), config)
-        if changes:
+        if changes := changed_keys(read_config(run_dir), config):
             raise CheckpointError(
                 f"{run_dir} holds another run ({first_of(changes, between='; ')}); use the recipe "
-                f"it was started with, or choose another --run-dir"
+                f"it was started with, or {_ANOTHER}"
             )
     elif (run_dir / _CONFIG).exists():
         return  # it ended before its first checkpoint: nothing is lost by starting anew
@@ -86,11 +82,10 @@ def check(run_dir: Path, config: RunConfig, *, resume: bool) -> None:
         found = {path.name for path in run_dir.iterdir()} - {_UNFINISHED, _LOCK, ATTEMPTS_FILE}
         if any(not name.startswith(".stacking-ds-doctor-") for name in found):
             raise CheckpointError(
-                f"{run_dir} is not empty and holds no run (there is no {_CONFIG}); choose another "
-                f"--run-dir"
+                f"{run_dir} is not empty and holds no run (there is no {_CONFIG}); {_ANOTHER}"
             )
     elif run_dir.exists():
-        raise CheckpointError(f"{run_dir} is a file; choose another --run-dir")
+        raise CheckpointError(f"{run_dir} is a file; {_ANOTHER}")
 
 
 def holds_run(run_dir: Path) -> bool:
@@ -101,50 +96,36 @@ def holds_run(run_dir: Path) -> bool:
 def lock(
     run_dir: Path,
     patience_seconds: float = 0.0,
-    remedy: str = "wait for it or stop it, or choose another --run-dir",
+    remedy: str = f"wait for it or stop it, or {_ANOTHER}",
 ) -> IO[str]:
-    """Keep other jobs out of the run for as long as the returned file is open.
+    """Keep other jobs out of the run for as long as the returned file is open. One that is at work
+    in it is waited for; where it does not end in time, `remedy` says what to do. Raises
+    `CheckpointError`: it does not; `ConfigError`: the directory cannot be created or written.
 
     Where the file system has no locks there is a warning instead. The file says who holds it, in
     words that no other attempt uses: `require_shared` looks for them on every node.
-
-    Args:
-        patience_seconds: how long to wait for a job that is at work in it.
-        remedy: what to do where it does not end in time.
-
-    Raises:
-        CheckpointError: another job is at work in it.
-        ConfigError: the directory cannot be created or written.
     """
-    deadline = time.monotonic() + patience_seconds
+    deadline, file = time.monotonic() + patience_seconds, None
     try:
-        while True:
+        while file is None or not _is_there(file, run_dir):
+            if file is not None:  # who had it was refused, and has taken its own away
+                file.close()
             run_dir.mkdir(parents=True, exist_ok=True)
             file = open(  # noqa: SIM115 - open for as long as the run is locked
                 run_dir / _LOCK, "a", encoding="utf-8", opener=without_waiting
             )
             if not _lock_in_time(file, run_dir, deadline):
-                file.close()
                 raise CheckpointError(f"another job is training in {run_dir}; {remedy}")
-            if _is_there(file, run_dir):
-                break
-            file.close()  # who had it was refused, and has taken its own away
-    except OSError as error:
-        raise _not_writable(run_dir, error) from None
-    try:
-        _sign(file)
-    except OSError as error:
-        with suppress(OSError):  # it tries to write once more
-            file.close()
-        raise _not_writable(run_dir, error) from None
+        file.truncate(0)
+        file.write(f"{socket.gethostname()} {os.getpid()} {uuid.uuid4().hex}\n")
+        file.flush()
+        os.fsync(file.fileno())  # network file systems show others what is on the server
+    except (OSError, CheckpointError) as error:
+        if file is not None:
+            with suppress(OSError):  # it tries to write once more
+                file.close()
+        raise _not_writable(run_dir, error) if isinstance(error, OSError) else error from None
     return file
-
-
-def _sign(file: IO[str]) -> None:
-    file.truncate(0)
-    file.write(f"{socket.gethostname()} {os.getpid()} {uuid.uuid4().hex}\n")
-    file.flush()
-    os.fsync(file.fileno())  # network file systems show others what is on the server
 
 
 def _signature(run_dir: Path) -> bytes | None:
@@ -159,20 +140,17 @@ def _lock_in_time(file: IO[str], run_dir: Path, deadline: float) -> bool:
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
         except BlockingIOError:
-            if time.monotonic() >= deadline:
+            if (left := deadline - time.monotonic()) <= 0:
                 return False
             if not told:
                 told = True
-                logger.warning(
-                    "another job is still at work in %s; waiting %.0f s for it to end",
-                    run_dir,
-                    deadline - time.monotonic(),
-                )
+                waiting = "another job is still at work in %s; waiting %.0f s for it to end"
+                logger.warning(waiting, run_dir, left)
             time.sleep(0.1)
         except OSError as error:
             if error.errno not in _NO_LOCKS:
-                file.close()
                 raise
             logger.warning(
                 "the file system of %s has no locks (%s): see that no other job trains in it, or "
@@ -180,8 +158,6 @@ def _lock_in_time(file: IO[str], run_dir: Path, deadline: float) -> bool:
                 run_dir,
                 error.strerror,
             )
-            return True
-        else:
             return True
 
 
@@ -203,11 +179,8 @@ def forget_if_empty(run_dir: Path, *, made_by_lock: bool) -> None:
 
 
 def write_config(run_dir: Path, config: RunConfig) -> None:
-    """Write the resolved recipe, which makes the directory this run's.
-
-    Raises:
-        ConfigError: it cannot be written.
-    """
+    """Write the resolved recipe, which makes the directory this run's. Raises `ConfigError`: it
+    cannot be written."""
     try:
         write_whole(run_dir / _CONFIG, config.to_yaml(), run_dir / _UNFINISHED)
         sync(run_dir)
@@ -217,11 +190,8 @@ def write_config(run_dir: Path, config: RunConfig) -> None:
 
 def require_shared(run_dir: Path, world: "World") -> None:
     """Make sure that every rank sees the run that rank 0 has entered: what it has just written,
-    since a node may have a copy of its own of an older attempt. A collective.
-
-    Raises:
-        ConfigError: on every rank, if one does not: it would train for hours and save nothing.
-    """
+    since a node may have a copy of its own of an older attempt. A collective. Raises `ConfigError`:
+    on every rank, if one does not: it would train for hours and save nothing."""
     written = world.broadcast(_signature(run_dir) if world.is_first else None)
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while not (sees := _signature(run_dir) == written) and time.monotonic() < deadline:
@@ -249,13 +219,9 @@ def _not_writable(run_dir: Path, error: OSError) -> ConfigError:
 
 
 def read_config(run_dir: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The resolved recipe of the run in `run_dir`, after `key=value` overrides.
-
-    Raises:
-        CheckpointError: there is no run, or its recipe is damaged; a checkpoint that has it is
-            offered.
-        ConfigError: an override cannot be used.
-    """
+    """The resolved recipe of the run in `run_dir`, after `key=value` overrides. Raises
+    `CheckpointError`: there is no run, or its recipe is damaged; a checkpoint that has it is
+    offered; `ConfigError`: an override cannot be used."""
     path = run_dir / _CONFIG
     try:
         if not read_text(path).strip():
@@ -295,22 +261,16 @@ def require_shards(run_dir: Path, config: RunConfig, option: str) -> None:
 
 def mend_config(run_dir: Path, found: Path) -> bool:
     """Write a recipe that is missing or damaged anew, from the checkpoint `found`; False if there
-    is nothing to mend, or the checkpoint's is of another version.
-
-    Raises:
-        UnreadableError: nobody knows whether the recipe is damaged.
-        ConfigError: it cannot be written.
-    """
+    is nothing to mend, or the checkpoint's is of another version. Raises `UnreadableError`: nobody
+    knows whether the recipe is damaged; `ConfigError`: it cannot be written."""
     try:
         read_config(run_dir)
     except UnreadableError:
         raise
     except CheckpointError:
-        config = _config_in(found)
-        if config is None:
-            return False
-        write_config(run_dir, config)
-        return True
+        if config := _config_in(found):
+            write_config(run_dir, config)
+            return True
     return False
 
 
@@ -326,17 +286,12 @@ def _config_in(found: Path) -> RunConfig | None:
 
 
 def keep_tokenizer(run_dir: Path, shards: "TokenShards") -> None:
-    """Copy the tokenizer of the shards into the run, whole or not at all, unless it is there.
-
-    What a start with another vocabulary left, which saved nothing, is replaced.
-
-    Raises:
-        DataError: what is there cannot be read.
-        OSError: the run's directory cannot be written.
-    """
+    """Copy the tokenizer of the shards into the run, whole or not at all, unless it is there. What
+    a start with another vocabulary left, which saved nothing, is replaced. Raises `DataError`: what
+    is there cannot be read; `OSError`: the run's directory cannot be written."""
     folder = run_dir / _TOKENIZER
     sums = {file.name: file.sha256 for file in shards.manifest.vocabulary_files}
-    if dict(_kept_sums(folder)) == sums:
+    if _kept_sums(folder) == sums:
         return
     with published(folder) as partial:
         for name in sums:
@@ -348,19 +303,14 @@ def keep_tokenizer(run_dir: Path, shards: "TokenShards") -> None:
 def choose_tokenizer(
     run_dir: Path, config: RunConfig, vocabulary_sha256: str, data: Path | None
 ) -> Path:
-    """The folder with the verified tokenizer of a model that was trained on this vocabulary.
-
-    It is that of the prepared folder `data` if one is given, else the run's own. A run of a version
-    that kept none has it beside its shards.
-
-    Raises:
-        DataError: it is missing, damaged or cannot be read.
-        CheckpointError: it is another vocabulary's.
-    """
+    """The folder with the verified tokenizer of a model that was trained on this vocabulary: that
+    of the prepared folder `data` if one is given, else the run's own. A run of a version that kept
+    none has it beside its shards. Raises `DataError`: it is missing, damaged or cannot be read;
+    `CheckpointError`: it is another vocabulary's."""
     from stacking_ds.data import shard_files  # brings numpy along
 
     if data is None and (run_dir / _TOKENIZER).is_dir():
-        folder, sums = run_dir / _TOKENIZER, dict(_kept_sums(run_dir / _TOKENIZER))
+        folder, sums = run_dir / _TOKENIZER, _kept_sums(run_dir / _TOKENIZER)
         remedy = f"delete {folder}, so that the one beside the shards is taken, or give --data"
     else:
         folder = data or Path(config.data.path)
@@ -389,18 +339,15 @@ def choose_tokenizer(
     return folder
 
 
-def _kept_sums(folder: Path) -> Iterator[tuple[str, str]]:
+def _kept_sums(folder: Path) -> dict[str, str]:
     path = folder / _SUMS
     try:
-        text = read_text(path)
+        lines = [line.partition("  ") for line in read_text(path).splitlines()]
     except (FileNotFoundError, NotADirectoryError, DamagedFileError):
-        return  # as if they were those of nothing
+        return {}  # as if they were those of nothing
     except OSError as error:
         raise unreadable(UnreadableDataError, path, error) from None
-    for line in text.splitlines():
-        sha256, _, name = line.partition("  ")
-        if name == Path(name).name:
-            yield name, sha256
+    return {name: sha256 for sha256, _, name in lines if name == Path(name).name}
 
 
 def default_run_dir(config: RunConfig) -> Path:

@@ -66,11 +66,7 @@ def read_metrics(
 
 def last_step(run_dir: Path) -> int:
     """The step of the last line of `metrics.jsonl`; 0 where no line is near its end, or it is no
-    regular file. Only its end is read.
-
-    Raises:
-        UnreadableError: it cannot be read.
-    """
+    regular file. Only its end is read. Raises `UnreadableError`: it cannot be read."""
     path = run_dir / METRICS_FILE
     try:
         with open_regular(path) as file:
@@ -105,12 +101,8 @@ def shown(line: Mapping[str, Any], name: str, form: str) -> str:
 
 def drop_after(run_dir: Path, completed_steps: int) -> str | None:
     """Leave the lines up to that step, since later ones will be written again; a sentence on those
-    that were none, if any.
-
-    Raises:
-        CheckpointError: it is no regular file, or cannot be read.
-        OSError: it cannot be written.
-    """
+    that were none, if any. Raises `CheckpointError`: it is no regular file, or cannot be read;
+    `OSError`: it cannot be written."""
     path = run_dir / METRICS_FILE
     if not os.path.lexists(path):
         return None
@@ -175,7 +167,7 @@ class _Evaluation:
 
 
 class Course:
-    """The losses of a run, line after line."""
+    """The losses of a run by the lines of its `metrics.jsonl`, in their order."""
 
     def __init__(self, lines: Iterable[Mapping[str, Any]] = ()) -> None:
         self._by_heldout = Judgement("not evaluated", "no held-out loss yet")
@@ -199,16 +191,15 @@ class Course:
         step, train = _count(line, "step"), _number(line, "train/mlm_loss")
         if train is not None:
             self._by_training = self._of_training(train, step)
-            if self._lowest_train is None or train < self._lowest_train[0]:
-                self._lowest_train = train, step
+            self._lowest_train = min(self._lowest_train or (train, step), (train, step))
         loss, floor = _number(line, "eval/mlm_loss"), _number(line, "eval/unigram_mlm_loss")
         if loss is None and "eval/mlm_loss" in line:
             self._by_heldout = Judgement(
                 "diverged", f"held-out MLM loss is not finite at step {step}", _LOWER
             )
         elif loss is not None and floor is not None:
-            depth = _count(line, "num_hidden_layers")
-            found = _Evaluation(step, _count(line, "stage"), depth, loss, floor)
+            stage, depth = _count(line, "stage"), _count(line, "num_hidden_layers")
+            found = _Evaluation(step, stage, depth, loss, floor)
             self._by_heldout = self._of_heldout(found, train, _number(line, _BLIND))
             if not self._by_heldout.has_diverged:
                 self._before, self._at_boundary = found, False
@@ -220,8 +211,8 @@ class Course:
         if self._lowest_train is None or train <= self._lowest_train[0] + _TRAIN_RISE_NATS:
             return None
         lowest, then = self._lowest_train
-        why = f"train MLM loss is {train:,.3f} at step {step}, and was {lowest:.3f} at step {then}"
-        return Judgement("diverged", why, _LOWER)
+        told = f"train MLM loss is {train:,.3f} at step {step}"
+        return Judgement("diverged", f"{told}, and was {lowest:.3f} at step {then}", _LOWER)
 
     def _of_heldout(
         self, found: _Evaluation, train: float | None, blind: float | None
@@ -234,36 +225,23 @@ class Course:
             if train is not None and train - found.floor < -_LOST_SHARE * learned:
                 why = f"{told}, and train MLM loss {train:.3f}"
                 return Judgement("overfitted", why, "; train on more text, or for fewer steps")
-            return self._diverged(found, told, blind if is_high else None)
-        compared = f"{told}, and that of word frequencies alone {found.floor:.3f}"
-        if found.excess < 0:
-            return Judgement("learning", compared)
-        return Judgement("no better than word frequencies", compared)
+            why, remedy = self._how_diverged(found, blind if is_high else None)
+            return Judgement("diverged", f"{told}, and {why}", remedy)
+        state: State = "learning" if found.excess < 0 else "no better than word frequencies"
+        return Judgement(state, f"{told}, and that of word frequencies alone {found.floor:.3f}")
 
-    def _diverged(self, found: _Evaluation, told: str, blind: float | None) -> Judgement:
-        before = self._before
+    def _how_diverged(self, found: _Evaluation, blind: float | None) -> tuple[str, str]:
+        """Why, and the remedy."""
+        before, floor = self._before, f"word frequencies alone give {found.floor:.3f}"
         if before is not None and not self._by_heldout.has_diverged:
             self._at_boundary = before.stage < found.stage  # a stage ends with an evaluation
         if before is not None and self._at_boundary:
-            return Judgement(
-                "diverged",
-                f"{told}, and was {before.loss:.3f} at step {before.step}, before it grew from "
-                f"{before.depth} to {found.depth} layers; word frequencies alone give "
-                f"{found.floor:.3f}",
-                ". The boundary threw it back: train again with a lower optimizer.learning_rate, "
-                "schedule.at_boundary=rewarm, or a stage in between",
-            )
+            grew = f"before it grew from {before.depth} to {found.depth} layers"
+            return f"was {before.loss:.3f} at step {before.step}, {grew}; {floor}", _THROWN_BACK
         if blind is not None:
-            return Judgement(
-                "diverged", f"{told}, and a blind guess over the vocabulary has {blind:.3f}", _LOWER
-            )
+            return f"a blind guess over the vocabulary has {blind:.3f}", _LOWER
         assert self._lowest is not None
-        return Judgement(
-            "diverged",
-            f"{told}, and was {self._lowest.loss:.3f} at step {self._lowest.step}; word "
-            f"frequencies alone give {found.floor:.3f}",
-            _LOWER,
-        )
+        return f"was {self._lowest.loss:.3f} at step {self._lowest.step}; {floor}", _LOWER
 
 
 _BLIND = "eval/uniform_mlm_loss"
@@ -271,11 +249,10 @@ _LOWER = (
     "; train again with a lower optimizer.learning_rate, more schedule.warmup_steps or "
     "optimizer.max_grad_norm=1"
 )
-
-
-def judge(lines: Iterable[Mapping[str, Any]]) -> Judgement:
-    """Judge a run by the lines of its `metrics.jsonl`, in their order, up to the last of them."""
-    return Course(lines).judgement
+_THROWN_BACK = (
+    ". The boundary threw it back: train again with a lower optimizer.learning_rate, "
+    "schedule.at_boundary=rewarm, or a stage in between"
+)
 
 
 def finite_or_none(value: Any) -> Any:

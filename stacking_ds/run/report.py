@@ -1,5 +1,6 @@
 """Report of a run, as a table for people."""
 
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,58 +9,42 @@ from stacking_ds.console import aligned
 from stacking_ds.errors import CheckpointError, UserError
 from stacking_ds.files import PassedOver, is_count, is_number
 from stacking_ds.run import attempts, directory
-from stacking_ds.run.metrics_file import METRICS_FILE, judge, read_metrics, shown
+from stacking_ds.run.metrics_file import METRICS_FILE, Course, read_metrics, shown
 from stacking_ds.schedule.stages import Stage
 
-_COLUMNS = (
-    "stage",
-    "layers",
-    "steps",
-    "tokens",
-    "train MLM loss",
-    "held-out MLM loss",
-    "tokens/s",
-    "boundary s",
-)
+_COLUMNS = ("stage", "layers", "steps", "tokens", "train MLM loss", "held-out MLM loss",
+            "tokens/s", "boundary s")  # fmt: skip
 _FLOOR = "eval/unigram_mlm_loss"
 _COUNTS = ("stage", "num_hidden_layers", "stage/tokens")
 _NUMBERS = ("stage/train_seconds", "stage/boundary_seconds", "wall_seconds")
 
 
 def run_table(run_dir: Path) -> str:
-    """Table of each stage so far, the unigram floor, and what the shallow stages spared.
-
-    Raises:
-        CheckpointError: there is no run, or it has not come far enough to say anything.
-    """
+    """Table of each stage so far, the unigram floor, and what the shallow stages spared. Raises
+    `CheckpointError`: there is no run, or it has not come far enough to say anything."""
     config = directory.read_config(run_dir)
     schedule = config.stage_schedule()
     passed_over = PassedOver(run_dir / METRICS_FILE)
     lines_so_far = list(
         read_metrics(run_dir, passed_over, lambda line: _is_told(line, schedule.stages))
     )
-    last_of_stage = {line["stage"]: line for line in lines_so_far}
+    last_of_stage = dict(sorted({line["stage"]: line for line in lines_so_far}.items()))
     if not last_of_stage:
         damage = f" ({passed_over.sentence})" if passed_over.sentence else ""
         raise CheckpointError(f"{run_dir} has no metrics yet; train it first{damage}")
-    rows = [
-        _row(line, line["step"] - schedule.stages[index].start_step)
-        for index, line in sorted(last_of_stage.items())
-    ]
-    last = last_of_stage[max(last_of_stage)]
+    *_, last = last_of_stage.values()
+    steps = [line["step"] - schedule.stages[k].start_step for k, line in last_of_stage.items()]
+    rows = list(map(_row, last_of_stage.values(), steps))
     lines = [*aligned([_COLUMNS, *rows], left=()), ""]
     floors = [line[_FLOOR] for line in lines_so_far if line.get(_FLOOR) is not None]
     if floors:
         lines.append(
-            f"unigram floor: {floors[-1]:.3f} held-out MLM loss of word "
-            f"frequencies alone, on the same masked tokens"
+            f"unigram floor: {floors[-1]:.3f} held-out MLM loss of word frequencies alone, on the "
+            f"same masked tokens"
         )
-    lines.append(f"state: {judge(lines_so_far).sentence}")
-    steps = [
-        line["step"] - schedule.stages[index].start_step for index, line in last_of_stage.items()
-    ]
+    lines.append(f"state: {Course(lines_so_far).judgement.sentence}")
     depths = [line["num_hidden_layers"] for line in last_of_stage.values()]
-    spent = sum(depth * count for depth, count in zip(depths, steps, strict=True))
+    spent = sum(map(operator.mul, depths, steps))
     full = schedule.stages[-1].num_hidden_layers * sum(steps)
     lines += [
         f"layer-steps: {spent:,} against {full:,} at full depth for as many steps "
@@ -78,15 +63,16 @@ def _attempts(run_dir: Path) -> list[str]:
         told, damage = attempts.summary(run_dir), attempts.passed_over(run_dir)
     except UserError as error:  # the run can be told of without
         return [str(error)]
-    return [sentence for sentence in (told, damage) if sentence is not None]
+    return list(filter(None, (told, damage)))
 
 
 def _is_told(line: dict[str, Any], stages: Sequence[Stage]) -> bool:
     """True for a line that holds what a table is made of, and of a step of its stage."""
+    if not all(is_count(line.get(key)) for key in _COUNTS) or line["stage"] >= len(stages):
+        return False
+    stage = stages[line["stage"]]
     return (
-        all(is_count(line.get(key)) for key in _COUNTS)
-        and line["stage"] < len(stages)
-        and stages[line["stage"]].start_step < line["step"] <= stages[line["stage"]].end_step
+        stage.start_step < line["step"] <= stage.end_step
         and all(is_number(line.get(key)) for key in _NUMBERS)
         and line["stage/train_seconds"] > 0
     )

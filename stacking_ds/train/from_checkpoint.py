@@ -15,7 +15,7 @@ from stacking_ds.model.bert import BertForPreTraining, parameter_shapes
 from stacking_ds.model.bert_config import BertConfig
 from stacking_ds.model.parameters import WORD_EMBEDDINGS
 from stacking_ds.run import directory
-from stacking_ds.run.metrics_file import judge, read_metrics
+from stacking_ds.run.metrics_file import Course, read_metrics
 from stacking_ds.train.heldout import HeldOut, evaluate_heldout
 from stacking_ds.train.plan import TrainingPlan
 
@@ -93,7 +93,8 @@ def warning_of(run_dir: Path, found: Path) -> str | None:
     people; None if of nothing."""
     try:
         step = checkpoint_manifest.read_manifest(found).step
-        return judge(line for line in read_metrics(run_dir) if line["step"] <= step).warning
+        lines = (line for line in read_metrics(run_dir) if line["step"] <= step)
+        return Course(lines).judgement.warning
     except CheckpointError as error:
         return f"whether the model has learned is not known: {error}"
 

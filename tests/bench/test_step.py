@@ -38,7 +38,7 @@ from stacking_ds.distributed.world import World
 from stacking_ds.errors import ConfigError
 from stacking_ds.model.bert import BertForPreTraining, forward_loss
 from stacking_ds.model.bert_config import BertConfig
-from stacking_ds.model.parameters import to_hugging_face
+from tests.hugging_face_names import to_hugging_face
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")

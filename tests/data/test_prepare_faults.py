@@ -156,7 +156,7 @@ def test_bad_rows_of_tables(command, tmp_path, capsys):
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=2)
     assert main(command(tmp_path / "a.parquet")) == 2
     said = capsys.readouterr().err
-    assert "a.parquet has no column 'text', only ['body']; name it by --text-key" in said
+    assert "a.parquet has no column 'text', only ['body']; name the one that holds the" in said
     keyed = [*command(tmp_path / "a.parquet"), "--text-key", "body"]
     assert main(keyed) == 2
     assert "a.parquet, row 4 is not UTF-8" in capsys.readouterr().err
@@ -291,9 +291,11 @@ def test_rejections_keep_twenty_places_however_many_there_are():
     rejections = Rejections()
     for number in range(100):
         rejections.add("not JSON", f"a.jsonl:{number}".format)
-    (rejected,) = rejections.taken()
+    (rejected,) = rejections.found()
     assert (rejected.documents, len(rejected.first)) == (100, 20)
-    assert rejections.taken() == ()
+    rejections.extend([rejected])
+    (rejected,) = rejections.found()
+    assert (rejected.documents, len(rejected.first)) == (200, 20)
 
 
 def test_what_was_counted_is_refused_when_an_unfinished_prepare_goes_on_so(tmp_path):

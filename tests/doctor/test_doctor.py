@@ -21,7 +21,7 @@ import torch
 from stacking_ds.commands.doctor import add_doctor, report
 from stacking_ds.config.run import RunConfig
 from stacking_ds.distributed.world import World
-from stacking_ds.doctor import facts, shared_folder, speed
+from stacking_ds.doctor import facts, trials
 from stacking_ds.doctor.examination import require_alike
 from stacking_ds.errors import AgreedError, ConfigError
 from stacking_ds.train.plan import open_plan
@@ -54,11 +54,11 @@ def _a_full_disk() -> None:
 
 
 def _a_clock_ahead() -> None:
-    speed._clock = lambda: _seconds() + 5
+    trials._clock = lambda: _seconds() + 5
 
 
 def _a_clock_behind() -> None:
-    speed._clock = lambda: _seconds() - 5
+    trials._clock = lambda: _seconds() - 5
 
 
 def _a_lost_gpu() -> None:
@@ -84,14 +84,14 @@ def _few_open_files() -> None:
 
 
 def _slow() -> None:
-    speed.measure_matmul_peak = lambda device, dtype: 1e9
+    trials.measure_matmul_peak = lambda device, dtype: 1e9
 
 
 def _no_memory() -> None:
     def fail(device: torch.device, dtype: torch.dtype) -> float:
         raise torch.OutOfMemoryError("CUDA out of memory\nand much more")
 
-    speed.measure_matmul_peak = fail
+    trials.measure_matmul_peak = fail
 
 
 def _read_only() -> None:
@@ -139,9 +139,9 @@ def _as_node(world: World, cluster: Path) -> World:
     socket.gethostname = lambda: name
     os.chdir(cluster / name)
     # what is measured is no matter here, and the machine may be busy or small
-    speed._SECONDS_EACH = 0.01
-    speed.measure_matmul_peak = lambda device, dtype: 2e10
-    shared_folder._PATIENCE_SECONDS = 1.0
+    trials._SECONDS_EACH = 0.01
+    trials.measure_matmul_peak = lambda device, dtype: 2e10
+    trials._PATIENCE_SECONDS = 1.0
     facts._free_bytes = lambda folder: 1 << 40
     facts._open_files = lambda: 10_000
     return replace(world, local_rank=0, local_size=1)

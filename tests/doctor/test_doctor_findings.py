@@ -13,8 +13,7 @@ from stacking_ds.console import join_names
 from stacking_ds.doctor import checks, facts
 from stacking_ds.doctor.checks import Finding
 from stacking_ds.doctor.facts import NodeFacts, RankFacts, nearest_existing
-from stacking_ds.doctor.shared_folder import Answer, Probing
-from stacking_ds.doctor.speed import AllReduce, Matmul
+from stacking_ds.doctor.trials import AllReduce, Answer, Matmul, Probing
 from stacking_ds.train.plan import open_plan
 from tests.runs import small_recipe
 from tests.token_shards import make_shards

@@ -17,7 +17,7 @@ from stacking_ds.engine.ds_settings import (
     OFFLOAD_OPTIMIZER,
     REFUSED_KEYS,
     SECTIONS,
-    section_problems,
+    problems_of,
 )
 from stacking_ds.errors import ConfigError
 from tests.ranks import run_ranks
@@ -86,7 +86,12 @@ def test_the_keys_of_the_sections_are_deepspeeds_own() -> None:
     ],
 )
 def test_what_is_wrong_inside_a_section_is_one_line(ds_json: dict[str, Any], problem: str) -> None:
-    assert section_problems(ds_json) == [problem]
+    assert problems_of(ds_json) == [problem]
+
+
+def test_a_number_that_no_float_holds_is_one_line_too() -> None:
+    (problem,) = problems_of({"zero_optimization": {"reduce_bucket_size": 10**400}})
+    assert "it must be a whole number from 1 to 2,000,000,000" in problem
 
 
 def test_a_stage_written_as_a_string_stops_the_run() -> None:
@@ -108,7 +113,7 @@ def test_right_sections_pass() -> None:
         "comms_logger": {"enabled": True, "prof_ops": ["all_reduce"]},
         "flops_profiler": {"enabled": True, "profile_step": 3, "output_file": "flops.txt"},
     }
-    assert section_problems(right) == []
+    assert problems_of(right) == []
 
 
 def _logged_and_printed(world: World, reports: dict[str, Any]) -> tuple[str, str]:

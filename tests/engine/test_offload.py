@@ -10,7 +10,7 @@ from stacking_ds.checkpoint import load
 from stacking_ds.distributed.world import World
 from stacking_ds.engine.build import build_engine, release_engine
 from stacking_ds.engine.ds_json import load_ds_config, resolve_ds_config
-from stacking_ds.engine.ds_settings import section_problems
+from stacking_ds.engine.ds_settings import problems_of
 from stacking_ds.engine.zero import sharded_state
 from stacking_ds.errors import ConfigError
 from stacking_ds.growth.operators import layer_map, source_name
@@ -147,4 +147,4 @@ def test_other_offloading_is_refused(stage: int, offload: dict[str, Any], what: 
 def test_an_offload_to_nowhere_is_no_offload() -> None:
     for offload in (None, {"device": "none"}, {}):
         zero_optimization = {"stage": 0, "offload_optimizer": offload}
-        assert section_problems({"zero_optimization": zero_optimization}) == []
+        assert problems_of({"zero_optimization": zero_optimization}) == []

@@ -316,7 +316,7 @@ def test_the_installed_torch_takes_the_arguments(attend: Attend, p: float) -> No
 
 @pytest.mark.usefixtures("anywhere")
 def test_what_only_a_call_can_show_is_refused_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(padded, "require_cudnn", lambda device, dtype: None)
+    monkeypatch.setattr(padded, "require_gpu_and_half", lambda *where: None)
     with pytest.raises(ConfigError, match=r"with multiples of 1/16, not with .*=0.1; set that"):
         attend_cudnn(_qkv((3,)), _sequences((3,)), 0.1)
     for p in (0.0, 0.25):

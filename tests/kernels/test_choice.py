@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 import pytest
@@ -92,7 +93,9 @@ def test_without_triton_a_gpu_computes_by_torch(
 
 
 def test_another_apex_is_not_nvidias(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "apex", ModuleType("apex"))
+    other = ModuleType("apex")
+    other.__spec__ = ModuleSpec("apex", None)
+    monkeypatch.setitem(sys.modules, "apex", other)
     with pytest.raises(ConfigError, match="fused_layer_norm_cuda"):
         choose_operations("apex", CUDA)
 

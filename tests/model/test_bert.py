@@ -12,12 +12,12 @@ from stacking_ds.kernels.attention.padded import attend_padded
 from stacking_ds.kernels.registry import Compute
 from stacking_ds.model.bert import BertForPreTraining, from_rows, pretraining_loss
 from stacking_ds.model.bert_config import BertConfig
-from stacking_ds.model.parameters import (
+from tests.bert_samples import BATCHES, TINY, Batch, telling_model
+from tests.hugging_face_names import (
     TIED_AT_HUGGING_FACE,
     from_hugging_face,
     to_hugging_face,
 )
-from tests.bert_samples import BATCHES, TINY, Batch, telling_model
 
 CONFIGS = {
     "tiny": TINY,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stacking_ds.errors import CheckpointError
-from stacking_ds.model.parameters import from_hugging_face, to_hugging_face
+from tests.hugging_face_names import from_hugging_face, to_hugging_face
 
 OURS = {
     "bert.embeddings.word_embeddings.weight": torch.arange(6.0).view(3, 2),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from stacking_ds.errors import ConfigError
-from stacking_ds.optim.lamb.apex import ApexLamb, find_amp_C
+from stacking_ds.optim.lamb.apex import ApexLamb
 from stacking_ds.optim.lamb.contract import Hyper, Item, ReferenceLamb
 from stacking_ds.optim.lamb.optimizer import choose_kernel
 from stacking_ds.sharding.fragments import Shard, Span
@@ -40,31 +40,31 @@ def _install(folder: Path, *paths: str, text: str = "") -> None:
 
 def test_without_apex_the_message_says_so(site: Path) -> None:
     with pytest.raises(ConfigError, match=r"NVIDIA's apex is not installed: build .*APEX_CUDA_EXT"):
-        find_amp_C()
+        ApexLamb(CPU)
 
 
 def test_the_apex_of_pypi_is_recognised_and_not_run(site: Path) -> None:
     _install(site, "apex/__init__.py", text="raise AssertionError('this project was run')")
     with pytest.raises(ConfigError, match="is not NVIDIA's"):
-        find_amp_C()
+        ApexLamb(CPU)
 
 
 def test_an_apex_without_its_compiled_part_is_recognised(site: Path) -> None:
     _install(site, "apex/__init__.py", "apex/multi_tensor_apply/__init__.py")
     with pytest.raises(ConfigError, match="installed without its compiled part"):
-        find_amp_C()
+        ApexLamb(CPU)
 
 
 def test_a_compiled_part_that_cannot_be_loaded_is_named(site: Path) -> None:
     _install(site, "amp_C.py", text="raise ImportError('undefined symbol')")
     with pytest.raises(ConfigError, match=r"cannot be loaded \(undefined symbol\)"):
-        find_amp_C()
+        ApexLamb(CPU)
 
 
 def test_another_module_of_that_name_is_refused(site: Path) -> None:
     _install(site, "amp_C.py", text="def multi_tensor_l2norm(): pass")
     with pytest.raises(ConfigError, match=r"amp_C\.py has no multi_tensor_lamb"):
-        find_amp_C()
+        ApexLamb(CPU)
 
 
 def test_it_steps_on_a_gpu_alone() -> None:
@@ -106,7 +106,7 @@ def amp_C(monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: N802
     monkeypatch.setitem(sys.modules, "amp_C", module)
 
 
-def _items(step: int, state: SimpleNamespace) -> list[Item]:
+def _items(step: int, state: SimpleNamespace, gradients: list[torch.Tensor]) -> list[Item]:
     kinds = [(0.1, True), (0.0, False), (0.1, True), (0.0, True)]
     return [
         Item(
@@ -114,6 +114,7 @@ def _items(step: int, state: SimpleNamespace) -> list[Item]:
             state.exp_avg[index],
             state.exp_avg_sq[index],
             Hyper(0.01, 0.9, 0.99, 1e-6, decay, adapts, 0.0, math.inf, step),
+            gradients[index].clone(),
         )
         for index, (weight, (decay, adapts)) in enumerate(zip(state.weights, kinds, strict=True))
     ]
@@ -137,8 +138,8 @@ def test_weights_moments_and_sums_are_those_of_the_reference() -> None:
         sums = []
         for kernel, state in ((apex, ours), (reference, theirs)):
             squares = torch.zeros(2, 4, dtype=torch.float64)
-            items = _items(step, state)
-            kernel.accumulate(items, [g.clone() for g in gradients], squares, scale)
+            items = _items(step, state, gradients)
+            kernel.accumulate(items, squares, scale)
             kernel.apply(items, squares)
             sums.append(squares)
         torch.testing.assert_close(*sums, rtol=1e-5, atol=0)

@@ -54,8 +54,8 @@ class Flat:
     weights: float = 1.0
     gradients: float = 1.0
 
-    def item(self, seed: int) -> tuple[Item, torch.Tensor]:
-        """The item, filled by the seed, and its gradients."""
+    def item(self, seed: int) -> Item:
+        """The item, filled by the seed."""
         generator = torch.Generator().manual_seed(seed)
         size = max((offset + numel for _, offset, numel in self.places), default=0) + 7
 
@@ -73,7 +73,8 @@ class Flat:
             filled(factor, self.misaligned, torch.float32)
             for factor in (self.weights, self.gradients, self.gradients, self.gradients)
         )
-        return Item(Shard(weights, spans, low), exp_avg, exp_avg_sq.square_(), self.hyper), gradient
+        shard = Shard(weights, spans, low)
+        return Item(shard, exp_avg, exp_avg_sq.square_(), self.hyper, gradient)
 
 
 def step(
@@ -84,37 +85,34 @@ def step(
     scale: float | None = None,
 ) -> tuple[list[Item], torch.Tensor]:
     """Take steps; flat tensors with the same numbers share one `Hyper`."""
-    pairs = [flat.item(seed) for seed, flat in enumerate(flats)]
-    before = [padding_and_gradient(*pair) for pair in pairs]
+    items = [flat.item(seed) for seed, flat in enumerate(flats)]
+    before = [padding_and_gradient(item) for item in items]
     parameters = 1 + max((i for flat in flats for i, _, _ in flat.places), default=0)
     factor = None if scale is None else torch.tensor([scale], device=DEVICE)
     for number in range(1, steps + 1):
-        hypers = {item.hyper: replace(item.hyper, step=number) for item, _ in pairs}
-        pairs = [(item._replace(hyper=hypers[item.hyper]), g) for item, g in pairs]
-        items = [item for item, _ in pairs]
+        hypers = {item.hyper: replace(item.hyper, step=number) for item in items}
+        items = [item._replace(hyper=hypers[item.hyper]) for item in items]
         squares_2P = torch.zeros(2, parameters, dtype=torch.float64, device=DEVICE)
         if items:
-            kernel.accumulate(items, [gradient for _, gradient in pairs], squares_2P, factor)
+            kernel.accumulate(items, squares_2P, factor)
         kernel.apply(items, squares_2P)
-    for pair, old in zip(pairs, before, strict=True):
-        assert all(same_bits(a, b) for a, b in zip(padding_and_gradient(*pair), old, strict=True))
-    return [item for item, _ in pairs], squares_2P
+    for item, old in zip(items, before, strict=True):
+        assert all(same_bits(a, b) for a, b in zip(padding_and_gradient(item), old, strict=True))
+    return items, squares_2P
 
 
-def stepped(
-    kernel: LambKernel, items: list[Item], gradients: list[torch.Tensor], squares_2P: torch.Tensor
-) -> None:
-    kernel.accumulate(items, gradients, squares_2P.zero_(), None)
+def stepped(kernel: LambKernel, items: list[Item], squares_2P: torch.Tensor) -> None:
+    kernel.accumulate(items, squares_2P.zero_(), None)
     kernel.apply(items, squares_2P)
 
 
-def padding_and_gradient(item: Item, gradient: torch.Tensor) -> list[torch.Tensor]:
+def padding_and_gradient(item: Item) -> list[torch.Tensor]:
     """What no step may change."""
-    padding = torch.ones(gradient.numel(), dtype=torch.bool, device=DEVICE)
+    padding = torch.ones(item.gradient.numel(), dtype=torch.bool, device=DEVICE)
     for span in item.shard.spans:
         padding[span.offset : span.offset + span.numel] = False
     tensors = (item.shard.flat, item.exp_avg, item.exp_avg_sq, item.shard.low)
-    return [gradient.clone(), *(tensor[padding] for tensor in tensors if tensor is not None)]
+    return [item.gradient.clone(), *(tensor[padding] for tensor in tensors if tensor is not None)]
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -214,11 +212,10 @@ class TestAgainstTheReference:
         sums = torch.tensor([[square, 4.0], [4.0, square]], dtype=torch.float64, device=DEVICE)
         weights = []
         for kernel in (triton_lamb.TritonLamb(), ReferenceLamb()):
-            item, gradient = Flat(((0, 0, 9), (1, 9, 9)), replace(HYPER, min_coeff=1.5)).item(0)
-            items = [item]
-            kernel.accumulate(items, [gradient], torch.zeros_like(sums), None)
+            items = [Flat(((0, 0, 9), (1, 9, 9)), replace(HYPER, min_coeff=1.5)).item(0)]
+            kernel.accumulate(items, torch.zeros_like(sums), None)
             kernel.apply(items, sums)
-            weights.append(item.shard.flat)
+            weights.append(items[0].shard.flat)
         torch.testing.assert_close(*weights, rtol=1e-5, atol=0, equal_nan=True)
 
     def test_sums_meet_from_flat_tensors(self) -> None:
@@ -240,42 +237,43 @@ class TestAgainstTheReference:
             old = [Flat(((i, 0, 40),)).item(i) for i in range(2)]
             new = [Flat(((i, 0, 40),)).item(i + 2) for i in range(2)]
             sums_2P = torch.zeros(2, 2, dtype=torch.float64, device=DEVICE)
-            stepped(kernel, [item for item, _ in old], [g for _, g in old], sums_2P)
+            stepped(kernel, old, sums_2P)
             changed = {
                 "order": old[::-1],
                 "all": new,
                 "address": old,
             }.get(what) or [
-                (o._replace(**{what: getattr(n, what)}), g)
-                for (o, g), (n, _) in zip(old, new, strict=True)
+                o._replace(**{what: getattr(n, what)}) for o, n in zip(old, new, strict=True)
             ]
             if what == "address":
-                for item, _ in old:
+                for item in old:
                     item.shard.flat.data = item.shard.flat.clone()
-            stepped(kernel, [item for item, _ in changed], [g + 0.5 for _, g in changed], sums_2P)
+            changed = [item._replace(gradient=item.gradient + 0.5) for item in changed]
+            stepped(kernel, changed, sums_2P)
             results.append([*old, *new])
-        for (one, _), (other, _) in zip(*results, strict=True):
+        for one, other in zip(*results, strict=True):
             for name in ("exp_avg", "exp_avg_sq"):
                 assert distance(getattr(one, name)[:40], getattr(other, name)[:40]) <= TOLERANCE
             assert distance(one.shard.flat[:40], other.shard.flat[:40]) <= TOLERANCE
 
     def test_pass_2_is_of_the_items_of_pass_1_and_lets_go_of_the_gradients(self) -> None:
-        kernel, (item, gradient) = triton_lamb.TritonLamb(), Flat(((0, 0, 40),)).item(0)
-        items, sums_2P = [item], torch.zeros(2, 1, dtype=torch.float64, device=DEVICE)
-        kernel.accumulate(items, [gradient], sums_2P, None)
+        kernel, items = triton_lamb.TritonLamb(), [Flat(((0, 0, 40),)).item(0)]
+        sums_2P = torch.zeros(2, 1, dtype=torch.float64, device=DEVICE)
+        kernel.accumulate(items, sums_2P, None)
         with pytest.raises(AssertionError):
-            kernel.apply([item], sums_2P)
-        stepped(kernel, items, [gradient], sums_2P)
-        gone = weakref.ref(gradient)
-        del gradient
+            kernel.apply(list(items), sums_2P)
+        stepped(kernel, items, sums_2P)
+        gone = weakref.ref(items[0].gradient)
+        del items
         assert gone() is None
 
     def test_a_gradient_that_does_not_fit_is_refused(self) -> None:
-        kernel, (item, gradient) = triton_lamb.TritonLamb(), Flat(((0, 0, 40),)).item(0)
+        kernel, item = triton_lamb.TritonLamb(), Flat(((0, 0, 40),)).item(0)
+        gradient = item.gradient
         sums_2P = torch.zeros(2, 1, dtype=torch.float64, device=DEVICE)
         for wrong in (gradient[1:], gradient.half(), gradient.repeat_interleave(2)[::2]):
             with pytest.raises(AssertionError):
-                stepped(kernel, [item], [wrong], sums_2P)
+                stepped(kernel, [item._replace(gradient=wrong)], sums_2P)
 
     def test_a_rank_may_hold_nothing(self) -> None:
         compare([Flat(((0, 0, 0),))])
@@ -359,12 +357,11 @@ class TestCompiled:
         expected = [compiled_form(FORMS[form], 90).asm["cubin"] for form in (1, 2, 4)]
         kernel = triton_lamb.TritonLamb()
         for count in (1, 3, 16, 40):  # Triton would make special cases of 1 and of multiples of 16
-            pairs = [Flat(((i, 0, 9),), low=torch.bfloat16).item(i) for i in range(count)]
-            items, gradients = [item for item, _ in pairs], [gradient for _, gradient in pairs]
+            items = [Flat(((i, 0, 9),), low=torch.bfloat16).item(i) for i in range(count)]
             squares_2P = torch.zeros(2, count, dtype=torch.float64)
             launched.clear()
             with NoWaiting():
-                kernel.accumulate(items, gradients, squares_2P, None)
+                kernel.accumulate(items, squares_2P, None)
                 kernel.apply(items, squares_2P)
             assert launched == expected
 

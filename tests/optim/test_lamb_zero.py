@@ -13,7 +13,6 @@ import torch.distributed as dist
 from stacking_ds.checkpoint import load, manifest
 from stacking_ds.distributed.world import World
 from stacking_ds.engine.build import build_engine, release_engine
-from stacking_ds.engine.zero import gradients as engine_zero_gradients
 from stacking_ds.engine.zero import sharded_state
 from stacking_ds.engine.zero.compatibility import Masters
 from stacking_ds.growth.operators import layer_map
@@ -95,9 +94,9 @@ def _norms_in_fp16(world: World, zero_stage: int) -> list[float]:
     squares: list[float] = []
     accumulate = optimizer._kernel.accumulate
 
-    def watched(items: Any, gradients: Any, squares_2P: Any, scale: Any) -> None:
-        squares.append(sum(float((scale * gradient).square().sum()) for gradient in gradients))
-        accumulate(items, gradients, squares_2P, scale)
+    def watched(items: Any, squares_2P: Any, scale: Any) -> None:
+        squares.append(sum(float((scale * item.gradient).square().sum()) for item in items))
+        accumulate(items, squares_2P, scale)
 
     optimizer._kernel.accumulate = watched
     train_engine(world, engine, range(6))
@@ -253,12 +252,12 @@ def test_sums_on_the_host_are_added_by_nccl_on_the_device(monkeypatch: pytest.Mo
         reduced.append(tensor)
         tensor.mul_(2)
 
-    monkeypatch.setattr(engine_zero_gradients, "masters_of", lambda engine: Masters.GROUPS)
+    monkeypatch.setattr(sharded_state, "masters_of", lambda engine: Masters.GROUPS)
     monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
     monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor.clone())
     sums = torch.ones(2, 3, dtype=torch.float64)
-    add = engine_zero_gradients.adder_over_ranks(None)
+    add = sharded_state.adder_over_ranks(None)
     assert add is not None
     add(sums)
     assert reduced[0] is not sums
@@ -406,7 +405,7 @@ def _left_after_release(world: World, zero_stage: int) -> int:
     train_engine(world, engine, range(2))
     optimizer = engine.basic_optimizer  # which a caller may still hold
     state = [value for entry in optimizer.state.values() for value in entry.values()]
-    flats = [shard.flat for shard in engine_zero_gradients.shards(engine)]
+    flats = [shard.flat for shard in sharded_state.shards(engine)]
     alive = [weakref.ref(tensor) for tensor in (*flats, *state)]
     assert len(alive) == 4 * len(flats)
     del state, flats

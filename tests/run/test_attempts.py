@@ -80,7 +80,7 @@ def test_a_line_that_was_cut_off_is_ignored_and_not_grown_together_with(run: Pat
     assert attempts.outcome_since(run, 0) == "stopped"
     ended(run, "failed", 6, "no memory")
     assert attempts.outcome_since(run, 0) == "failed"
-    assert attempts.count(run) == 3
+    assert len(attempts.read_records(run)) == 3
 
 
 def test_a_line_cut_in_a_letter_or_of_something_else_is_ignored(run: Path) -> None:
@@ -428,7 +428,7 @@ def test_going_back_to_an_earlier_checkpoint_counts_as_another_place(run: Path) 
 
 def test_what_was_recorded_before_the_attempt_is_not_its_own(run: Path) -> None:
     attempt(run, "complete", 9)  # by hand, so nobody judged it
-    since = attempts.count(run)
+    since = len(attempts.read_records(run))
     verdict = judge(run, 1, since=since)
     assert (verdict.outcome, verdict.again) == ("not_begun", True)
 

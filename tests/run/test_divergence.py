@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from stacking_ds.run.metrics_file import Course, judge
+from stacking_ds.run.metrics_file import Course
 
 FLOOR = 6.415  # of word frequencies in the demo, with a vocabulary of 4,096
 
@@ -57,20 +57,20 @@ def test_a_boundary_that_throws_a_run_back_is_named() -> None:
     # the same table: layers drawn anew at each boundary
     lines = _lines(_TO_200 + _RANDOM, stages=_STAGES)
     assert _states(lines)[10:] == ["diverged"] * 10
-    found = judge(lines)
+    found = Course(lines).judgement
     assert found.why == (
         "held-out MLM loss is 6.477 at step 400, and was 6.132 at step 200, before it grew from 2 "
         "to 8 layers; word frequencies alone give 6.415"
     )
     assert "lower optimizer.learning_rate" in found.sentence
     # 2 -> 8 layers at once at the demo's learning rate
-    hop = judge(_lines([6.52, 6.31, 6.77, 6.77], stages=[0, 0, 1, 1]))
+    hop = Course(_lines([6.52, 6.31, 6.77, 6.77], stages=[0, 0, 1, 1])).judgement
     assert hop.state == "diverged"
     assert "was 6.310 at step 40, before it grew from 2 to 4 layers" in hop.why
 
 
 def test_what_diverged_before_a_boundary_is_not_the_boundarys_doing() -> None:
-    found = judge(_lines([6.2, 6.9, 6.8], stages=[0, 0, 1]))
+    found = Course(_lines([6.2, 6.9, 6.8], stages=[0, 0, 1])).judgement
     assert found.state == "diverged"
     assert "6.800 at step 60, and was 6.200 at step 20; word frequencies" in found.why
     assert "grew" not in found.sentence
@@ -110,7 +110,7 @@ def test_what_diverged_before_a_boundary_is_not_the_boundarys_doing() -> None:
     ],
 )
 def test_each_kind_is_told(lines: list[dict[str, Any]], state: str, why: str) -> None:
-    found = judge(lines)
+    found = Course(lines).judgement
     assert found.state == state
     assert why in found.why
 
@@ -121,7 +121,7 @@ def test_what_comes_back_has_recovered() -> None:
         {"step": step, "train/mlm_loss": loss} for step, loss in ((1, 6.0), (2, 9.0), (3, 6.1))
     ]
     assert _states(lines) == ["not evaluated", "diverged", "not evaluated"]
-    [warning] = {judge(lines[:2]).warning}
+    [warning] = {Course(lines[:2]).judgement.warning}
     assert warning is not None
     assert warning.startswith("the run has diverged: train MLM loss is 9.000 at step 2, and was 6")
-    assert judge(lines).warning is None
+    assert Course(lines).judgement.warning is None

@@ -46,13 +46,11 @@ from stacking_ds.errors import DataError
 from stacking_ds.files import DamagedFileError, read_bytes
 from stacking_ds.records import Record
 
-BadDocuments = Literal["refuse", "count"]
 SPLITS: tuple[SplitName, SplitName] = ("heldout", "train")
 EMPTY = "empty"
 
 _R = TypeVar("_R", bound=Record)
-_STARTED = "started.json"
-_VOCABULARY = "vocab.txt"
+_STARTED, _VOCABULARY, _UNIT = "started.json", "vocab.txt", "unit-{:05d}.json"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # several times the largest that anybody trains; the library aborts when it makes room for more
 _LARGEST_VOCABULARY = 2**20
@@ -72,11 +70,10 @@ class PrepareOptions:
 
     `text_key` is the key or column of the text; `documents` what a document of a .txt file is.
     `bad_documents`: "refuse" raises for the first one that cannot be read, "count" leaves such ones
-    out and lists them in the manifest. With `workers` above 1 that many processes work; `part`
-    (i, n) does every n-th unit, from the i-th, and leaves the others to n - 1 other calls, of which
-    the last one finishes. `unit_bytes` and `shard_characters` set the size of the pieces of work
-    and of the shards; the latter is what a process holds in memory before it writes, and at most
-    loses when it is killed.
+    out and lists them in the manifest. `part` (i, n) does every n-th unit, from the i-th, and
+    leaves the others to n - 1 other calls, of which the last one finishes. `unit_bytes` and
+    `shard_characters` set the size of the pieces of work and of the shards; the latter is what each
+    of the `workers` holds in memory before it writes, and at most loses when it is killed.
     """
 
     sources: Sequence[str]
@@ -90,7 +87,7 @@ class PrepareOptions:
     licence: str | None = None
     text_key: str = "text"
     documents: DocumentRule = "blank-line"
-    bad_documents: BadDocuments = "refuse"
+    bad_documents: Literal["refuse", "count"] = "refuse"
     download: bool = False
     workers: int = 1
     part: tuple[int, int] = (1, 1)
@@ -103,25 +100,20 @@ class PrepareOptions:
             given = getattr(self, name)
             sources = (given,) if isinstance(given, str) else tuple(given)
             object.__setattr__(self, name, sources)
-        index, count = self.part
-        for possible, problem in (
-            # how small it may be, the alphabet of the text says
-            (
-                self.vocab_size <= _LARGEST_VOCABULARY,
-                f"vocab_size is {self.vocab_size:,}; it can be {_LARGEST_VOCABULARY:,} at most",
-            ),
-            (
-                0 <= self.heldout_fraction <= 0.5,
-                f"heldout_fraction is {self.heldout_fraction}; it must lie between 0 and 0.5",
-            ),
-            (self.workers >= 1, f"workers is {self.workers}; it must be at least 1"),
-            (
-                1 <= index <= count,
-                f"part {index} of {count} does not exist; write 1/4 to 4/4, say",
-            ),
-        ):
-            if not possible:
-                raise DataError(problem)
+        (index, count), problem = self.part, ""
+        # how small it may be, the alphabet of the text says
+        if self.vocab_size > _LARGEST_VOCABULARY:
+            problem = (
+                f"vocab_size is {self.vocab_size:,}; it can be {_LARGEST_VOCABULARY:,} at most"
+            )
+        elif not 0 <= self.heldout_fraction <= 0.5:
+            problem = f"heldout_fraction is {self.heldout_fraction}; it must lie between 0 and 0.5"
+        elif self.workers < 1:
+            problem = f"workers is {self.workers}; it must be at least 1"
+        elif not 1 <= index <= count:
+            problem = f"part {index} of {count} does not exist; write 1/4 to 4/4, say"
+        if problem:
+            raise DataError(problem)
 
     @property
     def reading(self) -> Reading:
@@ -152,8 +144,7 @@ class PrepareOptions:
         return open_corpus(self.sources, self.heldout_sources, download=self.download)
 
     def with_real_folder(self) -> "PrepareOptions":
-        """The same, links to the folder followed. Raises DataError for a name that a manifest
-        cannot hold, or a folder cannot have."""
+        """The same, links followed. Raises DataError for a name that no folder can have."""
         if not is_utf8(place := self.out_dir.absolute()):
             raise DataError(f"the name of {readable_name(place)} is not UTF-8; choose another")
         try:
@@ -244,9 +235,7 @@ class UnfinishedFolder:
         """Raises DataError if the folder holds something that no prepare has left."""
         if not self.path.exists() or (self.temporary / _STARTED).exists():
             return
-        if not self.path.is_dir() or {path.name for path in self.path.iterdir()} - {
-            UNFINISHED_NAME
-        }:
+        if not self.path.is_dir() or any(path != self.temporary for path in self.path.iterdir()):
             raise DataError(f"{self.path} exists and is not prepared data; choose another folder")
 
     def started(self) -> Started | None:
@@ -259,10 +248,7 @@ class UnfinishedFolder:
         self.temporary.mkdir(parents=True, exist_ok=True)
         if self.is_finished:
             raise self.overtaken()
-        self.note(Started(request=request, settings=settings, plan=plan, made_folder=made))
-
-    def note(self, started: Started) -> None:
-        self._write(_STARTED, started)
+        self.keep(Started(request=request, settings=settings, plan=plan, made_folder=made))
 
     def vocabulary(self) -> list[str] | None:
         """The vocabulary, None if there is none yet."""
@@ -275,10 +261,12 @@ class UnfinishedFolder:
 
     def record(self, unit: int) -> UnitRecord | None:
         """The record of what the unit has written, as far as is known; None if nothing."""
-        return _read(self.temporary / f"unit-{unit:05d}.json", UnitRecord)
+        return _read(self.temporary / _UNIT.format(unit), UnitRecord)
 
-    def keep_record(self, unit: int, record: UnitRecord) -> None:
-        self._write(f"unit-{unit:05d}.json", record)
+    def keep(self, record: Started | UnitRecord, unit: int | None = None) -> None:
+        """Keeps what is begun, or what the unit has written."""
+        name = _STARTED if unit is None else _UNIT.format(unit)
+        write_file(self.temporary / name, record.model_dump_json(indent=1).encode(), self.temporary)
 
     def records(self, plan: WorkPlan) -> dict[int, UnitRecord]:
         """The records of the units that have one."""
@@ -325,10 +313,6 @@ class UnfinishedFolder:
             complete = sum(record.complete for record in self.records(started.plan).values())
             kept = f"what is finished is kept ({complete} of {len(started.plan.units)} units): "
         return DataError(f"{reason}; {kept}make room and run the same command again")
-
-    def _write(self, name: str, record: Record) -> None:
-        content = record.model_dump_json(indent=1).encode()
-        write_file(self.temporary / name, content, self.temporary)
 
 
 def _read(path: Path, kind: type[_R]) -> _R | None:

@@ -6,7 +6,6 @@ A run that is killed, at any moment, loses at most the chunk each process was at
 again goes on, and the folder is then the same, to the byte, as if nothing had happened.
 """
 
-import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,8 +14,8 @@ from importlib import metadata
 from itertools import zip_longest
 from typing import Any
 
-from stacking_ds.console import shortened
-from stacking_ds.data.pool import Report, Work, WorkerDiedError, do_in_workers
+from stacking_ds.console import first_of, shortened
+from stacking_ds.data.pool import WorkerDiedError, do_in_workers
 from stacking_ds.data.prepare.finish import empty_split, finish_splits
 from stacking_ds.data.prepare.folder import (
     EMPTY,
@@ -29,14 +28,8 @@ from stacking_ds.data.prepare.folder import (
     hashes_of,
 )
 from stacking_ds.data.prepare.unit import Rejections, UnitMaker
-from stacking_ds.data.prepare.vocabulary import read_vocabulary, train_vocabulary
-from stacking_ds.data.prepare.work_plan import (
-    Corpus,
-    WorkPlan,
-    make_plan,
-    say_what_documents_are,
-    say_what_is_left_out,
-)
+from stacking_ds.data.prepare.vocabulary import VocabularySample, read_vocabulary
+from stacking_ds.data.prepare.work_plan import Corpus, WorkPlan, look_at, make_plan
 from stacking_ds.data.shard_files import (
     MANIFEST_NAME,
     DataManifest,
@@ -55,6 +48,7 @@ from stacking_ds.records import Record
 
 logger = logging.getLogger("stacking_ds")
 
+_NAMED = 10
 _SOFTWARE = ("sentencex", "tokenizers")
 """The libraries that decide which bytes are written."""
 
@@ -62,9 +56,8 @@ _SOFTWARE = ("sentencex", "tokenizers")
 @dataclass(frozen=True)
 class PrepareProgress:
     """Progress of a running `prepare`. `task` is "vocabulary", which reads twice from the start, or
-    "shards"; `source_bytes` counts the bytes of the sources as they lie there, of `total_bytes` (of
-    a vocabulary about as many), None if that is unknown; `kept_bytes` of them an earlier run had
-    done."""
+    "shards"; `source_bytes` of the sources as they lie there are read, of `total_bytes` (about, for
+    a vocabulary), None if that is unknown; an earlier run had done `kept_bytes` of them."""
 
     task: str
     documents: int
@@ -75,8 +68,8 @@ class PrepareProgress:
 
 @dataclass(frozen=True)
 class Prepared:
-    """The folder's manifest, whether it was there already, and whether an earlier run had begun.
-    While other parts have `missing_units` to do there is no manifest."""
+    """The folder's manifest, None while other parts have `missing_units` to do; whether it was
+    there already; and whether an earlier run had begun."""
 
     manifest: DataManifest | None
     reused: bool
@@ -98,7 +91,24 @@ def prepare(
     folder that holds something else or cannot be written. What is finished by then is kept.
     """
     corpus = options.open_corpus()
-    _check_corpus(corpus, options)
+    for source in corpus.sources:
+        for sentence, names in (
+            ("only its files of known kinds are read; left alone", source.unread),
+            ("read once, under one name", source.repeated),
+        ):
+            if names:
+                logger.warning("%s: %s: %s", source.name, sentence, first_of(names, _NAMED))
+    holds_out = corpus.num_heldout or any(source.holds_out for source in corpus.sources)
+    if not (holds_out or options.heldout_fraction):
+        raise DataError(
+            "heldout_fraction is 0 and no held-out source is named, but training needs held-out "
+            "documents: raise --heldout-fraction, or name what to hold out by --heldout SOURCE"
+        )
+    if options.documents != "blank-line" and not corpus.text_files:
+        raise DataError(
+            f"--documents {options.documents} says what a document of a .txt file is, and no "
+            "source is one; in other files a row, or a JSON object, is a document"
+        )
     options = options.with_real_folder()
     given, normalization = read_vocabulary(
         options.vocabulary, cased=options.cased, keep_accents=options.keep_accents
@@ -113,24 +123,8 @@ def prepare(
         documents=options.documents,
         normalization=normalization,
     )
-    return _Preparation(options, corpus, request, given, progress, say).run()
-
-
-def _check_corpus(corpus: Corpus, options: PrepareOptions) -> None:
-    """Says what of the sources is not read. Raises DataError where nothing could be held out, or
-    `documents` is about nothing."""
-    say_what_is_left_out(corpus)
-    holds_out = options.heldout_fraction or any(source.holds_out for source in corpus.train)
-    if not (corpus.num_heldout or holds_out):
-        raise DataError(
-            "heldout_fraction is 0 and no held-out source is named, but training needs held-out "
-            "documents: raise --heldout-fraction, or name what to hold out by --heldout SOURCE"
-        )
-    if options.documents != "blank-line" and not corpus.text_files:
-        raise DataError(
-            f"--documents {options.documents} says what a document of a .txt file is, and no "
-            "source is one; in other files a row, or a JSON object, is a document"
-        )
+    folder = UnfinishedFolder(options.out_dir)
+    return _Preparation(options, folder, corpus, request, given, progress, say).run()
 
 
 @dataclass(frozen=True)
@@ -138,15 +132,12 @@ class _Preparation:
     """One call of `prepare`; `given` is the vocabulary that is not to be trained."""
 
     options: PrepareOptions
+    folder: UnfinishedFolder
     corpus: Corpus
     request: PrepareRequest
     given: list[str] | None
     progress: Callable[[PrepareProgress], None]
     say: Callable[[str], None]
-
-    @property
-    def folder(self) -> UnfinishedFolder:
-        return UnfinishedFolder(self.options.out_dir)
 
     def run(self) -> Prepared:
         if self.folder.is_finished:
@@ -162,12 +153,9 @@ class _Preparation:
             raise
 
     def _reused(self) -> Prepared:
-        """The finished folder, if it holds what was asked for.
-
-        As with `make`, a source file of the same name and size that is older than the manifest is
-        taken to be the one that was read; a newer one is read and compared. Raises DataError when
-        the folder holds something else, or is damaged.
-        """
+        """The finished folder. Raises DataError if it holds something else, or is damaged. As with
+        `make`, a source file of the same name and size that is older than the manifest is taken to
+        be the one that was read; a newer one is read and compared."""
         out_dir, licence = self.folder.path, self.options.licence
         manifest = read_manifest(out_dir)
         self._require_same(manifest.request, self.request)
@@ -212,11 +200,20 @@ class _Preparation:
             plan = started.plan
             self._require_same_work(started, settings)
         try:
-            say_what_documents_are(self.corpus, self.options.reading, self.say)
-            self._ensure_vocabulary(plan)
+            look = look_at(self.corpus, options.reading)
+            if look.statement:
+                self.say(look.statement)
+            for warning in look.warnings:
+                logger.warning("warning: %s", warning)
+            if folder.vocabulary() is None:
+                folder.keep_vocabulary(self.given or self._trained_vocabulary(plan))
             self._do_units(plan)
         except (DataError, OSError):
-            self._tidy()
+            # nothing is left where there is nothing to go on with, unless other parts are at work
+            if options.part[1] == 1 and folder.started() is not None:
+                trained = self.given is None and folder.vocabulary()
+                if not (trained or any(one.chunks for one in folder.records(plan).values())):
+                    folder.discard()
             raise
         records = folder.records(plan)
         missing = len(plan.units) - sum(one.complete for one in records.values())
@@ -227,11 +224,8 @@ class _Preparation:
         return Prepared(self._finish(plan, records), reused=False, resumed=started is not None)
 
     def _require_same_work(self, started: Started, settings: Settings) -> None:
-        """Makes sure that an unfinished prepare can be gone on with.
-
-        Raises DataError if another request, or other settings, would give other bytes, or if a file
-        of the sources changed: one that was touched since is read and compared.
-        """
+        """Raises DataError where to go on would give other bytes: for another request, other
+        settings, or sources that changed, of which what was touched is read and compared."""
         self._require_same(started.request, self.request)
         self._require_same(started.settings, settings)
         plan, files = started.plan, self.corpus.files()
@@ -240,14 +234,13 @@ class _Preparation:
         known = hashes_of(self.folder.records(plan).values())
         for index, source in enumerate(self.corpus.sources):
             for number, path in enumerate(source.paths):
-                same = files[index][number] == plan.files[index][number]
-                if not same and known.get((index, number)) != file_sha256(path):
+                touched = files[index][number] != plan.files[index][number]
+                if touched and known.get((index, number)) != file_sha256(path):
                     raise self._other(f"{path} has changed, or was touched, before it was read")
         plan = plan.model_copy(update={"files": files})
-        self.folder.note(started.model_copy(update={"plan": plan}))
+        self.folder.keep(started.model_copy(update={"plan": plan}))
 
     def _require_same(self, there: Record, here: Record) -> None:
-        """Raises DataError unless the two are the same."""
         different = [
             _difference(field, one, other)
             for (field, one), (_, other) in zip(there, here, strict=True)
@@ -262,28 +255,12 @@ class _Preparation:
             "folder, or delete this one"
         )
 
-    def _tidy(self) -> None:
-        """Leaves nothing behind where there is nothing to go on with. Other parts may be working
-        though, so this is for a process that is alone."""
-        started = self.folder.started()
-        if self.options.part[1] == 1 and started is not None:
-            records = self.folder.records(started.plan)
-            trained = self.given is None and self.folder.vocabulary()
-            if not trained and not any(record.chunks for record in records.values()):
-                self.folder.discard()
+    def _trained_vocabulary(self, plan: WorkPlan) -> list[str]:
+        def report(*now: Any) -> None:
+            self.progress(PrepareProgress("vocabulary", *now))
 
-    def _ensure_vocabulary(self, plan: WorkPlan) -> None:
-        if self.folder.vocabulary() is None:
-            self.folder.keep_vocabulary(
-                self.given
-                or train_vocabulary(
-                    self.corpus,
-                    plan,
-                    self.options,
-                    self.request.normalization,
-                    lambda *now: self.progress(PrepareProgress("vocabulary", *now)),
-                )
-            )
+        sample = VocabularySample(self.corpus, plan, self.options, report)
+        return sample.train(self.request.normalization)
 
     def _do_units(self, plan: WorkPlan) -> None:
         index, count = self.options.part
@@ -291,27 +268,23 @@ class _Preparation:
         read = dict.fromkeys(units, (0, 0))
         records = self.folder.records(plan)
         kept = sum(one.source_bytes for unit, one in records.items() if unit in units)
-        total = plan.source_bytes
-        if total is not None:
-            total = sum(plan.units[unit].source_bytes for unit in units)
+        sizes = [plan.units[unit].source_bytes for unit in units]
+        total = None if plan.source_bytes is None else sum(sizes)
 
         def report(unit: int, documents: int, source_bytes: int) -> None:
             read[unit] = (documents, source_bytes)
             done = [sum(column) for column in zip(*read.values(), strict=True)]
             self.progress(PrepareProgress("shards", done[0], done[1], total, kept))
 
-        if self.options.workers > 1 and len(units) > 1:
-            self._do_in_workers(units, report)
-        elif units:
-            maker = UnitMaker(self.options, self.corpus)
+        if self.options.workers == 1 or len(units) < 2:
+            make = UnitMaker(self.options, self.corpus)
             for unit in units:
-                maker.do(unit, partial(report, unit))
-
-    def _do_in_workers(self, units: range, report: Report) -> None:
-        work, temporary = partial(_unit_work, self.options), self.folder.temporary
-        tidy = partial(remove_unfinished, temporary)
+                make(unit, partial(report, unit))
+            return
+        make_work = partial(UnitMaker, self.options)
+        tidy = partial(remove_unfinished, self.folder.temporary)
         try:
-            do_in_workers(work, units, self.options.workers, report, tidy)
+            do_in_workers(make_work, units, self.options.workers, report, tidy)
         except WorkerDiedError as died:
             remedy = ", with fewer --workers if it was memory" if died.out_of_memory else ""
             raise DataError(
@@ -328,22 +301,32 @@ class _Preparation:
         }
         splits = finish_splits(folder.path, shards, folder.temporary)
         rejections = Rejections()
-        for chunk in chunks:
-            rejections.extend(chunk.rejected)
-        rejected = rejections.taken()
+        rejections.extend(one for chunk in chunks for one in chunk.rejected)
+        rejected = rejections.found()
         if not all(split.documents for split in splits.values()):
             error = empty_split(splits, rejected, self.options, bool(self.corpus.text_files))
             folder.discard()
             raise error
         if (vocabulary := folder.vocabulary()) is None:
             raise folder.overtaken()
+        tokenizer = build_tokenizer(vocabulary, self.request.normalization)
+        texts = {
+            "tokenizer.json": tokenizer.to_str(pretty=True),
+            "vocab.txt": "".join(f"{token}\n" for token in vocabulary),
+        }
+        files = []
+        for name, text in texts.items():
+            path = folder.path / name
+            write_file(path, text.encode(), folder.temporary)
+            size = path.stat().st_size
+            files.append(VocabularyFile(name=name, size_bytes=size, sha256=file_sha256(path)))
         manifest = DataManifest(
             request=self.request,
             licence=self.options.licence,
             sources=self.corpus.contents(plan, hashes_of(records.values())),
             vocab_size=len(vocabulary),
             vocabulary_sha256=vocabulary_sha256(vocabulary),
-            vocabulary_files=self._write_vocabulary(vocabulary),
+            vocabulary_files=tuple(files),
             rejected=rejected,
             text_bytes=sum(chunk.text_bytes for chunk in chunks),
             train=splits["train"],
@@ -353,21 +336,6 @@ class _Preparation:
         write_file(folder.path / MANIFEST_NAME, manifest.to_json().encode(), folder.temporary)
         folder.remove_notes()
         return manifest
-
-    def _write_vocabulary(self, vocabulary: list[str]) -> tuple[VocabularyFile, ...]:
-        tokenizer = build_tokenizer(vocabulary, self.request.normalization)
-        contents = {
-            "tokenizer.json": tokenizer.to_str(pretty=True).encode(),
-            "vocab.txt": "".join(f"{token}\n" for token in vocabulary).encode(),
-        }
-        for name, content in contents.items():
-            write_file(self.folder.path / name, content, self.folder.temporary)
-        return tuple(
-            VocabularyFile(
-                name=name, size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest()
-            )
-            for name, content in contents.items()
-        )
 
 
 def _difference(field: str, there: Any, here: Any) -> str:
@@ -388,9 +356,3 @@ def _difference(field: str, there: Any, here: Any) -> str:
 
 def _shown(value: Any) -> str:
     return shortened(str(value) if isinstance(value, Normalization) else repr(value), 160)
-
-
-def _unit_work(options: PrepareOptions) -> Work:
-    """What a worker does with the number of a unit."""
-    maker = UnitMaker(options)
-    return maker.do

@@ -7,14 +7,16 @@ Shapes: T tokens, S sentences, B bytes, P pieces of text, U different ones.
 import hashlib
 import string
 from array import array
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import NamedTuple
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from stacking_ds.data.pool import Report
 from stacking_ds.data.prepare.folder import (
     EMPTY,
     SPLITS,
@@ -25,15 +27,16 @@ from stacking_ds.data.prepare.folder import (
     UnitRecord,
 )
 from stacking_ds.data.prepare.work_plan import Corpus, InputFile
-from stacking_ds.data.shard_files import (
-    Rejected,
-    ShardWriter,
-    SplitName,
-    file_sha256,
-    token_dtype,
-)
+from stacking_ds.data.shard_files import Rejected, ShardWriter, file_sha256, token_dtype
 from stacking_ds.data.shards import numbers
-from stacking_ds.data.sources.documents import Fault, Item, Reader, reading_of, split_sentences
+from stacking_ds.data.sources.documents import (
+    Fault,
+    Item,
+    Reader,
+    SourcePiece,
+    reading_of,
+    split_sentences,
+)
 from stacking_ds.data.tokenizer import (
     UNCASED,
     Normalization,
@@ -48,9 +51,7 @@ _GROUP_CHARACTERS, _GROUP_DOCUMENTS = 2**22, 2**15
 
 # ---- WordPiece for millions of sentences: each word is looked up once, and all else is arrays
 
-_MAX_PIECES = 2**18
-_MAX_PIECE_BYTES = 2**25
-
+_MAX_PIECES, _MAX_PIECE_BYTES = 2**18, 2**25
 _WORD, _MARK, _SPACE = 0, 1, 2
 _CLASS = np.full(256, _WORD, dtype=np.uint8)
 _CLASS[list(string.punctuation.encode())] = _MARK
@@ -60,8 +61,8 @@ _LOWER[list(string.ascii_uppercase.encode())] += 32
 
 
 class SentenceTokenizer:
-    """Gives the ids that `build_tokenizer` gives each sentence without special tokens, where text
-    that spells "[MASK]" is text. Its memory is bounded."""
+    """Gives the ids that `build_tokenizer` gives each sentence, in bounded memory; text that spells
+    "[MASK]" is text."""
 
     def __init__(self, vocabulary: Sequence[str], normalization: Normalization = UNCASED) -> None:
         tokenizer = build_tokenizer(vocabulary, normalization)
@@ -129,9 +130,7 @@ class SentenceTokenizer:
 def _piece_bounds(bytes_B: NDArray[np.uint8], starts: NDArray[np.int64]) -> NDArray[np.int64]:
     """Where pieces start, and the end; every start of a sentence is among them. Shape [P + 1]."""
     kinds = _CLASS[bytes_B]
-    before = np.empty_like(kinds)
-    before[0] = _WORD
-    before[1:] = kinds[:-1]
+    before = np.append(np.uint8(_WORD), kinds[:-1])
     is_start = kinds == _SPACE
     is_start |= (kinds == _MARK) & (before != _SPACE)
     is_start |= (kinds == _WORD) & (before == _MARK)
@@ -146,29 +145,25 @@ class Rejections:
     """Counts what is left out, by reason, and keeps the first places."""
 
     def __init__(self) -> None:
-        self._counts: dict[str, int] = {}
-        self._first: dict[str, list[str]] = {}
+        self._counts: Counter[str] = Counter()
+        self._first: defaultdict[str, list[str]] = defaultdict(list)
 
     def add(self, reason: str, place: Callable[[], str]) -> None:
-        self._counts[reason] = self._counts.get(reason, 0) + 1
-        first = self._first.setdefault(reason, [])
-        if len(first) < _FIRST_PLACES:
-            first.append(place())
+        self._counts[reason] += 1
+        if len(self._first[reason]) < _FIRST_PLACES:
+            self._first[reason].append(place())
 
     def extend(self, rejected: Iterable[Rejected]) -> None:
         for one in rejected:
-            self._counts[one.reason] = self._counts.get(one.reason, 0) + one.documents
-            first = self._first.setdefault(one.reason, [])
-            first.extend(one.first[: _FIRST_PLACES - len(first)])
+            self._counts[one.reason] += one.documents
+            self._first[one.reason] += one.first[: _FIRST_PLACES - len(self._first[one.reason])]
 
-    def taken(self) -> tuple[Rejected, ...]:
-        """All of them, by reason in alphabetical order; then starts anew."""
-        found = tuple(
+    def found(self) -> tuple[Rejected, ...]:
+        """All of them, by reason in alphabetical order."""
+        return tuple(
             Rejected(reason=reason, documents=count, first=tuple(self._first[reason]))
             for reason, count in sorted(self._counts.items())
         )
-        self._counts, self._first = {}, {}
-        return found
 
 
 def words_of(text: str) -> bytes:
@@ -192,7 +187,7 @@ class UnitMaker:
     """Makes units in a folder in which a prepare has begun and which has its vocabulary."""
 
     def __init__(self, options: PrepareOptions, corpus: Corpus | None = None) -> None:
-        self._options = options
+        self.options = options
         self.folder = UnfinishedFolder(options.out_dir)
         started, vocabulary = self.folder.started(), self.folder.vocabulary()
         if started is None or vocabulary is None:
@@ -203,14 +198,13 @@ class UnitMaker:
         self._plan, self._corpus = started.plan, corpus or options.open_corpus()
         if self._corpus.identity() != (started.request.heldout_sources, started.request.sources):
             raise DataError(f"{options.out_dir}: the files of its sources changed meanwhile")
-        self._vocab_size, self._unknown_id = len(vocabulary), special_ids(vocabulary).unk
+        self.vocab_size, self.unknown_id = len(vocabulary), special_ids(vocabulary).unk
         self._vocabulary_sha256 = vocabulary_sha256(vocabulary)
-        self._tokenizer = SentenceTokenizer(vocabulary, started.request.normalization)
+        self.tokenizer = SentenceTokenizer(vocabulary, started.request.normalization)
 
-    def do(self, number: int, report: Callable[[int, int], None]) -> None:
-        """Do what is left of a unit. `report` is called with the documents and the bytes of the
-        source that it has read. Raises DataError for bad input and for a folder that cannot be
-        written; what is done by then is kept."""
+    def __call__(self, number: int, report: Report) -> None:
+        """Does what is left of a unit, and reports the documents and the bytes of the source read.
+        Raises DataError for bad input and a folder that cannot be written; what is done is kept."""
         try:
             record = self._kept(number)
             if record.complete:
@@ -220,26 +214,24 @@ class UnitMaker:
         except OSError as error:
             raise self.folder.unwritable(error) from error
 
-    def _make(self, number: int, record: UnitRecord, report: Callable[[int, int], None]) -> None:
-        """Makes the chunks that are not there yet; a unit without documents has one, which holds
-        nothing."""
+    def _make(self, number: int, record: UnitRecord, report: Report) -> None:
+        """Makes the chunks that are missing; a unit without documents has one, which is empty."""
         record = record.model_copy(update={"hashes": record.hashes or self._hashes(number)})
         unit = self._plan.units[number]
-        items = self._corpus.read(unit, self._options.reading)
+        items = self._corpus.read(unit, self.options.reading)
         for _ in islice(items, record.items):
             pass
         is_more = True
         while is_more:
-            writers = {split: ShardWriter(self._vocab_size, self._unknown_id) for split in SPLITS}
-            writer = _ChunkWriter(unit.heldout, self._options, self._tokenizer, writers)
+            writer = _ChunkWriter(self, unit.heldout)
             is_more = writer.fill(items, record, report)
             if writer.items or not record.chunks:
                 chunk = writer.write(self.folder, f"{number:05d}-{len(record.chunks):03d}.arrow")
                 record = record.model_copy(update={"chunks": (*record.chunks, chunk)})
-                self.folder.keep_record(number, record)
+                self.folder.keep(record, number)
                 report(record.items, record.source_bytes)
         self._check_unchanged(number)
-        self.folder.keep_record(number, record.model_copy(update={"complete": True}))
+        self.folder.keep(record.model_copy(update={"complete": True}), number)
 
     def _kept(self, number: int) -> UnitRecord:
         """What an earlier run has done, up to the first chunk that is damaged."""
@@ -249,7 +241,7 @@ class UnitMaker:
         for index, chunk in enumerate(record.chunks):
             # what had been counted is refused now: read it again, to name the place
             bad = any(rejected.reason != EMPTY for rejected in chunk.rejected)
-            refused = bad and self._options.bad_documents == "refuse"
+            refused = bad and self.options.bad_documents == "refuse"
             shards = [shard for shard in (chunk.heldout, chunk.train) if shard is not None]
             if refused or not all(map(self.folder.is_whole, shards)):
                 return record.model_copy(
@@ -258,61 +250,47 @@ class UnitMaker:
         return record
 
     def _hashes(self, number: int) -> tuple[FileHash, ...]:
+        """Of the files that start in the unit, so that each is hashed once."""
         found = []
-        for source, file in self._plan.hashed_by(number):
-            path = self._corpus.sources[source].paths[file]
-            with reading_of(path):
-                sha256 = file_sha256(path)
-            found.append(FileHash(source=source, file=file, sha256=sha256))
+        for source, piece, path in self._files(number):
+            if piece.start == 0:
+                with reading_of(path):
+                    sha256 = file_sha256(path)
+                found.append(FileHash(source=source, file=piece.file, sha256=sha256))
         return tuple(found)
 
-    def _check_unchanged(self, number: int) -> None:
+    def _files(self, number: int) -> Iterator[tuple[int, SourcePiece, Path]]:
+        """The pieces of files in a unit, with the indices of their sources."""
         for segment in self._plan.units[number].segments:
-            file, paths = segment.piece.file, self._corpus.sources[segment.source].paths
-            if paths and InputFile.of(paths[file]) != self._plan.files[segment.source][file]:
+            if paths := self._corpus.sources[segment.source].paths:
+                yield segment.source, segment.piece, paths[segment.piece.file]
+
+    def _check_unchanged(self, number: int) -> None:
+        for source, piece, path in self._files(number):
+            if InputFile.of(path) != self._plan.files[source][piece.file]:
                 raise DataError(
-                    f"{paths[file]} changed while it was read; delete {self.folder.path} and "
+                    f"{path} changed while it was read; delete {self.folder.path} and "
                     "prepare it again from files that stay as they are"
                 )
-
-
-class _Counted(NamedTuple):
-    """A document whose sentences wait for being tokenized."""
-
-    sentences: int
-    document_hash: int
-    is_heldout: bool
-    place: Callable[[], str]
 
 
 class _ChunkWriter:
     """Gives documents of a unit to the writers of its splits, until these hold a chunk; documents
     are tokenized in groups."""
 
-    def __init__(
-        self,
-        heldout: bool,
-        options: PrepareOptions,
-        tokenizer: SentenceTokenizer,
-        writers: dict[SplitName, ShardWriter],
-    ) -> None:
-        self._heldout, self._options = heldout, options
-        self._tokenizer, self._writers = tokenizer, writers
+    def __init__(self, maker: UnitMaker, heldout: bool) -> None:
+        self._options, self._tokenizer, self._heldout = maker.options, maker.tokenizer, heldout
+        self._writers = {split: ShardWriter(maker.vocab_size, maker.unknown_id) for split in SPLITS}
         self._rejections = Rejections()
         self._sentences: list[str] = []
-        self._group: list[_Counted] = []
+        # of each document its sentences, its hash, whether it is held out, and its place
+        self._group: list[tuple[int, int, bool, Callable[[], str]]] = []
         self._characters = self._group_characters = 0
         self.items = self._source_bytes = self._text_bytes = 0
 
-    def fill(
-        self,
-        items: Iterator[tuple[Item, Reader]],
-        done: UnitRecord,
-        report: Callable[[int, int], None],
-    ) -> bool:
-        """Takes items until the chunk is full; False if they ended. `report` is called now and then
-        with the documents and the bytes of the source read so far in this unit, of which others
-        are `done`."""
+    def fill(self, items: Iterator[tuple[Item, Reader]], done: UnitRecord, report: Report) -> bool:
+        """Takes items until the chunk is full; False if they ended. Reports now and then what of
+        the unit is read, with what is `done`."""
         enough = min(_GROUP_CHARACTERS, self._options.shard_characters)
         for item, reader in items:
             self.items += 1
@@ -336,7 +314,7 @@ class _ChunkWriter:
             items=self.items,
             heldout=files["heldout"],
             train=files["train"],
-            rejected=self._rejections.taken(),
+            rejected=self._rejections.found(),
             source_bytes=self._source_bytes,
             text_bytes=self._text_bytes,
         )
@@ -358,7 +336,7 @@ class _ChunkWriter:
         number, sentences = document_hash(words), split_sentences(item.text)
         is_heldout = self._options.split_of(item, number, self._heldout) == "heldout"
         self._sentences += sentences
-        self._group.append(_Counted(len(sentences), number, is_heldout, place))
+        self._group.append((len(sentences), number, is_heldout, place))
         self._group_characters += len(item.text)
         self._text_bytes += len(words)
 
@@ -367,12 +345,12 @@ class _ChunkWriter:
         if not self._group:
             return
         tokens, lengths = self._tokenizer(self._sentences)
-        owner = np.repeat(np.arange(len(self._group)), [one.sentences for one in self._group])
-        counts = np.bincount(owner[lengths > 0], minlength=len(self._group)).astype(np.int32)
+        all_counts, all_hashes, are_heldout, places = zip(*self._group, strict=True)
+        owner = np.repeat(np.arange(len(places)), all_counts)
+        counts = np.bincount(owner[lengths > 0], minlength=len(places)).astype(np.int32)
         for index in np.flatnonzero(counts == 0):
-            self._rejections.add(EMPTY, self._group[index].place)
-        hashes = np.array([one.document_hash for one in self._group], dtype=np.uint64)
-        heldout = np.array([one.is_heldout for one in self._group])
+            self._rejections.add(EMPTY, places[index])
+        hashes, heldout = np.array(all_hashes, dtype=np.uint64), np.array(are_heldout)
         for split in SPLITS:
             chosen: NDArray[np.bool_] = heldout if split == "heldout" else ~heldout
             sentences = chosen[owner]

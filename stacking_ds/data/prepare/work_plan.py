@@ -3,20 +3,21 @@
 The plan is the same on every machine and in every run. A unit is tokenized by one process, and what
 it writes depends on nothing else, so any number of processes may share the units, in any order.
 
-Where a .txt file's documents end is a convention that the file does not name. Taken wrongly, the
-lines of a list become one document, or an article as many as it has paragraphs, and all goes on as
-if nothing were wrong: so the first look says what is odd.
+Where a .txt file's documents end it does not say. Taken wrongly, the lines of a list become one
+document, or an article as many as it has paragraphs: so the first look says what is odd.
 """
 
-import logging
+import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from functools import partial
+from itertools import chain, groupby
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
-from stacking_ds.console import first_of
+from stacking_ds.console import plural
 from stacking_ds.data.shard_files import DataManifest, DocumentRule, SourceFile
 from stacking_ds.data.sources.documents import (
     Item,
@@ -31,7 +32,6 @@ from stacking_ds.data.sources.lines import content_suffix, is_packed, start_of
 from stacking_ds.records import Record
 
 _UNITS = 64
-_NAMED = 10
 _MIN_UNIT_BYTES, _MAX_UNIT_BYTES = 4 * 2**20, 256 * 2**20
 
 
@@ -77,21 +77,10 @@ class WorkPlan(Record):
     @property
     def source_bytes(self) -> int | None:
         """The size of all sources; None if a part of it is unknown."""
-        pieces = [segment.piece for unit in self.units for segment in unit.segments]
-        if any(piece.source_bytes is None for piece in pieces):
+        segments = [segment for unit in self.units for segment in unit.segments]
+        if any(segment.piece.source_bytes is None for segment in segments):
             return None
         return sum(unit.source_bytes for unit in self.units)
-
-    def hashed_by(self, number: int) -> list[tuple[int, int]]:
-        """The source and file indices whose content unit `number` hashes: those that start in it.
-
-        A file is thus hashed once, whatever it is cut into.
-        """
-        return [
-            (segment.source, segment.piece.file)
-            for segment in self.units[number].segments
-            if segment.piece.start == 0 and self.files[segment.source]
-        ]
 
 
 @dataclass(frozen=True)
@@ -102,14 +91,6 @@ class Corpus:
     num_heldout: int
 
     @property
-    def heldout(self) -> Sequence[Source]:
-        return self.sources[: self.num_heldout]
-
-    @property
-    def train(self) -> Sequence[Source]:
-        return self.sources[self.num_heldout :]
-
-    @property
     def text_files(self) -> list[Path]:
         """The .txt files of all sources."""
         paths = (path for source in self.sources for path in source.paths)
@@ -117,23 +98,18 @@ class Corpus:
 
     def identity(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The identity by which held-out and training sources are recognised."""
-        heldout, train = (
-            tuple(line for source in sources for line in source.identity())
-            for sources in (self.heldout, self.train)
-        )
-        return heldout, train
+        lines = [source.identity() for source in self.sources]
+        heldout, train = lines[: self.num_heldout], lines[self.num_heldout :]
+        return tuple(chain.from_iterable(heldout)), tuple(chain.from_iterable(train))
 
     def files(self) -> tuple[tuple[InputFile, ...], ...]:
         """The files of each source as they are now."""
         return tuple(tuple(map(InputFile.of, source.paths)) for source in self.sources)
 
-    def open(self, segment: Segment, reading: Reading) -> Reader:
-        return self.sources[segment.source].open(segment.piece, reading)
-
     def read(self, unit: WorkUnit, reading: Reading) -> Iterator[tuple[Item, Reader]]:
         """The items of a unit, each with the reader that knows its place."""
         for segment in unit.segments:
-            reader = self.open(segment, reading)
+            reader = self.sources[segment.source].open(segment.piece, reading)
             for item in reader.items():
                 yield item, reader
 
@@ -143,21 +119,12 @@ class Corpus:
         """The manifest's entries about the sources. `hashes`: by source and file index."""
         found = []
         for index, source in enumerate(self.sources):
-            heldout = index < self.num_heldout
+            entry = partial(SourceFile, heldout=index < self.num_heldout)
             for number, path in enumerate(source.paths):
-                found.append(
-                    SourceFile(
-                        name=path.name,
-                        heldout=heldout,
-                        size_bytes=plan.files[index][number].size_bytes,
-                        sha256=hashes[index, number],
-                        licence=None,
-                    )
-                )
-            found += [
-                SourceFile(name=name, heldout=heldout, size_bytes=None, sha256=None, licence=known)
-                for name, known in source.contents()
-            ]
+                size, sha256 = plan.files[index][number].size_bytes, hashes[index, number]
+                found.append(entry(name=path.name, size_bytes=size, sha256=sha256, licence=None))
+            for name, licence in source.contents():
+                found.append(entry(name=name, size_bytes=None, sha256=None, licence=licence))
         return tuple(found)
 
 
@@ -175,48 +142,30 @@ def open_corpus(
 
 def make_plan(corpus: Corpus, reading: Reading, unit_bytes: int | None = None) -> WorkPlan:
     """Cuts the corpus into units of about `unit_bytes` of text; by default a 64th of it, within 4
-    and 256 MiB. Small neighbouring files share a unit, a shard of a dataset is a unit.
-    Raises DataError for files that cannot be opened or have no text under the reading's key."""
+    and 256 MiB. Small neighbouring files share a unit. Raises DataError as `Source.pieces` does."""
     if unit_bytes is None:
         total = sum(source.estimate() for source in corpus.sources)
         unit_bytes = min(max(total // _UNITS, _MIN_UNIT_BYTES), _MAX_UNIT_BYTES)
-    units: list[WorkUnit] = []
-    for heldout in (True, False):
-        segments: list[Segment] = []
-        size = 0
-        for index, source in enumerate(corpus.sources):
-            if (index < corpus.num_heldout) != heldout:
-                continue
-            for piece in source.pieces(unit_bytes, reading):
-                alone = piece.text_bytes is None
-                if segments and (alone or size + (piece.text_bytes or 0) > 1.5 * unit_bytes):
-                    units.append(WorkUnit(heldout=heldout, segments=tuple(segments)))
-                    segments, size = [], 0
-                segments.append(Segment(source=index, piece=piece))
-                size += unit_bytes if alone else piece.text_bytes or 0
-                if size >= unit_bytes:
-                    units.append(WorkUnit(heldout=heldout, segments=tuple(segments)))
-                    segments, size = [], 0
-        if segments:
-            units.append(WorkUnit(heldout=heldout, segments=tuple(segments)))
-    return WorkPlan(units=tuple(units), files=corpus.files())
-
-
-def say_what_is_left_out(corpus: Corpus) -> None:
-    """Warns of what lies in the folders that are sources and is not read, and of files that have
-    several names."""
-    logger = logging.getLogger("stacking_ds")
-    for source in corpus.sources:
-        if unread := source.unread:
-            logger.warning(
-                "%s: only its files of known kinds are read; left alone: %s",
-                source.name,
-                first_of(unread, _NAMED),
-            )
-        if repeated := source.repeated:
-            logger.warning(
-                "%s: read once, under one name: %s", source.name, first_of(repeated, _NAMED)
-            )
+    groups: list[list[Segment]] = []
+    size = math.inf  # of the last group; infinite where the next piece begins another
+    for index, source in enumerate(corpus.sources):
+        if index == corpus.num_heldout:
+            size = math.inf
+        for piece in source.pieces(unit_bytes, reading):
+            # what nobody knows the size of is a unit
+            text_bytes = math.inf if piece.text_bytes is None else piece.text_bytes
+            if size + text_bytes > 1.5 * unit_bytes:
+                groups.append([])
+                size = 0
+            groups[-1].append(Segment(source=index, piece=piece))
+            size += text_bytes
+            if size >= unit_bytes:
+                size = math.inf
+    units = tuple(
+        WorkUnit(heldout=group[0].source < corpus.num_heldout, segments=tuple(group))
+        for group in groups
+    )
+    return WorkPlan(units=units, files=corpus.files())
 
 
 # ---- a first look at .txt files, before hours are spent on them
@@ -237,8 +186,7 @@ _MANY, _FEW = 1000, 10
 _LARGE_TOKENS = 100_000
 
 
-@dataclass(frozen=True)
-class FirstLook:
+class FirstLook(NamedTuple):
     """Sentences of a first look: how .txt files are read, nothing without any; and what is odd."""
 
     statement: str = ""
@@ -247,23 +195,25 @@ class FirstLook:
 
 @dataclass(frozen=True)
 class _Seen:
-    """The beginning of a file, or all of it: the words of each line, block by block; how much more
-    of it there is; and whether its lines could be documents, or parts of wrapped sentences."""
+    """The beginning of a file, or all of it: the words of each line, block by block; and how much
+    more of it there is. It could be a list if it has no blank line, though lines that are no parts
+    of sentences; it is wrapped if lines end within sentences."""
 
     path: Path
     blocks: list[list[int]]
     factor: float
-    sentence_share: float
-    line_characters: float
+    could_be_a_list: bool
+    is_wrapped: bool
+
+    @property
+    def lines(self) -> int:
+        return sum(map(len, self.blocks))
 
     def count(self, rule: DocumentRule) -> float:
         """About how many documents it holds."""
-        if rule == "file":
-            return float(bool(self.blocks))
-        lines = sum(map(len, self.blocks))
-        seen = len(self.blocks) if rule == "blank-line" else lines
+        seen = {"file": 1, "blank-line": len(self.blocks), "line": self.lines}[rule]
         # what ends where the look does was not seen to end
-        return 1 + (seen - 1) * self.factor if seen else 0
+        return 1 + (seen - 1) * self.factor if self.blocks else 0
 
     def words(self, rule: DocumentRule) -> list[float]:
         """The words of the documents seen."""
@@ -274,32 +224,12 @@ class _Seen:
             return sizes if self.factor == 1 else sizes[:-1]
         return [sum(sizes) * self.factor] if sizes else []
 
-    @property
-    def could_be_a_list(self) -> bool:
-        """True if it has no blank line, though lines that are no parts of sentences."""
-        lines = sum(map(len, self.blocks))
-        return (
-            len(self.blocks) == 1
-            and lines >= _ENOUGH_LINES
-            and (self.sentence_share >= 0.6 or self.line_characters >= 200)
-        )
-
-    @property
-    def is_wrapped(self) -> bool:
-        lines = sum(map(len, self.blocks))
-        narrow = 30 <= self.line_characters <= 120
-        return lines >= _ENOUGH_LINES and narrow and self.sentence_share <= 0.4
-
 
 def look_at(corpus: Corpus, reading: Reading) -> FirstLook:
-    """Look at the beginnings of the .txt files, of 500 at most. Raises DataError for one that
-    cannot be read."""
+    """Looks at the beginnings of 500 .txt files at most. Raises DataError for unreadable ones."""
     paths = corpus.text_files
-    if not paths:
-        return FirstLook()
-    step = -(-len(paths) // _MOST_FILES)
-    chosen = paths[::step]
-    most = min(max(_ALL_BYTES // len(chosen), _LEAST_BYTES), _MOST_BYTES)
+    chosen = paths[:: max(1, -(-len(paths) // _MOST_FILES))]
+    most = min(max(_ALL_BYTES // max(1, len(chosen)), _LEAST_BYTES), _MOST_BYTES)
     seen = [_look(path, most) for path in chosen]
     if not any(file.blocks for file in seen):
         return FirstLook()
@@ -308,37 +238,21 @@ def look_at(corpus: Corpus, reading: Reading) -> FirstLook:
     counts = {one: others * sum(file.count(one) for file in seen) for one in _MEANING}
     said = {one: ("" if exact else "about ") + _rounded(n, exact) for one, n in counts.items()}
     sizes = [words for file in seen for words in file.words(rule)]
-    middle = median(sizes) if sizes else 0
-    alternatives = ", ".join(
-        f"{said[one]} with --documents {one}" for one in _MEANING if one != rule
-    )
+    alternatives = ", ".join(f"{said[one]} with --documents {one}" for one in said if one != rule)
     statement = (
-        f"{len(paths):,} .txt file{'s' * (len(paths) > 1)}: a document is {_MEANING[rule]} "
-        f"(--documents {rule}), which makes {said[rule]} of {middle:,.0f} words in the median; it "
-        f"would be {alternatives}"
+        f"{plural(len(paths), '.txt file')}: a document is {_MEANING[rule]} (--documents {rule}), "
+        f"which makes {said[rule]} of {median(sizes or [0]):,.0f} words in the median; it would be "
+        f"{alternatives}"
     )
+    odd = list(_oddities(rule, seen, counts[rule], sizes, len(paths)))
     only_text = len(paths) == sum(len(source.paths) for source in corpus.sources)
     alone = only_text and not any(source.holds_out for source in corpus.sources)
-    odd = [
-        *_thrown_together(rule, seen),
-        *_torn_apart(rule, seen, counts[rule], sizes, len(paths)),
-    ]
     if alone and not odd and counts[rule] < _FEW:
         odd.append(
             f"that is few ({said[rule]} in all): if there should be more documents, say where they "
             f"end by --documents ({alternatives})"
         )
     return FirstLook(statement, tuple(odd))
-
-
-def say_what_documents_are(corpus: Corpus, reading: Reading, say: Callable[[str], None]) -> None:
-    """Says what .txt files are taken for, and warns of what is odd, before hours are spent on it.
-    Raises DataError for a file that cannot be read."""
-    found = look_at(corpus, reading)
-    if found.statement:
-        say(found.statement)
-    for warning in found.warnings:
-        logging.getLogger("stacking_ds").warning("warning: %s", warning)
 
 
 def odd_documents(manifest: DataManifest) -> str | None:
@@ -359,49 +273,46 @@ def odd_documents(manifest: DataManifest) -> str | None:
     return None
 
 
-def _thrown_together(rule: DocumentRule, seen: Sequence[_Seen]) -> list[str]:
-    lists = [file for file in seen if file.could_be_a_list]
-    if rule != "blank-line" or not lists:
-        return []
-    first = lists[0]
-    kind = f"{first.path.name} has" if len(lists) == 1 else f"{len(lists):,} of them have"
-    each = "it is" if len(lists) == 1 else "each is"
-    lines = sum(file.count("line") for file in lists)
-    about = _rounded(lines, all(file.factor == 1 for file in lists))
-    example = "" if len(lists) == 1 else f", {first.path.name} for one"
-    return [
-        f"{kind} no blank line{example}, so {each} taken for one document, though the {about} "
-        "lines look like documents or sentences: if a line is a document, say --documents line, "
-        "if a file is, --documents file"
-    ]
-
-
-def _torn_apart(
+def _oddities(
     rule: DocumentRule, seen: Sequence[_Seen], count: float, sizes: Sequence[float], files: int
-) -> list[str]:
+) -> Iterator[str]:
+    """What looks thrown together, or torn apart."""
+    lists = [file for file in seen if file.could_be_a_list]
+    if rule == "blank-line" and lists:
+        name, each = lists[0].path.name, "it is"
+        subject = f"{name} has no blank line"
+        if len(lists) > 1:
+            subject = f"{len(lists):,} of them have no blank line, {name} for one"
+            each = "each is"
+        exact = all(file.factor == 1 for file in lists)
+        lines = _rounded(sum(file.count("line") for file in lists), exact)
+        yield (
+            f"{subject}, so {each} taken for one document, though the {lines} lines look like "
+            "documents or sentences: if a line is a document, say --documents line, if a file is, "
+            "--documents file"
+        )
     if rule == "file" or not sizes:
-        return []
+        return
+    middle, mean = median(sizes), count / files
+    titles = sum(words <= _TITLE_WORDS for words in sizes) / len(sizes)
+    many = count >= _MANY or (files > 1 and mean >= 5 and count >= _MANY / 10)
     if rule == "line" and sum(file.is_wrapped for file in seen) > len(seen) / 2:
-        return [
+        yield (
             "most lines end within a sentence, as wrapped lines do, and each is taken for a "
             "document: say --documents blank-line, or --documents file"
-        ]
-    middle = median(sizes)
-    if count >= _MANY and middle <= _ONE_LINER_WORDS:
-        return [
+        )
+    elif count >= _MANY and middle <= _ONE_LINER_WORDS:
+        yield (
             f"the documents have {middle:,.0f} words in the median, as sentences and titles do, "
             "and next-sentence pairs need two sentences: if they belong to longer texts, say so by "
             "--documents file, or by blank lines between these texts alone"
-        ]
-    titles = sum(words <= _TITLE_WORDS for words in sizes) / len(sizes)
-    many = count >= _MANY or (files > 1 and count >= 5 * files and count >= _MANY / 10)
-    if rule == "blank-line" and many and (middle < _PARAGRAPH_WORDS or titles > 0.15):
-        return [
-            f"the documents have {middle:,.0f} words in the median and there are "
-            f"{count / files:,.0f} to a file, as paragraphs are: if a file is a document, say "
-            "--documents file; if one holds several, leave blank lines between these alone"
-        ]
-    return []
+        )
+    elif rule == "blank-line" and many and (middle < _PARAGRAPH_WORDS or titles > 0.15):
+        yield (
+            f"the documents have {middle:,.0f} words in the median and there are {mean:,.0f} to a "
+            "file, as paragraphs are: if a file is a document, say --documents file; if one holds "
+            "several, leave blank lines between these alone"
+        )
 
 
 def _look(path: Path, most_bytes: int) -> _Seen:
@@ -413,23 +324,19 @@ def _look(path: Path, most_bytes: int) -> _Seen:
     if not start.is_all and len(lines) > 1:
         lines.pop()
     filled = [line for line in lines if line]
-    return _Seen(
-        path=path,
-        blocks=[
-            [len(line.split()) for line in block]
-            for has_words, block in groupby(lines, key=bool)
-            if has_words
-        ],
-        factor=factor,
-        sentence_share=sum(bool(_ENDS_A_SENTENCE.search(line)) for line in filled)
-        / max(1, len(filled)),
-        line_characters=median(map(len, filled)) if filled else 0,
-    )
+    ends = sum(bool(_ENDS_A_SENTENCE.search(line)) for line in filled) / max(1, len(filled))
+    characters = median(map(len, filled or [""]))
+    blocks = [
+        [len(line.split()) for line in block]
+        for has_words, block in groupby(lines, key=bool)
+        if has_words
+    ]
+    enough = len(filled) >= _ENOUGH_LINES
+    is_list = enough and len(blocks) == 1 and (ends >= 0.6 or characters >= 200)
+    is_wrapped = enough and ends <= 0.4 and 30 <= characters <= 120
+    return _Seen(path, blocks, factor, is_list, is_wrapped)
 
 
 def _rounded(count: float, exact: bool) -> str:
     """A number of documents; an estimate with two digits."""
-    if exact or count < 100:
-        return f"{round(count):,}"
-    digits = len(str(int(count))) - 2
-    return f"{round(count / 10**digits) * 10**digits:,}"
+    return f"{count if exact or count < 100 else float(f'{count:.2g}'):,.0f}"

@@ -56,10 +56,8 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A document, or with `rest_is_lost` all that follows in the piece, that cannot be used.
-
-    `reason` is what such faults are counted under; `sentence` goes on after the place.
-    """
+    """A document, or with `rest_is_lost` all that follows in the piece, that cannot be used: the
+    `reason` that such faults are counted under, and a `sentence` that goes on after the place."""
 
     reason: str
     sentence: str
@@ -86,15 +84,13 @@ class SourcePiece(Record):
     text_bytes: int | None
 
 
-def even_pieces(
-    file: int, parts: int, piece_bytes: int, source_bytes: int, text_bytes: int
-) -> list[SourcePiece]:
-    """Cuts `parts` rows, row groups or batches into pieces of about `piece_bytes` of text, as if
-    all were of one size."""
-    count = max(1, min(parts, round(text_bytes / piece_bytes)))
-    sizes = {"source_bytes": source_bytes // count, "text_bytes": text_bytes // count}
+def even_pieces(whole: SourcePiece, parts: int, piece_bytes: int) -> list[SourcePiece]:
+    """Cuts `parts` rows, row groups or batches, as if of one size, into pieces of about
+    `piece_bytes` of text."""
+    count = max(1, min(parts, round((whole.text_bytes or 0) / piece_bytes)))
     cuts = [parts * i // count for i in range(count + 1)]
-    return [SourcePiece(file=file, start=one, stop=two, **sizes) for one, two in pairwise(cuts)]
+    sizes = {name: (getattr(whole, name) or 0) // count for name in ("source_bytes", "text_bytes")}
+    return [whole.model_copy(update={"start": a, "stop": b, **sizes}) for a, b in pairwise(cuts)]
 
 
 @dataclass(frozen=True)
@@ -134,10 +130,9 @@ class FileReader(Reader):
     def __init__(self, path: Path, piece: SourcePiece, reading: Reading) -> None:
         self.path, self.piece, self.reading = path, piece, reading
 
-    @classmethod
-    @abstractmethod
-    def cut(cls, path: Path, file: int, piece_bytes: int, reading: Reading) -> list[SourcePiece]:
-        """Cuts the file, which has the number `file`, as `Source.pieces` does."""
+    def cut(self, piece_bytes: int) -> list[SourcePiece]:
+        """Cuts the piece, which is the whole file, as `Source.pieces` does."""
+        return [self.piece]
 
     @abstractmethod
     def read(self) -> Iterator[Item]:
@@ -167,8 +162,8 @@ class Source(ABC):
 
     @abstractmethod
     def identity(self) -> list[str]:
-        """The identity of the source without reading it: names, with sizes or versions. A
-        Hugging Face dataset has its name alone, so that it needs no network."""
+        """Names, with sizes or versions, that tell the source from others without reading it, or
+        the network."""
 
     def contents(self) -> list[tuple[str, str | None]]:
         """The names and licences of what it consists of, where that is not files."""
@@ -180,9 +175,8 @@ class Source(ABC):
 
     @abstractmethod
     def pieces(self, piece_bytes: int, reading: Reading) -> list[SourcePiece]:
-        """Cuts it into pieces of about `piece_bytes` of text, in order. Pure: depends on nothing
-        but the content, `piece_bytes` and `reading`. Raises DataError for a table, or JSON, that
-        has no text under the reading's key, before anything else is read."""
+        """Cuts it into pieces of about `piece_bytes` of text, in order; the same for the same
+        content. Raises DataError for a table, or JSON, without text under the reading's key."""
 
     @abstractmethod
     def open(self, piece: SourcePiece, reading: Reading) -> Reader: ...
@@ -200,8 +194,7 @@ def item_of_row(row: Any, number: int, source_bytes: int, reading: Reading) -> I
 
 
 def check_text(text: str | bytes | None, number: int, source_bytes: int, max_bytes: int) -> Item:
-    """A document of `text`, without words if it is None, or the fault that it is too long or no
-    text."""
+    """A document of `text`, without words if None; or why it is too long or no text."""
     try:
         text = text.decode() if isinstance(text, bytes) else text or ""
         if len(text.encode("utf-8")) > max_bytes:

@@ -2,10 +2,9 @@
 library and of this package's dependencies.
 
 Nothing is imported or downloaded: source files are parsed, not run. A document is one help topic
-or one module. The order follows the hash of the documents' names, so it depends neither on the
-file system nor on where packages are installed. A few packages are held out whole. They are read
-first, and a sentence whose words have nearly all been read before is dropped, so nothing that is
-held out remains in the training split.
+or one module. The order follows the hash of the documents' names, so that it is the same wherever
+packages are installed. A few packages are held out whole. They are read first, and a sentence whose
+words have nearly all been read before is dropped, so that nothing held out is in the other split.
 """
 
 import ast
@@ -17,9 +16,10 @@ import platform
 import re
 import sysconfig
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cache
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from pydoc_data import topics
 
@@ -37,8 +37,7 @@ from stacking_ds.errors import DataError
 
 # ---- sentences that have been said before, in the same or nearly the same words
 
-_SHINGLE_WORDS = 4
-_MIN_NEW_SHARE = 0.6
+_SHINGLE_WORDS, _MIN_NEW_SHARE = 4, 0.6
 _WORD = re.compile(r"[a-z]+")
 
 
@@ -46,8 +45,7 @@ class SeenSentences:
     """Remembers every run of four words it has accepted (Broder 1997 calls them shingles).
 
     Numbers, case and punctuation do not count. A template with one name exchanged shares most of
-    its runs with the first of its kind, and so does a sentence put together from known ones. The
-    sets are exact, which a few megabytes of text can afford.
+    its runs with the first of its kind, and so does a sentence put together from known ones.
     """
 
     def __init__(self) -> None:
@@ -113,8 +111,7 @@ _FUNCTION_WORDS = frozenset(
         were when where which while will with would you your""",
     )
 )
-_MIN_WORDS = 5
-_MAX_WORDS = 90
+_MIN_WORDS, _MAX_WORDS = 5, 90
 
 
 def paragraphs(documentation: str) -> Iterator[list[str]]:
@@ -125,23 +122,14 @@ def paragraphs(documentation: str) -> Iterator[list[str]]:
         if len(lines) > 1 and _UNDERLINE.match(lines[1]):
             skipping = bool(_SKIPPED_SECTION.match(lines[0].strip()))
             lines = lines[2:]
-        if not lines or skipping or _is_not_prose(lines):
+        is_code = any(map(_NOT_PROSE_LINE.match, lines))
+        if not lines or skipping or is_code or _NOT_PROSE_START.match(lines[0]):
             continue
-        sentences = list(_sentences(" ".join(lines)))
-        if sentences:
+        text = " ".join(lines)
+        for pattern, replacement in _MARKUP:
+            text = pattern.sub(replacement, text)
+        if sentences := [one for one in split_sentences(text) if _is_sentence(one)]:
             yield sentences
-
-
-def _is_not_prose(lines: list[str]) -> bool:
-    return bool(_NOT_PROSE_START.match(lines[0])) or any(map(_NOT_PROSE_LINE.match, lines))
-
-
-def _sentences(text: str) -> Iterator[str]:
-    for pattern, replacement in _MARKUP:
-        text = pattern.sub(replacement, text)
-    for sentence in split_sentences(text):
-        if _is_sentence(sentence):
-            yield sentence
 
 
 def _is_sentence(sentence: str) -> bool:
@@ -164,38 +152,23 @@ TEXT_BYTES = 3_800_000
 # Raise it whenever other text comes out of the same packages.
 _CLEANING_VERSION = 1
 
-# The dependencies that carry prose: import name -> distribution. A package that is not installed
+# Python and the dependencies that carry prose, by what is imported. A package that is not installed
 # is left out, which `identity` shows.
+PACKAGES = (
+    "python",
+    *("PIL", "absl", "anyio", "click", "datasets", "dateutil", "deepspeed", "dill", "filelock"),
+    *("fsspec", "grpc", "huggingface_hub", "jinja2", "markdown", "mpmath", "networkx", "numpy"),
+    *("packaging", "pandas", "psutil", "pyarrow", "pydantic", "sympy", "tensorboard", "torch"),
+    *("transformers", "werkzeug"),
+)
+# the distributions that are called otherwise
 _DISTRIBUTIONS = {
     "PIL": "pillow",
     "absl": "absl-py",
-    "anyio": "anyio",
-    "click": "click",
-    "datasets": "datasets",
     "dateutil": "python-dateutil",
-    "deepspeed": "deepspeed",
-    "dill": "dill",
-    "filelock": "filelock",
-    "fsspec": "fsspec",
     "grpc": "grpcio",
     "huggingface_hub": "huggingface-hub",
-    "jinja2": "jinja2",
-    "markdown": "markdown",
-    "mpmath": "mpmath",
-    "networkx": "networkx",
-    "numpy": "numpy",
-    "packaging": "packaging",
-    "pandas": "pandas",
-    "psutil": "psutil",
-    "pyarrow": "pyarrow",
-    "pydantic": "pydantic",
-    "sympy": "sympy",
-    "tensorboard": "tensorboard",
-    "torch": "torch",
-    "transformers": "transformers",
-    "werkzeug": "werkzeug",
 }
-PACKAGES = ("python", *_DISTRIBUTIONS)
 _HELDOUT = ("jinja2", "pydantic", "tensorboard")
 
 # Tests, copies of other packages, and the model zoo of transformers, whose files are variations
@@ -204,25 +177,35 @@ _SKIPPED_FOLDERS = {"models", "pydoc_data", "site-packages", "dist-packages", "_
     *("_vendor", "_vendored", "third_party", "vendor"),
     *("idle_test", "test", "testing", "tests"),
 }
-_MIN_SENTENCES = 4
-_MIN_CHARACTERS = 300
+_MIN_SENTENCES, _MIN_CHARACTERS = 4, 300
 
 
-class Embedded(Source):
-    """The corpus as a source; its first packages are held out."""
+class Embedded(Source, Reader):
+    """The corpus as a source of one piece; its first packages are held out."""
 
+    name = "embedded"
     holds_out = True
-
-    def __init__(self, name: str = "embedded", download: bool = False) -> None:
-        self.name = name
 
     def identity(self) -> list[str]:
         """The version of the cleaning, of Python and of each package."""
         versions = [f"embedded corpus, cleaning {_CLEANING_VERSION}"]
-        return versions + [name for name, _ in licences()]
+        return versions + [name for name, _ in self.contents()]
 
     def contents(self) -> list[tuple[str, str | None]]:
-        return licences()
+        """Python and each package, with its version and the licence that it states, if it does."""
+        found: list[tuple[str, str | None]] = [(f"python {platform.python_version()}", "PSF-2.0")]
+        for package in filter(importlib.util.find_spec, PACKAGES[1:]):
+            distribution = _DISTRIBUTIONS.get(package, package)
+            try:
+                stated = metadata.metadata(distribution)
+            except metadata.PackageNotFoundError:
+                found.append((f"{distribution} of unknown version", None))
+                continue
+            texts = [stated[key] for key in ("License-Expression", "License") if key in stated]
+            # old packages put the whole text there
+            licence = texts[0].strip().split("\n")[0][:80] if texts else None
+            found.append((f"{distribution} {stated['Version']}", licence))
+        return found
 
     def estimate(self) -> int:
         return TEXT_BYTES
@@ -232,78 +215,36 @@ class Embedded(Source):
         return [SourcePiece(file=0, start=0, stop=1, source_bytes=size, text_bytes=size)]
 
     def open(self, piece: SourcePiece, reading: Reading) -> Reader:
-        return _EmbeddedDocuments()
+        return self
 
-
-class _EmbeddedDocuments(Reader):
     def items(self) -> Iterator[Item]:
-        for number, (split, text) in enumerate(_all_documents(), start=1):
+        for number, (split, text) in enumerate(documents(), start=1):
             yield Document(text, number, len(text), split)
 
     def place(self, number: int) -> tuple[str, str]:
         return f"embedded:{number}", f"the embedded corpus, document {number}"
 
 
-@cache
-def _all_documents() -> list[tuple[SplitName, str]]:
-    """A few megabytes, kept since reading them takes much longer than tokenizing them."""
-    return list(documents())
-
-
-def licences() -> list[tuple[str, str | None]]:
-    """Python and each package with its version, and the licence it states; None where it does
-    not."""
-    found: list[tuple[str, str | None]] = [(f"python {platform.python_version()}", "PSF-2.0")]
-    for package, distribution in _DISTRIBUTIONS.items():
-        if importlib.util.find_spec(package) is not None:
-            try:
-                stated = metadata.metadata(distribution)
-            except metadata.PackageNotFoundError:
-                found.append((f"{distribution} of unknown version", None))
-                continue
-            # old packages put the whole text there
-            lines = [
-                stated[field].strip().split("\n")[0][:80]
-                for field in ("License-Expression", "License")
-                if field in stated
-            ]
-            found.append((f"{distribution} {stated['Version']}", lines[0] if lines else None))
-    return found
-
-
-def documents(packages: Sequence[str] = PACKAGES) -> Iterator[tuple[SplitName, str]]:
+@cache  # a few megabytes, and reading them takes much longer than tokenizing them
+def documents(packages: tuple[str, ...] = PACKAGES) -> list[tuple[SplitName, str]]:
     """The split and the text of each document, held-out ones first; one paragraph a line.
 
     `packages` are import names out of PACKAGES; "python" stands for the help topics and the
     standard library. Raises DataError for a name that is not among them.
     """
-    unknown = sorted(set(packages) - set(PACKAGES))
-    if unknown:
+    if unknown := sorted(set(packages) - set(PACKAGES)):
         raise DataError(f"the embedded corpus knows no package {unknown[0]!r}; it has {PACKAGES}")
-    seen = SeenSentences()
+    seen, found = SeenSentences(), []
     splits: tuple[SplitName, SplitName] = ("heldout", "train")
     for split in splits:
         chosen = [package for package in packages if (package in _HELDOUT) == (split == "heldout")]
         named = [item for package in chosen for item in _documentation(package)]
         for _, texts in sorted(named, key=lambda item: hashlib.sha256(item[0].encode()).digest()):
-            document = _new_prose(texts, seen)
-            if document is not None:
-                yield split, document
-
-
-def _new_prose(texts: Sequence[str], seen: SeenSentences) -> str | None:
-    """The prose of `texts` that was not seen before, one paragraph a line; None if too little."""
-    lines: list[str] = []
-    num_sentences = 0
-    for text in texts:
-        for paragraph in paragraphs(text):
-            sentences = [sentence for sentence in paragraph if seen.accept(sentence)]
-            if sentences:
-                lines.append(" ".join(sentences))
-                num_sentences += len(sentences)
-    document = "\n".join(lines)
-    long_enough = num_sentences >= _MIN_SENTENCES and len(document) >= _MIN_CHARACTERS
-    return document if long_enough else None
+            prose = [list(filter(seen.accept, one)) for text in texts for one in paragraphs(text)]
+            document = "\n".join(" ".join(sentences) for sentences in prose if sentences)
+            if sum(map(len, prose)) >= _MIN_SENTENCES and len(document) >= _MIN_CHARACTERS:
+                found.append((split, document))
+    return found
 
 
 def _documentation(package: str) -> Iterator[tuple[str, list[str]]]:
@@ -311,8 +252,7 @@ def _documentation(package: str) -> Iterator[tuple[str, list[str]]]:
     if package == "python":
         for topic, text in topics.topics.items():
             # Descriptions of methods are indented by one level; code in them by two.
-            lines = (line.removeprefix("   ") for line in text.split("\n"))
-            yield f"topic {topic}", ["\n".join(lines)]
+            yield f"topic {topic}", [re.sub("^   ", "", text, flags=re.MULTILINE)]
         roots = [Path(sysconfig.get_path("stdlib"))]
     else:
         spec = importlib.util.find_spec(package)
@@ -320,56 +260,39 @@ def _documentation(package: str) -> Iterator[tuple[str, list[str]]]:
     for root in roots:
         for path in sorted(root.rglob("*.py")):
             parts = path.relative_to(root).parts
-            if not _SKIPPED_FOLDERS.intersection(parts):
-                texts = _docstrings(path)
-                if texts:
-                    yield "/".join((package, *parts)), texts
+            if not _SKIPPED_FOLDERS.intersection(parts) and (texts := _docstrings(path)):
+                yield "/".join((package, *parts)), texts
 
 
 def _docstrings(path: Path) -> list[str]:
-    """The triple-quoted docstrings of a source file in order; none if this Python cannot parse it.
-
-    Packages ship files that are no Python of this version (templates, tests of parsers), which
-    are not errors here.
-    """
+    """The triple-quoted docstrings of a source file in order; none if this Python cannot parse it,
+    as it is with templates and tests of parsers."""
+    # the garbage collector would walk the growing tree over and over, a quarter of the time
+    collecting = gc.isenabled()
+    gc.disable()
     try:
         source = path.read_text(encoding="utf-8")
         if '"""' not in source and "'''" not in source:
             return []
-        tree = _parse(source)
-    except (SyntaxError, ValueError, RecursionError):
-        return []
-    return list(_docstrings_of(tree))
-
-
-def _parse(source: str) -> ast.Module:
-    """The syntax tree, without the warnings that other people's code deserves, and without the
-    garbage collector, which would walk the growing tree over and over (a quarter of the time)."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return ast.parse(source)
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError):
+        return []
     finally:
         if collecting:
             gc.enable()
+    return list(_docstrings_of(tree))
 
 
 def _docstrings_of(node: ast.Module | ast.ClassDef | ast.FunctionDef) -> Iterator[str]:
-    docstring = ast.get_docstring(node, clean=False)
-    if docstring:
+    if docstring := ast.get_docstring(node, clean=False):
         yield docstring
     for child in node.body:
         if isinstance(child, ast.ClassDef | ast.FunctionDef):
             yield from _docstrings_of(child)
         elif isinstance(child, ast.Expr) and isinstance(child.value, ast.Call):
             # numpy and torch document compiled functions by calls: add_docstr(name, "...").
-            yield from _string_arguments(child.value)
-
-
-def _string_arguments(call: ast.Call) -> Iterator[str]:
-    for argument in call.args:
-        for node in ast.walk(argument):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                yield node.value
+            for part in chain.from_iterable(map(ast.walk, child.value.args)):
+                if isinstance(part, ast.Constant) and isinstance(part.value, str):
+                    yield part.value

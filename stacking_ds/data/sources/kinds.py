@@ -14,27 +14,13 @@ import errno
 import glob
 import os
 import stat
-from collections.abc import Callable
 from pathlib import Path
 
 from stacking_ds.console import is_utf8, readable_name
-from stacking_ds.data.sources.documents import (
-    FileReader,
-    Reader,
-    Reading,
-    Source,
-    SourcePiece,
-    reading_of,
-)
+from stacking_ds.data.sources.documents import FileReader, Reading, Source, SourcePiece, reading_of
 from stacking_ds.data.sources.embedded import Embedded
-from stacking_ds.data.sources.lines import PACKED_SUFFIXES, content_suffix, is_packed
-from stacking_ds.data.sources.tables import (
-    PARQUET_FACTOR,
-    ArrowFile,
-    DelimitedFile,
-    HuggingFace,
-    ParquetFile,
-)
+from stacking_ds.data.sources.lines import PACKED_SUFFIXES, content_suffix, is_packed, whole
+from stacking_ds.data.sources.tables import ArrowFile, DelimitedFile, HuggingFace, ParquetFile
 from stacking_ds.data.sources.text_files import JsonFile, JsonLines, TextFile
 from stacking_ds.errors import DataError
 
@@ -48,25 +34,18 @@ _KINDS = (
     f"{' or '.join(_TABLES)}"
 )
 
-_OTHER_SOURCES: dict[str, Callable[[str, bool], Source]] = {
-    "embedded": Embedded,
-    "hf:": HuggingFace,
-}
-"""Sources that are no files, by their name or what it begins with."""
-
 SeenFiles = dict[tuple[int, int] | Path, Path]
 """The files that are read, by device and inode, under the name that came first."""
 
 
 def open_source(name: str, *, download: bool = False, seen: SeenFiles | None = None) -> Source:
     """The source called `name`; DataError when its files do not exist or cannot be told apart.
-
-    `download` is for Hugging Face datasets: fetch them whole instead of streaming. Files that are
-    `seen` already are left out; those of this source are added.
-    """
-    for word, source in _OTHER_SOURCES.items():
-        if name == word or (word.endswith(":") and name.startswith(word)):
-            return source(name, download)
+    Those that are `seen` already are left out, the others are added. `download` fetches a Hugging
+    Face dataset whole instead of streaming it."""
+    if name == "embedded":
+        return Embedded()
+    if name.startswith("hf:"):
+        return HuggingFace(name, download)
     return _Files(name, {} if seen is None else seen)
 
 
@@ -83,7 +62,10 @@ class _Files(Source):
             unread = {path.name for path in inside} - {path.name for path in found}
         self.unread = sorted(map(readable_name, unread))
         for path in found:
-            first = seen.setdefault(_inode(path), path)
+            status = _stat(path)
+            # some file systems have no numbers for their files
+            inode = (status.st_dev, status.st_ino) if status.st_ino else path.absolute()
+            first = seen.setdefault(inode, path)
             if first is path:
                 self.paths.append(path)
             else:
@@ -93,35 +75,32 @@ class _Files(Source):
         return [f"{path.name}, {_stat(path).st_size:,} bytes" for path in self.paths]
 
     def estimate(self) -> int:
-        return sum(
-            _stat(path).st_size
-            * (PARQUET_FACTOR if is_packed(path) or content_suffix(path) == ".parquet" else 1)
-            for path in self.paths
-        )
+        found = 0
+        for path in self.paths:
+            with reading_of(path):
+                found += whole(path, 0).text_bytes or 0
+        return found
 
     def pieces(self, piece_bytes: int, reading: Reading) -> list[SourcePiece]:
         found: list[SourcePiece] = []
         for index, path in enumerate(self.paths):
             with reading_of(path):
-                found += _READERS[content_suffix(path)].cut(path, index, piece_bytes, reading)
+                found += self.open(whole(path, index), reading).cut(piece_bytes)
         return found
 
-    def open(self, piece: SourcePiece, reading: Reading) -> Reader:
+    def open(self, piece: SourcePiece, reading: Reading) -> FileReader:
         path = self.paths[piece.file]
         return _READERS[content_suffix(path)](path, piece, reading)
 
 
 def _expand(name: str) -> list[Path]:
     """The files behind a path, a folder (its readable files) or a glob, sorted by name."""
-    path = Path(name)
+    path, named = Path(name), []
     if path.is_file():
         paths = [path]
     elif path.is_dir():
-        paths = sorted(
-            file
-            for file in path.iterdir()
-            if _is_known(file) and content_suffix(file) not in _ONLY_IF_NAMED and file.is_file()
-        )
+        named = sorted(file for file in path.iterdir() if _is_known(file) and file.is_file())
+        paths = [file for file in named if content_suffix(file) not in _ONLY_IF_NAMED]
     else:
         matches = [Path(match) for match in glob.glob(name, recursive=True)]
         # where folders are links in a circle, there is a match at every turn, and at last too many
@@ -129,8 +108,11 @@ def _expand(name: str) -> list[Path]:
         paths = sorted(
             match for match in matches if not match.is_dir() and not (many and _in_circle(match))
         )
+    if not paths and path.is_dir():
+        remedy = f"; name the files, as {str(named[0])!r}, to have them read" if named else ""
+        raise DataError(f"data source {name!r} holds no {_KINDS} file{remedy}")
     if not paths:
-        raise _nothing_found(name, path)
+        raise DataError(f"data source {name!r} does not exist, or matches no {_KINDS} file")
     for file in paths:
         if not is_utf8(file):
             raise DataError(f"the name of {readable_name(file)} is not UTF-8; rename it")
@@ -152,23 +134,9 @@ def _in_circle(path: Path) -> bool:
     return False
 
 
-def _nothing_found(name: str, path: Path) -> DataError:
-    if not path.is_dir():
-        return DataError(f"data source {name!r} does not exist, or matches no {_KINDS} file")
-    named = sorted(file.name for file in path.iterdir() if _is_known(file))
-    remedy = f"; name the files, as {str(path / named[0])!r}, to have them read" if named else ""
-    return DataError(f"data source {name!r} holds no {_KINDS} file{remedy}")
-
-
 def _is_known(file: Path) -> bool:
     kind = content_suffix(file)
     return kind in _READERS and not (kind in _TABLES and is_packed(file))
-
-
-def _inode(path: Path) -> tuple[int, int] | Path:
-    found = _stat(path)
-    # some file systems have no numbers for their files
-    return (found.st_dev, found.st_ino) if found.st_ino else path.absolute()
 
 
 def _stat(path: Path) -> os.stat_result:

@@ -4,6 +4,9 @@ Lines end with a newline, carriage returns before it included. A file without an
 them with a carriage return instead, or, where it has no carriage return either, with the next-line
 character or the line and paragraph separators of Unicode; where newlines are there, all of these
 are blanks. The byte order mark that a file may begin with is no part of it.
+
+Everything here raises DamagedFileError for what is no regular file, OSError for what the system
+does not let us read.
 """
 
 import bz2
@@ -14,7 +17,7 @@ import lzma
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +29,7 @@ from stacking_ds.data.sources.documents import Fault, SourcePiece, too_long
 from stacking_ds.files import open_regular
 
 _NAMES = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
+_OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 PACKED_SUFFIXES = tuple(_NAMES)
 _BLOCK_BYTES, _ARROW_BLOCK_BYTES = 2**17, 2**13
 _BROKEN = (EOFError, zlib.error, lzma.LZMAError)
@@ -50,21 +54,19 @@ class Line:
 
 
 class Start(NamedTuple):
-    """The text that a file begins with, the bytes that hold it, unpacked, and whether there is no
-    more to be read."""
+    """The text that a file begins with, the bytes that hold it, and whether that is all."""
 
     text: str
     content_bytes: int
     is_all: bool
 
 
-class BrokenPackedError(Exception):
-    """A compressed file that cannot be unpacked any further; `fault` says so of a line."""
+class RestIsLostError(Exception):
+    """The file cannot be read any further, for the reason that `fault` states of line 0."""
 
-    def __init__(self, path: Path, error: Exception) -> None:
-        kind = _NAMES[path.suffix.lower()]
-        sentence = f"is in a broken {kind} file: {error}; from there on nothing can be read"
-        self.fault = Fault(f"broken {kind}", sentence, 0, 0, True)
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(fault.sentence)
+        self.fault = fault
 
 
 def content_suffix(path: Path) -> str:
@@ -77,9 +79,17 @@ def is_packed(path: Path) -> bool:
     return path.suffix.lower() in PACKED_SUFFIXES
 
 
+def whole(path: Path, file: int) -> SourcePiece:
+    """All of a file, which has that number in its source."""
+    size = path.stat().st_size
+    # what is compressed, as Parquet is in itself, has about three times as much text
+    text_bytes = 3 * size if is_packed(path) or content_suffix(path) == ".parquet" else size
+    return SourcePiece(file=file, start=0, stop=size, source_bytes=size, text_bytes=text_bytes)
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    """The file as it lies there. Raises BrokenPackedError for what then fails to be unpacked."""
+    """The file as it lies there. Raises RestIsLostError for what then fails to be unpacked."""
     with open_regular(path) as raw:
         try:
             if is_packed(path) and not os.fstat(raw.fileno()).st_size:
@@ -89,40 +99,37 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
             # what a file system says has a number
             if getattr(error, "errno", None) is not None or not is_packed(path):
                 raise
-            raise BrokenPackedError(path, error) from error
+            kind = _NAMES[path.suffix.lower()]
+            sentence = f"is in a broken {kind} file: {error}; from there on nothing can be read"
+            raise RestIsLostError(Fault(f"broken {kind}", sentence, 0, 0, True)) from error
 
 
 def lines_of(
     path: Path, piece: SourcePiece, max_bytes: int, ends: Ends = TEXT_ENDS
 ) -> Iterator[Line]:
     """The lines of a piece. Never more than `max_bytes` of one is in memory, and of a run of blank
-    lines only the first two are given. A broken compressed file ends with a fault.
-
-    Raises DamagedFileError for what is no regular file, OSError for what cannot be read.
-    """
+    lines only the first two are given. A broken compressed file ends with a fault."""
     number = 1
     try:
         with _opened(path) as raw:
-            file, translated = _from_start(raw, path, piece, max_bytes, ends)
+            raw.seek(piece.start)
+            file, translated = raw, False
+            if begins := piece.start == 0:
+                file, translated = _from_start(raw, path, max_bytes, ends)
             to_the_end = translated or is_packed(path)
             for line, lines, size in _raw_lines(file, raw, piece, max_bytes, to_the_end):
-                first = number == 1 and piece.start == 0
-                yield _decoded(line, number, size, max_bytes, first)
+                yield _decoded(line, number, size, max_bytes, begins and number == 1)
                 number += lines
-    except BrokenPackedError as broken:
-        yield Line(number, "", 0, fault=replace(broken.fault, number=number))
+    except RestIsLostError as lost:
+        yield Line(number, "", 0, fault=replace(lost.fault, number=number))
 
 
 def start_of(path: Path, most_bytes: int, ends: Ends = TEXT_ENDS) -> Start:
     """The beginning of the file, its lines ended by newlines; what is not UTF-8 is replaced, and
-    where a compressed file is broken its text ends.
-
-    Raises DamagedFileError for what is no regular file, OSError for what cannot be read.
-    """
+    where a compressed file is broken its text ends."""
     content = b""
-    whole = SourcePiece(file=0, start=0, stop=2**62, source_bytes=None, text_bytes=None)
-    with suppress(BrokenPackedError), _opened(path) as raw:
-        file = cast("io.BufferedReader", _from_start(raw, path, whole, most_bytes, ends)[0])
+    with suppress(RestIsLostError), _opened(path) as raw:
+        file = cast("io.BufferedReader", _from_start(raw, path, most_bytes, ends)[0])
         # one byte too many tells that there is more
         while block := file.read1(most_bytes + 1 - len(content)):
             content += block
@@ -131,22 +138,18 @@ def start_of(path: Path, most_bytes: int, ends: Ends = TEXT_ENDS) -> Start:
     return Start(text, len(used), is_all=used == content)
 
 
-def text_blocks(path: Path) -> Iterator[str | Fault]:
-    """All the text of a file, in blocks; a fault, with the number 0, where it cannot go on.
-
-    Raises DamagedFileError for what is no regular file, OSError for what cannot be read.
-    """
+def text_blocks(path: Path) -> Iterator[str]:
+    """All the text of a file, in blocks. Raises RestIsLostError where it cannot go on."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    try:
-        with _opened(path) as raw:
-            file = _unpacked(raw, path)
+    with _opened(path) as raw:
+        file = _unpacked(raw, path)
+        try:
             while block := file.read(_BLOCK_BYTES):
                 yield decoder.decode(block)
             yield decoder.decode(b"", final=True)
-    except UnicodeDecodeError as error:
-        yield Fault("not UTF-8", f"is not UTF-8: {error.reason}", 0, 0, True)
-    except BrokenPackedError as broken:
-        yield broken.fault
+        except UnicodeDecodeError as error:
+            fault = Fault("not UTF-8", f"is not UTF-8: {error.reason}", 0, 0, True)
+            raise RestIsLostError(fault) from error
 
 
 def has_newlines(path: Path, max_bytes: int, ends: Ends = TEXT_ENDS) -> bool:
@@ -158,10 +161,7 @@ def has_newlines(path: Path, max_bytes: int, ends: Ends = TEXT_ENDS) -> bool:
 def skip_line(file: BinaryIO, last: bytes) -> int:
     """Reads to the end of the line of which `last` was read; the number of bytes skipped."""
     skipped = 0
-    while not last.endswith(b"\n"):
-        last = file.readline(_BLOCK_BYTES)
-        if not last:
-            break
+    while not last.endswith(b"\n") and (last := file.readline(_BLOCK_BYTES)):
         skipped += len(last)
     return skipped
 
@@ -169,8 +169,8 @@ def skip_line(file: BinaryIO, last: bytes) -> int:
 def _raw_lines(
     file: BinaryIO, raw: BinaryIO, piece: SourcePiece, limit: int, to_the_end: bool
 ) -> Iterator[tuple[bytes, int, int]]:
-    """The lines as they are, cut off behind the limit, each with the number of lines that it stands
-    for and the bytes of the source that these took."""
+    """The lines, cut off behind the limit, each with the number of lines that it stands for and the
+    bytes of the source that these took."""
     position, blank = piece.start, False
     while to_the_end or position < piece.stop:
         line = file.readline(limit + 1)
@@ -179,15 +179,13 @@ def _raw_lines(
         length, lines = len(line), 1
         if length > limit:
             length += skip_line(file, line)
-        elif line.isspace():
+        elif blank and line.isspace():
             # of a text that is nothing but newlines each would take a microsecond
-            if blank:
-                left = 2**62 if to_the_end else piece.stop - position - length
-                skipped, more = _skip_blank_lines(file, left)
-                length, lines = length + skipped, lines + more
-            blank = True
+            left = 2**62 if to_the_end else piece.stop - position - length
+            skipped, more = _skip_blank_lines(file, left)
+            length, lines = length + skipped, lines + more
         else:
-            blank = False
+            blank = line.isspace()
         before = position
         position = raw.tell() if to_the_end else position + length
         yield line, lines, position - before
@@ -223,57 +221,41 @@ def _decoded(line: bytes, number: int, source_bytes: int, limit: int, first: boo
 # ------------------------------------------------------------- unpacking, and other line ends
 
 
-def _from_start(
-    raw: BinaryIO, path: Path, piece: SourcePiece, max_bytes: int, ends: Ends
-) -> tuple[BinaryIO, bool]:
-    """What the file holds, from the piece's start; and whether its line ends had to be made
-    newlines, as in a piece that is the whole of a file."""
-    if piece.start:
-        raw.seek(piece.start)
-        return raw, False
-    file = _unpacked(raw, path)
-    other = _other_ends(file, max_bytes, ends)
+def _from_start(raw: BinaryIO, path: Path, max_bytes: int, ends: Ends) -> tuple[BinaryIO, bool]:
+    """What the file holds; and whether its line ends had to be made newlines."""
+    other = _other_ends(_unpacked(raw, path), max_bytes, ends)
     raw.seek(0)
     file = _unpacked(raw, path)
-    if not other:
-        return file, False
-    return io.BufferedReader(_AsItComes(file, other), _BLOCK_BYTES), True
+    if other:
+        file = io.BufferedReader(_AsItComes(file, other), _BLOCK_BYTES)
+    return file, bool(other)
 
 
 def _unpacked(raw: BinaryIO, path: Path) -> BinaryIO:
-    stream: Any
-    match path.suffix.lower():
-        case ".gz":
-            stream = gzip.GzipFile(fileobj=raw)
-        case ".bz2":
-            stream = bz2.BZ2File(raw)
-        case ".xz":
-            stream = lzma.LZMAFile(raw)  # noqa: SIM115
-        case ".zst":
-            # Arrow closes what it reads from
-            own = os.fdopen(os.dup(raw.fileno()), "rb", buffering=0)
-            stream = pa.CompressedInputStream(pa.PythonFile(own, mode="r"), "zstd")
-            # it gives all that is asked for or nothing, also of a file that ends too soon
-            return io.BufferedReader(stream, _ARROW_BLOCK_BYTES)
-        case _:
-            return raw
-    return io.BufferedReader(_AsItComes(stream), _BLOCK_BYTES)
+    if not is_packed(path):
+        return raw
+    if (suffix := path.suffix.lower()) == ".zst":
+        # Arrow closes what it reads from
+        own = os.fdopen(os.dup(raw.fileno()), "rb", buffering=0)
+        stream = pa.CompressedInputStream(pa.PythonFile(own, mode="r"), "zstd")
+        # it gives all that is asked for or nothing, also of a file that ends too soon
+        return io.BufferedReader(stream, _ARROW_BLOCK_BYTES)
+    return io.BufferedReader(_AsItComes(_OPENERS[suffix](raw)), _BLOCK_BYTES)
 
 
 def _other_ends(file: BinaryIO, max_bytes: int, ends: Ends) -> tuple[bytes, ...]:
     """What ends lines instead of newlines, as far as a longest line tells; empty if these do."""
-    peek = getattr(file, "peek", None)
-    if peek is not None and b"\n" in peek(1):
+    if b"\n" in cast("io.BufferedReader", file).peek(1):
         return ()
-    seen, last, found = 0, b"", [False] * len(ends)
+    seen, last = 0, b""
+    found: set[int] = set()
     while seen <= max_bytes and (block := file.read(_BLOCK_BYTES)):
         if b"\n" in block:
             return ()
         seen += len(block)
-        for index, group in enumerate(ends):
-            found[index] = found[index] or any(end in last + block for end in group)
+        found |= {n for n, group in enumerate(ends) if any(end in last + block for end in group)}
         last = block[-2:]
-    return next((group for group, has in zip(ends, found, strict=True) if has), ())
+    return ends[min(found)] if found else ()
 
 
 class _AsItComes(io.RawIOBase):

@@ -26,13 +26,10 @@ from stacking_ds.data.sources.documents import (
     too_long,
 )
 from stacking_ds.data.sources.lines import JSON_ENDS, content_suffix, lines_of
-from stacking_ds.data.sources.text_files import whole
 from stacking_ds.errors import DataError
 
 _ROWS_PER_READ = 256
 _READ_AHEAD_BYTES = 2**20
-# Parquet is compressed; its text is about three times as large.
-PARQUET_FACTOR = 3
 _TEXT_TYPES = (
     *(pa.string(), pa.large_string(), pa.string_view()),
     *(pa.binary(), pa.large_binary(), pa.binary_view()),
@@ -45,12 +42,9 @@ class ArrowFile(FileReader):
 
     noun = "row"
 
-    @classmethod
-    def cut(cls, path: Path, file: int, piece_bytes: int, reading: Reading) -> list[SourcePiece]:
-        with _opened(path, reading.text_key) as (_, parts):
-            size = path.stat().st_size
-            factor = PARQUET_FACTOR if _is_parquet(path) else 1
-            return even_pieces(file, parts, piece_bytes, size, factor * size)
+    def cut(self, piece_bytes: int) -> list[SourcePiece]:
+        with _opened(self.path, self.reading.text_key) as (_, parts):
+            return even_pieces(self.piece, parts, piece_bytes)
 
     def read(self) -> Iterator[Item]:
         with _opened(self.path, self.reading.text_key) as (table, _):
@@ -104,14 +98,8 @@ def items_of_column(
 def check_column(schema: pa.Schema, key: str, where: object) -> None:
     """Raises DataError unless the table has one column `key`, of text: strings of any kind, bytes
     that should be UTF-8, or nothing but nulls."""
-    names = schema.names
-    if key not in names:
-        raise DataError(
-            f"{where} has no column {key!r}, only {names[:_MOST_NAMED]}; name it by --text-key"
-        )
-    if names.count(key) > 1:
-        raise DataError(f"{where} has {names.count(key)} columns {key!r}; rename all but one")
-    kind = schema.field(names.index(key)).type
+    _require_one(schema.names, key, where)
+    kind = schema.field(key).type
     if not _is_text(kind):
         others = [field.name for field in schema if _is_text(field.type)][:_MOST_NAMED]
         remedy = f"its columns {others} do, of which --text-key can name one" if others else ""
@@ -121,19 +109,25 @@ def check_column(schema: pa.Schema, key: str, where: object) -> None:
         )
 
 
+def _require_one(names: list[str], key: str, where: object, place: str = "") -> None:
+    if key not in names:
+        raise DataError(
+            f"{where} has no column {key!r}{place}, only {names[:_MOST_NAMED]}; name the one that "
+            "holds the text by --text-key"
+        )
+    if names.count(key) > 1:
+        raise DataError(f"{where} has {names.count(key)} columns {key!r}; rename all but one")
+
+
 def _is_text(kind: pa.DataType) -> bool:
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     return kind in _TEXT_TYPES or pa.types.is_null(kind)
 
 
-def _is_parquet(path: Path) -> bool:
-    return path.name.lower().endswith(".parquet")
-
-
 @contextmanager
 def _opened(path: Path, key: str) -> Iterator[tuple[Any, int]]:
     """The table, which has a column `key` of text, and how many parts it can be cut into."""
-    if _is_parquet(path):
+    if content_suffix(path) == ".parquet":
         with pq.ParquetFile(path, buffer_size=_READ_AHEAD_BYTES) as table:
             check_column(table.schema_arrow, key, path)
             yield table, table.num_row_groups
@@ -160,20 +154,14 @@ class DelimitedFile(FileReader):
     """A .csv or .tsv file; numbers are those of the lines that rows start in. In a .csv a field in
     double quotes may hold delimiters and newlines."""
 
-    @classmethod
-    def cut(cls, path: Path, file: int, piece_bytes: int, reading: Reading) -> list[SourcePiece]:
-        piece = whole(path, file)
-        header, *_ = next(cls(path, piece, reading)._rows(), ([],))
-        if isinstance(header, Fault):
-            raise DataError(f"{path} cannot be read: its first line {header.sentence}")
-        _index_of(header, reading.text_key, path)
-        return [piece]
+    def cut(self, piece_bytes: int) -> list[SourcePiece]:
+        self._names(self._rows())
+        return [self.piece]
 
     def read(self) -> Iterator[Item]:
         rows = self._rows()
-        header, *_ = next(rows, ([],))
-        names = header if isinstance(header, list) else []
-        index = _index_of(names, self.reading.text_key, self.path)
+        names = self._names(rows)
+        index = names.index(self.reading.text_key)
         for row, number, size in rows:
             if isinstance(row, Fault):
                 yield row
@@ -182,6 +170,20 @@ class DelimitedFile(FileReader):
                 yield Fault("not a row", sentence, number, size)
             elif row:
                 yield check_text(row[index], number, size, self.reading.max_bytes)
+
+    def _names(self, rows: Iterator[tuple[list[str] | Fault, int, int]]) -> list[str]:
+        """What the first of the rows calls the columns, of which one is the text's."""
+        path, key = self.path, self.reading.text_key
+        names, *_ = next(rows, ([],))
+        if isinstance(names, Fault):
+            raise DataError(f"{path} cannot be read: its first line {names.sentence}")
+        if key not in names and content_suffix(path) == ".tsv" and f'"{key}"' in names:
+            raise DataError(
+                f"{path} puts its fields in double quotes, which a .tsv has not: they would become "
+                "part of the text; write it without quotes, or as a .csv"
+            )
+        _require_one(names, key, path, " in its first line")
+        return names
 
     def _rows(self) -> Iterator[tuple[list[str] | Fault, int, int]]:
         """Each row, or what is wrong with it, the line that it starts in, and what it took."""
@@ -216,22 +218,6 @@ class DelimitedFile(FileReader):
             yield found, number, size
 
 
-def _index_of(names: list[str], key: str, path: Path) -> int:
-    if names.count(key) > 1:
-        raise DataError(f"{path} has {names.count(key)} columns {key!r}; rename all but one")
-    if key not in names and content_suffix(path) == ".tsv" and f'"{key}"' in names:
-        raise DataError(
-            f"{path} puts its fields in double quotes, which a .tsv has not: they would become "
-            "part of the text; write it without quotes, or as a .csv"
-        )
-    if key not in names:
-        raise DataError(
-            f"{path} has no column {key!r} in its first line, only {names[:_MOST_NAMED]}; name the "
-            "one that holds the text by --text-key"
-        )
-    return names.index(key)
-
-
 # ---- Hugging Face datasets: streamed, one piece a shard of the dataset, or downloaded first
 
 
@@ -263,8 +249,9 @@ class HuggingFace(Source):
         if features is not None:
             check_column(features.arrow_schema, reading.text_key, self.name)
         if self.download:
-            size = self.estimate()
-            return even_pieces(0, len(self.dataset), piece_bytes, size, size)
+            rows, size = len(self.dataset), self.estimate()
+            all_rows = SourcePiece(file=0, start=0, stop=rows, source_bytes=size, text_bytes=size)
+            return even_pieces(all_rows, rows, piece_bytes)
         shards = int(self.dataset.num_shards)
         return [
             SourcePiece(file=0, start=i, stop=shards, source_bytes=None, text_bytes=None)
@@ -289,9 +276,9 @@ class HuggingFace(Source):
         """Raises DataError for what the library raises."""
         import datasets
 
+        known = (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError)
         # what damaged files and odd tables make of `datasets` and pandas besides
         others = (LookupError, TypeError, AttributeError, NotImplementedError, pa.ArrowException)
-        known = (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError)
         try:
             yield
         except (*known, *others) as error:
@@ -309,28 +296,24 @@ class _DatasetRows(Reader):
         self._source, self._piece, self._reading = source, piece, reading
 
     def items(self) -> Iterator[Item]:
-        return self._downloaded() if self._source.download else self._streamed()
+        piece, reading, dataset = self._piece, self._reading, self._source.dataset
+        if self._source.download:
+            row_bytes = (piece.source_bytes or 0) / max(1, piece.stop - piece.start)
+            arrow = dataset.with_format("arrow")
+            for start in range(piece.start, piece.stop, _ROWS_PER_READ):
+                rows = arrow[start : min(piece.stop, start + _ROWS_PER_READ)]
+                column = rows.column(reading.text_key).combine_chunks()
+                yield from items_of_column(column, start - piece.start + 1, row_bytes, reading)
+            return
+        with self._source.named_failures():
+            shard = dataset.shard(num_shards=piece.stop, index=piece.start)
+            for number, row in enumerate(shard, start=1):
+                text = row.get(reading.text_key)
+                size = len(text) if isinstance(text, str | bytes) else 0
+                yield item_of_row(row, number, size, reading)
 
     def place(self, number: int) -> tuple[str, str]:
         name, start = self._source.name, self._piece.start
         if self._source.download:
             return f"{name}:{start + number}", f"{name}, row {start + number}"
         return f"{name}:{start}:{number}", f"{name}, shard {start}, row {number}"
-
-    def _downloaded(self) -> Iterator[Item]:
-        key, piece = self._reading.text_key, self._piece
-        row_bytes = (piece.source_bytes or 0) / max(1, piece.stop - piece.start)
-        arrow = self._source.dataset.with_format("arrow")
-        for start in range(piece.start, piece.stop, _ROWS_PER_READ):
-            rows = arrow[start : min(piece.stop, start + _ROWS_PER_READ)]
-            column = rows.column(key).combine_chunks()
-            yield from items_of_column(column, start - piece.start + 1, row_bytes, self._reading)
-
-    def _streamed(self) -> Iterator[Item]:
-        dataset, key = self._source.dataset, self._reading.text_key
-        with self._source.named_failures():
-            rows = dataset.shard(num_shards=self._piece.stop, index=self._piece.start)
-            for number, row in enumerate(rows, start=1):
-                text = row.get(key)
-                size = len(text) if isinstance(text, str | bytes) else 0
-                yield item_of_row(row, number, size, self._reading)

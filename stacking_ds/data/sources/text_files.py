@@ -21,7 +21,6 @@ from stacking_ds.data.sources.documents import (
     Fault,
     FileReader,
     Item,
-    Reading,
     SourcePiece,
     item_of_row,
     too_long,
@@ -31,6 +30,7 @@ from stacking_ds.data.sources.lines import (
     TEXT_ENDS,
     Ends,
     Line,
+    RestIsLostError,
     has_newlines,
     is_packed,
     lines_of,
@@ -42,6 +42,7 @@ from stacking_ds.errors import DataError
 
 _SKIP_BYTES = _LOOK_BYTES = 2**20
 _JSON_BLANKS = re.compile(r"[ \t\n\r]*")
+_DECODER = json.JSONDecoder()
 _ROWS_LOOKED_AT = _KEYS_NAMED = 20
 # what a line may begin and end with that nobody sees
 _INVISIBLE = "\ufeff\u200b"
@@ -50,25 +51,45 @@ _INVISIBLE = "\ufeff\u200b"
 class LineReader(FileReader):
     """A piece of a file of lines, which are numbered."""
 
+    ends: Ends = TEXT_ENDS
+
     @cached_property
     def before(self) -> int:  # type: ignore[override]
         return 0 if is_packed(self.path) else _count_lines(self.path, self.piece.start)
+
+    def cut_lines(self, piece_bytes: int, *, after_blank: bool = False) -> list[SourcePiece]:
+        """Cuts where a line starts, one `after_blank` line if so; not at all what is compressed or
+        has no newlines."""
+        path, whole, size = self.path, self.piece, self.piece.stop
+        count = round(size / piece_bytes)
+        if is_packed(path) or count <= 1:
+            return [whole]
+        if not has_newlines(path, self.reading.max_bytes, self.ends):
+            return [whole]
+        cuts = [0]
+        with path.open("rb") as raw:
+            for index in range(1, count):
+                if (target := size * index // count) > cuts[-1]:
+                    cuts.append(_next_start(raw, target, after_blank))
+        return [
+            SourcePiece(file=whole.file, start=a, stop=b, source_bytes=b - a, text_bytes=b - a)
+            for a, b in pairwise(sorted({0, *cuts, size}))
+        ]
 
 
 class TextFile(LineReader):
     """A piece of a .txt file."""
 
-    @classmethod
-    def cut(cls, path: Path, file: int, piece_bytes: int, reading: Reading) -> list[SourcePiece]:
-        if reading.documents == "file":
-            return [whole(path, file)]
-        after_blank = reading.documents == "blank-line"
-        return _cut_lines(path, file, piece_bytes, reading, TEXT_ENDS, after_blank)
+    def cut(self, piece_bytes: int) -> list[SourcePiece]:
+        rule = self.reading.documents
+        if rule == "file":
+            return [self.piece]
+        return self.cut_lines(piece_bytes, after_blank=rule == "blank-line")
 
     def read(self) -> Iterator[Item]:
-        return self._each_line() if self.reading.documents == "line" else self._paragraphs()
-
-    def _each_line(self) -> Iterator[Item]:
+        if self.reading.documents != "line":
+            yield from self._paragraphs()
+            return
         for line in self._lines():
             if line.fault is not None:
                 yield line.fault
@@ -109,11 +130,11 @@ class TextFile(LineReader):
     def _lines(self) -> Iterator[Line]:
         """The lines; one with carriage returns inside is several."""
         for line in lines_of(self.path, self.piece, self.reading.max_bytes):
-            if "\r" not in line.content or "\r" not in line.content.rstrip("\r\n"):
+            parts, size = line.content.rstrip("\r\n").split("\r"), line.source_bytes
+            if len(parts) == 1:
                 yield line
                 continue
-            size = line.source_bytes
-            for part in line.content.rstrip("\r\n").split("\r"):
+            for part in parts:
                 yield Line(line.number, part, size, len(part.encode()))
                 size = 0
 
@@ -136,10 +157,11 @@ def _ended(parts: list[str], start: int, source_bytes: int, fault: Fault | None)
 class JsonLines(LineReader):
     """A piece of a file that has an object a line."""
 
-    @classmethod
-    def cut(cls, path: Path, file: int, piece_bytes: int, reading: Reading) -> list[SourcePiece]:
-        cls(path, whole(path, file), reading).check_keys()
-        return _cut_lines(path, file, piece_bytes, reading, JSON_ENDS, after_blank=False)
+    ends = JSON_ENDS
+
+    def cut(self, piece_bytes: int) -> list[SourcePiece]:
+        self.check_keys()
+        return self.cut_lines(piece_bytes)
 
     def read(self) -> Iterator[Item]:
         for row, number, size in self.rows():
@@ -148,34 +170,27 @@ class JsonLines(LineReader):
 
     def rows(self) -> Iterator[tuple[Any, int, int]]:
         """Each value, or what is wrong with it, with its number and the bytes that it took."""
-        for line in lines_of(self.path, self.piece, self.reading.max_bytes, JSON_ENDS):
-            value: Any = line.fault
-            if value is None:
-                if not line.content or line.content.isspace():
-                    continue
-                try:
-                    value = json.loads(line.content)
-                except (ValueError, RecursionError) as error:
-                    value = Fault(
-                        "not JSON", f"is not JSON: {error}", line.number, line.source_bytes
-                    )
-            yield value, line.number, line.source_bytes
+        for line in lines_of(self.path, self.piece, self.reading.max_bytes, self.ends):
+            number, size = line.number, line.source_bytes
+            if line.fault is None and not line.content.strip():
+                continue
+            try:
+                value = line.fault or json.loads(line.content)
+            except (ValueError, RecursionError) as error:
+                value = Fault("not JSON", f"is not JSON: {error}", number, size)
+            yield value, number, size
 
     def check_keys(self) -> None:
         """Raises DataError if none of the first rows has the reading's key, and some have others;
         warns of it where such rows are to be left out."""
-        keys: dict[str, None] = {}
-        for row, *_ in islice(self.rows(), _ROWS_LOOKED_AT):
-            if isinstance(row, dict):
-                if self.reading.text_key in row:
-                    return
-                keys |= dict.fromkeys(row)
-        if not keys:
+        first = islice(self.rows(), _ROWS_LOOKED_AT)
+        keys = sorted({key for row, *_ in first if isinstance(row, dict) for key in row})
+        if not keys or self.reading.text_key in keys:
             return
         sentence = (
             f"{self.path} has in its first {_ROWS_LOOKED_AT} rows no text under the key "
             f"{self.reading.text_key!r}, only the keys "
-            f"{shortened(str(sorted(keys)[:_KEYS_NAMED]), 400)}"
+            f"{shortened(str(keys[:_KEYS_NAMED]), 400)}"
         )
         if not self.reading.leaves_out:
             raise DataError(f"{sentence}; name the one that holds the text by --text-key")
@@ -184,34 +199,6 @@ class JsonLines(LineReader):
             "--text-key",
             sentence,
         )
-
-
-def whole(path: Path, file: int) -> SourcePiece:
-    """All of a file, which is not to be cut."""
-    size = path.stat().st_size
-    text_bytes = 3 * size if is_packed(path) else size
-    return SourcePiece(file=file, start=0, stop=size, source_bytes=size, text_bytes=text_bytes)
-
-
-def _cut_lines(
-    path: Path, file: int, piece_bytes: int, reading: Reading, ends: Ends, after_blank: bool
-) -> list[SourcePiece]:
-    """Cuts where a line starts, one `after_blank` line if so; not at all what is compressed or has
-    no newlines."""
-    size = path.stat().st_size
-    count = round(size / piece_bytes)
-    if is_packed(path) or count <= 1 or not has_newlines(path, reading.max_bytes, ends):
-        return [whole(path, file)]
-    cuts = [0]
-    with path.open("rb") as raw:
-        for index in range(1, count):
-            if (target := size * index // count) > cuts[-1]:
-                cuts.append(_next_start(raw, target, after_blank))
-    starts = sorted({0, *(cut for cut in cuts if cut < size)})
-    return [
-        SourcePiece(file=file, start=one, stop=two, source_bytes=two - one, text_bytes=two - one)
-        for one, two in pairwise((*starts, size))
-    ]
 
 
 def _next_start(raw: BinaryIO, target: int, after_blank: bool) -> int:
@@ -229,12 +216,9 @@ def _next_start(raw: BinaryIO, target: int, after_blank: bool) -> int:
 
 def _count_lines(path: Path, stop: int) -> int:
     """The newlines in the first `stop` bytes."""
-    count = 0
     with path.open("rb") as raw:
-        while stop > 0 and (block := raw.read(min(stop, _SKIP_BYTES))):
-            count += block.count(b"\n")
-            stop -= len(block)
-    return count
+        blocks = iter(lambda: raw.read(min(stop - raw.tell(), _SKIP_BYTES)), b"")
+        return sum(block.count(b"\n") for block in blocks)
 
 
 # ---- .json
@@ -243,14 +227,11 @@ def _count_lines(path: Path, stop: int) -> int:
 class JsonFile(JsonLines):
     """A .json file; numbers are those of lines where each holds an object, else of the objects."""
 
-    @classmethod
-    def cut(cls, path: Path, file: int, piece_bytes: int, reading: Reading) -> list[SourcePiece]:
-        piece = whole(path, file)
-        reader = cls(path, piece, reading)
-        if reader._has_lines:
-            return super().cut(path, file, piece_bytes, reading)
-        reader.check_keys()
-        return [piece]
+    def cut(self, piece_bytes: int) -> list[SourcePiece]:
+        if self._has_lines:
+            return super().cut(piece_bytes)
+        self.check_keys()
+        return [self.piece]
 
     @cached_property
     def _has_lines(self) -> bool:
@@ -270,92 +251,84 @@ class JsonFile(JsonLines):
         if self._has_lines:
             yield from super().rows()
             return
-        before = 0
-        values = _values(self.path, self.reading.max_bytes)
-        for number, (value, characters) in enumerate(values, start=1):
-            found = replace(value, number=number) if isinstance(value, Fault) else value
-            yield found, number, characters - before
-            before = characters
-
-
-def _values(path: Path, limit: int) -> Iterator[tuple[Any, int]]:
-    """The objects of the file's array, or those that follow one another, and the characters read up
-    to their ends; a fault where it cannot go on."""
-    decoder = json.JSONDecoder()
-    text = _Buffer(text_blocks(path))
-    in_array, needs_comma = text.next_visible() == "[", False
-    if in_array:
-        text.position += 1
-    while True:
-        character = text.next_visible()
-        if text.fault is not None:
-            yield text.fault, text.read
-            return
-        if needs_comma and character == ",":
-            text.position += 1
-            character, needs_comma = text.next_visible(), False
-        if not character or (in_array and character == "]"):
-            if in_array and not character:
-                yield _not_json("its array does not end"), text.read
-            return
-        if needs_comma:
-            yield _not_json("a comma is missing"), text.read
-            return
+        number = before = 0
         try:
-            value, end = decoder.raw_decode(text.content, text.position)
-        except (ValueError, RecursionError) as error:
-            # it may go on in the next block; each try has twice as much
-            if isinstance(error, RecursionError) or not text.grow(limit):
-                long = len(text.content) - text.position > limit
-                yield too_long(0, 0, limit) if long else _not_json(error), text.read
-                return
-            continue
-        text.position, needs_comma = end, in_array
-        yield value, text.read
+            for value, used in _JsonText(self.path, self.reading.max_bytes).values():
+                number += 1
+                yield value, number, used - before
+                before = used
+        except RestIsLostError as lost:
+            yield replace(lost.fault, number=number + 1), number + 1, 0
 
 
-def _not_json(reason: object) -> Fault:
-    return Fault("not JSON", f"is not JSON: {reason}; the rest is not read", 0, 0, True)
+class _JsonText:
+    """The text of a file, read as far as it is needed."""
 
+    def __init__(self, path: Path, most_characters: int) -> None:
+        self._blocks, self._most_characters = text_blocks(path), most_characters
+        self._held, self._position, self._gone = "", 0, 0
+        self._lost: RestIsLostError | None = None
 
-class _Buffer:
-    """The text that was read and not yet used. `read` is how many characters were used."""
+    def values(self) -> Iterator[tuple[Any, int]]:
+        """Those of the file's array, or that follow one another, and how many characters were used
+        up to their ends. Raises RestIsLostError where it cannot go on."""
+        in_array = self._skips("[")
+        while self._next() and not (in_array and self._next() == "]"):
+            value = self._value()
+            yield value, self._gone + self._position
+            if in_array and not self._skips(",") and self._next() not in ("", "]"):
+                raise _not_json("a comma is missing")
+        if in_array and not self._next():
+            raise _not_json("its array does not end")
 
-    def __init__(self, blocks: Iterator[str | Fault]) -> None:
-        self._blocks = blocks
-        self.content, self.position, self._gone = "", 0, 0
-        self.fault: Fault | None = None
-
-    @property
-    def read(self) -> int:
-        return self._gone + self.position
-
-    def next_visible(self) -> str:
-        """Goes to the next character that is no blank, and tells it; nothing at the end."""
+    def _value(self) -> Any:
         while True:
-            blanks = _JSON_BLANKS.match(self.content, self.position)
+            try:
+                value, self._position = _DECODER.raw_decode(self._held, self._position)
+            except (ValueError, RecursionError) as error:
+                left = len(self._held) - self._position
+                if left > self._most_characters:
+                    raise RestIsLostError(too_long(0, 0, self._most_characters)) from error
+                # it may go on in the next block; each try has twice as much
+                if isinstance(error, RecursionError) or not self._read(left):
+                    raise _not_json(error) from error
+            else:
+                return value
+
+    def _skips(self, character: str) -> bool:
+        """Goes on behind the next character that is no blank, if it is this one."""
+        is_next = self._next() == character
+        self._position += is_next
+        return is_next
+
+    def _next(self) -> str:
+        """The next character that is no blank; nothing at the end."""
+        while True:
+            blanks = _JSON_BLANKS.match(self._held, self._position)
             assert blanks is not None  # it may be of no length
-            self.position = blanks.end()
-            if self.position < len(self.content):
-                return self.content[self.position]
-            if not self._more():
+            self._position = blanks.end()
+            if self._position < len(self._held):
+                return self._held[self._position]
+            if not self._read(1):
+                if self._lost is not None:
+                    raise self._lost
                 return ""
 
-    def grow(self, limit: int) -> bool:
-        """Reads as much again as is there; whether there was more, and it is within the limit."""
-        held = len(self.content) - self.position
-        if held > limit:
-            return False
-        grown = False
-        while len(self.content) - self.position < 2 * held and self._more():
-            grown = True
-        return grown
+    def _read(self, characters: int) -> bool:
+        """Reads blocks until there are so many characters more; False if there were none."""
+        self._gone += self._position
+        self._held, self._position = self._held[self._position :], 0
+        enough = len(self._held) + characters
+        try:
+            for block in self._blocks:
+                self._held += block
+                if len(self._held) >= enough:
+                    break
+        except RestIsLostError as lost:  # what was read before may be whole
+            self._lost = lost
+        return len(self._held) > enough - characters
 
-    def _more(self) -> bool:
-        block = next(self._blocks, None)
-        if block is None or isinstance(block, Fault):
-            self.fault = self.fault or block
-            return False
-        self._gone += self.position
-        self.content, self.position = self.content[self.position :] + block, 0
-        return True
+
+def _not_json(reason: object) -> RestIsLostError:
+    sentence = f"is not JSON: {reason}; the rest is not read"
+    return RestIsLostError(Fault("not JSON", sentence, 0, 0, True))

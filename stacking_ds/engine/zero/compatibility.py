@@ -38,34 +38,21 @@ class Masters(Enum):
 
 
 _REQUIRED = {
-    Masters.MODULE: (),
-    Masters.UNFUSED: ("fp16_groups", "fp32_groups", "loss_scale_config"),
-    Masters.FUSED: ("fp16_groups", "fp32_groups_flat", "fp16_groups_flat"),
+    Masters.MODULE: "",
+    Masters.UNFUSED: "fp16_groups fp32_groups loss_scale_config",
+    Masters.FUSED: "fp16_groups fp32_groups_flat fp16_groups_flat",
     Masters.GROUPS: (
-        "round_robin_bit16_groups",
-        "round_robin_bit16_offsets",
-        "single_partition_of_fp32_groups",
-        "parallel_partitioned_bit16_groups",
-        "partition_size",
-        "real_dp_process_group",
-        "update_lp_params",
-        "scaled_global_norm",
-        "_hp_optimizer_states_linked",
-        "_lazy_init_hp_params_optimizer_state",
+        "round_robin_bit16_groups round_robin_bit16_offsets single_partition_of_fp32_groups "
+        "parallel_partitioned_bit16_groups partition_size real_dp_process_group update_lp_params "
+        "scaled_global_norm _hp_optimizer_states_linked _lazy_init_hp_params_optimizer_state"
     ),
     Masters.PARAMETERS: (
-        "fp16_groups",
-        "fp32_partitioned_groups_flat",
-        "fp16_partitioned_groups_flat",
-        "_global_grad_norm",
-        "grad_position",
-        "get_param_id",
-        "_get_param_partition_rank",
-        "_partition_all_parameters",
-        "_reassign_or_swap_out_partitioned_parameters",
+        "fp16_groups fp32_partitioned_groups_flat fp16_partitioned_groups_flat _global_grad_norm "
+        "grad_position get_param_id _get_param_partition_rank _partition_all_parameters "
+        "_reassign_or_swap_out_partitioned_parameters"
     ),
 }
-
+"""The private attributes that are read of each, beside those below."""
 
 # what is not an attribute of the optimizer wrapper that `initialize` makes
 _PRIVATE_NAMES = (
@@ -82,10 +69,8 @@ _PRIVATE_NAMES = (
 
 
 def require_pinned_deepspeed() -> None:
-    """Raises:
-    ConfigError: another DeepSpeed than the one this package was proved with is installed, or one
-        that lacks a private name it needs.
-    """
+    """Raises ConfigError unless DeepSpeed is the one this package was proved with, and has each
+    private name that it needs."""
     if deepspeed.__version__ != PINNED_VERSION:
         raise ConfigError(
             f"DeepSpeed {deepspeed.__version__} is installed, but growth reads DeepSpeed's "
@@ -113,18 +98,18 @@ def masters_of(engine: Any) -> Masters:
         ConfigError: the engine's optimizer wrapper is one whose layout is not known.
     """
     wrapper = engine.optimizer
-    name = type(wrapper).__name__
     masters = Masters.MODULE
     if wrapper is not engine.basic_optimizer:
-        known = {candidate.value: candidate for candidate in Masters}
-        if name not in known:
+        try:
+            masters = Masters(type(wrapper).__name__)
+        except ValueError:
             raise ConfigError(
-                f"DeepSpeed chose {name}, whose buffers this package does not know; "
-                f"start from a bundled DeepSpeed JSON (zero0 … zero3)"
-            )
-        masters = known[name]
-    missing = [attribute for attribute in _REQUIRED[masters] if not hasattr(wrapper, attribute)]
+                f"DeepSpeed chose {type(wrapper).__name__}, whose buffers this package does not "
+                f"know; start from a bundled DeepSpeed JSON (zero0 … zero3)"
+            ) from None
+    missing = [name for name in _REQUIRED[masters].split() if not hasattr(wrapper, name)]
     if missing:
+        name = type(wrapper).__name__
         raise ConfigError(_changed(f"DeepSpeed's {name} has no {', '.join(missing)}"))
     return masters
 
@@ -134,15 +119,8 @@ require_pinned_deepspeed()
 from deepspeed.runtime import compiler as compiler
 from deepspeed.runtime.engine import DeepSpeedEngine as DeepSpeedEngine
 from deepspeed.runtime.zero import parameter_offload as parameter_offload
-from deepspeed.runtime.zero.partition_parameters import (
-    Init as Init,
-)
-from deepspeed.runtime.zero.partition_parameters import (
-    register_external_parameter as register_external_parameter,
-)
-from deepspeed.runtime.zero.partitioned_param_coordinator import (
-    PartitionedParameterCoordinator as PartitionedParameterCoordinator,
-)
+from deepspeed.runtime.zero import partition_parameters as partition_parameters
+from deepspeed.runtime.zero import partitioned_param_coordinator as partitioned_param_coordinator
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS as ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.utils import groups as groups
 

@@ -53,30 +53,19 @@ def pieces(engine: Any) -> list[Piece]:
     nothing. All ranks together hold each element once (ZeRO 0: each rank holds all). No
     communication.
     """
-    masters = masters_of(engine)
     walk = {
         Masters.MODULE: _module_pieces,
         Masters.UNFUSED: _unfused_pieces,
         Masters.FUSED: _fused_pieces,
         Masters.GROUPS: _group_pieces,
         Masters.PARAMETERS: _parameter_pieces,
-    }[masters]
+    }[masters_of(engine)]
     return list(walk(engine))
 
 
 def flat_tensors(engine: Any) -> list[torch.Tensor]:
     """The fp32 tensors the base optimizer steps on: the keys of its state."""
-    wrapper = engine.optimizer
-    masters = masters_of(engine)
-    if masters is Masters.MODULE:
-        return [p for group in wrapper.param_groups for p in group["params"]]
-    if masters is Masters.UNFUSED:
-        return [master for group in wrapper.fp32_groups for master in group]
-    if masters is Masters.FUSED:
-        return list(wrapper.fp32_groups_flat)
-    if masters is Masters.GROUPS:
-        return list(wrapper.single_partition_of_fp32_groups)
-    return list(wrapper.fp32_partitioned_groups_flat)
+    return list(dict.fromkeys(piece.flat for piece in pieces(engine)))
 
 
 def predicted_layout(

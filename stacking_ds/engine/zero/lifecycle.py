@@ -21,11 +21,10 @@ import torch
 
 from stacking_ds.engine.zero.compatibility import (
     DeepSpeedEngine,
-    Init,
-    PartitionedParameterCoordinator,
     compiler,
     parameter_offload,
-    register_external_parameter,
+    partition_parameters,
+    partitioned_param_coordinator,
 )
 from stacking_ds.engine.zero.flat_buffers import flat_tensors
 from stacking_ds.model.layer import GatheredWhole
@@ -66,7 +65,7 @@ def give_storage(
     assert not list(model.buffers()), "a model with buffers has to place them itself"
     cut: Any = None
     if ds_config.get("zero_optimization", {}).get("stage", 0) == 3:
-        cut = Init(config_dict_or_path=dict(ds_config), dtype=dtype)
+        cut = partition_parameters.Init(config_dict_or_path=dict(ds_config), dtype=dtype)
     p: Any
     for name, p in model.named_parameters():
         if value_of is None:
@@ -96,7 +95,7 @@ def _gather_with_their_users(model: torch.nn.Module) -> None:
             own = {id(p) for p in module.parameters(recurse=False)}
             for parameter in module.parameters():
                 if id(parameter) not in own:
-                    register_external_parameter(module, parameter)
+                    partition_parameters.register_external_parameter(module, parameter)
 
 
 @contextmanager
@@ -135,18 +134,16 @@ def release(engine: Any) -> int:
     """
     masters = [(weakref.ref(flat), flat.nbytes) for flat in flat_tensors(engine)]
     engine.destroy()
-    _forget_modules(engine)
-    _clear_coordinator_cache()
+    dead = {id(module) for module in engine.module.modules()}
+    stack = parameter_offload.FWD_MODULE_STACK
+    stack[:] = [module for module in stack if id(module) not in dead]
+    coordinator = partitioned_param_coordinator.PartitionedParameterCoordinator
+    name = "_PartitionedParameterCoordinator__params_to_release"
+    _find_cache(getattr(coordinator, name, None))()
     _empty(engine)
     gc.collect()
     return_free_pages()
     return sum(size for master, size in masters if master() is not None)
-
-
-def _forget_modules(engine: Any) -> None:
-    dead = {id(module) for module in engine.module.modules()}
-    stack = parameter_offload.FWD_MODULE_STACK
-    stack[:] = [module for module in stack if id(module) not in dead]
 
 
 def _empty(engine: Any) -> None:
@@ -161,18 +158,8 @@ def _empty(engine: Any) -> None:
             vars(engine)[name] = None
 
 
-def _clear_coordinator_cache() -> None:
-    method = getattr(PartitionedParameterCoordinator, _CACHED_METHOD, None)
-    cache = _find_cache(method) if method is not None else None
-    if cache is not None:
-        cache()
-
-
-_CACHED_METHOD = "_PartitionedParameterCoordinator__params_to_release"
-
-
-def _find_cache(function: Any) -> Callable[[], None] | None:
-    """`cache_clear` of the lru_cache inside the decorators around `function`."""
+def _find_cache(function: Any) -> Callable[..., None]:
+    """`cache_clear` of the lru_cache inside the decorators around `function`, if there is one."""
     waiting, seen = [function], set()
     while waiting:
         candidate = waiting.pop()
@@ -184,7 +171,7 @@ def _find_cache(function: Any) -> Callable[[], None] | None:
             return clear  # type: ignore[no-any-return]
         cells = getattr(candidate, "__closure__", None) or ()
         waiting.extend(cell.cell_contents for cell in cells)
-    return None
+    return _nothing
 
 
 def return_free_pages() -> None:

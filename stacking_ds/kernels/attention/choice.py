@@ -22,8 +22,13 @@ from stacking_ds.kernels.attention.flash import (
     require_flash,
     require_varlen,
 )
-from stacking_ds.kernels.attention.padded import attend_cudnn, attend_padded, require_cudnn
-from stacking_ds.kernels.attention.sequences import Attend, Sequences, attend_loops
+from stacking_ds.kernels.attention.padded import attend_cudnn, attend_padded
+from stacking_ds.kernels.attention.sequences import (
+    Attend,
+    Sequences,
+    attend_loops,
+    require_gpu_and_half,
+)
 
 logger = logging.getLogger("stacking_ds")
 
@@ -51,7 +56,7 @@ def choose_attention(
         raise ConfigError(f"engine.attention={name!r} must be one of {get_args(AttentionName)}")
     if name != "auto":
         _require(name, device, dtype)
-        if device.type == "cuda" and name != "loops":
+        if device.type == "cuda":
             _try_out(name, device, dtype, head_size, dropout_prob)
         return _FORMS[name]
     if device.type != "cuda":
@@ -84,7 +89,8 @@ def _try_out(
     try:
         starts_E1 = torch.tensor([0, 3, 8], dtype=torch.int32, device=device)
         qkv_T3ND = torch.zeros(8, 3, 1, head_size, dtype=dtype, device=device)
-        _forward_and_backward(_FORMS[name], qkv_T3ND, Sequences(starts_E1, 5), dropout_prob)()
+        call = _Call(qkv_T3ND, Sequences(starts_E1, 5), dropout_prob)
+        _forward_and_backward(_FORMS[name], call)()
         torch.cuda.synchronize(device)
     except ConfigError:
         raise
@@ -96,6 +102,14 @@ def _try_out(
 
 
 # ------------------------------------------------------------------ by measurement
+
+
+class _Call(NamedTuple):
+    """The arguments of an `Attend`."""
+
+    qkv_T3ND: torch.Tensor
+    sequences: Sequences
+    dropout_prob: float
 
 
 class _ShapeClass(NamedTuple):
@@ -154,13 +168,14 @@ class FastestAttention:
         Raises:
             ConfigError: none of the candidates can run on these tensors.
         """
-        shape = _shape_class(qkv_T3ND, sequences, dropout_prob)
+        call = _Call(qkv_T3ND, sequences, dropout_prob)
+        shape = _shape_class(call)
         name = self._chosen.get(shape)
         if name is None and (why_not := _why_not_now(qkv_T3ND)):
             name = self._unmeasured_choice(shape, why_not)
         elif name is None:
-            name = self._chosen[shape] = self._fastest(shape, qkv_T3ND, sequences, dropout_prob)
-        return self._candidates[name](qkv_T3ND, sequences, dropout_prob)
+            name = self._chosen[shape] = self._fastest(shape, call)
+        return self._candidates[name](*call)
 
     def _unmeasured_choice(self, shape: _ShapeClass, why: str) -> str:
         """For this call; the next may measure."""
@@ -171,30 +186,20 @@ class FastestAttention:
             logger.info("attention: %s for %s (not measured, since %s)", name, shape, why)
         return name
 
-    def _fastest(
-        self,
-        shape: _ShapeClass,
-        qkv_T3ND: torch.Tensor,
-        sequences: Sequences,
-        dropout_prob: float,
-    ) -> str:
+    def _fastest(self, shape: _ShapeClass, call: _Call) -> str:
         left_out, times = dict(self._left_out), {}
         for name, attend in self._candidates.items():
             try:
-                times[name] = _measure(attend, qkv_T3ND, sequences, dropout_prob, self._clock)
+                times[name] = _measure(attend, call, self._clock)
             except (RuntimeError, ValueError, TypeError) as error:
                 left_out[name] = str(error)
         if not times:
             raise ConfigError(f"no form of attention can run on {shape}: {self._reasons(left_out)}")
         name = min(times, key=lambda candidate: times[candidate])
         measured = ", ".join(f"{form} {time:.3f} ms" for form, time in times.items())
-        logger.info(
-            "attention: %s for %s (%s%s)",
-            name,
-            shape,
-            measured,
-            f"; left out {self._reasons(left_out)}" if left_out else "",
-        )
+        if left_out:
+            measured += f"; left out {self._reasons(left_out)}"
+        logger.info("attention: %s for %s (%s)", name, shape, measured)
         return name
 
     @staticmethod
@@ -212,35 +217,25 @@ def _why_not_now(qkv_T3ND: torch.Tensor) -> str:
     return ""
 
 
-def _shape_class(qkv_T3ND: torch.Tensor, sequences: Sequences, dropout_prob: float) -> _ShapeClass:
+def _shape_class(call: _Call) -> _ShapeClass:
+    qkv_T3ND, sequences, dropout_prob = call
     T, _, N, D = qkv_T3ND.shape
-    return _ShapeClass(
-        tokens_up_to=_next_power_of_two(T),
-        sequences_up_to=_next_power_of_two(sequences.starts_E1.numel() - 1),
-        longest=sequences.longest,
-        num_heads=N,
-        head_size=D,
-        dtype=qkv_T3ND.dtype,
-        has_dropout=dropout_prob > 0.0,
-    )
+    E, dtype, has_dropout = sequences.starts_E1.numel() - 1, qkv_T3ND.dtype, dropout_prob > 0.0
+    return _ShapeClass(_rounded_up(T), _rounded_up(E), sequences.longest, N, D, dtype, has_dropout)
 
 
-def _next_power_of_two(number: int) -> int:
+def _rounded_up(number: int) -> int:
+    """The next power of two."""
     return 1 << max(0, number - 1).bit_length()
 
 
-def _measure(
-    attend: Attend,
-    qkv_T3ND: torch.Tensor,
-    sequences: Sequences,
-    dropout_prob: float,
-    clock: Clock,
-) -> float:
+def _measure(attend: Attend, call: _Call, clock: Clock) -> float:
     """Milliseconds of a forward and a backward, on copies.
 
     In a thread of its own, where nothing of the caller's holds: the hooks and dispatch modes by
     which checkpointing counts what a forward pass does, autocast, no_grad, inference mode.
     """
+    qkv_T3ND, sequences, dropout_prob = call
     device = qkv_T3ND.device
     stream = torch.cuda.current_stream(device) if qkv_T3ND.is_cuda else None
 
@@ -248,24 +243,17 @@ def _measure(
         on_device: AbstractContextManager[object] = torch.cuda.stream(stream)
         with on_device, torch.random.fork_rng([device] if stream else []):
             copied = Sequences(sequences.starts_E1.clone(), sequences.longest)
-            qkv_copy_T3ND = qkv_T3ND.detach().clone()
-            return clock(_forward_and_backward(attend, qkv_copy_T3ND, copied, dropout_prob))
+            copy = _Call(qkv_T3ND.detach().clone(), copied, dropout_prob)
+            return clock(_forward_and_backward(attend, copy))
 
     with ThreadPoolExecutor(max_workers=1) as executor:
         return executor.submit(measured).result()
 
 
-def _forward_and_backward(
-    attend: Attend, qkv_T3ND: torch.Tensor, sequences: Sequences, dropout_prob: float
-) -> Callable[[], object]:
-    qkv_T3ND.requires_grad_()
+def _forward_and_backward(attend: Attend, call: _Call) -> Callable[[], object]:
+    qkv_T3ND = call.qkv_T3ND.requires_grad_()
     grad_TND = qkv_T3ND.detach()[:, 0].contiguous()
-
-    def work() -> object:
-        context_TND = attend(qkv_T3ND, sequences, dropout_prob)
-        return torch.autograd.grad(context_TND, qkv_T3ND, grad_TND)
-
-    return work
+    return lambda: torch.autograd.grad(attend(*call), qkv_T3ND, grad_TND)
 
 
 def _milliseconds_on_gpu(work: Callable[[], object]) -> float:
@@ -291,7 +279,7 @@ _FORMS: dict[str, Attend] = {
     "varlen": attend_varlen,
 }
 _REQUIREMENTS: dict[str, Callable[[torch.device, torch.dtype], None]] = {
-    "cudnn": require_cudnn,
+    "cudnn": partial(require_gpu_and_half, "cudnn", "cuDNN"),
     "flash": require_flash,
     "varlen": require_varlen,
 }

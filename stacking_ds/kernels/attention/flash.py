@@ -109,10 +109,10 @@ class _Flash(torch.autograd.Function):
         longest: int,
         dropout_prob: float,
     ) -> torch.Tensor:
-        q, k, v = qkv_T3ND.unbind(1)
+        where = starts_E1, starts_E1, longest, longest
         attend = torch.ops.aten._flash_attention_forward
         context_TND, log_sum_exp_NT, rng_state, unused, _ = attend(
-            q, k, v, starts_E1, starts_E1, longest, longest, dropout_prob, False, False
+            *qkv_T3ND.unbind(1), *where, dropout_prob, False, False
         )
         ctx.save_for_backward(qkv_T3ND, context_TND, log_sum_exp_NT, starts_E1, rng_state, unused)
         ctx.longest, ctx.dropout_prob = longest, dropout_prob
@@ -122,19 +122,9 @@ class _Flash(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_TND: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         qkv_T3ND, context_TND, log_sum_exp_NT, starts_E1, rng_state, unused = ctx.saved_tensors
-        grads_TND = torch.ops.aten._flash_attention_backward(
-            grad_TND,
-            *qkv_T3ND.unbind(1),
-            context_TND,
-            log_sum_exp_NT,
-            starts_E1,
-            starts_E1,
-            ctx.longest,
-            ctx.longest,
-            ctx.dropout_prob,
-            False,
-            rng_state,
-            unused,
-        )
+        where = starts_E1, starts_E1, ctx.longest, ctx.longest
+        known = *qkv_T3ND.unbind(1), context_TND, log_sum_exp_NT, *where, ctx.dropout_prob
+        attend_back = torch.ops.aten._flash_attention_backward
+        grads_TND = attend_back(grad_TND, *known, False, rng_state, unused)
         # The operation makes three tensors of its own and writes into no others.
         return torch.stack(grads_TND, dim=1), None, None, None

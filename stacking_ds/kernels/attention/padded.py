@@ -70,7 +70,7 @@ def attend_cudnn(qkv_T3ND: torch.Tensor, sequences: Sequences, dropout_prob: flo
     Raises:
         ConfigError: cuDNN cannot run on these tensors, or not with this dropout.
     """
-    require_cudnn(qkv_T3ND.device, qkv_T3ND.dtype)
+    require_gpu_and_half("cudnn", "cuDNN", qkv_T3ND.device, qkv_T3ND.dtype)
     if not (dropout_prob * _CUDNN_DROPOUTS).is_integer():
         # Some of its kernels round the probability to a 16th; torch refuses that only since
         # pytorch/pytorch#174245, and would train with another dropout before.
@@ -88,11 +88,6 @@ def attend_cudnn(qkv_T3ND: torch.Tensor, sequences: Sequences, dropout_prob: flo
             f"engine.attention=cudnn cannot run on {qkv_T3ND.shape[2]} heads of size "
             f"{qkv_T3ND.shape[3]} in {qkv_T3ND.dtype} ({error}); leave the attention to auto"
         ) from error
-
-
-def require_cudnn(device: torch.device, dtype: torch.dtype) -> None:
-    """Raises ConfigError where cuDNN's attention cannot run."""
-    require_gpu_and_half("cudnn", "cuDNN", device, dtype)
 
 
 # ------------------------------------------------------------------ tokens into rows and back

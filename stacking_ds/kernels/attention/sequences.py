@@ -7,7 +7,7 @@ one behind the other. Two plain matrix products are faster, and as exact.
 Shapes: T tokens, E sequences, N heads, D head size; of one group, G sequences and S slots each.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -47,9 +47,7 @@ class Sequences:
     @cached_property
     def groups(self) -> list[Group]:
         """All sequences that have tokens, those of like length together; for the CPU."""
-        return list(self._groups())
-
-    def _groups(self) -> Iterator[Group]:
+        found = []
         step = max(1, -(-self.longest // _GROUPS))
         starts_E, lengths_E = self.starts_E1[:-1].long(), torch.diff(self.starts_E1).long()
         group_E = lengths_E.add(step - 1).div(step, rounding_mode="floor")
@@ -59,7 +57,8 @@ class Sequences:
             slots_S = torch.arange(int(lengths_G.max()))
             real_GS = slots_S < lengths_G[:, None]
             tokens_GS = starts_E[members, None] + slots_S.where(real_GS, 0)
-            yield Group(tokens_GS, None if bool(real_GS.all()) else real_GS)
+            found.append(Group(tokens_GS, None if bool(real_GS.all()) else real_GS))
+        return found
 
 
 Attend = Callable[[torch.Tensor, Sequences, float], torch.Tensor]
@@ -101,7 +100,7 @@ class _Attention(torch.autograd.Function):
         context_TND = qkv_T3ND.new_empty(T, N, D)
         saved: list[torch.Tensor | None] = []
         for group in groups:
-            q, k, v = _rows(qkv_T3ND, group).unbind(2)
+            q, k, v = qkv_T3ND[group.tokens_GS].unbind(2)
             q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
             scores_GNSS = torch.matmul(q.mul_(D**-0.5), k.transpose(2, 3))
             if group.real_GS is not None:
@@ -122,7 +121,7 @@ class _Attention(torch.autograd.Function):
         grad_T3ND = grad_TND.new_empty(ctx.shape)
         for group in ctx.groups:
             q, k, v, probs_GNSS, keep = (next(saved) for _ in range(5))
-            grad_GNSD = _rows(grad_TND, group).transpose(1, 2)
+            grad_GNSD = grad_TND[group.tokens_GS].transpose(1, 2)
             if group.real_GS is not None:
                 grad_GNSD = grad_GNSD * group.real_GS[:, None, :, None]
             dropped_GNSS = _dropped(probs_GNSS, keep, ctx.scale)
@@ -134,11 +133,6 @@ class _Attention(torch.autograd.Function):
             grads_GS3ND = torch.stack([g.transpose(1, 2) for g in (grad_q, grad_k, grad_v)], dim=2)
             _put(grad_T3ND, group, grads_GS3ND)
         return grad_T3ND, None, None
-
-
-def _rows(values_T: torch.Tensor, group: Group) -> torch.Tensor:
-    """The group's values, (G, S, ...)."""
-    return values_T[group.tokens_GS]
 
 
 def _put(values_T: torch.Tensor, group: Group, values_GS: torch.Tensor) -> None:

@@ -4,12 +4,11 @@ Where a GPU computes the update again in pass 2, a core keeps it: it takes the p
 gradient, which nobody needs any more.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from stacking_ds.optim.lamb.contract import Hyper, Item, trust_ratio
-from stacking_ds.sharding.fragments import Span
+from stacking_ds.optim.lamb.contract import Hyper, Item, blocks, trust_ratio
 
 # small enough that what one block needs stays in cache, large enough that Python's part is small
 _BLOCK_ELEMENTS = 1 << 17
@@ -19,19 +18,14 @@ class BlockedLamb:
     """`LambKernel` for the CPU; right on other devices, and slow there."""
 
     def __init__(self) -> None:
-        self._updates: Sequence[torch.Tensor] = ()
         self._wide = torch.empty(0)
 
     def accumulate(
-        self,
-        items: Sequence[Item],
-        gradients: Sequence[torch.Tensor],
-        squares_2P: torch.Tensor,
-        gradient_scale: torch.Tensor | None,
+        self, items: Sequence[Item], squares_2P: torch.Tensor, gradient_scale: torch.Tensor | None
     ) -> None:
-        for item, gradient in zip(items, gradients, strict=True):
-            tensors = (item.shard.flat, item.exp_avg, item.exp_avg_sq, gradient)
-            for span, (weight, exp_avg, exp_avg_sq, grad) in _blocks(item, tensors):
+        for item in items:
+            tensors = (item.shard.flat, item.exp_avg, item.exp_avg_sq, item.gradient)
+            for span, (weight, exp_avg, exp_avg_sq, grad) in blocks(item, tensors, _BLOCK_ELEMENTS):
                 if gradient_scale is not None:
                     grad.mul_(gradient_scale)
                 exp_avg.lerp_(grad, 1 - item.hyper.beta1)
@@ -40,41 +34,27 @@ class BlockedLamb:
                 update = _update(weight, exp_avg, exp_avg_sq, item.hyper, out=grad)
                 squares_2P[0, span.index] += self._square(weight)
                 squares_2P[1, span.index] += self._square(update)
-        self._updates = gradients
 
     def apply(self, items: Sequence[Item], squares_2P: torch.Tensor) -> None:
         weight_squares, update_squares = squares_2P.tolist()
-        updates, self._updates = self._updates, ()
-        for item, update_of_item in zip(items, updates, strict=True):
-            low = item.shard.low
-            beside = low is not None and low.device == item.shard.flat.device
-            tensors = [item.shard.flat, update_of_item]
-            tensors += [low] if beside and low is not None else []
-            for span, (weight, update, *copies) in _blocks(item, tensors):
+        for item in items:
+            flat, low = item.shard.flat, item.shard.low
+            elsewhere = low is not None and low.device != flat.device
+            tensors = (flat, item.gradient, None if elsewhere else low)
+            for span, (weight, update, *copies) in blocks(item, tensors, _BLOCK_ELEMENTS):
                 squares = weight_squares[span.index], update_squares[span.index]
                 ratio = trust_ratio(*squares, item.hyper)
                 weight.add_(update, alpha=-item.hyper.learning_rate * ratio)
                 for copy in copies:
                     copy.copy_(weight)
-            if low is not None and not beside:
-                low.copy_(item.shard.flat.detach().view_as(low))  # elsewhere: one transfer
+            if low is not None and elsewhere:
+                low.copy_(flat.detach().view_as(low))  # in one transfer
 
     def _square(self, values: torch.Tensor) -> torch.Tensor:
         if self._wide.device != values.device or not self._wide.numel():
             self._wide = torch.empty(_BLOCK_ELEMENTS, dtype=torch.float64, device=values.device)
         wide = self._wide[: len(values)].copy_(values)
         return wide.dot(wide)
-
-
-def _blocks(
-    item: Item, tensors: Sequence[torch.Tensor]
-) -> Iterator[tuple[Span, list[torch.Tensor]]]:
-    flats = [tensor.detach().view(-1) for tensor in tensors]
-    for span in item.shard.spans:
-        end = span.offset + span.numel
-        for start in range(span.offset, end, _BLOCK_ELEMENTS):
-            stop = min(end, start + _BLOCK_ELEMENTS)
-            yield span, [flat[start:stop] for flat in flats]
 
 
 def _update(

@@ -13,6 +13,7 @@ Nothing of pass 1 but the sums and the moments has to survive until pass 2.
 """
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -50,15 +51,17 @@ class Hyper:
 
 
 class Item(NamedTuple):
-    """A shard in one step; the moments have its flat tensor's shape and are fp32 too.
+    """A shard in one step; moments and gradient have its flat tensor's shape and are fp32 too.
 
-    Items with the same numbers should share one `Hyper`.
+    The gradient is the kernel's: what is in it after the step is not said. Items with the same
+    numbers should share one `Hyper`.
     """
 
     shard: Shard
     exp_avg: torch.Tensor
     exp_avg_sq: torch.Tensor
     hyper: Hyper
+    gradient: torch.Tensor
 
 
 class LambKernel(Protocol):
@@ -72,17 +75,11 @@ class LambKernel(Protocol):
     """
 
     def accumulate(
-        self,
-        items: Sequence[Item],
-        gradients: Sequence[torch.Tensor],
-        squares_2P: torch.Tensor,
-        gradient_scale: torch.Tensor | None,
+        self, items: Sequence[Item], squares_2P: torch.Tensor, gradient_scale: torch.Tensor | None
     ) -> None:
         """Pass 1: update the moments, and write this rank's sums to `squares_2P`, which is zero.
 
-        `gradients` (fp32, shaped as the items' flat tensors) are multiplied by `gradient_scale`
-        (fp32, one element) where there is one. They are the kernel's from now on: what is in them
-        afterwards is not said.
+        Gradients are multiplied by `gradient_scale` (fp32, one element) where there is one.
         """
 
     def apply(self, items: Sequence[Item], squares_2P: torch.Tensor) -> None:
@@ -106,28 +103,26 @@ class ReferenceLamb:
     """`LambKernel` on any device."""
 
     def accumulate(
-        self,
-        items: Sequence[Item],
-        gradients: Sequence[torch.Tensor],
-        squares_2P: torch.Tensor,
-        gradient_scale: torch.Tensor | None,
+        self, items: Sequence[Item], squares_2P: torch.Tensor, gradient_scale: torch.Tensor | None
     ) -> None:
-        for item, gradient in zip(items, gradients, strict=True):
+        for item in items:
             hyper = item.hyper
-            for span, (weight, exp_avg, exp_avg_sq, grad) in _views(item, gradient):
+            tensors = (item.shard.flat, item.exp_avg, item.exp_avg_sq, item.gradient)
+            for span, (weight, exp_avg, exp_avg_sq, grad) in blocks(item, tensors):
                 if gradient_scale is not None:
                     grad = grad * gradient_scale  # noqa: PLW2901 - the caller's stays as it is
                 exp_avg.mul_(hyper.beta1).add_(grad, alpha=1 - hyper.beta1)
                 exp_avg_sq.mul_(hyper.beta2).addcmul_(grad, grad, value=1 - hyper.beta2)
                 update = _update(weight, exp_avg, exp_avg_sq, hyper)
-                squares_2P[0, span.index] += _square(weight)
-                squares_2P[1, span.index] += _square(update)
+                wide = [torch.linalg.vector_norm(x, dtype=torch.float64) for x in (weight, update)]
+                squares_2P[:, span.index] += torch.stack(wide).square()
 
     def apply(self, items: Sequence[Item], squares_2P: torch.Tensor) -> None:
         weight_squares, update_squares = squares_2P.tolist()
         for item in items:
             hyper = item.hyper
-            for span, (weight, exp_avg, exp_avg_sq, *low) in _views(item, item.shard.low):
+            tensors = (item.shard.flat, item.exp_avg, item.exp_avg_sq, item.shard.low)
+            for span, (weight, exp_avg, exp_avg_sq, *low) in blocks(item, tensors):
                 ratio = trust_ratio(weight_squares[span.index], update_squares[span.index], hyper)
                 update = _update(weight, exp_avg, exp_avg_sq, hyper)
                 weight.add_(update, alpha=-hyper.learning_rate * ratio)
@@ -143,22 +138,13 @@ def _update(
     return mean.div_(deviation.add_(hyper.eps)).add_(weight, alpha=hyper.weight_decay)
 
 
-def _square(values: torch.Tensor) -> torch.Tensor:
-    norm: torch.Tensor = torch.linalg.vector_norm(values, dtype=torch.float64)
-    return norm.square()
-
-
-def _views(
-    item: Item, further: torch.Tensor | None
-) -> Iterator[tuple[Span, tuple[torch.Tensor, ...]]]:
-    """The elements of each span in the weights, the moments and, where there is one, `further`."""
-    tensors = [item.shard.flat, item.exp_avg, item.exp_avg_sq]
-    tensors += [] if further is None else [further]
+def blocks(
+    item: Item, tensors: Sequence[torch.Tensor | None], most_elements: int = sys.maxsize
+) -> Iterator[tuple[Span, list[torch.Tensor]]]:
+    """The elements of each span in those tensors that are there, `most_elements` at a time."""
+    flats = [tensor.detach().view(-1) for tensor in tensors if tensor is not None]
     for span in item.shard.spans:
-        yield (
-            span,
-            tuple(
-                tensor.detach().view(-1)[span.offset : span.offset + span.numel]
-                for tensor in tensors
-            ),
-        )
+        end = span.offset + span.numel
+        for start in range(span.offset, end, most_elements):
+            stop = min(end, start + most_elements)
+            yield span, [flat[start:stop] for flat in flats]

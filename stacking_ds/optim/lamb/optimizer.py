@@ -40,9 +40,10 @@ def _triton(device: torch.device) -> LambKernel:
         kernel = TritonLamb()
         hyper = Hyper(1e-3, 0.9, 0.999, 1e-6, 0.01, True, 0.0, math.inf, step=1)
         weight, gradient, exp_avg, exp_avg_sq = (torch.ones(1, device=device) for _ in range(4))
-        items = [Item(Shard(weight, (Span("", 0, 0, 1),)), exp_avg, exp_avg_sq, hyper)]
+        shard = Shard(weight, (Span("", 0, 0, 1),))
+        items = [Item(shard, exp_avg, exp_avg_sq, hyper, gradient)]
         squares_2P = torch.zeros(2, 1, dtype=torch.float64, device=device)
-        kernel.accumulate(items, [gradient], squares_2P, None)
+        kernel.accumulate(items, squares_2P, None)
         kernel.apply(items, squares_2P)
         if not 0.9 < float(weight) < 1.0:
             raise ArithmeticError(f"a weight of 1 became {float(weight)}")
@@ -86,9 +87,7 @@ class LambStatistics(NamedTuple):
 
 
 def require_whole_tensors(kernel: str, *, sharded: bool) -> None:
-    """Raises:
-    ConfigError: the kernel steps on whole tensors only, and ranks have parts of them.
-    """
+    """Raises ConfigError if the kernel steps on those only, and ranks have parts of them."""
     if kernel == "apex" and sharded:
         raise ConfigError(
             "optimizer.lamb.kernel=apex: apex's LAMB takes what it is given for a whole tensor, so "
@@ -113,6 +112,7 @@ class Lamb(torch.optim.Optimizer):
     """
 
     state_names = MOMENTS
+    _kernel: LambKernel | None
 
     def __init__(
         self,
@@ -128,17 +128,10 @@ class Lamb(torch.optim.Optimizer):
                 f"LAMB needs lr >= 0, eps > 0, weight_decay >= 0 and betas in [0, 1); got lr={lr}, "
                 f"eps={eps}, weight_decay={weight_decay}, betas={betas}"
             )
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "layer_adaptation": True,
-        }
-        super().__init__(params, defaults)
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, {**defaults, "layer_adaptation": True})
         self.options = options or LambSection()
         own = [p for group in self.param_groups for p in group["params"]]
-        self._kernel: LambKernel | None = None
         whole = [Shard(p, (Span(str(index), index, 0, p.numel()),)) for index, p in enumerate(own)]
         self._know(whole, None, None)
 
@@ -181,7 +174,7 @@ class Lamb(torch.optim.Optimizer):
         self._kernel = None  # before the first step parameters may yet move
         self._offered: set[int] = set()
         self._waiting: list[tuple[Shard, dict[str, Any], torch.Tensor]] = []
-        self._last: tuple[list[Item], torch.Tensor] | None = None
+        self._last: tuple[dict[int, Hyper], torch.Tensor] | None = None
 
     @property
     def kernel(self) -> str:
@@ -214,20 +207,21 @@ class Lamb(torch.optim.Optimizer):
         if len(self._offered) == len(self._shards):
             waiting, self._waiting = self._waiting, []
             self._offered.clear()
-            self._take(self._items(waiting), [gradient for _, _, gradient in waiting])
+            self._take(self._items(waiting))
 
-    def _take(self, items: list[Item], gradients: list[torch.Tensor]) -> None:
+    def _take(self, items: list[Item]) -> None:
         device = next(iter(self._shards.values())).flat.device
         if self._kernel is None:
             self._kernel = choose_kernel(self.options.kernel, device)
         squares_2P = torch.zeros(2, len(self._names), dtype=torch.float64, device=device)
         if items:
-            scale = self._gradient_scale(gradients)
-            self._kernel.accumulate(items, gradients, squares_2P, scale)
+            scale = self._gradient_scale([item.gradient for item in items])
+            self._kernel.accumulate(items, squares_2P, scale)
         if self._add_over_ranks is not None:
             self._add_over_ranks(squares_2P)
         self._kernel.apply(items, squares_2P)
-        self._last = (items, squares_2P)
+        hypers = {span.index: item.hyper for item in items for span in item.shard.spans}
+        self._last = hypers, squares_2P
 
     def _offer(self, flat: torch.Tensor) -> Shard:
         shard = self._shards.get(id(flat))
@@ -260,7 +254,7 @@ class Lamb(torch.optim.Optimizer):
         if states:
             torch._foreach_add_([state["step"] for state in states], [one] * len(states))
         items, hypers, most = [], dict[tuple[int, int], Hyper](), self.options.max_coeff
-        for (shard, group, _), state in zip(waiting, states, strict=True):
+        for (shard, group, gradient), state in zip(waiting, states, strict=True):
             key = id(group), int(state["step"].item())
             if key not in hypers:
                 hypers[key] = Hyper(
@@ -274,17 +268,17 @@ class Lamb(torch.optim.Optimizer):
                     max_coeff=math.inf if most is None else most,
                     step=key[1],
                 )
-            items.append(Item(shard, state["exp_avg"], state["exp_avg_sq"], hypers[key]))
+            moments = state["exp_avg"], state["exp_avg_sq"]
+            items.append(Item(shard, *moments, hypers[key], gradient))
         return items
 
     def _gradient_scale(self, gradients: list[torch.Tensor]) -> torch.Tensor | None:
         if not self.options.grad_pre_normalization:
             return None
-        if self._gradient_norm is None:
-            norms = torch._foreach_norm(gradients, 2, torch.float64)
-            norm = torch.stack(norms).norm()
-        else:
+        if self._gradient_norm is not None:
             norm = self._gradient_norm()
+        else:
+            norm = torch.stack(torch._foreach_norm(gradients, 2, torch.float64)).norm()
         norm = norm.to(gradients[0].device, torch.float32)
         return torch.where(norm > 0, 1 / norm, torch.ones_like(norm))
 
@@ -301,8 +295,7 @@ class Lamb(torch.optim.Optimizer):
         """Norms and ratios of the last completed step; None before the first."""
         if self._last is None:
             return None
-        items, squares_2P = self._last
-        hypers = {span.index: item.hyper for item in items for span in item.shard.spans}
+        hypers, squares_2P = self._last
         found, squares = [], squares_2P.t().tolist()
         for index, hyper in sorted(hypers.items()):
             weight, update = squares[index]
@@ -331,9 +324,8 @@ def lamb_metrics(found: Sequence[LambStatistics]) -> dict[str, float]:
             by_place.setdefault(place_of(one.name), []).append(one.trust_ratio)
     for place, ratios in by_place.items():
         if ratios:
-            metrics[f"{TRUST_RATIOS}/{place}/min"] = min(ratios)
-            metrics[f"{TRUST_RATIOS}/{place}/mean"] = statistics.fmean(ratios)
-            metrics[f"{TRUST_RATIOS}/{place}/max"] = max(ratios)
+            for name, of in (("min", min), ("mean", statistics.fmean), ("max", max)):
+                metrics[f"{TRUST_RATIOS}/{place}/{name}"] = of(ratios)
     return metrics
 
 

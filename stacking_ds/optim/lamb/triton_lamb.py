@@ -234,7 +234,7 @@ class _Plan(NamedTuple):
         device, index = items[0].shard.flat.device, items[0].shard.flat.get_device()
         like_I = [(index, item.shard.flat.numel(), True, torch.float32) for item in items]
         rows_IK = np.zeros((len(items), COLUMNS.value), np.int64)
-        for row, like, (shard, exp_avg, exp_avg_sq, _) in zip(rows_IK, like_I, items, strict=True):
+        for row, like, (shard, exp_avg, exp_avg_sq, *_) in zip(rows_IK, like_I, items, strict=True):
             tensors = (shard.flat, exp_avg, exp_avg_sq, shard.low)
             assert _like(shard.flat) == _like(exp_avg) == _like(exp_avg_sq) == like
             assert shard.low is None or _like(shard.low)[:3] == like[:3]
@@ -246,10 +246,10 @@ class _Plan(NamedTuple):
         partial_2C = torch.empty(2, chunks_4C.shape[1], dtype=torch.float64, device=device)
         return cls(like_I, rows_IK, low_dtype, chunks_4C, segments_3S, partial_2C)
 
-    def table(self, items: Sequence[Item], gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    def table(self, items: Sequence[Item]) -> torch.Tensor:
         """A step's rows, on the device."""
-        assert [_like(gradient) for gradient in gradients] == self.like_I
-        self.rows_IK[:, GRADIENT.value] = [gradient.data_ptr() for gradient in gradients]
+        assert [_like(item.gradient) for item in items] == self.like_I
+        self.rows_IK[:, GRADIENT.value] = [item.gradient.data_ptr() for item in items]
         hypers = {id(item.hyper): item.hyper for item in items}
         place = {key: number for number, key in enumerate(hypers)}
         numbers = np.array([_numbers(hyper) for hyper in hypers.values()]).view(np.int64)
@@ -280,25 +280,21 @@ class TritonLamb:
     """`LambKernel` on an NVIDIA GPU; with TRITON_INTERPRET=1, and slowly, on the CPU."""
 
     def __init__(self) -> None:
-        # the items keep what the plan is of alive, so that nothing else can have its identity
-        self._known: tuple[list[tuple[int, int, int, int]], Sequence[Item], _Plan] | None = None
+        # the tensors are kept alive, so that nothing else can have their identity
+        self._known: tuple[list[tuple[int, int, int, int]], list[Any], _Plan] | None = None
         self._begun: Any = None  # between the passes: items, plan, table
 
     def accumulate(
-        self,
-        items: Sequence[Item],
-        gradients: Sequence[torch.Tensor],
-        squares_2P: torch.Tensor,
-        gradient_scale: torch.Tensor | None,
+        self, items: Sequence[Item], squares_2P: torch.Tensor, gradient_scale: torch.Tensor | None
     ) -> None:
         assert (squares_2P.dtype, squares_2P.is_contiguous()) == (torch.float64, True)
         assert gradient_scale is None or gradient_scale.dtype is torch.float32
         # a tensor can be the same and lie elsewhere: a module was moved
-        same = [(id(s), id(m), id(v), s.flat.data_ptr()) for s, m, v, _ in items]
+        same = [(id(s), id(m), id(v), s.flat.data_ptr()) for s, m, v, *_ in items]
         if self._known is None or self._known[0] != same:
-            self._known = same, items, _Plan.of(items)
+            self._known = same, [item[:3] for item in items], _Plan.of(items)
         plan = self._known[2]
-        table_IK = plan.table(items, gradients)
+        table_IK = plan.table(items)
         self._begun = items, plan, table_IK
         (_, chunks), (_, segments) = plan.chunks_4C.shape, plan.segments_3S.shape
         work = plan.chunks_4C, gradient_scale, plan.partial_2C
