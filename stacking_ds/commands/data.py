@@ -69,13 +69,12 @@ def _inspect(options: argparse.Namespace) -> int:
 
     if options.examples_shown < 0:
         raise ConfigError(f"--examples-shown is {options.examples_shown}; it must be at least 0")
-    workers = _workers(options)
     config, section = _recipe(options)
     shards = TokenShards.open(options.shards, options.verify)
     from stacking_ds.data.inspect_report import as_text  # seconds of imports, for what is there
 
     found = {}
-    for name, facts in _findings(options, shards, config, section, workers):
+    for name, facts in _findings(options, shards, config, section):
         found[name] = facts
         if not options.json:
             say(as_text(name, facts))
@@ -95,7 +94,6 @@ def _findings(
     shards: "TokenShards",
     config: RunConfig | None,
     section: DataSection,
-    workers: int,
 ) -> Iterator[tuple[str, Any]]:
     """Each part of the report by its name, as soon as it is known."""
     from stacking_ds.data import inspection
@@ -108,9 +106,9 @@ def _findings(
     seed, sections = 0 if config is None else config.seed, _sections(section, config)
     rows, rows_by_length = [], {}
     for length, row in sections.items():
-        rows_by_length[length] = inspection.row_facts(train, row, workers)
+        rows_by_length[length] = inspection.row_facts(train, row, options.workers)
         # a run evaluates on the first variant only
-        held_out = inspection.row_facts(heldout, row.changed(variants=1), workers)
+        held_out = inspection.row_facts(heldout, row.changed(variants=1), options.workers)
         rows += [rows_by_length[length], held_out]
     yield "rows", rows
     yield "readings", config and inspection.readings(config, rows_by_length)
@@ -128,7 +126,6 @@ def _findings(
 def _layout(options: argparse.Namespace) -> int:
     from stacking_ds.data.shards import TokenShards
 
-    workers = _workers(options)
     config, section = _recipe(options)
     shards = TokenShards.open(options.shards)
     from stacking_ds.data.rows import LayoutSpec, open_layout  # seconds of imports
@@ -141,7 +138,7 @@ def _layout(options: argparse.Namespace) -> int:
         for row in _sections(section, config).values():
             for variant in range(variants):
                 started = time.monotonic()
-                found = open_layout(split, LayoutSpec.of(row, variant), workers)
+                found = open_layout(split, LayoutSpec.of(row, variant), options.workers)
                 say(
                     f"{found.folder}: {found.num_rows:,} rows, {found.fill:.1%} full, "
                     f"{time.monotonic() - started:.1f} s"
@@ -150,7 +147,11 @@ def _layout(options: argparse.Namespace) -> int:
 
 
 def _recipe(options: argparse.Namespace) -> tuple[RunConfig | None, DataSection]:
-    """The recipe, None if none is given, and how rows are to be made."""
+    """The recipe, None if none is given, and how rows are to be made; `workers` is a number from
+    now on."""
+    if options.workers is not None and options.workers < 1:
+        raise ConfigError(f"--workers is {options.workers}; it must be at least 1")
+    options.workers = options.workers or len(os.sched_getaffinity(0))
     names = ("sequence_length", "examples", "masking", "packing")
     plain = {name: getattr(options, name, None) for name in names}
     plain = {name: value for name, value in plain.items() if value is not None}
@@ -183,9 +184,3 @@ def _sections(section: DataSection, config: RunConfig | None) -> dict[int, DataS
     if config is not None:
         lengths = {phase.sequence_length for phase in config.phase_schedule().phases}
     return {length: section.changed(sequence_length=length) for length in sorted(lengths)}
-
-
-def _workers(options: argparse.Namespace) -> int:
-    if options.workers is not None and options.workers < 1:
-        raise ConfigError(f"--workers is {options.workers}; it must be at least 1")
-    return options.workers or len(os.sched_getaffinity(0))

@@ -88,11 +88,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class RankStep:
-    """One rank's share of a global batch: as many micro-batches, of as many rows, on each rank.
-
-    The counts are this rank's; summed over the ranks they are what the losses are divided by.
-    Build it with `of`.
-    """
+    """One rank's share of a global batch: as many micro-batches, of as many rows, on each rank. The
+    counts are this rank's; summed over the ranks they are what the losses are divided by."""
 
     content: torch.Tensor
     """int32: the tensors of all micro-batches in one, which a loader's process hands on as one

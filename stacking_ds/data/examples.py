@@ -120,11 +120,8 @@ def read_passages(split: TokenSplit, shards: range) -> Passages:
 
 
 def cut_documents(passages: Passages, sequence_length: int, key: Words | None) -> Examples:
-    """Each document in pieces of `sequence_length` - 2 tokens and a rest.
-
-    With a `key` the first piece of a longer document has a length drawn by it, so that other keys
-    cut at other places.
-    """
+    """Each document in pieces of `sequence_length` - 2 tokens and a rest. With a `key` the first
+    piece of a longer document has a length drawn by it, so that other keys cut at other places."""
     _require_length(sequence_length)
     room = sequence_length - _TEXT_FRAME
     lengths = passages.stops - passages.starts

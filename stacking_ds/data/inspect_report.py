@@ -10,7 +10,7 @@ from stacking_ds.data.shard_files import MANY_UNKNOWN
 
 _SOURCES_SHOWN = 8
 _BAR, _LINE = 40, 100
-_Columns = Sequence[tuple[str, str | Callable[[Facts], str]]]
+_Columns = Sequence[tuple[str, str | Callable[[Any], str]]]
 """Their heads, and what stands below: a format of the facts, or a function of them."""
 
 
@@ -32,16 +32,13 @@ def _folder(facts: Facts) -> list[str]:
     ]
     text = aligned([(name, form.format_map(facts)) for name, form in lines], left=(0, 1))
     if sources := facts["sources"]:
-        rows = [
-            (
-                one.name,
-                "-" if one.size_bytes is None else readable_size(one.size_bytes),
-                one.licence or "-",
-                "held out" if one.heldout else "",
-            )
-            for one in sources[:_SOURCES_SHOWN]
+        columns: _Columns = [
+            ("source", lambda one: one.name),
+            ("size", lambda one: "-" if one.size_bytes is None else readable_size(one.size_bytes)),
+            ("licence", lambda one: one.licence or "-"),
+            ("", lambda one: "held out" if one.heldout else ""),
         ]
-        text += ["", *aligned([("source", "size", "licence", ""), *rows], left=(0, 2, 3))]
+        text += ["", *aligned(_table(columns, sources[:_SOURCES_SHOWN]), left=(0, 2, 3))]
         if len(sources) > _SOURCES_SHOWN:
             text.append(f"and {len(sources) - _SOURCES_SHOWN:,} more; --json has all")
     if facts["rejected"]:
@@ -76,10 +73,6 @@ def _splits(splits: Sequence[Facts]) -> list[str]:
         f"({train['sampled_sentences']:,} of train)"
     )
     return [*text, "", "train's documents by their tokens", *_bars(train["document_lengths"])]
-
-
-def _overlap(overlap: Facts) -> list[str]:
-    return [f"train documents that are held out too: {overlap['documents']:,}"]
 
 
 def _rows(rows: Sequence[Facts]) -> list[str]:
@@ -166,7 +159,7 @@ def _unknown(facts: Facts) -> float:
     return float(facts["unknown_tokens"] / max(facts["tokens"], 1))
 
 
-def _table(columns: _Columns, things: Sequence[Facts]) -> list[list[str]]:
+def _table(columns: _Columns, things: Sequence[Any]) -> list[list[str]]:
     """A line of heads, and a line for each thing."""
     heads = [head for head, _ in columns]
     cells = [cell.format_map if isinstance(cell, str) else cell for _, cell in columns]
@@ -189,7 +182,7 @@ def _bars(bins: Sequence[Facts]) -> list[str]:
 _PARTS: dict[str, Callable[[Any], list[str]]] = {
     "folder": _folder,
     "splits": _splits,
-    "overlap": _overlap,
+    "overlap": lambda found: [f"train documents that are held out too: {found['documents']:,}"],
     "rows": _rows,
     "readings": _readings,
     "examples": _examples,

@@ -65,8 +65,7 @@ def split_facts(split: TokenSplit) -> Facts:
     `sampled_sentences` sentences of at least 8 tokens, which are all whose hash falls into one of
     `one_in` classes, so that a sentence is in the sample with all of its copies or not at all.
 
-    Reads the whole split once. Raises DataError when other duplicates are left out than the
-    manifest says.
+    Raises DataError when other duplicates are left out than the manifest says.
     """
     split.require_duplicates()
     record = split.shards.manifest.split(split.name)
@@ -173,11 +172,7 @@ _LENGTH_BINS = 8
 
 def row_facts(split: TokenSplit, section: DataSection, workers: int = 1) -> Facts:
     """The rows of one split and one sequence length, [CLS] and [SEP] included; means over the
-    variants.
-
-    Opens the layouts of these rows, and makes those that are not there. Raises DataError when they
-    cannot be made, or are none.
-    """
+    variants. Makes the layouts that are not there; raises what `open_layout` does."""
     layouts = [
         open_layout(split, LayoutSpec.of(section, variant), workers)
         for variant in range(section.variants)

@@ -7,7 +7,7 @@ only who computes a row, never what is in it, and any position is reached at onc
 Shapes: R rows of one rank, E examples.
 """
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ from stacking_ds.data.batches import Assembler, RankStep, rows_of_rank, split_ba
 from stacking_ds.data.counter_random import Integers, KeyedPermutation, derive_key
 from stacking_ds.data.examples import concatenate
 from stacking_ds.data.prefetch import Patience, PrefetchedSteps
-from stacking_ds.data.rows import Layout, LayoutSpec, find_layout, open_layout
+from stacking_ds.data.rows import Layout, LayoutSpec, open_layout
 from stacking_ds.data.shard_files import SplitName
 from stacking_ds.data.shards import TokenShards
 from stacking_ds.errors import ConfigError, DataError
@@ -43,21 +43,20 @@ class PretrainingData:
         self._layouts: list[Layout] = []
         self._assembler = Assembler(self._split, section)
 
-    def layout(self, variant: int, workers: int = 1) -> Layout:
-        """The rows of a variant, laid out by up to `workers` processes if they are not there."""
+    def layout(
+        self, variant: int, workers: int = 1, say: Callable[[str], None] = lambda _: None
+    ) -> Layout:
+        """The rows of a variant, laid out as by `rows.open_layout` if they are not there."""
         while len(self._layouts) <= variant:
             spec = LayoutSpec.of(self.section, len(self._layouts))
-            self._layouts.append(open_layout(self._split, spec, workers))
+            self._layouts.append(open_layout(self._split, spec, workers, say))
         return self._layouts[variant]
 
-    def missing_layouts(self, num_rows: int) -> Iterator[tuple[int, LayoutSpec]]:
-        """The variants that the first `num_rows` rows of the order need and that are not laid out
-        yet, one by one: how many rows one has is known when it is."""
+    def lay_out(self, num_rows: int, say: Callable[[str], None], workers: int = 1) -> None:
+        """Lays out, by up to `workers` processes, the variants that the first `num_rows` rows of
+        the order need and that are not there yet; `say` is told of each one first."""
         for variant in range(self.section.variants):
-            spec = LayoutSpec.of(self.section, variant)
-            if variant >= len(self._layouts) and find_layout(self._split, spec) is None:
-                yield variant, spec
-            num_rows -= self.layout(variant).num_rows
+            num_rows -= self.layout(variant, workers, say).num_rows
             if num_rows <= 0:
                 return
 
@@ -66,10 +65,6 @@ class PretrainingData:
         DataError where they differ."""
         for layout in list(self._layouts):
             yield from layout.verifying()
-
-    @property
-    def split(self) -> SplitName:
-        return self._split.name
 
     @property
     def num_rows(self) -> int:
@@ -219,11 +214,8 @@ def unigram_log_probabilities(shards: TokenShards) -> NDArray[np.float64]:
 
 
 def unigram_mlm_loss(log_probability: NDArray[np.float64], steps: Iterable[RankStep]) -> float:
-    """Cross-entropy of these probabilities over the masked tokens of `steps`, in nats per token.
-
-    Give it the evaluation steps of a single rank, so that they are all there. Raises DataError
-    when they mask nothing.
-    """
+    """Cross-entropy of these probabilities over the masked tokens of `steps`, which are those of a
+    single rank, in nats per token. Raises DataError when they mask nothing."""
     total, targets = 0.0, 0
     for step in steps:
         for batch in step.micro_batches:

@@ -48,22 +48,15 @@ _SPAN_STOP, _LONGEST_SPAN = 0.2, 10
 
 @dataclass(frozen=True)
 class MaskingVocabulary:
-    """The facts of a vocabulary that masking needs.
-
-    `ordinary_ids` [n]: all but the special tokens, what random replacements are drawn from.
-    `continues_word_V` [V]: whether the token of this id continues a word (begins with ##).
-    """
+    """The facts of a vocabulary that masking needs."""
 
     mask_id: int
-    ordinary_ids: Integers
-    continues_word_V: Flags
+    ordinary_ids: Integers  # all but the special tokens: what random replacements are drawn from
+    continues_word_V: Flags  # whether the token of this id continues a word (begins with ##)
 
     @classmethod
     def of(cls, vocabulary: Sequence[str]) -> "MaskingVocabulary":
-        """For `vocabulary` (token of id i at index i).
-
-        Raises DataError when it holds nothing but special tokens.
-        """
+        """For `vocabulary` (token of id i at index i); DataError for special tokens alone."""
         special = special_ids(vocabulary)
         ordinary = np.setdiff1d(np.arange(len(vocabulary), dtype=np.int64), list(special))
         if not len(ordinary):
@@ -113,7 +106,6 @@ def mask_tokens(
     maskable_E = np.diff(bounds)
     budget_E = np.floor(mlm_probability * maskable_E + 0.5).astype(np.int64).clip(1, maskable_E)
     which_E = derive_key(key_E, _WHICH)
-    draw_M = None
     if masking == "tokens":
         positions_M = position_N[_choose_tokens(bounds, budget_E, which_E)]
     else:
@@ -121,12 +113,10 @@ def mask_tokens(
         chosen, draw = _choose_words(words, budget_E, which_E, by_span=masking == "spans")
         length = words.length(chosen)
         positions_M = ranges(words.edges[words.edge_W[chosen]], length)
-        draw_M = np.repeat(draw, length) if masking == "spans" else None
-
     labels_M = ids_T[positions_M]
     example_M = _owners(np.searchsorted(positions_M, example_offsets))
     place_M = positions_M - example_offsets[example_M]
-    decided_by_M = place_M if draw_M is None else draw_M
+    decided_by_M = np.repeat(draw, length) if masking == "spans" else place_M
     how_M = integers_below(random_bits(derive_key(key_E, _HOW)[example_M], decided_by_M), 10)
     ids_T[positions_M] = np.where(how_M < 8, vocabulary.mask_id, labels_M)
     random_R = np.flatnonzero(how_M == 8)
@@ -179,10 +169,8 @@ class _Words:
 
 
 def _find_words(continues_T: Flags, maskable_T: Flags, offsets: Integers) -> _Words:
-    is_edge = np.ones(len(maskable_T) + 1, dtype=np.bool_)
-    unmaskable_T = ~maskable_T
-    np.logical_or(~continues_T, unmaskable_T, out=is_edge[:-1])
-    is_edge[1:-1] |= unmaskable_T[:-1]
+    is_edge = np.append(~continues_T | ~maskable_T, True)
+    is_edge[1:-1] |= ~maskable_T[:-1]
     is_edge[offsets] = True
     edges = np.flatnonzero(is_edge)
     edge_W = np.flatnonzero(maskable_T[edges[:-1]])

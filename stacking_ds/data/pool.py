@@ -61,12 +61,35 @@ def do_in_workers(
     happens, no worker is left.
     """
     processes: dict[Connection, subprocess.Popen[bytes]] = {}
+    doing: dict[Connection, int] = {}
+    todo, results = iter(enumerate(items)), dict[int, Any]()
+
+    def deal(worker: Connection) -> None:
+        if (following := next(todo, None)) is not None:
+            doing[worker] = following[0]
+            _send(worker, pickle.dumps(following[1]))
+
     try:
         for _ in range(min(workers, len(items))):
             answers, process = _start()
             processes[answers] = process
-        found = _answers(processes, pickle.dumps(make_work), items, report)
-        return [found[index] for index in range(len(items))]
+        for worker in processes:
+            _send(worker, pickle.dumps(make_work))
+            deal(worker)
+        while doing:
+            for worker in cast("list[Connection]", wait(list(doing))):
+                try:
+                    kind, content = worker.recv()
+                except (EOFError, OSError):
+                    raise WorkerDiedError(processes[worker].wait(), items[doing[worker]]) from None
+                if kind == "error":
+                    raise content
+                if kind == "result":
+                    results[doing.pop(worker)] = content
+                    deal(worker)
+                else:
+                    report(items[doing[worker]], *content)
+        return [results[index] for index in range(len(items))]
     finally:
         for process in processes.values():
             process.kill()
@@ -74,41 +97,6 @@ def do_in_workers(
             process.wait()
             answers.close()
             tidy(process.pid)
-
-
-def _answers(
-    processes: dict[Connection, "subprocess.Popen[bytes]"],
-    work: bytes,
-    items: Sequence[Any],
-    report: Report,
-) -> dict[int, Any]:
-    """Deals the items out, one at a time to each process; the results by the items' numbers."""
-    todo = iter(enumerate(items))
-    doing: dict[Connection, int] = {}
-    results: dict[int, Any] = {}
-
-    def deal(worker: Connection) -> None:
-        if (following := next(todo, None)) is not None:
-            doing[worker] = following[0]
-            _send(worker, pickle.dumps(following[1]))
-
-    for worker in processes:
-        _send(worker, work)
-        deal(worker)
-    while doing:
-        for worker in cast("list[Connection]", wait(list(doing))):
-            try:
-                kind, content = worker.recv()
-            except (EOFError, OSError):
-                raise WorkerDiedError(processes[worker].wait(), items[doing[worker]]) from None
-            if kind == "error":
-                raise content
-            if kind == "result":
-                results[doing.pop(worker)] = content
-                deal(worker)
-            else:
-                report(items[doing[worker]], *content)
-    return results
 
 
 def _send(other: Connection, content: bytes) -> None:

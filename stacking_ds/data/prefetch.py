@@ -6,6 +6,7 @@ A pipe needs no room in /dev/shm, no name in the file system and no further open
 when its worker does: whatever becomes of a worker, who waits for its step learns of it.
 """
 
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -16,7 +17,6 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import BinaryIO
 
 import psutil
@@ -70,12 +70,12 @@ class PrefetchedSteps(Iterator[RankStep]):
         patience: Patience,
     ) -> None:
         """Raises ConfigError where the machine has no room for the processes."""
-        self._numbers, self._patience, self._taken = iter(numbers), patience, 0
+        self._patience = patience
         self._workers: list[_Worker] = []
         device = torch.cuda.current_device() if pin_memory else None
         try:
             for first in range(workers):
-                share = islice(numbers, first, None, workers)
+                share = itertools.islice(numbers, first, None, workers)
                 self._workers.append(_Worker(build, share, device))
         except (OSError, RuntimeError) as error:
             self.close()
@@ -84,15 +84,14 @@ class PrefetchedSteps(Iterator[RankStep]):
                 f"raise the limits on processes, open files and memory, or set fewer; with 0 each "
                 f"rank builds its batches itself"
             ) from error
+        self._turns = zip(itertools.cycle(self._workers), numbers, strict=False)
 
     def __next__(self) -> RankStep:
         """Raises:
         LoaderError: the worker has ended, hangs, or does not hand over its step soon after the run
             was asked to stop.
         """
-        number = next(self._numbers)
-        worker = self._workers[self._taken % len(self._workers)]
-        self._taken += 1
+        worker, number = next(self._turns)
         return worker.take(number, self._patience)
 
     def close(self) -> None:

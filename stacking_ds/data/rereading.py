@@ -3,8 +3,8 @@
 import logging
 import os
 import threading
-from collections.abc import Iterator
 from contextlib import suppress
+from itertools import chain
 
 from stacking_ds.data.run_data import RunData
 from stacking_ds.errors import DataError, UnreadableDataError
@@ -68,7 +68,8 @@ class Rereading:
         while True:
             last = self._ending.is_set()
             try:
-                for _ in self._files():
+                rows = self._data.train.values()
+                for _ in chain(self._data.shards.verifying(), *(one.verifying() for one in rows)):
                     if self._leaving:
                         return
                 return
@@ -83,11 +84,6 @@ class Rereading:
             except Exception as error:  # noqa: BLE001 - the main thread raises it
                 self._failure = error
                 return
-
-    def _files(self) -> Iterator[None]:
-        yield from self._data.shards.verifying()
-        for rows in self._data.train.values():
-            yield from rows.verifying()
 
 
 def _say(message: str) -> None:

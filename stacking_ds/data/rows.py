@@ -17,7 +17,7 @@ import itertools
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -204,12 +204,11 @@ class Layout:
 
 
 def pack(slots_E: Integers, sequence_length: int) -> tuple[Integers, Integers]:
-    """Examples of `slots_E` slots, each at most `sequence_length`, put into rows of that length.
+    """The order [E] in which examples of `slots_E` slots, each at most `sequence_length`, fill rows
+    of that length, and the offsets [rows + 1] at which its rows begin.
 
     Best-fit decreasing (Johnson 1973; for BERT's rows see Krell et al. 2021, arXiv:2107.02027):
     the longest first, each into the row that it fills best.
-
-    Returns the order of the examples [E], and the offsets [rows + 1] at which its rows begin.
     """
     longest_first = np.argsort(-slots_E, kind="stable")
     rows: list[list[int]] = []
@@ -251,14 +250,26 @@ def find_layout(split: TokenSplit, spec: LayoutSpec) -> Layout | None:
     return next((layout for layout in found if layout is not None), None)
 
 
-def open_layout(split: TokenSplit, spec: LayoutSpec, workers: int = 1) -> Layout:
-    """The layout of `split` by `spec`, made by up to `workers` processes if it is not there.
+def open_layout(
+    split: TokenSplit,
+    spec: LayoutSpec,
+    workers: int = 1,
+    say: Callable[[str], None] = lambda _: None,
+) -> Layout:
+    """The layout of `split` by `spec`, made by up to `workers` processes if it is not there, of
+    which `say` is told first.
 
     Raises DataError for a sequence that is too short, for a split with too few documents, for
     shards that are not those of the manifest, and when the layout can be written nowhere.
     """
     require_documents(split, spec)
-    return find_layout(split, spec) or _make(split, spec, workers)
+    if (found := find_layout(split, spec)) is not None:
+        return found
+    say(
+        f"laying out the rows of {split.shards.folder}, {split.name} {spec}, once for all runs; "
+        f"`stacking-ds data layout` does so ahead of a run"
+    )
+    return _make(split, spec, workers)
 
 
 def require_documents(split: TokenSplit, spec: LayoutSpec) -> None:

@@ -67,17 +67,9 @@ class RunData:
         """
         phases, total_steps = self.schedule.phases, self.schedule.total_steps
         for length, data in self.train.items():
+            data.lay_out(phases.rows(total_steps, length), say, workers)
             heldout = self.config.data.changed(sequence_length=length, variants=1)
-            for one, rows in (
-                (data, phases.rows(total_steps, length)),
-                (PretrainingData(self.shards, "heldout", heldout, seed=0), 1),
-            ):
-                for variant, spec in one.missing_layouts(rows):
-                    say(
-                        f"laying out the rows of {self.shards.folder}, {one.split} {spec}, once "
-                        f"for all runs; `stacking-ds data layout` does so ahead of a run"
-                    )
-                    one.layout(variant, workers)
+            PretrainingData(self.shards, "heldout", heldout, seed=0).lay_out(1, say, workers)
         for phase in phases.phases:
             self.train[phase.sequence_length].require_rows(phase.global_batch_size)
 

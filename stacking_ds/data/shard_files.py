@@ -60,9 +60,7 @@ class PrepareRequest(Record):
 
 class SourceFile(Record):
     """Something that was read: a file, a Hugging Face dataset, or a package of the embedded corpus.
-
-    `size_bytes` and `sha256` are None for what is no file, `licence` is None where unknown.
-    """
+    `size_bytes` and `sha256` are None for what is no file, `licence` is None where unknown."""
 
     name: str
     heldout: bool
@@ -129,8 +127,7 @@ class SplitManifest(Record):
 
     @property
     def unknown_share(self) -> float | None:
-        """The share of [UNK] in the tokens of all files; None where an earlier version wrote
-        one."""
+        """The share of [UNK] in the tokens of all files; None where earlier versions wrote one."""
         unknown = 0
         for shard in self.shards:
             if shard.unknown_tokens is None:
@@ -185,15 +182,11 @@ def read_manifest(folder: Path) -> DataManifest:
     try:
         text = read_text(path)
     except FileNotFoundError as error:
+        state = f"holds no prepared data ({MANIFEST_NAME} is missing); make it with"
+        again = ""
         if (folder / UNFINISHED_NAME).is_dir():
-            raise DataError(
-                f"{folder} is unfinished: run the same `stacking-ds prepare` again, which goes on "
-                "where it stopped"
-            ) from error
-        raise DataError(
-            f"{folder} holds no prepared data ({MANIFEST_NAME} is missing); "
-            "make it with `stacking-ds prepare`"
-        ) from error
+            state, again = "is unfinished: run the same", " again, which goes on where it stopped"
+        raise DataError(f"{folder} {state} `stacking-ds prepare`{again}") from error
     except DamagedFileError as error:
         folder.stat()  # where its name is too long, nothing is damaged
         raise DataError(f"{error}; delete the folder and prepare it again") from error
@@ -207,9 +200,8 @@ def read_manifest(folder: Path) -> DataManifest:
                 f"{folder} was prepared in another version of the format; delete it and run "
                 "`stacking-ds prepare` again"
             ) from error
-        raise DataError(
-            f"{path} is damaged or of another version: {first_problem(error)}"
-        ) from error
+        problem = first_problem(error)
+        raise DataError(f"{path} is damaged or of another version: {problem}") from error
 
 
 def file_sha256(path: Path) -> str:

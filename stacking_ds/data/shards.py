@@ -66,12 +66,10 @@ def require_whole(
 
 def numbers(array: pa.Array) -> NDArray[Any]:
     """A view, which cannot be written, of an array of numbers without nulls; shape [len(array)].
+    Raises ValueError where it has nulls, or claims more than it holds.
 
     pyarrow's `to_numpy` gives the same, and imports pandas for it where that is installed: 0.4 s,
     in which a KeyboardInterrupt is lost.
-
-    Raises:
-        ValueError: it has nulls, or claims more than it holds.
     """
     if array.null_count:
         raise ValueError(f"{array.null_count} of {len(array)} numbers are missing")
@@ -99,17 +97,11 @@ def only_batch(path: Path, columns: Mapping[str, tuple[pa.DataType, ...]]) -> pa
             raise ValueError(f"its {name} are of type {str(types[name])[:100]}")
     batch = reader.get_batch(0)
     batch.validate()
-    if any(_has_nulls(batch.column(name)) for name in columns):
+    parts = [batch.column(name) for name in columns]
+    parts += [part.values for part in parts if pa.types.is_list(part.type)]
+    if any(part.null_count for part in parts):  # `numbers` finds those in a struct
         raise ValueError("it holds nulls")
     return batch
-
-
-def _has_nulls(column: pa.Array) -> bool:
-    if pa.types.is_list(column.type):
-        return bool(column.null_count) or _has_nulls(column.values)
-    if pa.types.is_struct(column.type):
-        return bool(column.null_count) or any(map(_has_nulls, column.flatten()))
-    return bool(column.null_count)
 
 
 _COLUMNS = {
@@ -183,10 +175,7 @@ class TokenShards:
     def open(cls, folder: Path, verify: bool = False) -> "TokenShards":
         """Opens `folder`; with `verify`, every byte is compared with the manifest's sha256, and
         what the bytes say of documents and tokens with what is true of a shard, since whoever
-        prepared them wrote the manifest too.
-
-        Raises DataError naming the file that is missing, of another size, altered or wrong.
-        """
+        prepared them wrote the manifest too. Raises DataError naming the file that is wrong."""
         shards = cls(folder, read_manifest(folder))
         for file in shards.files:
             # an exchanged vocabulary gives every token another meaning, and is cheap to notice
@@ -285,11 +274,9 @@ class TokenSplit:
         return arrays.tokens[arrays.token_offsets[row] : arrays.token_offsets[row + 1]]
 
     def read(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The tokens of stretches of the split's tokens, one stretch after the other; each lies
-        in one file. Shape [sum of lengths].
-
-        Raises DataError for stretches that no file has, and for ids of no vocabulary entry.
-        """
+        """The tokens of stretches of the split's tokens, one after the other; each lies in one
+        file. Shape [sum of lengths]. Raises DataError for stretches that no file has, and for ids
+        of no vocabulary entry."""
         shards = np.searchsorted(self.token_bases, starts, side="right") - 1
         shards = shards.clip(0, len(self.arrays) - 1)
         inside = (starts >= 0) & (starts <= self.num_tokens) & (lengths >= 0)

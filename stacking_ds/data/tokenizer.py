@@ -85,10 +85,8 @@ def vocabulary_sha256(vocabulary: Sequence[str]) -> str:
 
 
 def build_tokenizer(vocabulary: Sequence[str], normalization: Normalization = UNCASED) -> Tokenizer:
-    """BERT's tokenizer over `vocabulary`, framing texts by [CLS] and [SEP] on request.
-
-    Words of more than 100 characters, and words no pieces fit, become [UNK].
-    """
+    """BERT's tokenizer over `vocabulary`, framing texts by [CLS] and [SEP] on request. Words of
+    more than 100 characters, and words no pieces fit, become [UNK]."""
     ids = {token: index for index, token in enumerate(vocabulary)}
     tokenizer = Tokenizer(models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100))
     tokenizer.normalizer = normalization.normalizer()
@@ -108,10 +106,9 @@ def train_wordpiece(
 
     The same texts give the same vocabulary in every process. Left alone, the trainer numbers the
     characters in the order of a randomly seeded hash map and breaks ties between equally frequent
-    pairs by these numbers; so the alphabet is counted here, ordered by code point, and handed over
-    in that order. `texts` is iterated twice, and only its words are held in memory; an iterator,
-    which gives them once, is turned into a list. Raises DataError when `vocab_size` has no room for
-    the alphabet or the texts are empty.
+    pairs by these numbers; so the alphabet is counted here, and handed over by code point. `texts`
+    is iterated twice, and only its words are held in memory; an iterator becomes a list. Raises
+    DataError when `vocab_size` has no room for the alphabet or the texts are empty.
     """
     if iter(texts) is texts:
         texts = list(texts)
@@ -120,11 +117,8 @@ def train_wordpiece(
     if not alphabet:
         raise DataError("no vocabulary can be trained: no character occurs twice in the text")
     pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    pieces = [*alphabet]
-    for character in alphabet:
-        if len(pre_tokenizer.pre_tokenize_str("a" + character)) == 1:
-            pieces.append(CONTINUATION + character)
-    first = [*SPECIAL_TOKENS, *pieces]
+    inner = (one for one in alphabet if len(pre_tokenizer.pre_tokenize_str("a" + one)) == 1)
+    first = [*SPECIAL_TOKENS, *alphabet, *(CONTINUATION + one for one in inner)]
     if vocab_size < len(first):
         raise DataError(
             f"vocab_size {vocab_size} is too small: the special tokens and the alphabet of the "
