@@ -76,12 +76,9 @@ def newest_first(run_dir: Path) -> list[Path]:
 
 def named_by_latest(root: Path) -> str | None:
     """The name in `root`/latest, by `read_text`; None before the run's first checkpoint."""
-    if root.is_file():
-        return None  # and no checkpoint can lie in it
-    try:
+    with suppress(FileNotFoundError, NotADirectoryError):  # in a file no checkpoint can lie
         return read_text(root / "latest", _MOST_POINTER_BYTES).strip()
-    except FileNotFoundError:
-        return None
+    return None
 
 
 def latest(run_dir: Path) -> Path | None:

@@ -153,8 +153,7 @@ def last_end(run_dir: Path, records: Sequence[Record]) -> End | None:
 
 def outcome_since(run_dir: Path, since: int) -> str | None:
     """Outcome of the attempt whose records begin at `since`: an `Outcome` or "killed"; None if
-    it did not begin.
-    """
+    it did not begin."""
     end = last_end(run_dir, read_records(run_dir)[since:])
     return end.outcome if end else None
 
