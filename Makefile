@@ -9,8 +9,7 @@ BIN := $(VENV)/bin
 RUNS ?= runs
 WORKERS ?= 2
 PYTEST = $(BIN)/python -m pytest
-# of some 14,000 modules few are ever imported, and those are compiled then
-PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 GPU_PYTHON ?= python3
 GPUS = $(shell $(BIN)/python -c 'import torch; print(torch.cuda.device_count() or "")')
 RANKS ?= $(or $(GPUS),2)
