@@ -93,7 +93,7 @@ class _VerifiedFile:
                 f"{len(damaged)} of {count} chunks are not those that were written, the first at "
                 f"byte {damaged[0] * self._chunk_bytes}"
             )
-        assert self._places is not None
+        _ = self._places  # reading the header compares it
 
     @cached_property
     def _places(self) -> dict[str, int]:

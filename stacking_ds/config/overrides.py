@@ -146,7 +146,7 @@ def _key(container: Tree, part: str, path: tuple[str, ...]) -> str | int:
         )
     if not container:
         raise OverrideError("the recipe writes no such list; give the whole list, in brackets")
-    if len(part) > 9 or int(part) >= len(container):
+    if len(part) > 9 or not part.isdecimal() or int(part) >= len(container):
         raise OverrideError(
             f"{shortened(part)} is not one of the list's positions 0 to {len(container) - 1}"
         )

@@ -205,6 +205,7 @@ _NAMES_BY_REASON = {
         "nebula progressive_layer_drop quantize_training sparse_attention sparse_gradients"
     ),
     "the recipe owns it; delete it": "optimizer scheduler",
+    "its timer waits for the device in every micro-step, and is off; delete it": "timers",
     "the run writes its metrics once, by itself; delete it": "tensorboard wandb csv_monitor comet",
     "the loss is scaled for gradients averaged over ranks in fp32; delete it": (
         "prescale_gradients gradient_predivide_factor gradient_allreduce_op"

@@ -119,6 +119,8 @@ def slurm_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 def _tasks_per_node(text: str) -> list[int]:
     """`2(x3),1` is [2, 2, 2, 1]."""
+    if re.fullmatch(r"\d+(\(x\d+\))?(,\d+(\(x\d+\))?)*", text) is None:
+        raise ValueError(f"{text!r} is no list of tasks per node")
     found = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
     return [int(count) for count, times in found for _ in range(int(times or "1"))]
 

@@ -108,7 +108,7 @@ def test_auto_classes_find_all_their_weights(exported: Path) -> None:
     ours = BertForPreTraining(CONFIG, seed=0).eval()
     rows = from_rows(ids_BS, types_BS, mask_BS)
     logits_TV, _ = ours(*rows)
-    hidden_TH, _ = ours.encode(*rows)
+    hidden_TH, _ = ours.bert(*rows)
     inputs = {
         "input_ids": ids_BS,
         "token_type_ids": types_BS,

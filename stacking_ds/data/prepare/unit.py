@@ -321,9 +321,10 @@ class _ChunkWriter:
 
     def _take(self, item: Item, reader: Reader) -> None:
         """Adds an item to the group, or to what is left out."""
+        at = item.number  # not the item, whose text would stay in memory
 
         def place() -> str:
-            return reader.place(item.number)[0]
+            return reader.place(at)[0]
 
         if isinstance(item, Fault):
             self._options.refuse(item, reader)

@@ -44,12 +44,14 @@ _REQUIRED = {
     Masters.GROUPS: (
         "round_robin_bit16_groups round_robin_bit16_offsets single_partition_of_fp32_groups "
         "parallel_partitioned_bit16_groups partition_size real_dp_process_group update_lp_params "
-        "scaled_global_norm _hp_optimizer_states_linked _lazy_init_hp_params_optimizer_state"
+        "scaled_global_norm _hp_optimizer_states_linked _lazy_init_hp_params_optimizer_state "
+        "has_overflow averaged_gradients dp_process_group cpu_offload device"
     ),
     Masters.PARAMETERS: (
         "fp16_groups fp32_partitioned_groups_flat fp16_partitioned_groups_flat _global_grad_norm "
         "grad_position get_param_id _get_param_partition_rank _partition_all_parameters "
-        "_reassign_or_swap_out_partitioned_parameters"
+        "_reassign_or_swap_out_partitioned_parameters "
+        "has_overflow _get_norm_groups averaged_gradients dp_process_group offload_optimizer device"
     ),
 }
 """The private attributes that are read of each, beside those below."""

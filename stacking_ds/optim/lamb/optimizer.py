@@ -279,7 +279,7 @@ class Lamb(torch.optim.Optimizer):
             norm = self._gradient_norm()
         else:
             norm = torch.stack(torch._foreach_norm(gradients, 2, torch.float64)).norm()
-        norm = norm.to(gradients[0].device, torch.float32)
+        norm = norm.to(gradients[0].device, torch.float32, non_blocking=True)
         return torch.where(norm > 0, 1 / norm, torch.ones_like(norm))
 
     # ------------------------------------------------------------------ what is told of it
