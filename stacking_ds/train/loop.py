@@ -67,7 +67,6 @@ def train(
         NonFiniteError: the loss or the gradient is not finite; the last checkpoint stays.
     """
     started = time.perf_counter()
-    plan.require_ranks(world.size)
     with ExitStack() as held:
         log = held.enter_context(RunLog()) if world.is_first else None
         stages = StageEngine(plan.config, plan.schedule, plan.data, plan.ds_configs, world)

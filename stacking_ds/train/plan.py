@@ -33,14 +33,6 @@ class TrainingPlan:
     ds_configs: tuple[dict[str, Any], ...]
     """What DeepSpeed is told in each phase; none where no engine will be built."""
 
-    def require_ranks(self, world_size: int) -> None:
-        """Raises ValueError unless the plan was opened for so many ranks."""
-        for config in self.ds_configs[:1]:
-            rows = config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"]
-            if config["train_batch_size"] == rows * world_size:
-                return
-        raise ValueError(f"open the plan for the {world_size} ranks: open_plan(config, world.size)")
-
     def model_config(self, num_hidden_layers: int) -> BertConfig:
         """The model at a depth, with the vocabulary of the data."""
         return BertConfig.of(self.config.model, num_hidden_layers, self.data.vocab_size)

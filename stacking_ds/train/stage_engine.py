@@ -57,7 +57,9 @@ class StageEngine:
     ) -> None:
         """Raises:
         ConfigError: the recipe names kernels that cannot run here.
+        ValueError: `ds_configs` are not for so many ranks.
         """
+        _require_ranks(ds_configs, world.size)
         self._config, self._schedule, self._data, self._world = config, schedule, data, world
         self._ds_configs = ds_configs
         self._compute = world.on_all(
@@ -254,3 +256,11 @@ class StageEngine:
         if self.engine is not None:
             engine, self.engine = self.engine, None
             release_engine(engine)
+
+
+def _require_ranks(ds_configs: Sequence[dict[str, Any]], world_size: int) -> None:
+    for config in ds_configs[:1]:
+        rows = config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"]
+        if config["train_batch_size"] == rows * world_size:
+            return
+    raise ValueError(f"open the plan for the {world_size} ranks: open_plan(config, world.size)")

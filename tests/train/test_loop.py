@@ -348,3 +348,15 @@ def test_bf16_runs_through_all_stages(shards: Path, tmp_path: Path, moments: str
     )
     assert run_ranks(train_small, 2, config, tmp_path / "run") == [10, 10]
     assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+
+
+def _with_a_plan_for_others(world: World, config: RunConfig, run_dir: Path) -> str:
+    with pytest.raises(ValueError, match="open the plan for the 2 ranks") as found:
+        loop.train(open_plan(config, 1), world, run_dir)
+    return str(found.value)
+
+
+def test_a_plan_for_other_ranks_is_refused(tmp_path: Path) -> None:
+    config = small_recipe(tmp_path, tiny_shards(tmp_path), "batch.micro_batch_size=5")
+    run_ranks(_with_a_plan_for_others, 2, config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
