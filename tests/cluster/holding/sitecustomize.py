@@ -59,7 +59,10 @@ def _patch_stages(module: ModuleType) -> None:
 
 
 def _patch_saves(module: ModuleType) -> None:
-    _before(module.BackgroundSave, "_write", lambda save, _: _hold("save", save._contents.step))
+    def hold(save: Any, *_: Any) -> None:
+        _hold("save", int(save.folder.name.removeprefix("step_")))
+
+    _before(module.BackgroundSave, "_write", hold)
 
 
 def _patch_signals(module: ModuleType) -> None:
