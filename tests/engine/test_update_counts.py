@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from stacking_ds.distributed.world import World
 from stacking_ds.engine.build import advance
 from tests.ranks import run_ranks
-from tests.sharded import start_engine, train_engine
+from tests.sharded import start_engine, train_engine, whole_state
 from tests.tiny import SAMPLES, tiny_batch, tiny_loss
 
 # they launch nothing on a device
@@ -65,19 +65,23 @@ def test_an_update_takes_one_norm_and_few_operations_a_layer(zero_stage: int, a_
 
 
 def _norms(world: World, zero_stage: int, poisoned: int) -> tuple[float | None, bool]:
-    """The norm of a step in which one rank's gradient is not finite, and whether weights moved."""
+    """The norm of a step in which one rank's gradient is not finite, and whether masters or moments moved."""
     engine = start_engine(world, zero_stage, "bf16")
     train_engine(world, engine, range(1))
-    before = [p.detach().clone() for p in engine.module.parameters()]
+    before = whole_state(world, engine)
     share = SAMPLES // world.size
     loss = tiny_loss(engine, tiny_batch(1), slice(world.rank * share, (world.rank + 1) * share))
     engine.backward(loss * (torch.inf if world.rank == poisoned else 1.0))
     norm = advance(engine)
-    after = engine.module.parameters()
-    return norm, any(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
+    after = whole_state(world, engine)
+    return norm, any(
+        not torch.equal(value, after[name][key])
+        for name, values in before.items()
+        for key, value in values.items()
+    )
 
 
-@pytest.mark.parametrize("zero_stage", [1, 2])
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_what_one_rank_finds_infinite_moves_no_ranks_weights(zero_stage: int) -> None:
     assert run_ranks(_norms, 3, zero_stage, 2) == [(torch.inf, False)] * 3
 
