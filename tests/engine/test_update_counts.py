@@ -65,7 +65,7 @@ def test_an_update_takes_one_norm_and_few_operations_a_layer(zero_stage: int, a_
 
 
 def _norms(world: World, zero_stage: int, poisoned: int) -> tuple[float | None, bool]:
-    """The norm of a step in which one rank's gradient is not finite, and whether masters or moments moved."""
+    """The norm of a step that one rank finds infinite, and whether masters or moments moved."""
     engine = start_engine(world, zero_stage, "bf16")
     train_engine(world, engine, range(1))
     before = whole_state(world, engine)
